@@ -1,0 +1,59 @@
+"""SGM fine-tuning: merged updates for layers whose gradients agree, chosen by measuring (docs/method.md).
+
+Three acts and any trainer::
+
+    scanned = scan("path-or-id")                     # numbers about the weights
+    probed = probe(model, batches)                   # numbers about the gradients
+    plan = make_plan(scanned, probed, config)        # data: print it, edit it, save it
+    model = apply_plan(model, plan)                  # a PeftModel; a group's factor is one parameter
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sgm_finetune.adapters.apply import apply_plan, tie
+    from sgm_finetune.adapters.plan_file import load_plan, save_plan
+    from sgm_finetune.config import Config, load_config
+    from sgm_finetune.errors import UserError
+    from sgm_finetune.measure.probe import probe
+    from sgm_finetune.measure.scan import scan
+    from sgm_finetune.pipeline import make_plan
+    from sgm_finetune.trainer import SGMTrainer
+
+_HOMES = {
+    "scan": "measure.scan",
+    "probe": "measure.probe",
+    "make_plan": "pipeline",
+    "apply_plan": "adapters.apply",
+    "tie": "adapters.apply",
+    "load_plan": "adapters.plan_file",
+    "save_plan": "adapters.plan_file",
+    "Config": "config",
+    "load_config": "config",
+    "SGMTrainer": "trainer",
+    "UserError": "errors",
+}
+
+__all__ = [
+    "Config",
+    "SGMTrainer",
+    "UserError",
+    "apply_plan",
+    "load_config",
+    "load_plan",
+    "make_plan",
+    "probe",
+    "save_plan",
+    "scan",
+    "tie",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loaded when first used, so that `import sgm_finetune` and `sgm --help` take no second."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

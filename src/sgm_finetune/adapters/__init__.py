@@ -1,0 +1,1 @@
+"""From a plan to an ordinary PEFT model whose groups share one parameter."""

@@ -1,0 +1,69 @@
+"""plan.json, and plan.safetensors beside it: the spectral starts of its groups."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pydantic
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sgm_finetune.errors import UserError
+from sgm_finetune.method.plan import Plan
+
+_PLAN = pydantic.TypeAdapter(Plan)
+
+
+def plan_document(plan: Plan) -> dict:
+    """The plan as plain data, without its tensors."""
+    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "starts"}
+    return json.loads(json.dumps(fields, default=dataclasses.asdict))
+
+
+def parse_plan(document: dict, where: str, starts: dict | None = None) -> Plan:
+    """The plan in plain data; UserError in one line names the first wrong entry."""
+    try:
+        return dataclasses.replace(_PLAN.validate_python(document), starts=starts or {})
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{where} is no usable plan: {'.'.join(map(str, first['loc'])) or 'it'}: {first['msg'].lower()}"
+        ) from None
+
+
+def save_plan(plan: Plan, path: Path | str) -> None:
+    """Writes `path` and, where groups start from spectra, the tensors beside it; each appears only when complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = path.with_suffix(".safetensors")
+    if plan.starts:
+        scratch = tensors.with_name(f".{tensors.name}.partial")
+        save_file({name: start.contiguous() for name, start in plan.starts.items()}, scratch)
+        os.replace(scratch, tensors)
+    else:
+        tensors.unlink(missing_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(json.dumps(plan_document(plan), indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def load_plan(path: Path | str) -> Plan:
+    """The plan in `path` with the starts beside it. Raises UserError for a missing, broken or foreign file."""
+    path = Path(path)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"No plan file {path}; make one with `sgm plan --output {path}`") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is no usable plan: {error}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} is no usable plan: it holds a {type(document).__name__}, not an object")
+    tensors = path.with_suffix(".safetensors")
+    try:
+        starts = load_file(tensors) if tensors.is_file() else {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{tensors} cannot be read: {error}") from None
+    return parse_plan(document, str(path), starts)

@@ -1,0 +1,189 @@
+"""The command `sgm`, and the doors src/finetune.py and src/evaluate.py: arguments in, results and exit status out.
+
+Exit status: 0 done, 2 something a person can fix (one line on stderr), 1 our fault (traceback), 130 interrupted.
+Heavy libraries are imported inside the commands, so that help and wrong input answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+import typer
+import yaml
+
+from sgm_finetune.config import Config, load_config
+from sgm_finetune.errors import UserError
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fine-tune transformers on machines a little too small: measure, merge, train, evaluate, save.",
+)
+
+ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="YAML file; its keys are listed in config.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Keys to change, e.g. training.epochs=2 merge.side=none", metavar="key=value")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
+
+
+@app.command()
+def finetune(
+    overrides: Overrides = None,
+    config: ConfigPath = Path("config.yaml"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything up to the first step; write nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Scan, probe, plan, train, evaluate and save, as config.yaml says.
+
+    Example: sgm finetune --config config.yaml training.epochs=2 output.dir=runs/two-epochs
+    """
+    settings = load_config(config, overrides or [])
+    from sgm_finetune import pipeline
+
+    try:
+        metrics = pipeline.finetune(settings, _console(as_json), dry_run)
+    except pipeline.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(130) from None
+    if as_json:
+        print(json.dumps(metrics))
+
+
+@app.command()
+def evaluate(overrides: Overrides = None, config: ConfigPath = Path("config.yaml"), as_json: AsJson = False) -> None:
+    """Metrics of output.dir/sgm_finetuned.pth on the test data, from that file and the base model alone.
+
+    Example: sgm evaluate output.dir=runs/two-epochs
+    """
+    settings = load_config(config, overrides or [])
+    from sgm_finetune import pipeline
+
+    metrics = pipeline.evaluate(settings, _changes(overrides or []), _console(as_json))
+    if as_json:
+        print(json.dumps(metrics))
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    config: ConfigPath = Path("config.yaml"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Scan and probe, and write the plan: what is trained, what is shared, and why. Reuse it with plan=plan.json.
+
+    Example: sgm plan merge.threshold=0.9 --output plans/strict.json
+    """
+    settings = load_config(config, overrides or [])
+    if output.exists() and not settings.output.overwrite:
+        raise UserError(f"{output} exists; name another --output, or replace it with output.overwrite=true")
+    from sgm_finetune import pipeline
+    from sgm_finetune.adapters.plan_file import plan_document, save_plan
+
+    console = _console(as_json)
+    made = pipeline.make_plan_for(settings, console)
+    save_plan(made, output)
+    console.print(f"[bold]{'saved':<8}[/bold] {output}", highlight=False)
+    if as_json:
+        print(json.dumps(plan_document(made)))
+
+
+@app.command()
+def scan(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, .safetensors file, or an embedded demo model.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write; without it, on stdout.")
+    ] = None,
+    estimator: Annotated[
+        Literal["mp", "spectrum"], typer.Option(help="mp: ours. spectrum: the published script's.")
+    ] = "mp",
+    format: Annotated[Literal["json", "spectrum", "axolotl"], typer.Option(help="What to write.")] = "json",
+    top_fraction: Annotated[float | None, typer.Option(help="axolotl: share of each kind to train, (0, 1].")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Signal-to-noise ratio of every weight matrix, by random matrix theory; one matrix in memory at a time.
+
+    Example: sgm scan smollm2-135m-instruct --output scan.json
+    """
+    if top_fraction is not None and not 0 < top_fraction <= 1:
+        raise UserError(f"--top-fraction is {top_fraction}; it is a share above 0 and at most 1")
+    if format == "axolotl" and top_fraction is None:
+        raise UserError("--format axolotl needs --top-fraction, for example --top-fraction 0.5")
+    if output is not None and output.exists():
+        raise UserError(f"{output} exists; name another --output")
+    from sgm_finetune import pipeline
+
+    pipeline.scan_to(
+        model, output, "json" if as_json else format, estimator, top_fraction, _console(as_json or output is None)
+    )
+
+
+def _changes(overrides: list[str]) -> dict[str, Any]:
+    """The overrides as nested values (they were checked by load_config)."""
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        section, _, leaf = key.strip().partition(".")
+        value = yaml.safe_load(text) if text.strip() else None
+        if leaf:
+            changes.setdefault(section, {})[leaf] = value
+        else:
+            changes[section] = value
+    return changes
+
+
+def _console(to_stderr: bool) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=to_stderr)
+
+
+def _quiet_libraries() -> None:
+    """Other libraries' chatter is not the run's output: their bars and advice are off unless SGM_DEBUG is set."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.get("SGM_DEBUG"):
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    warnings.simplefilter("ignore")
+    for name in ("bitsandbytes", "torch.distributed", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs `sgm` with `arguments` (None: the process's own) and exits with its status."""
+    _quiet_libraries()
+    try:
+        app(args=arguments, standalone_mode=False)
+    except UserError as error:
+        _fail(str(error), 2)
+    except click.ClickException as error:
+        _fail(f"{error.format_message()} (sgm --help lists what there is)", 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("Interrupted", 130)
+    except BrokenPipeError:
+        os._exit(1)
+    sys.exit(0)
+
+
+def _fail(line: str, status: int) -> None:
+    """One line on stderr, from the first process only, and the exit status."""
+    if os.environ.get("RANK", "0") == "0":
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+__all__ = ["Config", "app", "main"]

@@ -1,0 +1,206 @@
+"""Files -> tables: columns of plain Python values, each format read by its strictest reader.
+
+Nothing is guessed: a malformed file raises UserError with its name and, where there is one, the line.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.table import InMemoryTable
+
+from sgm_finetune.errors import UserError
+
+Format = Literal["csv", "tsv", "json", "jsonl", "parquet", "text"]
+
+ENDINGS: dict[str, Format] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+PASSAGE_LENGTH = 2000
+"""Characters; a passage of running text has between one and two times as many."""
+SHORTEST_PASSAGE = 100
+"""Characters; short texts are cut finer, so that three splits get something, but not finer than this."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as they were read. `column[:]` is a list for every column; loading may wait until then."""
+
+    name: str
+    """How messages call it: the file's name, or `imdb (test)`."""
+    columns: Mapping[str, Sequence[Any]]
+    class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Columns whose integers stand for these names (`datasets.ClassLabel`)."""
+    is_running_text: bool = False
+    """The rows are passages of running text, in the one column `text`."""
+
+
+def one_line(error: Exception) -> str:
+    """What an exception of some library says, as one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def read_file(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> Table:
+    """The table in a file; `key` is the configuration key that named it, for messages."""
+    if path.is_dir():
+        raise UserError(f"{key}={path} is a folder; name a file, or give a data set's folder as data.name")
+    if not path.is_file():
+        raise UserError(f"{key}={path} does not exist (looked in {Path.cwd()})")
+    if format == "auto":
+        if path.suffix.lower() not in ENDINGS:
+            known = " ".join(ENDINGS)
+            raise UserError(f"{key}={path}: unknown ending `{path.suffix}` (known: {known}); say data.format")
+        format = ENDINGS[path.suffix.lower()]
+    try:
+        match format:
+            case "csv":
+                table = _read_separated(path, ",")
+            case "tsv":
+                table = _read_separated(path, "\t")
+            case "json" | "jsonl":
+                table = _read_json(path)
+            case "parquet":
+                table = _read_parquet(path)
+            case "text":
+                table = running_text(path.name, [path.read_text(encoding="utf-8-sig")])
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(f"{path} is not UTF-8: byte 0x{byte:02x} at {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    if not table.columns or not len(next(iter(table.columns.values()))):
+        raise UserError(f"{path} has no rows")
+    return table
+
+
+def table_of(name: str, dataset: datasets.Dataset) -> Table:
+    """The table of a `datasets.Dataset`; its columns are read when they are used."""
+    features = dataset.features
+    return Table(
+        name,
+        {column: dataset[column] for column in dataset.column_names},
+        {column: f.names for column, f in features.items() if isinstance(f, datasets.ClassLabel)},
+    )
+
+
+def running_text(name: str, documents: Sequence[str]) -> Table:
+    """Documents cut into passages, in order; no passage spans two documents."""
+    total = sum(len(document) for document in documents)
+    length = max(SHORTEST_PASSAGE, min(PASSAGE_LENGTH, total // 50))
+    texts = [text for document in documents for part in passages(document, length) if (text := part.strip())]
+    return Table(name, {"text": texts}, is_running_text=True)
+
+
+def passages(document: str, length: int) -> Iterator[str]:
+    """Consecutive passages of at least `length` and at most `2 * length` characters (the last one may be shorter).
+
+    A cut falls at the end of a paragraph where there is one, else of a line, else of a word. Joined, the passages
+    are the document.
+
+    >>> list(passages("one two\\n\\nthree four", length=5))
+    ['one two\\n\\n', 'three four']
+    """
+    start = 0
+    while len(document) - start > 2 * length:
+        window = document[start + length : start + 2 * length]
+        cut = 2 * length
+        for boundary in (r"\n\s*\n", r"\n", r"\s"):
+            if found := re.search(boundary, window):
+                cut = length + found.end()
+                break
+        yield document[start : start + cut]
+        start += cut
+    if start < len(document):
+        yield document[start:]
+
+
+def _read_separated(path: Path, delimiter: str) -> Table:
+    with path.open(encoding="utf-8-sig", newline="") as lines, _unlimited_fields():
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        try:
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                twice = next(name for name in header if header.count(name) > 1)
+                raise UserError(f"{path} names the column `{twice}` twice; the first line must name each column once")
+            columns: list[list[str]] = [[] for _ in header]
+            for row in reader:
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise UserError(
+                        f"{path} line {reader.line_num} has {len(row)} fields, the first line {len(header)}; "
+                        "put double quotes around fields that hold a separator"
+                    )
+                for column, value in zip(columns, row, strict=True):
+                    column.append(value)
+        except csv.Error as error:
+            raise UserError(
+                f"{path} line {reader.line_num}: {one_line(error)}; write a double quote inside a quoted field twice"
+            ) from None
+    return Table(path.name, dict(zip(header, columns, strict=True)))
+
+
+@contextmanager
+def _unlimited_fields() -> Iterator[None]:
+    """Lift the csv module's limit of 131,072 characters a field while reading."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_json(path: Path) -> Table:
+    """One JSON list of objects, or one object a line, whatever the ending."""
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        if text.lstrip().startswith("["):
+            where, rows = "row", list(enumerate(json.loads(text), start=1))
+        else:
+            where, rows = "line", list(_json_lines(path, text))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno} is not JSON: {error.msg}") from None
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{path} {where} {number} is no JSON object; write {{'text': ..., 'label': ...}}")
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    return Table(path.name, {name: [row.get(name) for _, row in rows] for name in names})
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path} line {number} is not JSON: {error.msg}; write one object a line, or one list of objects"
+                ) from None
+
+
+def _read_parquet(path: Path) -> Table:
+    try:
+        arrow = pq.read_table(path)
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(f"{path} is no Parquet file: {one_line(error)}") from None
+    for index, column in enumerate(arrow.schema):
+        if pa.types.is_dictionary(column.type):  # pandas' categories, which `datasets` does not know
+            decoded = arrow.column(index).cast(column.type.value_type)
+            arrow = arrow.set_column(index, column.name, decoded)
+    return table_of(path.name, datasets.Dataset(InMemoryTable(arrow)))

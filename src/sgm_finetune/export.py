@@ -1,0 +1,143 @@
+"""What a run leaves: the PEFT adapter folder, sgm_finetuned.pth and the plain files, each whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sgm_finetune.adapters.apply import ADAPTER, tie
+from sgm_finetune.adapters.plan_file import parse_plan, plan_document
+from sgm_finetune.config import Config, parse_config
+from sgm_finetune.errors import UserError
+from sgm_finetune.method.plan import Plan
+from sgm_finetune.models import ready_for_backward
+
+PTH = "sgm_finetuned.pth"
+FORMAT = "sgm-finetuned/1"
+RESULTS = (PTH, "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html", "checkpoints")
+"""Everything a run writes into its output folder, and all that `output.overwrite=true` replaces."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `path` so that it appears under its name only when complete."""
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_config(path: Path, config: Config) -> None:
+    """The resolved configuration: every key with its value."""
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A standard PEFT LoRA folder (adapter_config.json, adapter_model.safetensors) with the tokenizer's files.
+
+    Shared factors are written once per member, so that an unmodified `PeftModel.from_pretrained` loads it.
+    """
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(str(scratch))
+    tokenizer.save_pretrained(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+
+
+def save_pth(path: Path, model: PeftModel, plan: Plan, config: Config, labels: tuple[str, ...]) -> None:
+    """One file of tensors and plain data with all that `sgm evaluate` needs but the base model.
+
+    Keys: format, adapter (name -> tensor, a shared factor's storage once), peft_config, plan, config, labels.
+    """
+    state = {name: tensor.detach().cpu() for name, tensor in _once(get_peft_model_state_dict(model)).items()}
+    content = {
+        "format": FORMAT,
+        "adapter": state,
+        "peft_config": _plain(model.peft_config[ADAPTER].to_dict()),
+        "plan": plan_document(plan),
+        "config": config.model_dump(mode="json"),
+        "labels": list(labels),
+    }
+    scratch = path.with_name(f".{path.name}.partial")
+    torch.save(content, scratch)
+    os.replace(scratch, path)
+
+
+def _once(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the CPU, with tensors that share memory still sharing it."""
+    moved: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    return {n: moved.setdefault((t.data_ptr(), t.shape), t.detach().cpu()) for n, t in state.items()}
+
+
+def _plain(value: Any) -> Any:
+    """JSON's types only: sets become sorted lists, enumerations their values."""
+    match value:
+        case dict():
+            return {str(k): _plain(v) for k, v in value.items()}
+        case set() | frozenset():
+            return sorted(_plain(v) for v in value)
+        case list() | tuple():
+            return [_plain(v) for v in value]
+        case bool() | int() | float() | None:
+            return value
+        case _:
+            return str(getattr(value, "value", value))
+
+
+def load_pth(path: Path) -> dict[str, Any]:
+    """The content of a .pth file that `save_pth` wrote, read without running any code from it."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"No {path}; train first with `sgm finetune`, or name the folder with output.dir=...") from None
+    except Exception as error:  # torch raises many types here, all meaning: not such a file
+        raise UserError(f"{path} is no file of tensors and plain data: {_brief(error)}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by `sgm finetune` (format {FORMAT})")
+    return content
+
+
+def pth_config(content: dict[str, Any]) -> Config:
+    return parse_config(content["config"], PTH)
+
+
+def attach_adapter(base: PreTrainedModel, content: dict[str, Any], where: Path) -> PeftModel:
+    """`base` with the trained adapter of a loaded .pth file, its groups tied."""
+    ready_for_backward(base)
+    settings = {k: v for k, v in content["peft_config"].items() if k in LoraConfig.__dataclass_fields__}
+    plan = parse_plan(content["plan"], str(where))
+    model = get_peft_model(base, LoraConfig(**settings))
+    tie(model, plan)  # type: ignore[arg-type]
+    try:
+        outcome = set_peft_model_state_dict(model, content["adapter"])
+    except RuntimeError as error:
+        raise UserError(f"{where} does not fit the base model: {_brief(error)}") from None
+    if outcome.unexpected_keys:
+        raise UserError(f"{where} does not fit the base model: it holds `{outcome.unexpected_keys[0]}`")
+    return model.eval()  # type: ignore[return-value]
+
+
+def clear_results(folder: Path) -> None:
+    """Removes what an earlier run wrote, and nothing else."""
+    for name in RESULTS:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _brief(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[:2])[:200] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""What is measured: the scan of the weights, the probe of the gradients."""

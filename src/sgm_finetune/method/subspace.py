@@ -1,0 +1,191 @@
+"""Gradient subspaces from sketches (docs/method.md section 2).
+
+Letters, as there: G is a matrix's gradient (rows x cols, that is d_out x d_in); x are the layer's inputs
+(tokens x d_in) and δ the loss's gradients with respect to its outputs (tokens x d_out), so G = δᵀx; Ω are Gaussian
+test matrices with k columns; S is a sketch (k x d): ΩᵀG for the input side, (GΩ)ᵀ for the output side; Q (d x r) is
+an orthonormal basis. Everything is float32 unless said otherwise; small eigenproblems are solved in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Side = Literal["input", "output"]
+SIDES: tuple[Side, Side] = ("input", "output")
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Both sides of one gradient G (d_out x d_in), seen through k test vectors a side (eq. 8, 9)."""
+
+    input: Tensor  # k x d_in: ΩᵀG
+    output: Tensor  # k x d_out: (GΩ')ᵀ
+    seed: int  # of Ω = test_matrix(d_out, k, seed) and Ω' = test_matrix(d_in, k, seed)
+
+    def side(self, name: Side) -> Tensor:
+        return self.input if name == "input" else self.output
+
+
+def test_matrix(dim: int, num_vectors: int, seed: int) -> Tensor:
+    """Ω (dim x num_vectors): independent standard normal entries, the same for the same three numbers.
+
+    >>> test_matrix(4, 2, seed=0).shape
+    torch.Size([4, 2])
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + dim) % 2**63)
+    return torch.randn(dim, num_vectors, generator=generator)
+
+
+test_matrix.__test__ = False  # type: ignore[attr-defined]  # the name is the field's, not a test's
+
+
+def sketch_batch(x: Tensor, delta: Tensor, omega_out: Tensor, omega_in: Tensor) -> tuple[Tensor, Tensor]:
+    """What one batch adds to a sketch's two sides (eq. 8, 9): (δΩ)ᵀx and (xΩ')ᵀδ, without forming δᵀx.
+
+    `x` is tokens x d_in, `delta` tokens x d_out, `omega_out` d_out x k, `omega_in` d_in x k. Costs
+    4·tokens·k·(d_in + d_out) operations against 2·tokens·d_in·d_out for the gradient itself.
+    """
+    return (delta @ omega_out).T @ x, (x @ omega_in).T @ delta
+
+
+def squared_norm(sketch: Sketch) -> float:
+    """Unbiased estimate of ‖G‖²_F (eq. 10): the mean of ‖S‖²_F / k over both sides, in float64."""
+    parts = [side.double().square().sum() / side.shape[0] for side in (sketch.input, sketch.output)]
+    return float(sum(parts) / 2)
+
+
+def leading_part(stacked: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(σ, Q): the top `rank` singular values of `stacked` (rows x d), descending, and their right singular vectors
+    (d x rank), orthonormal; float64, from the smaller Gram matrix.
+
+    Directions with a singular value below 1e-6 of the largest are arbitrary (their σ is 0), as are those beyond the
+    matrix's own rank. A column's sign makes its largest entry positive, so that equal input gives equal output.
+    """
+    wide = stacked.double()
+    rows, dim = wide.shape
+    wanted = min(rank, rows, dim)
+    eigenvalues, vectors = torch.linalg.eigh(wide @ wide.T if rows <= dim else wide.T @ wide)
+    squares = eigenvalues.flip(0)[:wanted].clamp_min(0)
+    vectors = vectors.flip(1)[:, :wanted]
+    usable = squares > 1e-12 * squares[0].clamp_min(torch.finfo(torch.float64).tiny)
+    columns = vectors[:, usable] if rows > dim else wide.T @ (vectors[:, usable] / squares[usable].sqrt())
+    values = torch.zeros(rank, dtype=torch.float64)
+    values[: int(usable.sum())] = squares[usable].sqrt()
+    if columns.shape[1] < rank:
+        filler = test_matrix(dim, rank - columns.shape[1], seed=0).double()
+        columns = torch.linalg.qr(torch.cat([columns, filler], dim=1)).Q[:, :rank]
+    largest = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True))
+    return values, columns * torch.where(largest < 0, -1.0, 1.0)
+
+
+def leading_basis(stacked: Tensor, rank: int) -> Tensor:
+    """Q (d x rank), float32: orthonormal top right singular vectors of `stacked` (rows x d); see `leading_part`."""
+    return leading_part(stacked, rank)[1].float()
+
+
+def leading_rows(sketch: Tensor, rank: int) -> Tensor:
+    """ΣQᵀ (rank x d), float64: the leading part of the unit-norm sketch, which is what a layer brings to a group."""
+    values, columns = leading_part(normalised(sketch), rank)
+    return values[:, None] * columns.T
+
+
+def shared_basis(rows: Sequence[Tensor], rank: int) -> Tensor:
+    """Q (d x rank) for a group (eq. 12): top right singular vectors of its members' stacked `leading_rows`."""
+    return leading_basis(torch.cat(list(rows)), rank)
+
+
+def normalised(sketch: Tensor) -> Tensor:
+    """The sketch over its Frobenius norm; zeros stay zeros."""
+    norm = torch.linalg.vector_norm(sketch)
+    return sketch / norm if norm > 0 else sketch
+
+
+def energy_kept(basis: Tensor, sketch: Tensor) -> float:
+    """Share of a gradient's energy inside `basis` (eq. 11): ‖SQ‖² / ‖S‖², in [0, 1].
+
+    The sketch must come from other data than the basis, or the share is flattered. 0 for a zero sketch.
+    """
+    whole = sketch.double().square().sum()
+    return float((sketch.double() @ basis.double()).square().sum() / whole) if whole > 0 else 0.0
+
+
+def reconstruct(sketch: Sketch) -> tuple[Tensor, Tensor]:
+    """(Q, X) with G ≈ QX, of rank k/2 (eq. 13): the single-pass approximation of Tropp et al. 2017, algorithm 4.
+
+    Q (d_out x k/2) is an orthonormal basis of the output sketch's leading part and X (k/2 x d_in) solves
+    (ΩᵀQ) X = S in the least-squares sense. float64.
+    """
+    num_vectors = sketch.input.shape[0]
+    basis = leading_basis(sketch.output, max(1, min(num_vectors // 2, sketch.output.shape[1]))).double()
+    omega = test_matrix(sketch.output.shape[1], num_vectors, sketch.seed).double().to(basis.device)
+    return basis, torch.linalg.lstsq(omega.T @ basis, sketch.input.double()).solution
+
+
+def cosines(sketches: Sequence[Sketch], others: Sequence[Sketch] | None = None) -> Tensor:
+    """Cosines of gradients of one shape (eq. 13b): ⟨Q₁X₁, Q₂X₂⟩ / (‖X₁‖ ‖X₂‖), float64, in [-1, 1].
+
+    (n x n) between all of `sketches`, or (n,) between `sketches[i]` and `others[i]` (the same layer on other data).
+    They compare the leading k/2 directions of either gradient, from `reconstruct`; 0 for a zero gradient.
+    """
+    first, first_norms = _reconstructed(sketches)
+    if others is None:
+        inner = (_gram(first[0].mT) * _gram(first[1])).sum((-1, -2))
+        scale = first_norms[:, None] * first_norms[None, :]
+    else:
+        second, second_norms = _reconstructed(others)
+        inner = ((first[0].mT @ second[0]) * (first[1] @ second[1].mT)).sum((-1, -2))
+        scale = first_norms * second_norms
+    result = torch.where(scale > 0, inner / scale.clamp_min(1e-300), 0.0).clamp(-1.0, 1.0)
+    return result if others is not None else result.fill_diagonal_(1.0)
+
+
+def _reconstructed(sketches: Sequence[Sketch]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """((Q (n x d_out x k/2), X (n x k/2 x d_in)), norms ‖X‖ (n)) of n gradients of one shape."""
+    parts = [reconstruct(sketch) for sketch in sketches]
+    bases, rests = torch.stack([q for q, _ in parts]), torch.stack([x for _, x in parts])
+    return (bases, rests), torch.linalg.vector_norm(rests, dim=(1, 2))
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """(n, n, k, k): the products R_i R_jᵀ of n blocks of k rows (n x k x d)."""
+    num, size, dim = rows.shape
+    flat = rows.reshape(num * size, dim)
+    return (flat @ flat.T).reshape(num, size, num, size).permute(0, 2, 1, 3)
+
+
+def pairwise_retention(fit: Sequence[Tensor], held_out: Sequence[Tensor], rank: int) -> Tensor:
+    """R (n x n): how well two layers can share one basis of `rank` directions (eq. 14).
+
+    `fit[i]`, `held_out[i]` (k x d) are layer i's sketches of the two halves. For the pair (i, j) the shared basis is
+    fitted on the one half; R_ij is the smaller of the two layers' (energy that it keeps of the held-out half) /
+    (energy that the layer's own basis keeps). About 1: sharing costs nothing. The diagonal is 1.
+
+    Works on Gram matrices in float64, so that no d-dimensional decomposition is done per pair: for stacked leading
+    parts M = [F_i; F_j] with MMᵀ = UΛUᵀ the basis is MᵀUΛ^(-1/2), and H applied to it needs only HMᵀ.
+    """
+    rows = torch.stack([leading_rows(s, rank) for s in fit])
+    tests = torch.stack([normalised(s).double() for s in held_out])
+    num_layers = len(rows)
+    if num_layers < 2:
+        return torch.ones(num_layers, num_layers, dtype=torch.float64)
+    own = torch.stack([(test @ leading_part(s, rank)[1]).square().sum() for test, s in zip(tests, fit, strict=True)])
+    gram = _gram(rows)
+    cross = torch.einsum("ntd,mrd->nmtr", tests, rows)
+    i, j = torch.triu_indices(num_layers, num_layers, 1)
+    pair = torch.cat([torch.cat([gram[i, i], gram[i, j]], dim=2), torch.cat([gram[j, i], gram[j, j]], dim=2)], dim=1)
+    eigenvalues, vectors = torch.linalg.eigh(pair)
+    eigenvalues, vectors = eigenvalues[:, -rank:], vectors[:, :, -rank:]
+    usable = eigenvalues > 1e-12 * eigenvalues[:, -1:].clamp_min(1e-300)
+    scaled = vectors * torch.where(usable, eigenvalues.clamp_min(1e-300).rsqrt(), 0.0)[:, None, :]
+    kept = [
+        (torch.cat([cross[m, i], cross[m, j]], dim=2) @ scaled).square().sum((1, 2)) / own[m].clamp_min(1e-12)
+        for m in (i, j)
+    ]
+    retention = torch.ones(num_layers, num_layers, dtype=torch.float64)
+    retention[i, j] = retention[j, i] = torch.minimum(*kept)
+    return retention

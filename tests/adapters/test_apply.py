@@ -1,0 +1,216 @@
+"""A plan becomes an ordinary PEFT model; what is shared is one parameter and behaves as the sum of its members."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_batches, make_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+
+from sgm_finetune.adapters.apply import apply_plan, check_plan, shared_factors, tie
+from sgm_finetune.errors import UserError
+from sgm_finetune.measure.probe import probe
+from sgm_finetune.method.plan import MatrixNumbers, PlanSettings, adapter_parameters, build_plan
+
+
+def make_plan(model, side="auto", rank=4, **changes):
+    probed = probe(model, make_batches(task=task_of(model)), sketch_size=10)
+    numbers = []
+    for name, halves in probed.halves.items():
+        layer = next(int(part) for part in name.split(".") if part.isdigit())
+        kind = name.replace(f".{layer}.", ".*.")
+        numbers.append(MatrixNumbers(name, kind, layer, probed.shapes[name], 1.0, 0.0, 1, halves))
+    settings = PlanSettings(rank=rank, alpha=8, side=side, threshold=0.0, **changes)
+    return build_plan("pico", numbers, settings)
+
+
+def task_of(model):
+    return "causal-lm" if "CausalLM" in type(model).__name__ else "sequence-classification"
+
+
+def logits(model, batch):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def train_steps(model, batches, num_steps=20):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for step in range(num_steps):
+        model(**batches[step % len(batches)]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_merged_model_starts_at_the_base_model(side):
+    base, batch = make_model(), make_batches()[0]
+    before = logits(base, batch)
+    adapted = apply_plan(base, make_plan(base, side))
+    assert torch.equal(before, logits(adapted, batch))
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_members_hold_one_parameter_that_starts_in_the_groups_spectrum(side):
+    model = make_model()
+    plan = make_plan(model, side)
+    adapted = apply_plan(model, plan)
+    assert plan.groups
+    for name, factors in shared_factors(adapted, plan).items():
+        assert len({id(factor) for factor in factors}) == 1
+        start = factors[0].detach().T if side == "input" else factors[0].detach()
+        torch.testing.assert_close(start * 3**0.5, plan.starts[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_members_are_equal_after_training_and_the_loss_falls(side):
+    model, batches = make_model(), make_batches()
+    plan = make_plan(model, side)
+    adapted = apply_plan(model, plan)
+    first = float(adapted(**batches[0]).loss)
+    train_steps(adapted, batches, 40)
+    for name, factors in shared_factors(adapted, plan).items():
+        assert all(torch.equal(factors[0], factor) for factor in factors[1:])
+        start = factors[0].T if side == "input" else factors[0]
+        assert not torch.allclose(start * 3**0.5, plan.starts[name], atol=1e-4)
+    assert float(adapted(**batches[0]).loss) < 0.7 * first
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_the_shared_gradient_is_the_sum_of_its_members_gradients(side):
+    """∂L/∂A_g = Σ_l ∂L/∂A_l, each member's from an untied copy, in float64."""
+    batch = make_batches()[0]
+
+    def build(tied: bool):
+        model = make_model()
+        plan = make_plan(model, side)
+        adapted = apply_plan(model, plan)
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name and not float(parameter.abs().sum()):  # a zero factor passes no gradient on
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        if not tied:
+            for module in adapted.modules():
+                if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+                    for factor in (module.lora_A["default"], module.lora_B["default"]):
+                        factor.weight = torch.nn.Parameter(factor.weight.detach().clone())
+        adapted = adapted.double()
+        if tied:
+            tie(adapted, plan)
+        adapted(**batch).loss.backward()
+        return {name: [f.grad for f in factors] for name, factors in shared_factors(adapted, plan).items()}
+
+    together, apart = build(tied=True), build(tied=False)
+    assert together
+    for name, gradients in together.items():
+        expected = torch.stack(apart[name]).sum(0)
+        torch.testing.assert_close(gradients[0], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_merging_nothing_is_plain_lora_bit_for_bit():
+    """The same seed, a plan without groups and a LoraConfig written by hand: equal parameters after 20 steps."""
+    batches = make_batches()
+
+    def plain(model):
+        names = [m.name for m in make_plan(make_model(), "none").selected]
+        return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="SEQ_CLS"))
+
+    results = []
+    for build in (plain, lambda model: apply_plan(model, make_plan(make_model(), "none"))):
+        model = make_model()
+        torch.manual_seed(11)
+        results.append(get_peft_model_state_dict(train_steps(build(model), batches)))
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_parameters_are_counted_as_the_plan_says():
+    model = make_model("causal-lm")
+    plan = make_plan(model)
+    adapted = apply_plan(model, plan)
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == adapter_parameters(plan)[0]
+    assert adapter_parameters(plan)[0] < adapter_parameters(plan)[1]
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_saved_adapter_loads_in_an_unmodified_peft_and_merges(side, tmp_path):
+    """logits: trained = loaded by PeftModel.from_pretrained (difference 0) = merged into the base (tolerance)."""
+    batches = make_batches()
+    model = make_model()
+    adapted = train_steps(apply_plan(model, make_plan(model, side)), batches)
+    expected = logits(adapted, batches[0])
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    assert torch.equal(expected, logits(loaded, batches[0]))
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(expected, logits(merged, batches[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_loading_a_checkpoint_keeps_members_tied(tmp_path):
+    model = make_model()
+    plan = make_plan(model, "input")
+    adapted = train_steps(apply_plan(model, plan), make_batches())
+    adapted.save_pretrained(tmp_path)
+    fresh_base = make_model()
+    fresh = apply_plan(fresh_base, plan)
+    fresh.load_adapter(tmp_path, "default")
+    for name, factors in shared_factors(fresh, plan).items():
+        assert len({id(f) for f in factors}) == 1
+        assert torch.equal(factors[0], shared_factors(adapted, plan)[name][0])
+
+
+def test_a_group_may_start_at_random():
+    model = make_model()
+    plan = make_plan(model, "output")
+    plan = replace(plan, groups=tuple(replace(g, start="random") for g in plan.groups), starts={})
+    before = logits(model, make_batches()[0])
+    adapted = apply_plan(model, plan)
+    assert torch.equal(before, logits(adapted, make_batches()[0]))
+    assert all(float(f[0].abs().sum()) > 0 for f in shared_factors(adapted, plan).values())
+
+
+def broken(plan, what):
+    group = plan.groups[0]
+    match what:
+        case "another model":
+            return replace(plan, matrices=(replace(plan.matrices[0], name="h.0.attn"), *plan.matrices[1:]))
+        case "another shape":
+            return replace(plan, matrices=(replace(plan.matrices[0], shape=(1, 2)), *plan.matrices[1:]))
+        case "nothing selected":
+            return replace(plan, matrices=tuple(replace(m, selected=False) for m in plan.matrices), groups=())
+        case "a member not selected":
+            matrices = tuple(replace(m, selected=m.name != group.members[0]) for m in plan.matrices)
+            return replace(plan, matrices=matrices)
+        case "a layer in two groups":
+            return replace(plan, groups=(group, replace(group, name="again")))
+        case "no start":
+            return replace(plan, starts={})
+        case "a start of another rank":
+            return replace(plan, starts={name: start[:, :2] for name, start in plan.starts.items()})
+        case _:
+            other = next(g for g in plan.groups if plan.shape_of(g.members[0]) != plan.shape_of(group.members[0]))
+            return replace(plan, groups=(replace(group, members=(group.members[0], other.members[0])),))
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("another model", "made for another model .* has no `h.0.attn`"),
+        ("another shape", "is 1x2 there and 64x64 here"),
+        ("nothing selected", "selects no matrix"),
+        ("a member not selected", "does not select"),
+        ("a layer in two groups", "two groups"),
+        ("no start", "no spectral start"),
+        ("a start of another rank", "64x2, its factor 64x4"),
+        ("shapes mixed", "mixes the shapes"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_in_one_line(what, said):
+    model = make_model()
+    with pytest.raises(UserError, match=said) as caught:
+        check_plan(model, broken(make_plan(model), what))
+    assert "\n" not in str(caught.value)

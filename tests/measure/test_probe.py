@@ -1,0 +1,166 @@
+"""The probe: what it measures agrees with autograd, and it leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_batches, make_model
+
+from sgm_finetune.errors import UserError
+from sgm_finetune.measure.probe import probe
+from sgm_finetune.method.subspace import test_matrix
+from sgm_finetune.models import linear_layers
+
+
+def true_gradients(model, batches):
+    """Whole weight gradients, summed over the batches, by autograd in float64."""
+    model = model.double()
+    model.zero_grad()
+    for batch in batches:
+        model(**batch).loss.backward()
+    return {name: layer.weight.grad.clone() for name, layer in linear_layers(model).items()}
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "causal-lm"])
+def test_sketches_agree_with_the_gradients_that_autograd_forms(task):
+    """S = ΩᵀG and (GΩ')ᵀ for both halves, G from autograd in float64."""
+    model, batches = make_model(task), make_batches(task=task)
+    probed = probe(model, batches, sketch_size=6, seed=4)
+    for half in (0, 1):
+        truth = true_gradients(make_model(task), batches[half::2])
+        assert list(truth) == list(probed.halves)
+        for name, gradient in truth.items():
+            sketch, (rows, cols) = probed.halves[name][half], gradient.shape
+            assert sketch.seed == 8 + half
+            expected = test_matrix(rows, 6, sketch.seed).double().T @ gradient
+            torch.testing.assert_close(sketch.input.double(), expected, rtol=1e-3, atol=1e-5)
+            expected = (gradient @ test_matrix(cols, 6, sketch.seed).double()).T
+            torch.testing.assert_close(sketch.output.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def footprint(model):
+    return {
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
+        "modes": [m.training for m in model.modules()],
+        "required": [p.requires_grad for p in model.parameters()],
+        "gradients": [p.grad is None for p in model.parameters()],
+        "weights": [p.detach().clone() for p in model.parameters()],
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_same(before, after):
+    for key in ("hooks", "modes", "required", "gradients"):
+        assert before[key] == after[key], key
+    assert all(torch.equal(a, b) for a, b in zip(before["weights"], after["weights"], strict=True))
+    assert torch.equal(before["random"], after["random"])
+
+
+@pytest.fixture
+def mixed_model():
+    """A model in a state of its own: parts in training mode, parts frozen, dropout on."""
+    model = make_model(attention_dropout=0.3)
+    model.train()
+    model.model.layers[1].eval()
+    model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
+    return model
+
+
+def test_the_model_is_left_as_it_was_found(mixed_model):
+    before = footprint(mixed_model)
+    probe(mixed_model, make_batches())
+    assert_same(before, footprint(mixed_model))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "loss"])
+def test_the_model_is_left_as_it_was_found_also_after_an_exception(mixed_model, where):
+    before = footprint(mixed_model)
+    batches = make_batches()
+    layer, handle = mixed_model.model.layers[2].mlp.up_proj, None
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    if where == "forward":
+        handle = layer.register_forward_hook(fail)
+    elif where == "backward":
+        handle = layer.register_forward_hook(lambda module, args, output: output.register_hook(fail) and None)
+    else:
+        del batches[2]["labels"]
+    with pytest.raises((RuntimeError, UserError)):
+        probe(mixed_model, batches)
+    if handle is not None:
+        handle.remove()
+    assert_same(before, footprint(mixed_model))
+
+
+def test_no_weight_gradient_is_ever_formed(monkeypatch):
+    """Every parameter is frozen while the batches run, so autograd has nothing to form."""
+    model = make_model()
+    seen = []
+    model.model.layers[0].register_forward_hook(
+        lambda *_: seen.append(any(p.requires_grad for p in model.parameters()))
+    )
+    probe(model, make_batches())
+    assert seen == [False] * 4
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_two_probes_are_equal():
+    model = make_model(attention_dropout=0.3)
+    model.train()
+    first, second = probe(model, make_batches()), probe(model, make_batches())
+    for name in first.halves:
+        for a, b in zip(first.halves[name], second.halves[name], strict=True):
+            assert torch.equal(a.input, b.input)
+            assert torch.equal(a.output, b.output)
+
+
+def test_the_cost_is_said_in_seconds_and_bytes():
+    probed = probe(make_model(), make_batches(), sketch_size=6)
+    sketches = sum(t.numel() * 4 for pair in probed.halves.values() for s in pair for t in (s.input, s.output))
+    assert probed.sketch_bytes > sketches
+    assert probed.activation_bytes > 0
+    assert probed.seconds > 0
+    assert probed.num_tokens == 4 * 4 * 7
+
+
+def test_gpt2_layers_are_measured_in_the_same_orientation():
+    """Conv1D keeps its weight transposed; G is d_out x d_in all the same."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    def build():
+        torch.manual_seed(3)
+        config = GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=2, num_labels=2, pad_token_id=0, n_positions=32)
+        return GPT2ForSequenceClassification(config).eval()
+
+    probed = probe(build(), make_batches(2), sketch_size=5)
+    model = build().double()
+    batch = make_batches(2)[0]
+    model(**batch).loss.backward()
+    layer = model.transformer.h[1].attn.c_attn
+    assert probed.shapes["transformer.h.1.attn.c_attn"] == (96, 32)
+    sketch = probed.halves["transformer.h.1.attn.c_attn"][0]
+    expected = test_matrix(96, 5, 0).double().T @ layer.weight.grad.T
+    torch.testing.assert_close(sketch.input.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_one_batch_is_refused():
+    with pytest.raises(UserError, match="two batches"):
+        probe(make_model(), make_batches(1))
+
+
+def test_a_layer_without_gradient_is_named():
+    class Detached(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    model = make_model()
+    model.model.layers[3].mlp.up_proj = Detached(64, 128, bias=False)
+    with pytest.raises(UserError, match=r"model\.layers\.3\.mlp\.up_proj"):
+        probe(model, make_batches())
+
+
+def test_an_unknown_layer_is_named():
+    with pytest.raises(UserError, match="q_prj"):
+        probe(make_model(), make_batches(), names=["model.layers.0.self_attn.q_prj"])

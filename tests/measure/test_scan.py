@@ -1,0 +1,294 @@
+"""Truths about scanning a model's files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from sgm_finetune.errors import UserError
+from sgm_finetune.measure.scan import (
+    axolotl_format,
+    kind_of,
+    layer_of,
+    load_scan,
+    save_scan,
+    scan,
+    spectrum_format,
+)
+from sgm_finetune.measure.weights import stored_matrices, weight_files
+from sgm_finetune.method.snr import signal_to_noise, singular_values
+
+NUM_LAYERS = 11
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    """The weights of a small LLaMA: eleven layers, so that layer 10 has to come after layer 9."""
+    draw = torch.Generator().manual_seed(0)
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    named = {"model.embed_tokens.weight": matrix(50, 16), "lm_head.weight": matrix(50, 16)}
+    for layer in range(NUM_LAYERS):
+        spike = (layer + 1) * matrix(16, 1) @ matrix(1, 16)
+        named[f"model.layers.{layer}.self_attn.q_proj.weight"] = matrix(16, 16) + spike
+        named[f"model.layers.{layer}.mlp.up_proj.weight"] = matrix(40, 16)
+        named[f"model.layers.{layer}.mlp.up_proj.bias"] = matrix(40)
+        named[f"model.layers.{layer}.input_layernorm.weight"] = matrix(16)
+    return named
+
+
+@pytest.fixture
+def folder(tensors: dict[str, torch.Tensor], tmp_path: Path) -> Path:
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def shard(tensors: dict[str, torch.Tensor], folder: Path, count: int = 3) -> dict[str, str]:
+    """Writes the tensors in turn to `count` shards; returns the weight map."""
+    folder.mkdir(exist_ok=True)
+    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    placed = {name: files[i % count] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({name: tensors[name] for name in placed if placed[name] == file}, folder / file)
+    return placed
+
+
+def test_layer_matrices_are_scanned_in_the_order_of_their_layers(folder: Path):
+    found = scan(folder)
+    assert [m.layer for m in found.matrices] == sorted([*range(NUM_LAYERS), *range(NUM_LAYERS)])
+    assert {m.kind for m in found.matrices} == {"model.layers.*.self_attn.q_proj", "model.layers.*.mlp.up_proj"}
+    assert found.matrices[0].name == "model.layers.0.mlp.up_proj"
+    assert found.matrices[0].shape == (40, 16)
+    assert found.seconds > 0
+
+
+def test_a_scan_holds_the_statistics_of_each_matrix(folder: Path, tensors: dict[str, torch.Tensor]):
+    for estimator in ("mp", "spectrum"):
+        for matrix in scan(folder, estimator=estimator).matrices:
+            weights = tensors[f"{matrix.name}.weight"]
+            expected = signal_to_noise(singular_values(weights), *weights.shape, estimator)
+            got = (matrix.sigma, matrix.edge, matrix.signal_rank, matrix.snr, matrix.snr_db)
+            assert got == (expected.sigma, expected.edge, expected.signal_rank, expected.snr, expected.snr_db)
+
+
+def test_shards_files_and_checkpoints_of_one_model_scan_alike(
+    folder: Path, tensors: dict[str, torch.Tensor], tmp_path: Path
+):
+    plain = scan(folder).matrices
+    assert scan(folder / "model.safetensors").matrices == plain
+    placed = shard(tensors, tmp_path / "no_index")
+    assert scan(tmp_path / "no_index").matrices == plain
+    shard(tensors, tmp_path / "index")
+    (tmp_path / "index" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    assert scan(tmp_path / "index").matrices == plain
+    (tmp_path / "bin").mkdir()
+    torch.save(tensors, tmp_path / "bin" / "pytorch_model.bin")
+    assert scan(tmp_path / "bin").matrices == plain
+    torch.save(tensors, tmp_path / "bin" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert scan(tmp_path / "bin").matrices == plain
+
+
+def test_half_precision_is_scanned_as_what_it_stores(tensors: dict[str, torch.Tensor], tmp_path: Path):
+    rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(rounded, tmp_path / "half.safetensors")
+    save_file({name: tensor.float() for name, tensor in rounded.items()}, tmp_path / "full.safetensors")
+    assert scan(tmp_path / "half.safetensors").matrices == scan(tmp_path / "full.safetensors").matrices
+
+
+def test_named_matrices_only(folder: Path):
+    found = scan(folder, names=["lm_head", "model.layers.3.self_attn.q_proj"])
+    assert [(m.name, m.layer, m.kind) for m in found.matrices] == [
+        ("lm_head", None, "lm_head"),
+        ("model.layers.3.self_attn.q_proj", 3, "model.layers.*.self_attn.q_proj"),
+    ]
+    with pytest.raises(UserError, match=r"did you mean model\.layers\.3\.self_attn\.q_proj"):
+        scan(folder, names=["model.layers.3.self_attn.q_prj"])
+
+
+def test_embeddings_inside_layers_are_not_scanned(tmp_path: Path):
+    save_file(
+        {
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": torch.ones(8, 4),
+            "encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(8, 8),
+        },
+        tmp_path / "model.safetensors",
+    )
+    assert [m.name for m in scan(tmp_path).matrices] == ["encoder.block.0.layer.0.SelfAttention.q"]
+
+
+def test_every_number_of_a_name_leaves_its_kind():
+    assert kind_of("h.10.attn.c_attn") == "h.*.attn.c_attn"
+    assert kind_of("encoder.block.2.layer.1.fc") == "encoder.block.*.layer.*.fc"
+    assert (layer_of("encoder.block.2.layer.1.fc"), layer_of("layer2.fc")) == (2, None)
+
+
+def test_pruned_units_are_neither_noise_nor_signal(tmp_path: Path):
+    noise = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
+    pruned = torch.zeros(60, 40)
+    pruned[3:51, 5:37] = noise
+    save_file({"h.0.whole.weight": noise, "h.0.pruned.weight": pruned}, tmp_path / "model.safetensors")
+    found, whole = scan(tmp_path).matrices
+    assert (found.sigma, found.signal_rank, found.shape) == (whole.sigma, 0, (60, 40))
+
+
+def test_progress_is_told_after_each_matrix(folder: Path):
+    told: list[tuple[int, int, str]] = []
+    found = scan(folder, progress=lambda done, total, name: told.append((done, total, name)))
+    total = len(found.matrices)
+    assert told == [(i + 1, total, matrix.name) for i, matrix in enumerate(found.matrices)]
+
+
+def test_a_saved_scan_is_the_same_scan(folder: Path, tmp_path: Path):
+    for estimator in ("mp", "spectrum"):
+        found = scan(folder, estimator=estimator)
+        path = tmp_path / "deep" / "scan.json"
+        save_scan(found, path)
+        assert load_scan(path) == found
+        assert [p.name for p in path.parent.iterdir()] == ["scan.json"]
+        document = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(word))
+        assert document == found.to_dict()
+        assert set(document) == {"model", "estimator", "matrices"}
+
+
+def test_an_infinite_ratio_is_null_in_json_and_comes_back(tmp_path: Path):
+    save_file(
+        {"h.0.fc.weight": torch.randn(8, 64, generator=torch.Generator().manual_seed(0))}, tmp_path / "m.safetensors"
+    )
+    found = scan(tmp_path, estimator="spectrum")
+    assert math.isinf(found.matrices[0].snr)
+    save_scan(found, tmp_path / "scan.json")
+    assert json.loads((tmp_path / "scan.json").read_text())["matrices"][0]["snr"] is None
+    assert load_scan(tmp_path / "scan.json") == found
+    assert json.loads(spectrum_format(found))["h.0.fc"]["snr"] == math.inf
+
+
+def test_the_published_format_holds_ratio_and_kind_of_every_module(folder: Path):
+    found = scan(folder, estimator="spectrum")
+    document = json.loads(spectrum_format(found))
+    assert document == {m.name: {"snr": m.snr, "type": m.kind} for m in found.matrices}
+
+
+def test_the_axolotl_list_matches_the_top_of_each_kind_and_nothing_else(folder: Path, tensors: dict[str, torch.Tensor]):
+    found = scan(folder)
+    patterns = yaml.safe_load(axolotl_format(found, 0.25))["unfrozen_parameters"]
+    matched = [name for name in tensors if any(re.match(pattern, name) for pattern in patterns)]
+    assert len(matched) == len(patterns) == 2 * math.ceil(0.25 * NUM_LAYERS)
+    queries = {m.name: m.snr for m in found.matrices if "q_proj" in m.name}
+    best = sorted(queries, key=lambda name: -queries[name])[:3]
+    assert {f"{name}.weight" for name in best} == {name for name in matched if "q_proj" in name}
+    assert r"^model\.layers\.10\.self_attn\.q_proj\.weight$" in patterns
+    with pytest.raises(UserError, match=r"1\.5"):
+        axolotl_format(found, 1.5)
+
+
+# What a person can fix: one line that names the thing.
+
+
+def refusal(path: Path, **choices) -> str:
+    with pytest.raises(UserError) as caught:
+        scan(path, **choices)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_missing_model_is_refused(tmp_path: Path):
+    assert "nowhere" in refusal(tmp_path / "nowhere")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    assert "no weights" in refusal(tmp_path)
+
+
+def test_a_model_without_layers_is_refused(tmp_path: Path):
+    save_file({"lm_head.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    assert "nothing to scan" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 200, -1])
+def test_a_truncated_file_is_refused_by_name(folder: Path, kept: int):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    assert "model.safetensors is damaged or cut short" in refusal(folder)
+
+
+def test_a_truncated_checkpoint_is_refused_by_name(tensors: dict[str, torch.Tensor], tmp_path: Path):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(tensors, file)
+    file.write_bytes(file.read_bytes()[:-500])
+    assert "pytorch_model.bin is damaged or cut short" in refusal(tmp_path)
+
+
+def test_every_header_is_checked_before_the_first_matrix_is_read(tensors: dict[str, torch.Tensor], tmp_path: Path):
+    shard(tensors, tmp_path)
+    last = weight_files(tmp_path)[-1]
+    last.write_bytes(last.read_bytes()[:-3])
+    told: list[str] = []
+    assert last.name in refusal(tmp_path, progress=lambda done, total, name: told.append(name))
+    assert told == []
+
+
+def test_a_missing_shard_is_refused_by_name(tensors: dict[str, torch.Tensor], tmp_path: Path):
+    placed = shard(tensors, tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    assert "model-00002-of-00003.safetensors is missing" in refusal(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    assert "model-00002-of-00003.safetensors, which is missing" in refusal(tmp_path)
+
+
+def test_an_index_that_its_shards_contradict_is_refused(tensors: dict[str, torch.Tensor], tmp_path: Path):
+    placed = shard(tensors, tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": placed | {"ghost.weight": "model-00001-of-00003.safetensors"}}))
+    assert "ghost.weight" in refusal(tmp_path)
+    index.write_text("{")
+    assert "index.json is damaged" in refusal(tmp_path)
+
+
+def test_two_models_in_one_folder_are_refused(tensors: dict[str, torch.Tensor], tmp_path: Path):
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file(tensors, tmp_path / "b.safetensors")
+    assert "a.safetensors and in b.safetensors" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_weight_stops_the_scan_and_names_the_matrix(
+    tensors: dict[str, torch.Tensor], tmp_path: Path, value: float
+):
+    tensors["model.layers.7.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "model.layers.7.mlp.up_proj.weight" in refusal(tmp_path)
+    assert len(scan(tmp_path, names=["lm_head"]).matrices) == 1
+
+
+def test_a_quantised_matrix_is_refused_before_anything_is_read(tensors: dict[str, torch.Tensor], tmp_path: Path):
+    tensors["model.layers.10.self_attn.q_proj.weight"] = torch.ones(16, 16, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    told: list[str] = []
+    message = refusal(tmp_path, progress=lambda done, total, name: told.append(name))
+    assert "model.layers.10.self_attn.q_proj.weight" in message
+    assert "unquantised" in message
+    assert told == []
+
+
+def test_a_file_that_is_no_scan_is_refused(tmp_path: Path):
+    for text in ("", "[]", '{"model": "m", "estimator": "mp"}', '{"model": "m", "estimator": "x", "matrices": []}'):
+        (tmp_path / "scan.json").write_text(text)
+        with pytest.raises(UserError, match="is no scan"):
+            load_scan(tmp_path / "scan.json")
+    with pytest.raises(UserError, match="Cannot read"):
+        load_scan(tmp_path / "none.json")
+
+
+def test_only_two_dimensional_tensors_are_matrices(folder: Path, tensors: dict[str, torch.Tensor]):
+    assert {m.name for m in stored_matrices(folder)} == {name for name, t in tensors.items() if t.ndim == 2}

@@ -1,0 +1,115 @@
+"""The plan follows from the numbers: sides, groups, selection, counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sgm_finetune.method.plan import MatrixNumbers, PlanSettings, adapter_parameters, build_plan
+from sgm_finetune.method.subspace import Sketch, test_matrix
+
+RANK = 3
+
+
+def layer(index: int, shared: str, snr_db: float = 10.0, kind: str = "blocks.*.proj") -> MatrixNumbers:
+    """A layer whose gradients share their input directions, their output directions, or neither, with its siblings."""
+    generator = torch.Generator().manual_seed(100 + index)
+    common = torch.Generator().manual_seed(0)
+    rows, cols = 24, 32
+
+    def directions(dim: int, source: torch.Generator) -> torch.Tensor:
+        return torch.linalg.qr(torch.randn(dim, RANK, generator=source)).Q
+
+    left = directions(rows, common if shared == "output" else generator)
+    right = directions(cols, common if shared == "input" else generator)
+    halves = []
+    for seed in (0, 1):
+        gradient = left @ torch.randn(RANK, RANK, generator=generator) @ right.T
+        gradient = gradient + 0.01 * torch.randn(rows, cols, generator=generator)
+        omega_out, omega_in = test_matrix(rows, 10, seed), test_matrix(cols, 10, seed)
+        halves.append(Sketch(omega_out.T @ gradient, (gradient @ omega_in).T, seed))
+    name = kind.replace("*", str(index))
+    return MatrixNumbers(name, kind, index, (rows, cols), 10 ** (snr_db / 10), snr_db, 3, (halves[0], halves[1]))
+
+
+SETTINGS = PlanSettings(rank=RANK, alpha=6, threshold=0.9)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_the_probe_finds_the_side_that_layers_share(side):
+    plan = build_plan("m", [layer(i, side) for i in range(4)], SETTINGS)
+    assert [(group.side, len(group.members)) for group in plan.groups] == [(side, 4)]
+    assert plan.starts[plan.groups[0].name].shape == ((32 if side == "input" else 24), RANK)
+    assert min(m.kept_shared for m in plan.matrices) > 0.9
+
+
+def test_layers_that_share_nothing_stay_alone():
+    plan = build_plan("m", [layer(i, "nothing") for i in range(4)], SETTINGS)
+    assert plan.groups == ()
+    assert all(matrix.group is None for matrix in plan.matrices)
+
+
+def test_whole_gradients_that_share_one_side_only_have_cosine_near_zero():
+    """What docs/method.md section 2 says of real models holds for made ones: the cosine criterion finds nothing."""
+    matrices = [layer(i, "input") for i in range(6)]
+    plan = build_plan("m", matrices, replace(SETTINGS, criterion="cosine"))
+    assert plan.groups == ()
+    assert abs(plan.kinds[0].cosine_mean) < 0.3
+    assert plan.kinds[0].retention_input > 0.95
+
+
+def test_the_cosine_criterion_merges_layers_with_one_gradient():
+    same = [replace(layer(0, "input"), name=f"blocks.{i}.proj", layer=i) for i in range(3)]
+    plan = build_plan("m", same, replace(SETTINGS, criterion="cosine"))
+    assert [len(group.members) for group in plan.groups] == [3]
+    assert plan.groups[0].similarity > 0.9
+
+
+def test_the_snr_criterion_looks_at_snr_alone():
+    levels = [0.0, 1.0, 2.0, 20.0, 21.0]
+    plan = build_plan("m", [layer(i, "nothing", s) for i, s in enumerate(levels)], replace(SETTINGS, criterion="snr"))
+    assert [group.members for group in plan.groups] == [
+        ("blocks.0.proj", "blocks.1.proj", "blocks.2.proj"),
+        ("blocks.3.proj", "blocks.4.proj"),
+    ]
+    assert plan.groups[0].snr_spread_db == pytest.approx(2.0)
+
+
+def test_a_side_that_was_asked_for_is_taken():
+    plan = build_plan("m", [layer(i, "input") for i in range(4)], replace(SETTINGS, side="output", threshold=0.0))
+    assert {group.side for group in plan.groups} == {"output"}
+
+
+def test_side_none_and_a_missing_probe_give_plain_lora():
+    matrices = [layer(i, "input") for i in range(4)]
+    for plan in (
+        build_plan("m", matrices, replace(SETTINGS, side="none")),
+        build_plan("m", [replace(m, halves=None) for m in matrices], SETTINGS),
+    ):
+        assert plan.groups == ()
+        assert adapter_parameters(plan) == (4 * RANK * 56, 4 * RANK * 56)
+
+
+def test_sharing_saves_the_shared_side_of_all_members_but_one():
+    plan = build_plan("m", [layer(i, "input") for i in range(4)], SETTINGS)
+    assert adapter_parameters(plan) == (4 * RANK * 56 - 3 * RANK * 32, 4 * RANK * 56)
+
+
+def test_groups_hold_selected_layers_only():
+    matrices = [layer(i, "input", snr_db=float(i)) for i in range(4)]
+    plan = build_plan("m", matrices, replace(SETTINGS, top_fraction=0.5))
+    assert [m.name for m in plan.selected] == ["blocks.2.proj", "blocks.3.proj"]
+    assert plan.groups[0].members == ("blocks.2.proj", "blocks.3.proj")
+    threshold = build_plan("m", matrices, replace(SETTINGS, snr_threshold=10**0.25))
+    assert [m.name for m in threshold.selected] == ["blocks.3.proj"]
+
+
+def test_one_kind_with_two_shapes_is_never_mixed():
+    narrow = layer(4, "input")
+    halves = tuple(Sketch(h.input, h.output[:, :12], h.seed) for h in narrow.halves)
+    plan = build_plan(
+        "m", [*(layer(i, "input") for i in range(2)), replace(narrow, shape=(12, 32), halves=halves)], SETTINGS
+    )
+    assert [len(group.members) for group in plan.groups] == [2]

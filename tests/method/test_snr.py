@@ -1,0 +1,250 @@
+"""Truths about signal and noise in spectra (docs/method.md section 1)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.integrate import quad
+
+from sgm_finetune.method.snr import (
+    NO_SIGNAL_DB,
+    ROUNDING,
+    SpectrumStatistics,
+    bulk_median,
+    estimate_noise,
+    noise_edge,
+    noise_margin,
+    signal_to_noise,
+    singular_values,
+)
+
+SIGMA_ERROR_QUARTER = 0.01  # relative, at 25 % signal rank
+SIGMA_ERROR_HALF = 0.03  # relative, at 50 % signal rank
+INVARIANCE = 1e-6  # relative
+FALSE_SHARE = 1e-3  # of the singular values of pure noise
+
+SHAPES = [(64, 1280), (192, 576), (576, 576), (1024, 256)]
+
+
+def gaussian(rows: int, cols: int, seed: int, sigma: float = 1.0) -> torch.Tensor:
+    return sigma * torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def planted(rows: int, cols: int, rank: int, seed: int, sigma: float = 1.0, least: float = 1.5) -> torch.Tensor:
+    """Noise plus `rank` orthogonal spikes of `least` to ten times the noise edge."""
+    left = torch.linalg.qr(gaussian(rows, rank, seed + 1)).Q
+    right = torch.linalg.qr(gaussian(cols, rank, seed + 2)).Q
+    strength = noise_edge(sigma, rows, cols) * torch.linspace(least, 10, rank, dtype=torch.float64)
+    return gaussian(rows, cols, seed, sigma) + (left * strength) @ right.T
+
+
+def statistics(weights: torch.Tensor, estimator="mp") -> SpectrumStatistics:
+    return signal_to_noise(singular_values(weights), *weights.shape, estimator)
+
+
+@pytest.mark.parametrize("aspect", [1.0, 0.9, 0.5, 0.25, 1 / 20, 1 / 1024, 1e-4])
+def test_half_of_the_law_lies_below_its_median(aspect: float):
+    """∫ density from (1 − √β)² to the squared median = ½, the density being that of Marchenko and Pastur."""
+    low, high = (1 - math.sqrt(aspect)) ** 2, (1 + math.sqrt(aspect)) ** 2
+
+    def density(y: float) -> float:  # of the singular value y; its square has the law
+        t = y * y
+        return 2 * y * math.sqrt(max((high - t) * (t - low), 0)) / (2 * math.pi * aspect * t) if t else 0.0
+
+    below, _ = quad(density, math.sqrt(low), bulk_median(aspect), limit=400)
+    assert below == pytest.approx(0.5, abs=1e-7)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(4))
+def test_pure_noise_has_no_signal(shape: tuple[int, int], seed: int):
+    found = statistics(gaussian(*shape, seed, sigma=0.02))
+    assert found.signal_rank == 0
+    assert found.snr == 0
+    assert found.snr_db == NO_SIGNAL_DB
+    assert found.sigma == pytest.approx(0.02, rel=SIGMA_ERROR_HALF)
+
+
+def test_pure_noise_of_a_thousand_by_a_thousand_has_no_signal():
+    assert statistics(gaussian(1024, 1024, seed=0)).signal_rank == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "num_seeds"), [(8, 8, 4000), (8, 64, 4000), (16, 16, 4000), (32, 64, 1000), (64, 64, 600)]
+)
+def test_small_noise_counts_at_most_one_value_in_a_thousand(rows: int, cols: int, num_seeds: int):
+    noise = torch.randn(num_seeds, rows, cols, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    counts = [estimate_noise(s, rows, cols)[1] for s in torch.linalg.svdvals(noise)]
+    assert sum(counts) <= FALSE_SHARE * num_seeds * min(rows, cols)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 8192), (2048, 2048), (512, 4096), (128, 8192)])
+def test_large_noise_has_no_signal(shape: tuple[int, int]):
+    assert statistics(gaussian(*shape, seed=3)).signal_rank == 0
+
+
+@pytest.mark.parametrize(("fraction", "error"), [(0.25, SIGMA_ERROR_QUARTER), (0.5, SIGMA_ERROR_HALF)])
+@pytest.mark.parametrize("shape", [(576, 576), (1024, 384), (384, 1024)])
+def test_planted_spikes_are_counted_and_do_not_move_sigma(shape: tuple[int, int], fraction: float, error: float):
+    rank = int(fraction * min(shape))
+    found = statistics(planted(*shape, rank, seed=11, sigma=0.05))
+    assert abs(found.signal_rank - rank) <= 1
+    assert found.sigma == pytest.approx(0.05, rel=error)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(48, 200), cols=st.integers(48, 200), share=st.floats(0, 0.5), seed=st.integers(0, 10**6))
+def test_planted_spikes_are_counted_at_any_shape(rows: int, cols: int, share: float, seed: int):
+    rank = int(share * min(rows, cols))
+    assert abs(statistics(planted(rows, cols, rank, seed, least=2.0)).signal_rank - rank) <= 1
+
+
+def test_spikes_below_the_detectable_limit_are_noise():
+    """A spike of strength below (MN)^¼·σ leaves no trace in the spectrum (Benaych-Georges & Nadakuditi)."""
+    rows, cols = 400, 300
+    u, v = torch.linalg.qr(gaussian(rows, 1, 1)).Q, torch.linalg.qr(gaussian(cols, 1, 2)).Q
+    assert statistics(gaussian(rows, cols, 0) + 0.5 * (rows * cols) ** 0.25 * u @ v.T).signal_rank == 0
+
+
+def test_shuffling_the_entries_leaves_no_signal():
+    weights = planted(256, 192, 40, seed=5)
+    order = torch.randperm(weights.numel(), generator=torch.Generator().manual_seed(0))
+    assert statistics(weights).signal_rank == 40
+    assert statistics(weights.flatten()[order].view_as(weights)).signal_rank == 0
+
+
+def test_statistics_agree_with_a_naive_oracle():
+    """The definition, written out: plain loops over numpy's singular values, the median found by bisection on a sum."""
+    rows, cols = 90, 60
+    weights = planted(rows, cols, 12, seed=21, sigma=0.3)
+    s = sorted(map(float, torch.linalg.svdvals(weights)), reverse=True)
+
+    def naive_median(beta: float) -> float:
+        low, high = (1 - beta**0.5) ** 2, (1 + beta**0.5) ** 2
+        grid = torch.linspace(low, high, 2_000_001, dtype=torch.float64)[1:-1]
+        mass = (((high - grid) * (grid - low)).sqrt() / (2 * math.pi * beta * grid)).cumsum(0)
+        return float(grid[int((mass < mass[-1] / 2).sum())]) ** 0.5
+
+    k = 0
+    while True:
+        rest = s[k:]
+        middle = (rest[(len(rest) - 1) // 2] + rest[len(rest) // 2]) / 2
+        m, n = rows - k, cols - k
+        sigma = middle / (m**0.5 * naive_median(n / m))
+        u = m**-0.5 + n**-0.5
+        edge = sigma * (m**0.5 + n**0.5 + 0.5 * 3.27 * u ** (1 / 3) + 2 * u)
+        count = sum(value > edge for value in s)
+        if count <= k:
+            break
+        k = count
+    found = statistics(weights)
+    assert found.signal_rank == k
+    assert found.sigma == pytest.approx(sigma, rel=1e-5)
+    assert found.edge == pytest.approx(edge, rel=1e-5)
+    assert found.snr == pytest.approx(sum(v * v for v in s[:k]) / sum(v * v for v in s[k:]), rel=1e-9)
+    assert found.snr_db == pytest.approx(10 * math.log10(found.snr))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 60),
+    cols=st.integers(1, 60),
+    rank=st.integers(0, 60),
+    exponent=st.floats(-300, 150),
+    negative=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_scale_and_transpose_change_nothing(rows, cols, rank, exponent, negative, seed):
+    """snr(cW) = snr(W) = snr(Wᵀ), and σ and the edge scale with |c|."""
+    rank = min(rank, rows, cols)
+    weights = planted(rows, cols, rank, seed) if rank else gaussian(rows, cols, seed)
+    c = 10.0**exponent
+    plain, other = statistics(weights), statistics((-c if negative else c) * weights.T)
+    assert other.signal_rank == plain.signal_rank
+    assert other.snr == pytest.approx(plain.snr, rel=INVARIANCE)
+    assert other.sigma == pytest.approx(c * plain.sigma, rel=INVARIANCE)
+    assert other.edge == pytest.approx(c * plain.edge, rel=INVARIANCE)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0, 1e30), min_size=1, max_size=40), st.integers(0, 60))
+def test_every_spectrum_has_a_finite_answer_that_its_edge_explains(values: list[float], extra: int):
+    rows, cols = len(values) + extra, len(values)
+    found = signal_to_noise(values, rows, cols)
+    assert all(map(math.isfinite, (found.sigma, found.edge, found.snr, found.snr_db)))
+    assert 0 <= found.snr <= 4 / ROUNDING**2
+    assert found.snr_db >= NO_SIGNAL_DB
+    assert found.signal_rank == sum(value > found.edge for value in values) or found.edge < 1e-300
+    assert estimate_noise(values, rows, cols) == (found.sigma, found.signal_rank)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (1, 7), (300, 20)])
+def test_a_matrix_of_zeros_has_neither_noise_nor_signal(shape: tuple[int, int]):
+    assert statistics(torch.zeros(shape)) == SpectrumStatistics(0.0, 0.0, 0, 0.0, NO_SIGNAL_DB)
+
+
+@pytest.mark.parametrize("value", [1.0, -3e-3, 1e30, 1e-42])
+@pytest.mark.parametrize("shape", [(2, 2), (16, 16), (700, 300)])
+def test_a_constant_matrix_is_one_signal_without_noise(shape: tuple[int, int], value: float):
+    found = statistics(torch.full(shape, value))
+    assert found.signal_rank == 1
+    assert 100 < found.snr_db <= 10 * math.log10(4 / ROUNDING**2)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 40, 90, 119])
+def test_a_float32_product_of_low_rank_is_all_signal(rank: int):
+    weights = gaussian(150, rank, 1).float() @ gaussian(rank, 120, 2).float()
+    found = statistics(weights)
+    assert found.signal_rank == rank
+    assert 100 < found.snr_db < 150
+    assert found.sigma > 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1)])
+def test_a_vector_has_no_signal_to_tell(shape: tuple[int, int]):
+    found = statistics(gaussian(*shape, 0))
+    assert (found.signal_rank, found.snr) == (0, 0.0)
+    assert math.isfinite(found.sigma)
+
+
+def test_equal_singular_values_are_no_signal():
+    assert statistics(torch.eye(64)).signal_rank == 0
+
+
+def test_a_spectrum_that_never_levels_off_keeps_an_eighth_as_noise():
+    found = signal_to_noise([0.8**i for i in range(64)], 256, 64)
+    assert found.signal_rank == 56
+
+
+def test_the_margin_shrinks_against_the_edge_as_matrices_grow():
+    shares = [noise_margin(1.0, size, 2 * size) / noise_edge(1.0, size, 2 * size) for size in (8, 64, 512, 8192)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < 0.003
+
+
+def test_the_published_formula_is_reproduced():
+    """σ = IQR/1.349, edge σ(1 + √β), Σ above / Σ below / s₁, as in the published script, term by term."""
+    weights = planted(96, 48, 6, seed=2).float()
+    s = torch.linalg.svdvals(weights)
+    sigma = (torch.quantile(s, 0.75) - torch.quantile(s, 0.25)) / 1.349
+    edge = sigma * math.sqrt((1 + math.sqrt(48 / 96)) ** 2)
+    snr = s[s > edge].sum() / s[s <= edge].sum() / s[0]
+    found = statistics(weights, "spectrum")
+    assert found.signal_rank == int((s > edge).sum())
+    assert (found.sigma, found.edge, found.snr) == pytest.approx((sigma.item(), edge.item(), snr.item()), rel=1e-5)
+
+
+def test_the_published_formula_takes_most_noise_for_signal():
+    assert statistics(gaussian(256, 1024, 0), "spectrum").signal_rank == 256
+    assert math.isinf(statistics(gaussian(256, 1024, 0), "spectrum").snr)
+    assert statistics(gaussian(256, 256, 0), "spectrum").signal_rank > 50
+
+
+def test_the_published_formula_depends_on_the_unit_of_the_weights():
+    weights = planted(64, 64, 4, seed=0)
+    assert statistics(10 * weights, "spectrum").snr == pytest.approx(statistics(weights, "spectrum").snr / 10)
