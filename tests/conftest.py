@@ -7,11 +7,12 @@ import os
 import random
 from pathlib import Path
 
-import pytest
-import torch
-
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: as the command line does
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
 
 GOOD = ["good", "great", "fine", "lovely", "superb", "bright"]
 BAD = ["bad", "awful", "poor", "dull", "broken", "weak"]

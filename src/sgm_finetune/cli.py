@@ -14,9 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import click
 import typer
-import yaml
 
 from sgm_finetune.config import Config, load_config
 from sgm_finetune.errors import UserError
@@ -70,7 +68,7 @@ def evaluate(overrides: Overrides = None, config: ConfigPath = Path("config.yaml
     settings = load_config(config, overrides or [])
     from sgm_finetune import pipeline
 
-    metrics = pipeline.evaluate(settings, _changes(overrides or []), _console(as_json))
+    metrics = pipeline.evaluate(settings, overrides or [], _console(as_json))
     if as_json:
         print(json.dumps(metrics))
 
@@ -130,28 +128,18 @@ def scan(
     )
 
 
-def _changes(overrides: list[str]) -> dict[str, Any]:
-    """The overrides as nested values (they were checked by load_config)."""
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        key, _, text = override.partition("=")
-        section, _, leaf = key.strip().partition(".")
-        value = yaml.safe_load(text) if text.strip() else None
-        if leaf:
-            changes.setdefault(section, {})[leaf] = value
-        else:
-            changes[section] = value
-    return changes
-
-
 def _console(to_stderr: bool) -> Any:
     from rich.console import Console
 
     return Console(stderr=to_stderr)
 
 
-def _quiet_libraries() -> None:
-    """Other libraries' chatter is not the run's output: their bars and advice are off unless SGM_DEBUG is set."""
+def _settle_libraries() -> None:
+    """Before torch is loaded: threads that wait do not spin, and other libraries keep quiet unless SGM_DEBUG is set.
+
+    Spinning OpenMP threads on a shared machine cost more than the work (docs/LOG.md, 2026-11-23).
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.environ.get("SGM_DEBUG"):
         return
@@ -165,14 +153,14 @@ def _quiet_libraries() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs `sgm` with `arguments` (None: the process's own) and exits with its status."""
-    _quiet_libraries()
+    _settle_libraries()
     try:
         app(args=arguments, standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
-    except click.ClickException as error:
+    except typer.TyperException as error:
         _fail(f"{error.format_message()} (sgm --help lists what there is)", 2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _fail("Interrupted", 130)
     except BrokenPipeError:
         os._exit(1)

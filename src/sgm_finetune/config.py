@@ -22,8 +22,10 @@ Criterion = Literal["subspace", "cosine", "snr"]
 Side = Literal["input", "output"]
 
 
-def _number_from_text(value: Any) -> Any:
-    """A number for text that is one: YAML 1.1 reads `2e-5` as text, and people mean the number."""
+def _number(value: Any) -> Any:
+    """A number for text that is one: YAML 1.1 reads `2e-5` as text, and people mean the number. `true` is none."""
+    if isinstance(value, bool):
+        raise ValueError("true/false is not a number")
     if isinstance(value, str):
         try:
             return float(value)
@@ -32,17 +34,8 @@ def _number_from_text(value: Any) -> Any:
     return value
 
 
-Real = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
-
-
-def _whole_number(value: Any) -> Any:
-    """`2e3` and `200.0` are whole numbers too; `true` is not one."""
-    if isinstance(value, bool):
-        raise ValueError("true/false is not a number")
-    return _number_from_text(value)
-
-
-Whole = Annotated[int, BeforeValidator(_whole_number)]
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_number)]  # `2e3` and `200.0` are whole numbers too
 
 
 class _Section(BaseModel):
@@ -230,6 +223,12 @@ def load_config(path: Path | str | None, overrides: typing.Sequence[str] = ()) -
     where = str(path) if path is not None else "defaults"
     values = _read_yaml(Path(path)) if path is not None else {}
     origin = dict.fromkeys(_leaf_keys(values), where)
+    return parse_config(values, where, origin | set_overrides(values, overrides))
+
+
+def set_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, str]:
+    """Writes `section.key=value` overrides into nested plain `values`; returns each key's origin, for messages."""
+    origin = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
@@ -240,7 +239,7 @@ def load_config(path: Path | str | None, overrides: typing.Sequence[str] = ()) -
             value = text
         _set_key(values, key.strip(), value, override)
         origin[key.strip()] = f"`{override}`"
-    return parse_config(values, where, origin)
+    return origin
 
 
 def parse_config(
@@ -248,8 +247,8 @@ def parse_config(
 ) -> Config:
     """The configuration in nested plain `values`; errors name `where` they stood, or a key's own `origin`."""
     _reject_unknown_keys(values, Config, (), where, origin)
-    try:
-        return Config.model_validate(values)
+    try:  # a section with nothing under it is None, and means its defaults
+        return Config.model_validate({key: value for key, value in values.items() if value is not None})
     except ValidationError as error:
         raise UserError(_one_line(error, where, origin)) from None
 
@@ -312,8 +311,9 @@ def _reject_unknown_keys(values, model, path, where, origin) -> None:
     for key, value in values.items():
         dotted = ".".join((*path, str(key)))
         if key not in model.model_fields:
-            source = origin.get(dotted) or next((o for k, o in origin.items() if k.startswith(f"{dotted}.")), where)
-            raise UserError(f"{source}: unknown key `{dotted}`{_suggestion(str(key), model, dotted)}")
+            raise UserError(
+                f"{_origin(dotted, where, origin)}: unknown key `{dotted}`{_suggestion(str(key), model, dotted)}"
+            )
         section = _sections(model).get(key)
         if section is not None:
             if value is None:
@@ -322,6 +322,11 @@ def _reject_unknown_keys(values, model, path, where, origin) -> None:
                 keys = ", ".join(section.model_fields)
                 raise UserError(f"{where}: `{dotted}` is {_describe(value)}; it takes the keys {keys}")
             _reject_unknown_keys(value, section, (*path, key), where, origin)
+
+
+def _origin(dotted: str, where: str, origin: typing.Mapping[str, str]) -> str:
+    """Where the key, or one below it, was written."""
+    return origin.get(dotted) or next((o for key, o in origin.items() if key.startswith(f"{dotted}.")), where)
 
 
 def _suggestion(key: str, model: type[BaseModel], dotted: str) -> str:
@@ -344,7 +349,7 @@ def _one_line(error: ValidationError, where: str, origin: typing.Mapping[str, st
     if first["type"] == "value_error" and len(location) <= 1:  # a rule across keys names them itself
         return f"{where}: {message}"
     known = next((key for key in known_keys() if dotted == key or dotted.startswith(f"{key}.")), dotted)
-    return f"{origin.get(known, where)}: `{known}` is {_describe(first['input'])}; {message}"
+    return f"{_origin(known, where, origin)}: `{known}` is {_describe(first['input'])}; {message}"
 
 
 def _describe(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sgm_finetune.adapters.apply import ADAPTER, tie
+from sgm_finetune.adapters.apply import ADAPTER, check_plan, tie
 from sgm_finetune.adapters.plan_file import parse_plan, plan_document
 from sgm_finetune.config import Config, parse_config
 from sgm_finetune.errors import UserError
@@ -101,8 +102,11 @@ def load_pth(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"No {path}; train first with `sgm finetune`, or name the folder with output.dir=...") from None
-    except Exception as error:  # torch raises many types here, all meaning: not such a file
-        raise UserError(f"{path} is no file of tensors and plain data: {_brief(error)}") from None
+    except Exception:  # torch raises many types here, all meaning: not such a file
+        raise UserError(
+            f"{path} is cut short, or holds more than tensors and plain data (it could be code, so it was not read); "
+            "take a file that `sgm finetune` wrote"
+        ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} was not written by `sgm finetune` (format {FORMAT})")
     return content
@@ -117,6 +121,11 @@ def attach_adapter(base: PreTrainedModel, content: dict[str, Any], where: Path) 
     ready_for_backward(base)
     settings = {k: v for k, v in content["peft_config"].items() if k in LoraConfig.__dataclass_fields__}
     plan = parse_plan(content["plan"], str(where))
+    try:
+        check_plan(base, replace(plan, groups=()))  # the groups' starts stayed behind, the trained factors are here
+    except UserError as error:
+        reason = str(error).partition(";")[0]
+        raise UserError(f"{where} does not fit the base model; take the one it was trained on. {reason}") from None
     model = get_peft_model(base, LoraConfig(**settings))
     tie(model, plan)  # type: ignore[arg-type]
     try:

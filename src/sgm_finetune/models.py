@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -156,9 +157,9 @@ def device_for(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if has_gpu() else torch.device("cpu")
 
 
-def check_model(config: ModelConfig, folder: Path) -> None:
+def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
     """What can be known before the weights are loaded: a readable config, an architecture that fits the task,
-    bitsandbytes where quantisation is asked for. Raises UserError."""
+    positions for `max_length` tokens, bitsandbytes where quantisation is asked for. Raises UserError."""
     try:
         described = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, json.JSONDecodeError) as error:
@@ -169,6 +170,12 @@ def check_model(config: ModelConfig, folder: Path) -> None:
             f"model.task={config.task} does not fit model.name={config.name}, a {described.model_type}; "
             f"choose another task or model"
         )
+    positions = _num_positions(described)
+    if positions is not None and max_length > positions:
+        raise UserError(
+            f"data.max_length={max_length} is more than the {positions} positions of model.name={config.name}; "
+            f"take data.max_length={positions} or less"
+        )
     if config.quantization != "none":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(
@@ -178,6 +185,15 @@ def check_model(config: ModelConfig, folder: Path) -> None:
         existing = getattr(described, "quantization_config", None)
         if existing is not None:
             raise UserError(f"{config.name} is quantised already; take model.quantization=none")
+
+
+def _num_positions(described: PreTrainedConfig) -> int | None:
+    """The longest sequence that the model was made for, where its config says so."""
+    text = described.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and any(family in text.model_type for family in ("roberta", "camembert")):
+        positions -= text.pad_token_id + 1  # these count positions from behind the padding token's
+    return positions
 
 
 _AUTO: dict[str, Any] = {
@@ -191,7 +207,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} has no usable tokenizer: {_first_line(error)}") from None
+        raise UserError(
+            f"{folder} has no usable tokenizer; put tokenizer.json and tokenizer_config.json there "
+            f"({_first_line(error).rstrip(':')})"
+        ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"
@@ -249,7 +268,7 @@ def ready_for_backward(model: nn.Module) -> None:
 
     On CPUs with AVX512-BF16 an evaluation repacks a `Linear4bit` for inference, after which every backward pass gives
     wrong gradients (docs/method.md section 5). Packing is switched off, and what was packed is unpacked (by
-    `state_dict`, the public way).
+    `state_dict`, the public way; bitsandbytes 0.50.2 leaves the blocks' scales transposed then, which is put right).
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         return
@@ -260,6 +279,9 @@ def ready_for_backward(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 module.state_dict()
+                state = module.weight.quant_state
+                if state.absmax.dim() == 2:  # (blocks of a row x rows) in bfloat16; one row after another in float32
+                    state.absmax = state.absmax.T.reshape(-1).float()
 
 
 def linear_layers(model: nn.Module, names: Collection[str] | None = None) -> dict[str, nn.Module]:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sgm_finetune.adapters.apply import apply_plan, check_plan
 from sgm_finetune.adapters.plan_file import load_plan, save_plan
-from sgm_finetune.config import Config, load_config, parse_config
+from sgm_finetune.config import Config, load_config, parse_config, set_overrides
 from sgm_finetune.data import DataSplits, Encoded, collator, encode, load_splits
 from sgm_finetune.errors import UserError
 from sgm_finetune.evaluation import evaluate_model
@@ -228,19 +228,16 @@ def make_plan_for(config: Config, console: Console) -> Plan:
     return plan
 
 
-def evaluate(config: Config, overrides: dict[str, Any], console: Console) -> dict[str, Any]:
+def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict[str, Any]:
     """The test metrics of output.dir/sgm_finetuned.pth, from that file and the base model alone.
 
-    The configuration that was trained with is in the file; `overrides` (section -> key -> value) change it.
+    The configuration that was trained with is in the file; `overrides` (key=value) change it.
     """
     voice, clock = Voice(console), Clock()
     path = Path(config.output.dir) / PTH
     content = load_pth(path)
-    trained = pth_config(content)
-    values = trained.model_dump(mode="json")
-    for section, changes in overrides.items():
-        values[section] = {**values[section], **changes} if isinstance(changes, dict) else changes
-    config = parse_config(values, str(path))
+    values = pth_config(content).model_dump(mode="json")
+    config = parse_config(values, str(path), set_overrides(values, overrides))
     materials = prepare(config, voice)
     labels = tuple(content["labels"])
     if materials.splits.labels != labels:
@@ -257,7 +254,7 @@ def prepare(config: Config, voice: Voice) -> Materials:
     """Everything that can be checked without the model's weights: files, columns, labels, lengths, the tokenizer."""
     with _state().main_process_first():  # one process converts or downloads, the others find it done
         folder = local_folder(config.model.name, config.model.revision, lambda line: voice.say("model", line))
-    check_model(config.model, folder)
+    check_model(config.model, folder, config.data.max_length)
     tokenizer = load_tokenizer(folder)
     splits = load_splits(config.data, config.model.task)
     encoded = {
@@ -504,7 +501,8 @@ def _claim_output(config: Config, output: Path) -> Path | None:
         _same_run(config, output)
         return checkpoint
     if present and not config.output.overwrite:
-        unfinished = "; continue it with training.resume=true" if PTH not in present else ""
+        can_resume = PTH not in present and last_whole_checkpoint(output / "checkpoints") is not None
+        unfinished = "; continue it with training.resume=true" if can_resume else ""
         raise UserError(
             f"{output} holds an earlier run ({', '.join(present[:3])}){unfinished}; name another output.dir, or "
             "replace it with output.overwrite=true"

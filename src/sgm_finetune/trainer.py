@@ -41,11 +41,15 @@ _WINDOW = 16  # batches within which examples are sorted by length
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Every example once an epoch; those of one batch are of similar length.
+    """Every example once an epoch, in batches of similar length; the last batch is filled up from the beginning.
 
     The order is a seeded permutation; within windows of 16 batches examples are sorted by length, cut into batches,
-    and the batches shuffled. It depends on the *global* batch size only, so any number of processes that share each
-    batch see the same batches.
+    and the batches shuffled. It depends on the *global* batch size only, and every batch is full, so any number of
+    processes that share each batch see the same batches.
+
+    >>> sampler = LengthGroupedSampler([5, 5, 9, 9, 5], batch_size=2, seed=0)
+    >>> len(sampler), sorted(set(sampler))
+    (6, [0, 1, 2, 3, 4])
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
@@ -55,20 +59,18 @@ class LengthGroupedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return -(-len(self.lengths) // self.batch_size) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        order = [order[i % len(order)] for i in range(len(self))]
         size = self.batch_size
         for first in range(0, len(order), _WINDOW * size):
             window = sorted(order[first : first + _WINDOW * size], key=lambda i: -self.lengths[i])
             batches = [window[at : at + size] for at in range(0, len(window), size)]
-            last = [batches.pop()] if len(batches[-1]) < size else []  # a short batch stays the last one
             for index in torch.randperm(len(batches), generator=generator).tolist():
                 yield from batches[index]
-            for batch in last:
-                yield from batch
 
 
 class SGMTrainer(Trainer):
@@ -320,7 +322,8 @@ class TrainingBar(TrainerCallback):
         self.progress.update(self.task, **self.columns)
         if "eval_loss" in logs and not self.console.is_terminal:
             shown = " · ".join(text for text in self.columns.values() if text)
-            self.console.print(f"  step {state.global_step}/{state.max_steps} · {shown}", highlight=False)
+            line = f"  step {state.global_step}/{state.max_steps} · {shown}"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args, state: TrainerState, control, **kwargs: Any) -> None:
         if self.progress is not None:

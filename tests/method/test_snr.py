@@ -60,7 +60,7 @@ def test_half_of_the_law_lies_below_its_median(aspect: float):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_pure_noise_has_no_signal(shape: tuple[int, int], seed: int):
     found = statistics(gaussian(*shape, seed, sigma=0.02))
     assert found.signal_rank == 0
@@ -74,7 +74,7 @@ def test_pure_noise_of_a_thousand_by_a_thousand_has_no_signal():
 
 
 @pytest.mark.parametrize(
-    ("rows", "cols", "num_seeds"), [(8, 8, 4000), (8, 64, 4000), (16, 16, 4000), (32, 64, 1000), (64, 64, 600)]
+    ("rows", "cols", "num_seeds"), [(8, 8, 4000), (8, 64, 2000), (16, 16, 2000), (32, 64, 500), (64, 64, 100)]
 )
 def test_small_noise_counts_at_most_one_value_in_a_thousand(rows: int, cols: int, num_seeds: int):
     noise = torch.randn(num_seeds, rows, cols, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
@@ -89,7 +89,7 @@ def test_large_noise_has_no_signal(shape: tuple[int, int]):
 
 
 @pytest.mark.parametrize(("fraction", "error"), [(0.25, SIGMA_ERROR_QUARTER), (0.5, SIGMA_ERROR_HALF)])
-@pytest.mark.parametrize("shape", [(576, 576), (1024, 384), (384, 1024)])
+@pytest.mark.parametrize("shape", [(512, 512), (1024, 320), (320, 1024)])
 def test_planted_spikes_are_counted_and_do_not_move_sigma(shape: tuple[int, int], fraction: float, error: float):
     rank = int(fraction * min(shape))
     found = statistics(planted(*shape, rank, seed=11, sigma=0.05))
@@ -97,7 +97,7 @@ def test_planted_spikes_are_counted_and_do_not_move_sigma(shape: tuple[int, int]
     assert found.sigma == pytest.approx(0.05, rel=error)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(rows=st.integers(48, 200), cols=st.integers(48, 200), share=st.floats(0, 0.5), seed=st.integers(0, 10**6))
 def test_planted_spikes_are_counted_at_any_shape(rows: int, cols: int, share: float, seed: int):
     rank = int(share * min(rows, cols))
@@ -189,7 +189,7 @@ def test_a_matrix_of_zeros_has_neither_noise_nor_signal(shape: tuple[int, int]):
 
 
 @pytest.mark.parametrize("value", [1.0, -3e-3, 1e30, 1e-42])
-@pytest.mark.parametrize("shape", [(2, 2), (16, 16), (700, 300)])
+@pytest.mark.parametrize("shape", [(2, 2), (16, 16), (400, 150)])
 def test_a_constant_matrix_is_one_signal_without_noise(shape: tuple[int, int], value: float):
     found = statistics(torch.full(shape, value))
     assert found.signal_rank == 1

@@ -1,0 +1,425 @@
+"""One table of what people get wrong: exit status 2, one line that says what, its value and the remedy, no traceback,
+and nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sgm_finetune.cli import main
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row makes what it needs."""
+
+    folder: Path
+    llama: Path
+    bert: Path
+    finished: Path
+    """A finished run's output folder, to be copied."""
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out"
+
+    def file(self, name: str, *lines: str | bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(b"\n".join(line.encode() if isinstance(line, str) else line for line in lines))
+        return path
+
+    def model(self, *, source: Path | None = None) -> Path:
+        """A copy of the pico LLaMA, or of `source`, to be spoiled."""
+        return shutil.copytree(source or self.llama, self.folder / "model")
+
+    def earlier_run(self) -> Path:
+        return shutil.copytree(self.finished, self.output)
+
+    def plan(self, change: Callable[[dict[str, Any]], None]) -> Path:
+        """The finished run's plan with something in it changed."""
+        document = json.loads((self.finished / "plan.json").read_text(encoding="utf-8"))
+        change(document)
+        shutil.copy(self.finished / "plan.safetensors", self.folder / "plan.safetensors")
+        return self.file("plan.json", json.dumps(document))
+
+
+class Code:
+    """What a hostile .pth holds: an object whose loading would run a program."""
+
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def truncated(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-1000])
+    return path
+
+
+def without(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).unlink()
+    return folder
+
+
+def with_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}))
+    return folder
+
+
+def other_architecture(folder: Path, name: str) -> Path:
+    from transformers import T5Config, ViTConfig
+
+    {"t5": T5Config, "vit": ViTConfig}[name](num_hidden_layers=1).save_pretrained(folder)
+    return folder
+
+
+def with_nan(folder: Path) -> Path:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+def pickled(path: Path) -> Path:
+    path.parent.mkdir()
+    torch.save({"format": "sgm-finetuned/1", "adapter": Code()}, path)
+    return path
+
+
+def unfinished(folder: Path) -> Path:
+    """As a run leaves it that was stopped after a checkpoint."""
+    (folder / "sgm_finetuned.pth").unlink()
+    return folder
+
+
+REVIEWS = "".join(f"{'good' if i % 2 else 'bad'} film {'very ' * i},{'good' if i % 2 else 'bad'}\n" for i in range(40))
+LATIN_1 = "text,label\nun été,b".encode("latin-1")
+PAIRS = "".join(
+    json.dumps({"prompt": "the film was " * 4 + "very " * i, "completion": "good"}) + "\n" for i in range(30)
+)
+
+Row = tuple[str, Callable[[Place], list[str]], list[str]]
+
+CONFIGURATION: list[Row] = [
+    ("an unknown key", lambda p: ["training.learning_rte=1"], ["`training.learning_rte`", "did you mean"]),
+    ("an unknown section", lambda p: ["trainin.epochs=1"], ["`trainin`", "did you mean `training`"]),
+    ("a key of another section", lambda p: ["training.rank=1"], ["training.rank", "`adapter.rank`"]),
+    ("text for a number", lambda p: ["training.learning_rate=fast"], ["'fast'", "valid number"]),
+    ("text for a whole number", lambda p: ["training.max_steps=many"], ["'many'", "valid integer"]),
+    ("a fraction for a whole number", lambda p: ["training.max_steps=2.5"], ["2.5", "integer"]),
+    ("true for a number", lambda p: ["training.batch_size=true"], ["True", "not a number"]),
+    ("a choice that there is not", lambda p: ["merge.side=left"], ["'left'", "'auto', 'input', 'output' or 'none'"]),
+    ("a task that there is not", lambda p: ["model.task=poetry"], ["'poetry'", "'causal-lm'"]),
+    ("a fraction above one", lambda p: ["selection.top_fraction=1.5"], ["1.5", "less than or equal to 1"]),
+    ("a similarity above one", lambda p: ["merge.threshold=2"], ["`merge.threshold` is 2", "less than or equal to 1"]),
+    ("two rules of selection", lambda p: ["selection.top_fraction=0.5", "selection.snr_threshold=1"], ["not both"]),
+    ("a sketch smaller than the rank", lambda p: ["adapter.rank=16"], ["sketch_size=12", "raise probe.sketch_size"]),
+    ("micro-batches that do not divide", lambda p: ["training.micro_batch_size=5"], ["micro_batch_size=5"]),
+    ("no key=value", lambda p: ["training.epochs"], ["`training.epochs`", "write for example training.epochs=1"]),
+    ("no configuration file", lambda p: ["--config", str(p.folder / "x.yaml")], ["x.yaml", "--config"]),
+    ("a file that is no YAML", lambda p: ["--config", str(p.file("b.yaml", "a: [1"))], ["b.yaml", "not YAML"]),
+    ("a file with an unknown key", lambda p: ["--config", str(p.file("b.yaml", "modle: {}"))], ["b.yaml", "`model`"]),
+    ("a list for a configuration", lambda p: ["--config", str(p.file("b.yaml", "- a"))], ["['a']", "key: value"]),
+    ("an unknown option", lambda p: ["--fast"], ["--fast", "--help"]),
+]
+
+DATA: list[Row] = [
+    ("no data", lambda p: ["data.train="], ["No data", "data.train=FILE"]),
+    ("no such file", lambda p: [f"data.train={p.folder / 'x.csv'}"], ["x.csv", "does not exist"]),
+    ("a folder for a file", lambda p: [f"data.train={p.folder}"], ["is a folder", "data.name"]),
+    ("an unknown ending", lambda p: [f"data.train={p.file('x.doc', 'a')}"], ["`.doc`", "data.format"]),
+    ("an empty file", lambda p: [f"data.train={p.file('x.csv', '')}"], ["x.csv", "no rows"]),
+    ("a header and no rows", lambda p: [f"data.train={p.file('x.csv', 'text,label')}"], ["x.csv", "no rows"]),
+    ("an empty test file", lambda p: [f"data.test={p.file('x.csv', 'text,label')}"], ["x.csv", "no rows"]),
+    ("a file that is not UTF-8", lambda p: [f"data.train={p.file('x.csv', LATIN_1)}"], ["x.csv", "UTF-8"]),
+    ("a broken row", lambda p: [f"data.train={p.file('x.csv', 'text,label', 'a,b,c')}"], ["line 2", "3 fields"]),
+    ("a broken JSON line", lambda p: [f"data.train={p.file('x.jsonl', '{a}')}"], ["line 1", "not JSON"]),
+    ("a file that is no Parquet", lambda p: [f"data.train={p.file('x.parquet', 'PAR')}"], ["x.parquet", "no Parquet"]),
+    ("an unknown column", lambda p: ["data.columns={text: txt}"], ["`txt`", "(has: text, label)", "`text`"]),
+    (
+        "columns of other names",
+        lambda p: [f"data.train={p.file('x.csv', 'review,stars', REVIEWS)}"],
+        ["no column `text`", "(has: review, stars)", "data.columns="],
+    ),
+    ("one class only", lambda p: [f"data.train={p.file('x.csv', 'text,label', 'a,b', 'c,b')}"], ["'b'", "two classes"]),
+    ("a label missing", lambda p: [f"data.train={p.file('x.csv', 'text,label', 'a,b', 'c,')}"], ["row 2", "no label"]),
+    (
+        "a label that training lacks",
+        lambda p: [f"data.test={p.file('x.csv', 'text,label', 'a film,mixed')}"],
+        ["'mixed'", "known: bad, good"],
+    ),
+    ("text without labels", lambda p: [f"data.train={p.file('x.txt', REVIEWS)}"], ["x.txt", "model.task=causal-lm"]),
+    (
+        "answers cut away to the last token",
+        lambda p: ["model.task=causal-lm", f"data.train={p.file('x.jsonl', PAIRS)}", "data.max_length=8"],
+        ["100 % of", "data.max_length=8", "Raise data.max_length"],
+    ),
+    ("more tokens than positions", lambda p: [f"model.name={p.bert}", "data.max_length=65"], ["65", "64 positions"]),
+]
+
+MODEL: list[Row] = [
+    ("no such folder", lambda p: [f"model.name={p.folder / 'x'}"], ["No model folder", "hub id"]),
+    ("no such name", lambda p: ["model.name=smollm2"], ["smollm2", "smollm2-135m-instruct"]),
+    ("a hub that cannot be reached", lambda p: ["model.name=nobody/nothing"], ["nobody/nothing", "hub"]),
+    (
+        "no config.json",
+        lambda p: [f"model.name={without(p.model(), 'config.json')}"],
+        ["config.json", "save_pretrained"],
+    ),
+    (
+        "a config.json that is no JSON",
+        lambda p: [f"model.name={(p.model() / 'config.json').write_text('{') and p.folder / 'model'}"],
+        ["config.json", "JSON"],
+    ),
+    ("no weights", lambda p: [f"model.name={without(p.model(), 'model.safetensors')}"], ["model", "safetensors"]),
+    (
+        "weights cut short",
+        lambda p: [f"model.name={truncated(p.model() / 'model.safetensors').parent}"],
+        ["model.safetensors"],
+    ),
+    ("a weight that is no number", lambda p: [f"model.name={with_nan(p.model())}"], ["layers.2.mlp.up_proj", "finite"]),
+    (
+        "no tokenizer",
+        lambda p: [f"model.name={without(p.model(), 'tokenizer.json', 'tokenizer_config.json')}"],
+        ["no usable tokenizer", "tokenizer.json"],
+    ),
+    (
+        "an architecture that nobody knows",
+        lambda p: [f"model.name={with_config(p.model(), model_type='abacus', architectures=['Abacus'])}"],
+        ["abacus"],
+    ),
+    (
+        "an encoder-decoder for language modelling",
+        lambda p: [f"model.name={other_architecture(p.model(), 't5')}", "model.task=causal-lm"],
+        ["model.task=causal-lm", "t5", "another task or model"],
+    ),
+    (
+        "a vision model",
+        lambda p: [f"model.name={other_architecture(p.model(), 'vit')}"],
+        ["model.task=sequence-classification", "vit", "another task or model"],
+    ),
+    (
+        "a model that is quantised already",
+        lambda p: [
+            f"model.name={with_config(p.model(), quantization_config={'quant_method': 'gptq', 'bits': 4})}",
+            "model.quantization=nf4",
+        ],
+        ["quantised already", "model.quantization=none"],
+    ),
+]
+
+PLAN: list[Row] = [
+    ("no such plan", lambda p: [f"plan={p.folder / 'x.json'}"], ["x.json", "sgm plan"]),
+    ("a plan that is no JSON", lambda p: [f"plan={p.file('plan.json', 'a: b')}"], ["plan.json", "no usable plan"]),
+    ("a plan that is a list", lambda p: [f"plan={p.file('plan.json', '[]')}"], ["plan.json", "a list"]),
+    (
+        "a plan with an unknown entry",
+        lambda p: [f"plan={p.plan(lambda document: document.update(colour='red'))}"],
+        ["plan.json", "colour"],
+    ),
+    (
+        "a plan of another version",
+        lambda p: [f"plan={p.plan(lambda document: document.update(format='sgm-plan/9'))}"],
+        ["plan.json", "sgm-plan/1"],
+    ),
+    (
+        "a plan of another model",
+        lambda p: [f"plan={p.plan(lambda document: None)}", f"model.name={p.bert}"],
+        ["another model", "sgm plan"],
+    ),
+    (
+        "a plan without its tensors",
+        lambda p: [f"plan={without(p.plan(lambda document: None).parent, 'plan.safetensors') / 'plan.json'}"],
+        ["no spectral start", "random"],
+    ),
+    (
+        "a plan with broken tensors",
+        lambda p: [f"plan={truncated(p.plan(lambda d: None).with_suffix('.safetensors')).with_suffix('.json')}"],
+        ["plan.safetensors", "cannot be read"],
+    ),
+    ("nothing above the threshold", lambda p: ["selection.snr_threshold=1e9"], ["no matrix", "snr_threshold"]),
+]
+
+OUTPUT: list[Row] = [
+    (
+        "results that are there already",
+        lambda p: [f"output.dir={p.earlier_run()}"],
+        ["earlier run", "output.overwrite=true"],
+    ),
+    (
+        "an unfinished run that is there already",
+        lambda p: [f"output.dir={unfinished(p.earlier_run())}"],
+        ["earlier run", "training.resume=true"],
+    ),
+    ("a file for a folder", lambda p: [f"output.dir={p.file('out', 'mine')}"], ["is a file", "name a folder"]),
+    ("nothing to resume", lambda p: ["training.resume=true"], ["no checkpoint", "start without it"]),
+    (
+        "a resumed run with another learning rate",
+        lambda p: [f"output.dir={p.earlier_run()}", "training.resume=true", "training.learning_rate=1e-4"],
+        ["`training.learning_rate` is 0.0001 now and was 0.005", "start a new run"],
+    ),
+    (
+        "a resumed run on other data",
+        lambda p: [
+            f"output.dir={p.earlier_run()}",
+            "training.resume=true",
+            f"data.train={p.file('x.csv', 'text,label', REVIEWS)}",
+        ],
+        ["`data.train`", "start a new run"],
+    ),
+]
+
+EVALUATE: list[Row] = [
+    ("nothing trained", lambda p: [], ["sgm_finetuned.pth", "sgm finetune"]),
+    (
+        "code in the file",
+        lambda p: [f"output.dir={pickled(p.output / 'sgm_finetuned.pth').parent}"],
+        ["could be code", "sgm finetune"],
+    ),
+    (
+        "a file cut short",
+        lambda p: [f"output.dir={truncated(p.earlier_run() / 'sgm_finetuned.pth').parent}"],
+        ["sgm_finetuned.pth", "cut short", "sgm finetune"],
+    ),
+    (
+        "a file of something else",
+        lambda p: [f"output.dir={torch.save({'a': 1}, p.earlier_run() / 'sgm_finetuned.pth') or p.output}"],
+        ["sgm_finetuned.pth", "not written by"],
+    ),
+    (
+        "test data with other labels",
+        lambda p: [
+            f"output.dir={p.earlier_run()}",
+            f"data.train={p.file('x.csv', 'text,label', REVIEWS.replace('bad', 'sad'))}",
+        ],
+        ["['good', 'sad']", "['bad', 'good']"],
+    ),
+    (
+        "another base model",
+        lambda p: [f"output.dir={p.earlier_run()}", f"model.name={p.bert}"],
+        ["sgm_finetuned.pth", "base model"],
+    ),
+    ("an unknown key", lambda p: [f"output.dir={p.earlier_run()}", "model.nane=x"], ["`model.nane`", "`name`"]),
+]
+
+SCAN: list[Row] = [
+    ("no such model", lambda p: [str(p.folder / "x")], ["No model folder", "hub id"]),
+    ("no model", lambda p: [], ["'model'", "--help"]),
+    ("a share above one", lambda p: [str(p.llama), "--top-fraction", "2"], ["2.0", "at most 1"]),
+    ("a share that is text", lambda p: [str(p.llama), "--top-fraction", "half"], ["--top-fraction", "--help"]),
+    ("no share where one is needed", lambda p: [str(p.llama), "--format", "axolotl"], ["--top-fraction 0.5"]),
+    ("an unknown option", lambda p: [str(p.llama), "--estimate", "mp"], ["--estimate", "--help"]),
+    ("an unknown estimator", lambda p: [str(p.llama), "--estimator", "iqr"], ["'iqr'", "'mp'"]),
+    ("a file that exists", lambda p: [str(p.llama), "-o", str(p.file("s.json", "mine"))], ["s.json", "--output"]),
+    ("a folder without weights", lambda p: [str(without(p.model(), "model.safetensors"))], ["safetensors"]),
+    ("weights cut short", lambda p: [str(truncated(p.model() / "model.safetensors"))], ["model.safetensors"]),
+    ("a weight that is no number", lambda p: [str(with_nan(p.model()))], ["layers.2.mlp.up_proj", "finite"]),
+]
+
+OTHER: list[Row] = [
+    ("plan: a file that exists", lambda p: ["plan", "-o", str(p.file("p.json", "mine"))], ["p.json", "overwrite=true"]),
+    ("plan: an unknown key", lambda p: ["plan", "merge.thresh=1"], ["`merge.thresh`", "`threshold`"]),
+    ("no such command", lambda p: ["finetun"], ["finetun", "--help"]),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(llama_folder, reviews, tmp_path_factory) -> Path:
+    """A finished pico run's output folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "empty.yaml").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        main(["finetune", "--config", str(folder / "empty.yaml"), *pico(llama_folder, reviews, folder / "out")])
+    assert caught.value.code == 0
+    return folder / "out"
+
+
+def pico(model: Path, data: Path, output: Path) -> list[str]:
+    return [
+        f"model.name={model}", "model.dtype=float32", f"data.train={data}", "data.max_length=32",
+        "probe.num_batches=2", "probe.sketch_size=12", "adapter.rank=4", "training.max_steps=2",
+        "training.batch_size=16", "training.learning_rate=5e-3", f"output.dir={output}",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path, llama_folder, bert_folder, finished) -> Place:
+    return Place(tmp_path, llama_folder, bert_folder, finished)
+
+
+@pytest.fixture(autouse=True)
+def _as_a_fresh_process(monkeypatch):
+    """Transformers reads these settings when it is imported, which a test before this one may have done."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    yield
+    logging.enable_progress_bar()
+    logging.set_verbosity_warning()
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every file below `folder` and its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def rows(table: list[Row]):
+    return pytest.mark.parametrize(("build", "parts"), [row[1:] for row in table], ids=[row[0] for row in table])
+
+
+def refused(arguments: list[str], parts: list[str], place: Place, capfd) -> None:
+    before = tree(place.folder)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    error = capfd.readouterr().err
+    assert caught.value.code == 2, error
+    assert error.count("\n") == 1, error
+    assert error.strip(), "nothing was said"
+    assert "Traceback" not in error
+    for part in parts:
+        assert part in error
+    assert tree(place.folder) == before
+
+
+@rows(CONFIGURATION + DATA + MODEL + PLAN + OUTPUT)
+def test_finetune_refuses_in_one_line_and_writes_nothing(build, parts, place, reviews, capfd):
+    empty = place.file("empty.yaml", "")
+    defaults = pico(place.llama, reviews, place.output)
+    refused(["finetune", "--config", str(empty), *defaults, *build(place)], parts, place, capfd)
+
+
+@rows(EVALUATE)
+def test_evaluate_refuses_in_one_line_and_writes_nothing(build, parts, place, capfd):
+    empty = place.file("empty.yaml", "")
+    arguments = build(place)
+    default = [] if any(a.startswith("output.dir=") for a in arguments) else [f"output.dir={place.output}"]
+    refused(["evaluate", "--config", str(empty), *default, *arguments], parts, place, capfd)
+
+
+@rows(SCAN)
+def test_scan_refuses_in_one_line_and_writes_nothing(build, parts, place, capfd):
+    refused(["scan", *build(place)], parts, place, capfd)
+
+
+@rows(OTHER)
+def test_other_commands_refuse_in_one_line_and_write_nothing(build, parts, place, capfd, monkeypatch):
+    place.file("config.yaml", "")
+    monkeypatch.chdir(place.folder)
+    refused(build(place), parts, place, capfd)
+
+
+def test_a_refusal_also_stands_in_the_exit_status_of_a_dry_run(place, capfd):
+    empty = place.file("empty.yaml", "")
+    refused(["finetune", "--dry-run", "--config", str(empty)], ["No data", "data.train=FILE"], place, capfd)

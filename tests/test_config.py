@@ -1,0 +1,267 @@
+"""The configuration: typed, bounded, documented; what a person gets wrong is named in one line, with the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sgm_finetune.config import Config, known_keys, load_config, parse_config
+from sgm_finetune.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SECTIONS = [name for name in Config.model_fields if name != "plan"]
+EXAMPLES = sorted(ROOT.glob("configs/**/*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(text: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_file
+
+
+def value_at(config: Config, dotted: str):
+    value = config
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def said(act, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        act(*arguments)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_no_file_and_no_override_is_all_defaults():
+    assert load_config(None) == Config()
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "---\n"])
+def test_an_empty_file_is_all_defaults(write, text):
+    assert load_config(write(text)) == Config()
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_an_empty_section_is_all_its_defaults(write, section):
+    assert load_config(write(f"{section}:\n")) == Config()
+
+
+def test_an_override_fills_an_empty_section(write):
+    config = load_config(write("training:\n"), ["training.epochs=2"])
+    assert config.training.epochs == 2
+    assert config.training.batch_size == Config().training.batch_size
+
+
+def test_an_override_wins_over_the_file_and_leaves_its_neighbours(write):
+    path = write("training: {epochs: 3, seed: 7}\nplan: a.json\n")
+    config = load_config(path, ["training.epochs=2", "plan=b.json"])
+    assert (config.training.epochs, config.training.seed, config.plan) == (2, 7, "b.json")
+
+
+def test_the_last_of_two_overrides_wins():
+    assert load_config(None, ["training.seed=1", "training.seed=2"]).training.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("training.learning_rate=2e-5", "training.learning_rate", 2e-5),
+        ("training.learning_rate=1", "training.learning_rate", 1.0),
+        ("training.max_steps=2e3", "training.max_steps", 2000),
+        ("training.max_steps=200.0", "training.max_steps", 200),
+        ("training.max_steps=null", "training.max_steps", None),
+        ("training.max_steps=", "training.max_steps", None),
+        (" training.seed = 3", "training.seed", 3),
+        ("output.overwrite=true", "output.overwrite", True),
+        ("data.columns={text: review, label: stars}", "data.columns", {"text": "review", "label": "stars"}),
+        ("data.columns.text=review", "data.columns", {"text": "review"}),
+        ("data.train=a b=c.csv", "data.train", "a b=c.csv"),
+        ("output.dir=[unclosed", "output.dir", "[unclosed"),
+    ],
+)
+def test_an_override_is_read_as_the_type_its_key_declares(override, key, value):
+    found = value_at(load_config(None, [override]), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number(write):
+    assert isinstance(yaml.safe_load("2e-5"), str)
+    assert load_config(write("training:\n  learning_rate: 2e-5\n")).training.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("trainin.epochs=1", ["unknown key `trainin`", "did you mean `training`"]),
+        ("training.learning_rte=1", ["unknown key `training.learning_rte`", "did you mean `learning_rate`"]),
+        ("training.rank=8", ["unknown key `training.rank`", "did you mean `adapter.rank`"]),
+        ("epochs=1", ["unknown key `epochs`", "did you mean `training.epochs`"]),
+        ("snr.zzzz=1", ["unknown key `snr.zzzz`", "known here: estimator"]),
+        ("data.columns.txt=review", ["`data.columns` is 'txt'", "'text', 'label', 'prompt' or 'completion'"]),
+        ("training.epochs.more=1", ["`training.epochs` is {'more': 1}", "valid number"]),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(override, parts):
+    line = said(load_config, None, [override])
+    assert all(part in line for part in [*parts, override])
+
+
+def test_an_unknown_key_in_a_file_names_the_file(write):
+    path = write("training:\n  learning_rte: 1\n")
+    assert said(load_config, path) == f"{path}: unknown key `training.learning_rte`; did you mean `learning_rate`?"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("training.learning_rate=fast", "'fast'"),
+        ("training.max_steps=2.5", "2.5"),
+        ("training.max_steps=many", "'many'"),
+        ("training.max_steps=true", "True"),
+        ("training.learning_rate=true", "True"),
+        ("training.seed=false", "False"),
+        ("adapter.dropout=yes", "True"),
+        ("output.overwrite=perhaps", "'perhaps'"),
+        ("output.dir=3", "3"),
+        ("model.name=[a, b]", "['a', 'b']"),
+        ("data.columns=review", "'review'"),
+        ("training.learning_rate=[1]", "[1]"),
+        ("training.learning_rate=null", "None"),
+        ("training.learning_rate=nan", "nan"),
+        ("training.learning_rate=.inf", "inf"),
+        ("training.max_steps=.inf", "inf"),
+        ("training.max_steps=1e400", "inf"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_its_key_and_value(override, value):
+    line = said(load_config, None, [override])
+    assert f"`{override.partition('=')[0]}` is {value}; " in line
+    assert f"`{override}`: " in line
+
+
+@pytest.mark.parametrize(
+    ("override", "bound"),
+    [
+        ("selection.top_fraction=0", "greater than 0"),
+        ("selection.top_fraction=1.5", "less than or equal to 1"),
+        ("selection.snr_threshold=-1", "greater than or equal to 0"),
+        ("merge.threshold=2", "less than or equal to 1"),
+        ("merge.max_group_size=1", "greater than or equal to 2"),
+        ("merge.side=left", "'auto', 'input', 'output' or 'none'"),
+        ("merge.criterion=gut", "'subspace', 'cosine' or 'snr'"),
+        ("model.task=poetry", "'causal-lm' or 'sequence-classification'"),
+        ("model.quantization=int3", "'none', 'nf4' or 'int8'"),
+        ("adapter.rank=0", "greater than or equal to 1"),
+        ("adapter.dropout=1", "less than 1"),
+        ("training.learning_rate=0", "greater than 0"),
+        ("training.seed=-1", "greater than or equal to 0"),
+        ("data.max_length=7", "greater than or equal to 8"),
+        ("probe.num_batches=1", "greater than or equal to 2"),
+    ],
+)
+def test_a_value_out_of_its_range_is_named_with_the_range(override, bound):
+    line = said(load_config, None, [override])
+    assert bound in line
+    assert f"`{override}`: " in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["selection.top_fraction=0.5", "selection.snr_threshold=1"], ["top_fraction", "snr_threshold", "not both"]),
+        (["data.name=imdb", "data.train=a.csv"], ["data.name", "data.train", "not both"]),
+        (["data.name=imdb", "data.validation=a.csv"], ["data.validation", "data.name"]),
+        (["training.batch_size=10", "training.micro_batch_size=4"], ["batch_size=10", "micro_batch_size=4"]),
+        (["adapter.rank=64", "probe.sketch_size=32"], ["probe.sketch_size=32", "adapter.rank=64"]),
+    ],
+)
+def test_keys_that_exclude_each_other_are_both_named(overrides, parts):
+    line = said(load_config, None, overrides)
+    assert all(part in line for part in parts)
+
+
+def test_a_small_sketch_is_enough_where_nothing_is_probed():
+    config = load_config(None, ["adapter.rank=64", "probe.sketch_size=32", "merge.side=none"])
+    assert config.adapter.rank == 64
+
+
+@pytest.mark.parametrize("override", ["training.epochs", "=3", "", "--fast"])
+def test_an_override_that_is_not_key_equals_value_is_refused(override):
+    line = said(load_config, None, [override])
+    assert f"`{override}` is not key=value" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("- a\n- b\n", ["['a', 'b']", "key: value"]),
+        ("just words\n", ["'just words'", "key: value"]),
+        ("training: [1, 2\n", ["is not YAML"]),
+        ("training: 3\n", ["`training` is 3", "epochs"]),
+        ("training: [epochs]\n", ["`training` is ['epochs']", "epochs"]),
+        ("1: 2\n", ["unknown key `1`"]),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_one_line(write, text, parts):
+    path = write(text)
+    line = said(load_config, path)
+    assert all(part in line for part in [str(path), *parts])
+
+
+def test_an_override_cannot_give_keys_to_a_value(write):
+    assert "`plan` holds 'a.json'" in said(load_config, write("plan: a.json\n"), ["plan.name=b"])
+
+
+def test_a_missing_file_is_named_with_the_option_that_gives_one(tmp_path):
+    line = said(load_config, tmp_path / "none.yaml")
+    assert str(tmp_path / "none.yaml") in line
+    assert "--config" in line
+
+
+def test_a_folder_and_a_binary_file_cannot_be_read(tmp_path):
+    assert "cannot be read" in said(load_config, tmp_path)
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in said(load_config, tmp_path / "run.yaml")
+
+
+def test_every_key_is_documented():
+    for key in known_keys():
+        section, _, leaf = key.rpartition(".")
+        fields = type(getattr(Config(), section)).model_fields if section else Config.model_fields
+        assert fields[leaf].description, key
+
+
+def test_the_resolved_configuration_reads_back_as_itself(write):
+    config = load_config(None, ["training.learning_rate=2e-5", "data.columns={text: t}", "data.train=a.csv"])
+    dumped = yaml.safe_dump(config.model_dump(mode="json"))
+    assert load_config(write(dumped)) == config
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_a_configuration_cannot_be_changed_in_passing():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().training.seed = 1
+
+
+def test_the_repositorys_config_is_the_readmes_run():
+    config = load_config(ROOT / "config.yaml")
+    assert config.output.dir == "output"
+    assert not config.output.overwrite
+    assert config.plan is None
+
+
+@pytest.mark.parametrize("path", [ROOT / "config.yaml", *EXAMPLES], ids=lambda path: path.name)
+def test_every_file_of_the_repository_loads_and_writes_known_keys_only(path):
+    load_config(path)
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    keys = {f"{s}.{k}" for s, values in written.items() if isinstance(values, dict) for k in values}
+    assert keys <= set(known_keys())

@@ -1,0 +1,516 @@
+"""Whole runs on pico models, through the command: what they leave, what they say, and that they can be repeated,
+continued, shared between processes and taken apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BAD, GOOD, OTHER, make_tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+from sgm_finetune import pipeline
+from sgm_finetune.adapters.plan_file import load_plan
+from sgm_finetune.cli import main
+from sgm_finetune.config import load_config
+
+ROOT = Path(__file__).parents[1]
+
+TOLERANCE = {
+    "two processes": 1e-4,  # float32 sums in another order, over 20 steps
+    "merged": 1e-4,
+}
+
+LEFT = {
+    "sgm_finetuned.pth", "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html",
+    "checkpoints",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_bars():
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+@pytest.fixture
+def command(tmp_path, capfd):
+    """The command, run in this process with an empty config file; returns its JSON, and keeps what it said."""
+
+    class Command:
+        said = ""
+
+        def __call__(self, name: str, overrides: list[str], *options: str) -> dict:
+            (tmp_path / "empty.yaml").write_text("")
+            capfd.readouterr()
+            with pytest.raises(SystemExit) as caught:
+                main([name, "--config", str(tmp_path / "empty.yaml"), "--json", *options, *overrides])
+            written, self.said = capfd.readouterr()
+            assert caught.value.code == 0, self.said
+            return json.loads(written)
+
+    return Command()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, llama_folder, reviews) -> tuple[Path, dict, list[str], str]:
+    """One merged classification run: its folder, metrics, overrides and words."""
+    overrides = pico(llama_folder, reviews, tmp_path_factory.mktemp("run") / "out")
+    words = StringIO()
+    metrics = pipeline.finetune(load_config(None, overrides), Console(file=words, width=200))
+    return Path(overrides[-1].removeprefix("output.dir=")), metrics, overrides, words.getvalue()
+
+
+def pico(model: Path, data: Path, output: Path) -> list[str]:
+    return [
+        f"model.name={model}", "model.dtype=float32", f"data.train={data}", "data.max_length=32",
+        "probe.num_batches=4", "probe.sketch_size=12", "adapter.rank=4", "training.max_steps=20",
+        "training.batch_size=16", "training.learning_rate=5e-3", f"output.dir={output}",
+    ]  # fmt: skip
+
+
+def training_log(output: Path) -> list[dict]:
+    newest = max((output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    return json.loads((newest / "trainer_state.json").read_text())["log_history"]
+
+
+def losses(output: Path, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in training_log(output) if name in entry]
+
+
+def adapter(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_adapter(one: Path, other: Path) -> None:
+    left, right = adapter(one), adapter(other)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+# (a) what a run leaves
+
+
+def test_a_run_leaves_what_the_design_lists_and_nothing_half_written(finished):
+    output, *_ = finished
+    assert {path.name for path in output.iterdir()} == LEFT
+    assert [path for path in output.rglob("*") if "partial" in path.name] == []
+
+
+def test_a_run_improves_on_the_untrained_model(finished):
+    output, metrics, *_ = finished
+    assert metrics["after"]["loss"] < 0.5 * metrics["before"]["loss"]
+    assert metrics["after"]["accuracy"] > 0.9 > metrics["before"]["accuracy"]
+    falling = losses(output)
+    assert len(falling) == 20
+    assert falling[-1] < 0.5 * falling[0]
+
+
+def test_the_metrics_have_the_documented_keys(finished):
+    output, metrics, *_ = finished
+    assert json.loads((output / "metrics.json").read_text()) == metrics
+    for when in ("before", "after"):
+        assert {"loss", "accuracy", "macro_f1", "num_examples", "confusion_matrix"} <= metrics[when].keys()
+        assert sum(map(sum, metrics[when]["confusion_matrix"])) == metrics[when]["num_examples"] == 36
+    assert {"scan", "probe", "train", "evaluate"} <= metrics["seconds"].keys()
+    assert metrics["peak_memory_bytes"] > 0
+    assert 0 < metrics["trainable_parameters"] < metrics["plain_lora_parameters"]
+    assert metrics["environment"]["torch"] == torch.__version__
+
+
+def test_the_pth_holds_tensors_and_plain_data_only(finished):
+    output, metrics, *_ = finished
+    content = torch.load(output / "sgm_finetuned.pth", weights_only=True)
+    assert content["labels"] == metrics["labels"] == ["bad", "good"]
+    folder = adapter(output)
+    assert content["adapter"].keys() == folder.keys()
+    assert all(torch.equal(content["adapter"][name], folder[name]) for name in folder)
+
+
+def test_a_shared_factor_is_stored_once_in_the_pth(finished):
+    output, metrics, *_ = finished
+    content = torch.load(output / "sgm_finetuned.pth", weights_only=True)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.numel() for tensor in content["adapter"].values()}
+    assert sum(storages.values()) == metrics["trainable_parameters"]
+
+
+def test_evaluate_gives_the_same_digits(finished, command):
+    output, metrics, *_ = finished
+    again = command("evaluate", [f"output.dir={output}"])
+    assert {key: again[key] for key in metrics["after"]} == metrics["after"]
+
+
+def test_evaluate_takes_changes_to_the_data(finished, command):
+    output, *_ = finished
+    assert command("evaluate", [f"output.dir={output}", "data.num_test=10"])["num_examples"] == 10
+
+
+def test_the_adapter_folder_loads_in_an_unmodified_peft(finished, llama_folder, reviews):
+    output, metrics, *_ = finished
+    base = AutoModelForSequenceClassification.from_pretrained(llama_folder, num_labels=2, pad_token_id=0)
+    model = PeftModel.from_pretrained(base, output / "adapter").eval()
+    splits = pipeline.load_splits(load_config(None, [f"data.train={reviews}"]).data, "sequence-classification")
+    tokenizer = make_tokenizer()
+    predicted = []
+    with torch.no_grad():
+        for text in splits.test["text"]:
+            predicted.append(
+                int(model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits.argmax())
+            )
+    assert predicted == metrics["after"]["predictions"]
+
+
+def test_the_adapter_folder_gives_the_logits_of_the_pth(finished, llama_folder):
+    from sgm_finetune.export import attach_adapter, load_pth
+
+    output, *_ = finished
+    batch = {"input_ids": torch.randint(3, 28, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+
+    def base():
+        return AutoModelForSequenceClassification.from_pretrained(llama_folder, num_labels=2, pad_token_id=0)
+
+    path = output / "sgm_finetuned.pth"
+    with torch.no_grad():
+        expected = attach_adapter(base(), load_pth(path), path)(**batch).logits
+        loaded = PeftModel.from_pretrained(base(), output / "adapter").eval()
+        assert torch.equal(loaded(**batch).logits, expected)
+        merged = loaded.merge_and_unload()(**batch).logits
+    torch.testing.assert_close(merged, expected, atol=TOLERANCE["merged"], rtol=TOLERANCE["merged"])
+
+
+def test_the_saved_configuration_repeats_the_run_digit_for_digit(finished, command, tmp_path):
+    output, metrics, *_ = finished
+    again = command("finetune", [f"output.dir={tmp_path / 'again'}"], "--config", str(output / "config.yaml"))
+    assert again["before"] == metrics["before"]
+    assert again["after"] == metrics["after"]
+    assert_same_adapter(output, tmp_path / "again")
+
+
+def test_the_output_says_every_step(finished):
+    words = finished[-1]
+    for step in ("data", "scan", "before", "probe", "plan", "apply", "train", "after", "saved"):
+        assert any(line.startswith(step) for line in words.splitlines()), step
+    assert "step 20/20" in words
+
+
+def test_a_dry_run_goes_to_the_first_step_and_writes_nothing(command, settings, tmp_path):
+    assert command("finetune", settings, "--dry-run")["steps"] == 20
+    assert not (tmp_path / "out").exists()
+
+
+def test_overwrite_replaces_the_results_and_leaves_other_files(command, settings, tmp_path):
+    settings = [*settings, "training.max_steps=2"]
+    first = command("finetune", settings)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    second = command("finetune", [*settings, "training.seed=1", "output.overwrite=true"])
+    assert second["after"] != first["after"]
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+# (b) plans
+
+
+def test_a_plan_is_reused_without_a_scan_or_a_probe(finished, command, tmp_path):
+    output, metrics, overrides, _ = finished
+    again = command("finetune", [*overrides, f"plan={output / 'plan.json'}", f"output.dir={tmp_path / 'again'}"])
+    assert again["seconds"]["scan"] == again["seconds"]["probe"] == 0
+    assert again["after"] == metrics["after"]
+    one, other = load_plan(output / "plan.json"), load_plan(tmp_path / "again" / "plan.json")
+    assert one.groups == other.groups != ()
+    assert all(torch.equal(one.starts[name], other.starts[name]) for name in one.starts)
+
+
+def test_the_plan_command_writes_the_plan_that_finetune_makes(finished, command, tmp_path):
+    output, _, overrides, _ = finished
+    command("plan", overrides, "--output", str(tmp_path / "plan.json"))
+    assert rounded(tmp_path / "plan.json") == rounded(output / "plan.json")
+    assert (tmp_path / "plan.safetensors").read_bytes() == (output / "plan.safetensors").read_bytes()
+
+
+def rounded(path: Path) -> dict:
+    """A plan's numbers to nine decimals: LAPACK's last digits depend on where in memory a matrix lies."""
+    return json.loads(path.read_text(), parse_float=lambda text: round(float(text), 9))
+
+
+# (c) language models
+
+
+def write_pairs(path: Path) -> Path:
+    chooser, rows = random.Random(0), []
+    for i in range(160):
+        prompt = " ".join(
+            ["the", *chooser.choices(OTHER, k=chooser.randint(2, 6)), chooser.choice(GOOD if i % 2 else BAD)]
+        )
+        rows.append(json.dumps({"prompt": prompt, "completion": " good and great" if i % 2 else " bad and awful"}))
+    path.write_text("\n".join(rows))
+    return path
+
+
+def write_text(path: Path) -> Path:
+    chooser = random.Random(0)
+    path.write_text(
+        "\n\n".join(
+            f"the film was {chooser.choice(GOOD)} and the plot was {chooser.choice(BAD)} {word}"
+            for word in chooser.choices(OTHER, k=400)
+        )
+    )
+    return path
+
+
+@pytest.mark.parametrize("write", [write_text, write_pairs], ids=["running text", "prompts and completions"])
+def test_a_language_model_improves_and_evaluates_to_the_same_digits(write, settings, command, tmp_path):
+    path = write(tmp_path / ("x.txt" if write is write_text else "x.jsonl"))
+    metrics = command("finetune", [*settings, "model.task=causal-lm", f"data.train={path}", "training.max_steps=60"])
+    assert metrics["after"]["perplexity"] < 0.5 * metrics["before"]["perplexity"]
+    assert metrics["after"]["num_tokens"] > 0
+    again = command("evaluate", settings[-1:])
+    assert {key: again[key] for key in metrics["after"]} == metrics["after"]
+
+
+# (d) encoders
+
+
+def test_an_encoder_merges_learns_and_evaluates_to_the_same_digits(bert_folder, settings, command, tmp_path):
+    metrics = command("finetune", [*settings, f"model.name={bert_folder}", "training.max_steps=60"])
+    plan = load_plan(tmp_path / "out" / "plan.json")
+    assert {group.side for group in plan.groups} == {"input", "output"}
+    assert metrics["after"]["accuracy"] > 0.8
+    again = command("evaluate", settings[-1:])
+    assert {key: again[key] for key in metrics["after"]} == metrics["after"]
+
+
+# (e) interrupted
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 130), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    ids=["SIGTERM", "SIGINT"],
+)
+def test_interrupted_and_resumed_is_uninterrupted(number, status, settings, tmp_path, command):
+    """Equal parameters, bit for bit, and an equal history of losses."""
+    settings = [*settings, "training.max_steps=60", "training.eval_steps=10", "adapter.dropout=0.1"]
+    (tmp_path / "empty.yaml").write_text("")
+    start = [sys.executable, "src/finetune.py", "--config", str(tmp_path / "empty.yaml"), *settings]
+    stopped = subprocess.Popen(
+        start, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    checkpoints = tmp_path / "out" / "checkpoints"
+    deadline = time.monotonic() + 90
+    while not list(checkpoints.glob("checkpoint-*")) and stopped.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    stopped.send_signal(number)
+    said, error = stopped.communicate(timeout=60)
+    assert stopped.returncode == status, said + error
+    assert "Traceback" not in error
+    last = error.strip().splitlines()[-1]
+    assert last.startswith(f"Stopped by {number.name} after step ")
+    assert last.endswith("of 60; continue with training.resume=true")
+    assert not (tmp_path / "out" / "sgm_finetuned.pth").exists()
+    assert int(last.split("after step ")[1].split()[0]) < 60
+
+    resumed = command("finetune", [*settings, "training.resume=true"])
+    whole = command("finetune", [*settings, f"output.dir={tmp_path / 'whole'}"])
+    assert resumed["after"] == whole["after"]
+    assert resumed["before"] == whole["before"]
+    assert_same_adapter(tmp_path / "out", tmp_path / "whole")
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+# (f) two processes
+
+
+def torchrun(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def assert_one_run(one: Path, two: Path) -> None:
+    """The same losses at every step, and the same adapter, up to the order of float32 sums."""
+    tolerance = TOLERANCE["two processes"]
+    for name in ("loss", "eval_loss", "grad_norm"):
+        left, right = torch.tensor(losses(one, name)), torch.tensor(losses(two, name))
+        torch.testing.assert_close(left, right, atol=tolerance, rtol=tolerance)
+    left, right = adapter(one), adapter(two)
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=tolerance, rtol=tolerance)
+
+
+def test_two_processes_are_one(settings, tmp_path, command):
+    """The same losses and parameters, also in the short batch at the end of the first epoch."""
+    settings = [*settings, "training.learning_rate=1e-3"]
+    (tmp_path / "empty.yaml").write_text("")
+    two = tmp_path / "two"
+    torchrun("src/finetune.py", "--config", str(tmp_path / "empty.yaml"), *settings, f"output.dir={two}")
+    command("finetune", settings)
+    assert_one_run(tmp_path / "out", two)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_for_language_models(settings, tmp_path, command):
+    data = write_pairs(tmp_path / "x.jsonl")
+    settings = [*settings, "training.learning_rate=1e-3", "model.task=causal-lm", f"data.train={data}"]
+    (tmp_path / "empty.yaml").write_text("")
+    two = tmp_path / "two"
+    torchrun("src/finetune.py", "--config", str(tmp_path / "empty.yaml"), *settings, f"output.dir={two}")
+    command("finetune", settings)
+    assert_one_run(tmp_path / "out", two)
+
+
+RANKS = """
+import json, sys
+import torch
+from pathlib import Path
+from rich.console import Console
+from sgm_finetune import pipeline
+from sgm_finetune.config import load_config
+
+seen = []
+inner = pipeline.train
+def train(model, *rest):
+    result = inner(model, *rest)
+    seen.append(model)
+    return result
+pipeline.train = train
+pipeline.finetune(load_config(None, sys.argv[2:]), Console(quiet=True))
+mine = [p.detach().clone() for p in seen[0].parameters() if p.requires_grad]
+equal = []
+for parameter in mine:
+    gathered = [torch.empty_like(parameter) for _ in range(2)]
+    torch.distributed.all_gather(gathered, parameter)
+    equal.append(torch.equal(*gathered))
+if torch.distributed.get_rank() == 0:
+    Path(sys.argv[1]).write_text(json.dumps({"equal": all(equal), "parameters": len(equal)}))
+"""
+
+
+@pytest.mark.slow
+def test_both_processes_end_with_equal_parameters(settings, tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    torchrun(str(tmp_path / "ranks.py"), str(tmp_path / "ranks.json"), *settings)
+    found = json.loads((tmp_path / "ranks.json").read_text())
+    assert found["equal"]
+    assert found["parameters"] > 10
+
+
+# (g) the best checkpoint
+
+
+def test_early_stopping_stops_and_the_best_checkpoint_is_what_is_saved(settings, tmp_path, command):
+    """A learning rate that ruins the model: validation gets worse, the run ends early, the best step is kept."""
+    settings = [
+        *settings, "training.max_steps=60", "training.eval_steps=2", "training.early_stopping_patience=2",
+        "training.learning_rate=0.5", "training.warmup_fraction=0.5",
+    ]  # fmt: skip
+    metrics = command("finetune", settings)
+    validation = losses(tmp_path / "out", "eval_loss")
+    assert metrics["steps"] < 60
+    assert metrics["steps"] == metrics["best_step"] + 4
+    best = min(validation)
+    assert best == validation[metrics["best_step"] // 2 - 1]
+    validated = validation_loss(settings, tmp_path / "out")
+    assert validated == best
+
+
+def validation_loss(settings: list[str], output: Path) -> float:
+    """Of the saved .pth, on the validation data."""
+    from sgm_finetune.evaluation import evaluate_model
+    from sgm_finetune.export import PTH, attach_adapter, load_pth
+
+    config = load_config(None, settings)
+    voice = pipeline.Voice(Console(quiet=True))
+    materials = pipeline.prepare(config, voice)
+    path = output / PTH
+    model = attach_adapter(pipeline.load_base(config, materials), load_pth(path), path)
+    task, labels = config.model.task, materials.splits.labels
+    return evaluate_model(model, materials.validation.dataset, materials.collate, task, 32, labels)["loss"]
+
+
+# (h) merging nothing
+
+
+def test_a_run_without_merging_is_plain_peft_under_the_plain_trainer(settings, tmp_path, command):
+    """20 steps: the same parameters, bit for bit, from a LoraConfig written by hand and `transformers.Trainer`."""
+    from transformers import Trainer, set_seed
+
+    from sgm_finetune.trainer import LengthGroupedSampler, training_arguments
+
+    settings = [*settings, "merge.side=none", "training.early_stopping_patience=0", "training.eval_steps=20"]
+    command("finetune", settings)
+    config = load_config(None, settings)
+    materials = pipeline.prepare(config, pipeline.Voice(Console(quiet=True)))
+    dataset = materials.train.dataset
+
+    class PlainTrainer(Trainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return LengthGroupedSampler([len(ids) for ids in dataset["input_ids"]], config.training.batch_size, 0)
+
+    base = pipeline.load_base(config, materials)
+    set_seed(config.training.seed)
+    names = [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
+    plain = get_peft_model(base, LoraConfig(r=4, lora_alpha=32, target_modules=names, task_type="SEQ_CLS"))
+    trainer = PlainTrainer(
+        model=plain,
+        args=training_arguments(config, tmp_path / "plain", len(dataset), 1),
+        train_dataset=dataset,
+        eval_dataset=materials.validation.dataset,
+        data_collator=materials.collate,
+    )
+    trainer.train()
+    expected, found = get_peft_model_state_dict(plain), adapter(tmp_path / "out")
+    assert expected.keys() == found.keys()
+    assert [name for name in found if not torch.equal(expected[name], found[name])] == []
+
+
+# (i) the other criteria
+
+
+def test_the_cosine_criterion_says_that_it_found_nothing_and_its_numbers(settings, command, tmp_path):
+    settings = [*settings, "merge.criterion=cosine", "training.max_steps=2"]
+    metrics = command("finetune", settings)
+    line = next(line for line in command.said.splitlines() if "found nothing" in line)
+    plan = load_plan(tmp_path / "out" / "plan.json")
+    closest = max(kind.cosine_max for kind in plan.kinds)
+    assert "no two layers reach 0.85" in line
+    assert f"has {closest:.2f} (a layer with itself on other data:" in line
+    assert plan.groups == ()
+    assert metrics["trainable_parameters"] == metrics["plain_lora_parameters"]
+
+
+def test_the_snr_criterion_merges_layers_of_similar_snr(settings, command, tmp_path):
+    command("finetune", [*settings, "merge.criterion=snr", "merge.side=input", "training.max_steps=2"])
+    plan = load_plan(tmp_path / "out" / "plan.json")
+    assert plan.groups
+    assert all(group.snr_spread_db <= 3 for group in plan.groups)
+    assert {group.side for group in plan.groups} == {"input"}
+
+
+def test_a_selected_fraction_trains_fewer_matrices(settings, command, tmp_path):
+    command("finetune", [*settings, "selection.top_fraction=0.5", "training.max_steps=2"])
+    plan = load_plan(tmp_path / "out" / "plan.json")
+    assert 2 * len(plan.selected) == len(plan.matrices)
+    reached = {name.split(".lora_")[0] for name in adapter(tmp_path / "out") if ".lora_" in name}
+    assert len(reached) == len(plan.selected)
