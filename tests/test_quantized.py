@@ -19,10 +19,20 @@ pytest.importorskip("bitsandbytes")
 
 TOLERANCE = {
     "gradient cosine": 0.999,
+    "gradient cosine, 30 layers": 0.995,  # the dequantised model in bfloat16 is 0.996 from itself in float32
     "merged logits": 0.02,  # bfloat16 has three digits; relative to the largest logit
 }
 
 ORIGINS = ["loaded by us", "evaluated before we saw it"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_bars():
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +229,6 @@ def test_gradients_of_smollm2_in_4_bits_are_those_of_the_dequantised_model(origi
     plan = build_plan("smollm2", numbers, PlanSettings(rank=4, alpha=8))
     expected = gradients(apply_plan(dequantised(four_bit(folder)), plan), batch)
     model = apply_plan(prepared(folder, origin, batch), plan)
-    assert cosine(gradients(model, batch), expected) > TOLERANCE["gradient cosine"]
+    assert cosine(gradients(model, batch), expected) > TOLERANCE["gradient cosine, 30 layers"]
     evaluate(model, batch)
-    assert cosine(gradients(model, batch), expected) > TOLERANCE["gradient cosine"]
+    assert cosine(gradients(model, batch), expected) > TOLERANCE["gradient cosine, 30 layers"]

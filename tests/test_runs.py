@@ -172,7 +172,10 @@ def test_the_adapter_folder_loads_in_an_unmodified_peft(finished, llama_folder, 
             predicted.append(
                 int(model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits.argmax())
             )
-    assert predicted == metrics["after"]["predictions"]
+    confusion = [[0, 0], [0, 0]]
+    for truth, named in zip(splits.test["label"], predicted, strict=True):
+        confusion[truth][named] += 1
+    assert confusion == metrics["after"]["confusion_matrix"]
 
 
 def test_the_adapter_folder_gives_the_logits_of_the_pth(finished, llama_folder):
@@ -276,7 +279,7 @@ def write_text(path: Path) -> Path:
 def test_a_language_model_improves_and_evaluates_to_the_same_digits(write, settings, command, tmp_path):
     path = write(tmp_path / ("x.txt" if write is write_text else "x.jsonl"))
     metrics = command("finetune", [*settings, "model.task=causal-lm", f"data.train={path}", "training.max_steps=60"])
-    assert metrics["after"]["perplexity"] < 0.5 * metrics["before"]["perplexity"]
+    assert metrics["after"]["perplexity"] < 0.7 * metrics["before"]["perplexity"]
     assert metrics["after"]["num_tokens"] > 0
     again = command("evaluate", settings[-1:])
     assert {key: again[key] for key in metrics["after"]} == metrics["after"]

@@ -80,7 +80,7 @@ def evaluate_model(
     """The model's metrics on `encoded` (input_ids, labels), plain data.
 
     Classification: loss (mean over examples, nats), accuracy, macro_f1, confusion_matrix (rows: true class, columns:
-    predicted), majority_accuracy (of always naming the most frequent class), predictions, num_examples.
+    predicted), majority_accuracy (of always naming the most frequent class), num_examples.
     Language modelling: loss (mean over predicted tokens, nats), perplexity = exp(loss), num_tokens, num_examples.
     Raises UserError for a loss that is not finite.
     """
@@ -107,6 +107,5 @@ def classification_metrics(truth: Sequence[int], predicted: Sequence[int], num_l
         "macro_f1": float(f1_score(truth, predicted, labels=classes, average="macro", zero_division=0.0)),  # type: ignore[arg-type]
         "majority_accuracy": max(list(truth).count(c) for c in classes) / len(truth),
         "confusion_matrix": confusion_matrix(truth, predicted, labels=classes).tolist(),
-        "predictions": list(predicted),
         "num_examples": len(truth),
     }

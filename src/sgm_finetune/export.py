@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from sgm_finetune.adapters.apply import ADAPTER, check_plan, tie
 from sgm_finetune.adapters.plan_file import parse_plan, plan_document
 from sgm_finetune.config import Config, parse_config
 from sgm_finetune.errors import UserError
+from sgm_finetune.files import whole_file, write_text
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.models import ready_for_backward
 
@@ -25,17 +24,6 @@ PTH = "sgm_finetuned.pth"
 FORMAT = "sgm-finetuned/1"
 RESULTS = (PTH, "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html", "checkpoints")
 """Everything a run writes into its output folder, and all that `output.overwrite=true` replaces."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes `path` so that it appears under its name only when complete."""
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_config(path: Path, config: Config) -> None:
@@ -70,9 +58,8 @@ def save_pth(path: Path, model: PeftModel, plan: Plan, config: Config, labels: t
         "config": config.model_dump(mode="json"),
         "labels": list(labels),
     }
-    scratch = path.with_name(f".{path.name}.partial")
-    torch.save(content, scratch)
-    os.replace(scratch, path)
+    with whole_file(path) as scratch:
+        torch.save(content, scratch)
 
 
 def _once(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

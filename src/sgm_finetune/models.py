@@ -279,7 +279,7 @@ def ready_for_backward(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 module.state_dict()
-                state = module.weight.quant_state
+                state: Any = module.weight.quant_state  # type: ignore[union-attr]
                 if state.absmax.dim() == 2:  # (blocks of a row x rows) in bfloat16; one row after another in float32
                     state.absmax = state.absmax.T.reshape(-1).float()
 

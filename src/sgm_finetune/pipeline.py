@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,9 +40,8 @@ from sgm_finetune.export import (
     save_adapter,
     save_pth,
     write_config,
-    write_json,
-    write_text,
 )
+from sgm_finetune.files import write_json, write_text
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.measure.scan import axolotl_format, json_format, scan, spectrum_format
 from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings, adapter_parameters, build_plan
@@ -274,9 +273,15 @@ def scan_model(config: Config, folder: Path, voice: Voice, clock: Clock) -> Scan
             return scan(folder, estimator=config.snr.estimator, progress=progress)
 
     scanned = _on_main(measured)
-    lowest, median, highest = _three([matrix.snr_db for matrix in scanned.matrices])
-    span = f"SNR {lowest:.1f} to {highest:.1f} dB, median {median:.1f}"
-    voice.say("scan", f"{len(scanned.matrices)} matrices in {scanned.seconds:.1f} s · {span}")
+    signal = [matrix.snr_db for matrix in scanned.matrices if matrix.snr > 0]
+    silent = len(scanned.matrices) - len(signal)
+    parts = [f"{len(scanned.matrices)} matrices in {scanned.seconds:.1f} s"]
+    if signal:
+        lowest, median, highest = _three(sorted(signal))
+        parts.append(f"SNR {lowest:.1f} to {highest:.1f} dB, median {median:.1f}")
+    if silent:
+        parts.append(f"{silent} without any signal")
+    voice.say("scan", " · ".join(parts))
     return scanned
 
 
@@ -285,11 +290,8 @@ def scan_to(
 ) -> None:
     """Scans `model`, shows a table by kind on `console`, and writes the result to `output` or to stdout."""
     voice = Voice(console)
-    path = Path(model)
-    source = path if path.exists() else local_folder(model, announce=lambda line: voice.say("model", line))
     with voice.bar("scan") as progress:
-        scanned = scan(source, estimator=estimator, progress=progress)  # type: ignore[arg-type]
-    scanned = replace(scanned, model=model)
+        scanned = scan(model, estimator=estimator, progress=progress)  # type: ignore[arg-type]
     match format:
         case "json":
             text = json_format(scanned)
@@ -302,7 +304,6 @@ def scan_to(
     if output is None:
         print(text, end="")
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, text)
         voice.say("saved", str(output))
 
@@ -315,15 +316,14 @@ def _scan_table(scanned: Scan) -> Table:
     for matrix in scanned.matrices:
         kinds.setdefault((matrix.kind, matrix.shape), []).append(matrix)
     for (kind, shape), matrices in kinds.items():
-        levels = [f"{v:.1f}" for v in _three([m.snr_db for m in matrices])]
-        rank = _three([m.signal_rank for m in matrices])[1]
+        levels = [f"{m.snr_db:.1f}" if m.snr > 0 else "none" for m in _three(sorted(matrices, key=lambda m: m.snr))]
+        rank = _three(sorted(m.signal_rank for m in matrices))[1]
         table.add_row(kind, str(len(matrices)), f"{shape[0]} x {shape[1]}", *levels, f"{rank:.0f}")
     return table
 
 
-def _three(values: list[float]) -> tuple[float, float, float]:
-    """Lowest, (upper) median, highest."""
-    ordered = sorted(values)
+def _three(ordered: list[Any]) -> tuple[Any, Any, Any]:
+    """First, (upper) middle and last."""
     return ordered[0], ordered[len(ordered) // 2], ordered[-1]
 
 

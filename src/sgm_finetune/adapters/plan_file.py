@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import pydantic
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sgm_finetune.errors import UserError
+from sgm_finetune.files import whole_file, write_json
 from sgm_finetune.method.plan import Plan
 
 _PLAN = pydantic.TypeAdapter(Plan)
@@ -37,17 +37,13 @@ def parse_plan(document: dict, where: str, starts: dict | None = None) -> Plan:
 def save_plan(plan: Plan, path: Path | str) -> None:
     """Writes `path` and, where groups start from spectra, the tensors beside it; each appears only when complete."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = path.with_suffix(".safetensors")
     if plan.starts:
-        scratch = tensors.with_name(f".{tensors.name}.partial")
-        save_file({name: start.contiguous() for name, start in plan.starts.items()}, scratch)
-        os.replace(scratch, tensors)
+        with whole_file(tensors) as scratch:
+            save_file({name: start.contiguous() for name, start in plan.starts.items()}, scratch)
     else:
         tensors.unlink(missing_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(json.dumps(plan_document(plan), indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_json(path, plan_document(plan))
 
 
 def load_plan(path: Path | str) -> Plan:

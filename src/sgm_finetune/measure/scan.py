@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Collection
@@ -19,10 +18,12 @@ from typing import get_args
 from torch import Tensor
 
 from sgm_finetune.errors import UserError
+from sgm_finetune.files import write_text
 from sgm_finetune.measure.weights import StoredMatrix, stored_matrices
 from sgm_finetune.method.selection import top_fraction_per_kind
 from sgm_finetune.method.snr import Estimator, signal_to_noise, singular_values
 from sgm_finetune.method.spectrum import MatrixScan, Scan
+from sgm_finetune.models import local_folder
 
 _EMBEDDING = re.compile(r"(^|[._])(wte|wpe)$|embed|relative_attention_bias", re.IGNORECASE)
 
@@ -34,7 +35,8 @@ def scan(
     names: Collection[str] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Scan:
-    """Signal-to-noise ratio of the matrices of a local model folder or `.safetensors` file.
+    """Signal-to-noise ratio of the matrices of a model: a local folder, a `.safetensors` file, an embedded demo model
+    or a hub id.
 
     `names` (without `.weight`) restricts the scan to these matrices, which then need no layer number.
     `progress(done, total, name)` is called after each matrix. Raises UserError for what `stored_matrices` refuses, a
@@ -43,7 +45,7 @@ def scan(
     if estimator not in get_args(Estimator):
         raise UserError(f"snr.estimator is {estimator!r}; it is one of {', '.join(get_args(Estimator))}")
     start = time.perf_counter()
-    chosen = _choose(model, names)
+    chosen = _choose(model if Path(model).exists() else local_folder(str(model)), names)
     scanned = []
     for done, (name, matrix) in enumerate(chosen.items(), start=1):
         scanned.append(_scan_matrix(name, matrix, estimator))
@@ -128,14 +130,7 @@ def _without_dead(weights: Tensor) -> Tensor:
 
 def save_scan(scan: Scan, path: str | Path) -> None:
     """Writes the scan as JSON; the file appears under its name only when complete."""
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json_format(scan), encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror}") from None
+    write_text(Path(path), json_format(scan))
 
 
 def load_scan(path: str | Path) -> Scan:

@@ -1,0 +1,38 @@
+"""Files that appear under their names only when complete. A leaf."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sgm_finetune.errors import UserError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A scratch path to write to; it becomes `path` when the block ends well and disappears when it does not.
+
+    Folders on the way are made. Raises UserError where the file cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        os.replace(scratch, path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror or error}") from None
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")

