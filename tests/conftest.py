@@ -7,7 +7,7 @@ import os
 import random
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: as the command line does
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch: as the command line does
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -135,11 +135,12 @@ def _console(to_stderr: bool) -> Any:
 
 
 def _settle_libraries() -> None:
-    """Before torch is loaded: threads that wait do not spin, and other libraries keep quiet unless SGM_DEBUG is set.
+    """Before torch is loaded: waiting threads spin briefly, and other libraries keep quiet unless SGM_DEBUG is set.
 
-    Spinning OpenMP threads on a shared machine cost more than the work (docs/LOG.md, 2026-11-23).
+    On a shared machine OpenMP threads that spin for milliseconds cost more than the work (docs/LOG.md, 2026-11-23).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.environ.get("SGM_DEBUG"):
         return

@@ -231,6 +231,8 @@ def load_model(
     """
     device = device or device_for()
     settings: dict[str, Any] = {"device_map": {"": device}}
+    if device.type == "cpu":  # torch's fused attention is the slower one in bfloat16 backward passes (docs/LOG.md)
+        settings["attn_implementation"] = "eager"
     quantised = config.quantization != "none"
     chosen = _DTYPES.get(config.dtype)
     dtype = chosen or (torch.bfloat16 if quantised else "auto")

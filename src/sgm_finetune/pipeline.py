@@ -134,9 +134,7 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
         measured = Measured(plan, before, _probe_numbers(probed))
     adapted, parameters = _adapt(config, model, measured.plan, voice)
     if dry_run:
-        voice.say(
-            "dry run", f"{arguments.max_steps} steps of {config.training.batch_size} would follow"
-        )
+        voice.say("dry run", f"{arguments.max_steps} steps of {config.training.batch_size} would follow")
         return {**parameters, "steps": arguments.max_steps}
     if checkpoint is None and _state().is_main_process:
         _begin(config, output, measured, clock)
