@@ -164,7 +164,7 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
         "peak_memory_bytes": peak_memory(),
         "steps": state.global_step,
         "best_step": state.best_global_step,
-        "tokens_per_second": state.num_input_tokens_seen / clock.seconds["train"],
+        "tokens_per_second": None if checkpoint else state.num_input_tokens_seen / clock.seconds["train"],
         "probe": measured.probe,
         "environment": environment(),
     }

@@ -42,12 +42,11 @@ class Probe:
 class _Recorder:
     """Collects one half's sketches; alive between entering and leaving the hooks."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], shapes: Mapping[str, tuple[int, int]], size: int, seed: int):
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], size: int, seed: int):
         self.shapes, self.size, self.seed = shapes, size, seed
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.omegas: dict[tuple[int, torch.device], Tensor] = {}
         self.held_bytes = self.peak_bytes = 0
-        self.layers = layers
 
     def omega(self, dim: int, device: torch.device) -> Tensor:
         if (dim, device) not in self.omegas:
@@ -99,7 +98,7 @@ def probe(
         raise UserError(f"The probe needs at least two batches, one for each half; it was given {len(batches)}")
     layers = linear_layers(model, names)
     shapes = {name: matrix_shape(layer) for name, layer in layers.items()}
-    recorders = [_Recorder(layers, shapes, sketch_size, 2 * seed + half) for half in (0, 1)]
+    recorders = [_Recorder(shapes, sketch_size, 2 * seed + half) for half in (0, 1)]
     device = next(model.parameters()).device
     started, losses, num_tokens = time.perf_counter(), [], 0
     with _measuring(model):
