@@ -66,18 +66,26 @@ def table(run: dict[str, Any]) -> str:
     """docs/method.md section 3.3."""
     lines = [
         "| kind | cosine between layers, mean / largest | same layer, other data | own basis keeps, input / output | "
-        "two layers' shared basis, of that: input / output | side | groups (sizes) |",
-        "|---|---|---|---|---|---|---|",
+        "of that, two layers' shared basis: input / output | one basis for all: input / output | side | groups |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for kind in run["kinds"]:
         own = run["kept_own"].get(kind["kind"], {"input": float("nan"), "output": float("nan")})
         sizes = ", ".join(str(group["size"]) for group in run["groups"] if group["kind"] == kind["kind"])
         lines.append(
-            f"| {kind['kind'].rpartition('.')[2]} | {kind['cosine_mean']:.2f} / {kind['cosine_max']:.2f} | "
+            f"| {short(kind['kind'])} | {kind['cosine_mean']:.2f} / {kind['cosine_max']:.2f} | "
             f"{kind['cosine_other_half']:.2f} | {own['input']:.2f} / {own['output']:.2f} | "
-            f"{kind['retention_input']:.2f} / {kind['retention_output']:.2f} | {kind['side']} | {sizes or '–'} |"
+            f"{kind['retention_input']:.2f} / {kind['retention_output']:.2f} | "
+            f"{kind['retention_all_input']:.2f} / {kind['retention_all_output']:.2f} | "
+            f"{kind['side']} | {sizes or '–'} |"
         )
     return "\n".join(lines)
+
+
+def short(kind: str) -> str:
+    """The last part of a kind's name that says something: `dense` alone does not."""
+    parts = [part for part in kind.split(".") if part != "*"]
+    return ".".join(parts[-2:]) if parts[-1] == "dense" else parts[-1]
 
 
 def main() -> None:

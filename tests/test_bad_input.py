@@ -422,4 +422,5 @@ def test_other_commands_refuse_in_one_line_and_write_nothing(build, parts, place
 
 def test_a_refusal_also_stands_in_the_exit_status_of_a_dry_run(place, capfd):
     empty = place.file("empty.yaml", "")
-    refused(["finetune", "--dry-run", "--config", str(empty)], ["No data", "data.train=FILE"], place, capfd)
+    command = ["finetune", "--dry-run", "--config", str(empty), f"output.dir={place.output}"]
+    refused(command, ["No data", "data.train=FILE"], place, capfd)

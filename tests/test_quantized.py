@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import llama_config, make_batches, make_tokenizer
 
 from sgm_finetune.adapters.apply import apply_plan
+from sgm_finetune.cli import main
 from sgm_finetune.config import ModelConfig
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings, build_plan
@@ -62,7 +64,11 @@ def four_bit_of_others(folder: Path):
         llm_int8_skip_modules=["lm_head"],
     )  # fmt: skip
     return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=settings, dtype=torch.bfloat16, device_map={"": torch.device("cpu")}
+        folder,
+        quantization_config=settings,
+        dtype=torch.bfloat16,
+        device_map={"": torch.device("cpu")},
+        attn_implementation="eager",
     ).eval()
 
 
@@ -177,23 +183,33 @@ def test_heads_and_embeddings_are_not_quantised(folder):
     assert not isinstance(four_bit(folder).lm_head, Linear4bit)
 
 
-def test_a_4_bit_run_evaluates_to_the_same_digits_and_its_adapter_merges(folder, settings, tmp_path, capfd):
-    """finetune = evaluate, digit for digit; the adapter on the dequantised base, added to it, gives its logits."""
-    import json
-
-    from peft import PeftModel
-
-    from sgm_finetune.cli import main
-
+@pytest.fixture
+def command(tmp_path, capfd):
+    """The command, run in this process with an empty config file; returns its JSON."""
     (tmp_path / "empty.yaml").write_text("")
 
-    def command(name: str, overrides: list[str]) -> dict:
+    def run(name: str, overrides: list[str]) -> dict:
         capfd.readouterr()
         with pytest.raises(SystemExit) as caught:
             main([name, "--config", str(tmp_path / "empty.yaml"), "--json", *overrides])
         written, said = capfd.readouterr()
         assert caught.value.code == 0, said
         return json.loads(written)
+
+    return run
+
+
+def test_an_8_bit_run_learns_and_evaluates_to_the_same_digits(folder, settings, command):
+    changes = [f"model.name={folder}", "model.quantization=int8", "model.dtype=auto", "training.max_steps=30"]
+    metrics = command("finetune", [*settings, *changes])
+    assert metrics["after"]["loss"] < 0.7 * metrics["before"]["loss"]
+    again = command("evaluate", settings[-1:])
+    assert {key: again[key] for key in metrics["after"]} == metrics["after"]
+
+
+def test_a_4_bit_run_evaluates_to_the_same_digits_and_its_adapter_merges(folder, settings, tmp_path, command):
+    """finetune = evaluate, digit for digit; the adapter on the dequantised base, added to it, gives its logits."""
+    from peft import PeftModel
 
     changes = [f"model.name={folder}", "model.quantization=nf4", "model.dtype=auto", "training.max_steps=30"]
     metrics = command("finetune", [*settings, *changes])

@@ -119,6 +119,11 @@ class KindNumbers:
     """The side on which its layers may merge (None: merging was off)."""
     retention_input: float | None = None
     retention_output: float | None = None
+    """Of eq. 14, the mean over all pairs of layers."""
+    retention_all_input: float | None = None
+    retention_all_output: float | None = None
+    """Energy kept by one basis for all the kind's layers / by own bases, the mean over layers (eq. 14b); `auto` takes
+    the larger side."""
     cosine_mean: float | None = None
     cosine_max: float | None = None
     cosine_other_half: float | None = None
@@ -206,6 +211,7 @@ class _KindMeasures:
     """The probe's numbers on one kind's layers, or nothing where the probe did not run."""
 
     own: dict[Side, list[float]]
+    together: dict[Side, list[float]]
     retention: dict[Side, np.ndarray]
     cosines: np.ndarray
     other_half: list[float]
@@ -231,7 +237,18 @@ def _measure_kind(members: Sequence[MatrixNumbers], rank: int) -> _KindMeasures 
         ]
         retention[side] = ((pairwise_retention(one, two, rank) + pairwise_retention(two, one, rank)) / 2).numpy()
     between = ((cosines(first) + cosines(second)) / 2).numpy()
-    return _KindMeasures(own, retention, between, cosines(first, second).tolist())
+    together: dict[Side, list[float]] = {side: _kept_by_all(members, side, rank) for side in SIDES}
+    return _KindMeasures(own, together, retention, between, cosines(first, second).tolist())
+
+
+def _kept_by_all(members: Sequence[MatrixNumbers], side: Side, rank: int) -> list[float]:
+    """Per layer: held-out energy kept by one basis for all of them, the mean of fitting on either half."""
+    kept = [0.0] * len(members)
+    for fit, held_out in ((0, 1), (1, 0)):
+        shared = shared_basis([leading_rows(_halves(matrix)[fit].side(side), rank) for matrix in members], rank)
+        for i, matrix in enumerate(members):
+            kept[i] += energy_kept(shared, _halves(matrix)[held_out].side(side)) / 2
+    return kept
 
 
 @dataclass(frozen=True)
@@ -254,12 +271,18 @@ def _group_kind(
     mean: dict[Side, float] = {
         side: float(np.mean([table[pair] for pair in pairs])) for side, table in measured.retention.items()
     }
+    by_all: dict[Side, float] = {
+        side: float(np.mean([k / max(o, 1e-12) for k, o in zip(kept, measured.own[side], strict=True)]))
+        for side, kept in measured.together.items()
+    }
     numbers = KindNumbers(
         kind=label,
         num_layers=len(members),
-        side=_choose_side(settings.side, mean),
+        side=_choose_side(settings.side, by_all),
         retention_input=mean["input"],
         retention_output=mean["output"],
+        retention_all_input=by_all["input"],
+        retention_all_output=by_all["output"],
         cosine_mean=float(np.mean([measured.cosines[pair] for pair in pairs])),
         cosine_max=float(np.max([measured.cosines[pair] for pair in pairs])),
         cosine_other_half=float(np.mean(measured.other_half)),
@@ -316,15 +339,15 @@ def _group_kind(
     return numbers, found
 
 
-def _choose_side(side: str, mean_retention: Mapping[Side, float]) -> Side | None:
-    """auto: the side on which, over all pairs of the kind's layers, a shared basis loses least."""
+def _choose_side(side: str, retention_by_all: Mapping[Side, float]) -> Side | None:
+    """auto: the side on which one basis for all of the kind's layers loses least (eq. 14b)."""
     match side:
         case "none":
             return None
         case "input" | "output":
             return side
         case _:
-            return max(SIDES, key=lambda candidate: mean_retention[candidate])
+            return max(SIDES, key=lambda candidate: retention_by_all[candidate])
 
 
 def _planned_kind(
