@@ -113,3 +113,10 @@ def test_one_kind_with_two_shapes_is_never_mixed():
         "m", [*(layer(i, "input") for i in range(2)), replace(narrow, shape=(12, 32), halves=halves)], SETTINGS
     )
     assert [len(group.members) for group in plan.groups] == [2]
+
+
+def test_a_matrix_without_signal_has_no_decibels():
+    silent = replace(layer(0, "input"), snr=0.0, snr_db=-126.4)
+    plan = build_plan("m", [silent, layer(1, "input")], SETTINGS)
+    assert (plan.matrices[0].snr, plan.matrices[0].snr_db) == (0.0, None)
+    assert plan.matrices[1].snr_db == 10.0

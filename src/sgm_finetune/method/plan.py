@@ -81,6 +81,7 @@ class PlannedMatrix:
     snr: float | None = None
     """Signal energy / noise energy; null: not scanned, or infinite under the published estimator."""
     snr_db: float | None = None
+    """The same in decibels; null also where there is no signal at all (snr 0)."""
     signal_rank: int | None = None
     gradient_energy: float | None = None
     """Estimate of the squared norm of the probe's gradient (eq. 10)."""
@@ -380,7 +381,7 @@ def _described(matrix: MatrixNumbers, selected: bool, **numbers) -> PlannedMatri
         shape=matrix.shape,
         selected=selected,
         snr=finite(matrix.snr),
-        snr_db=finite(matrix.snr_db),
+        snr_db=None if matrix.snr == 0 else finite(matrix.snr_db),
         signal_rank=matrix.signal_rank,
         **numbers,
     )
