@@ -26,6 +26,7 @@ from sgm_finetune.method.subspace import (
     squared_norm,
 )
 
+Halves = tuple[Tensor, Tensor]  # of one layer and side, from the two halves of the batches
 SNR_TOLERANCE_DB = 3.0  # of criterion "snr" where none is given: a factor of two in energy
 
 
@@ -211,6 +212,8 @@ def build_plan(
 class _KindMeasures:
     """The probe's numbers on one kind's layers, or nothing where the probe did not run."""
 
+    sketches: dict[Side, list[Halves]]
+    rows: dict[Side, list[Halves]]
     own: dict[Side, list[float]]
     together: dict[Side, list[float]]
     retention: dict[Side, np.ndarray]
@@ -238,17 +241,30 @@ def _measure_kind(members: Sequence[MatrixNumbers], rank: int) -> _KindMeasures 
         ]
         retention[side] = ((pairwise_retention(one, two, rank) + pairwise_retention(two, one, rank)) / 2).numpy()
     between = ((cosines(first) + cosines(second)) / 2).numpy()
-    together: dict[Side, list[float]] = {side: _kept_by_all(members, side, rank) for side in SIDES}
-    return _KindMeasures(own, together, retention, between, cosines(first, second).tolist())
+    sketches: dict[Side, list[Halves]] = {
+        side: [(one.side(side), two.side(side)) for one, two in zip(first, second, strict=True)] for side in SIDES
+    }
+    rows: dict[Side, list[Halves]] = {
+        side: [(leading_rows(one, rank), leading_rows(two, rank)) for one, two in pairs]
+        for side, pairs in sketches.items()
+    }
+    together: dict[Side, list[float]] = {
+        side: _kept_together(rows[side], sketches[side], range(len(members)), rank) for side in SIDES
+    }
+    other_half = cosines(first, second).tolist()
+    return _KindMeasures(sketches, rows, own, together, retention, between, other_half)
 
 
-def _kept_by_all(members: Sequence[MatrixNumbers], side: Side, rank: int) -> list[float]:
-    """Per layer: held-out energy kept by one basis for all of them, the mean of fitting on either half."""
-    kept = [0.0] * len(members)
+def _kept_together(
+    rows: Sequence[Halves], sketches: Sequence[Halves], indices: Sequence[int], rank: int
+) -> list[float]:
+    """Per layer of `indices`: held-out energy kept by the basis shared by all of them, the mean of fitting on either
+    half."""
+    kept = [0.0] * len(indices)
     for fit, held_out in ((0, 1), (1, 0)):
-        shared = shared_basis([leading_rows(_halves(matrix)[fit].side(side), rank) for matrix in members], rank)
-        for i, matrix in enumerate(members):
-            kept[i] += energy_kept(shared, _halves(matrix)[held_out].side(side)) / 2
+        shared = shared_basis([rows[i][fit] for i in indices], rank)
+        for position, i in enumerate(indices):
+            kept[position] += energy_kept(shared, sketches[i][held_out]) / 2
     return kept
 
 
@@ -302,17 +318,10 @@ def _group_kind(
             similarity, threshold = np.ones_like(measured.cosines), 1.0
             tolerance = SNR_TOLERANCE_DB if tolerance is None else tolerance
     rank = settings.rank
-    sketches = [[half.side(side) for half in _halves(matrix)] for matrix in members]
-    rows = [[leading_rows(sketch, rank) for sketch in pair] for pair in sketches]
+    sketches, rows = measured.sketches[side], measured.rows[side]
 
     def kept_together(indices: Sequence[int]) -> list[float]:
-        """Per member: held-out energy kept by the basis shared by all of them, the mean of fitting on either half."""
-        kept = [0.0] * len(indices)
-        for fit, held_out in ((0, 1), (1, 0)):
-            shared = shared_basis([rows[i][fit] for i in indices], rank)
-            for position, i in enumerate(indices):
-                kept[position] += energy_kept(shared, sketches[i][held_out]) / 2
-        return kept
+        return _kept_together(rows, sketches, indices, rank)
 
     def retention_together(indices: Sequence[int], kept: Sequence[float]) -> float:
         return min(k / max(measured.own[side][i], 1e-12) for k, i in zip(kept, indices, strict=True))
