@@ -255,7 +255,7 @@ def test_a_run_without_probe_groups_or_history_has_dashes_where_nothing_was_meas
     metrics |= {"probe": None, "best_step": None, "tokens_per_second": None}
     metrics["seconds"] = {"scan": None, "probe": None, "train": 1.0, "evaluate": 0.5, "total": 1.5}
     text = read(render(metrics, plain_plan(), [])).text
-    assert "c_attn 2 – – – – – – 0" in text
+    assert "c_attn 2 – – – – – – – – 0" in text
     assert "plain LoRA" in text
     assert "Time: probe –" in text
     assert "Training tokens per second –" in text
