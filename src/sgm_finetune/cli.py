@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sgm_finetune.config import Config, load_config
+from sgm_finetune.config import load_config
 from sgm_finetune.errors import UserError
 
 app = typer.Typer(
@@ -173,6 +173,3 @@ def _fail(line: str, status: int) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(" ".join(line.split()), file=sys.stderr, flush=True)
     sys.exit(status)
-
-
-__all__ = ["Config", "app", "main"]

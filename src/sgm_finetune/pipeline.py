@@ -123,6 +123,8 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
     arguments = training_arguments(config, output / "checkpoints", len(datasets[0]), _state().num_processes)
     scanned = scan_model(config, materials.folder, voice, clock) if given_plan is None else None
     model = load_base(config, materials)
+    if given_plan is not None:
+        check_plan(model, given_plan)  # before the minutes of evaluation and not after them
     test = _evaluator(config, materials, voice, clock)
     if checkpoint is not None and given_plan is not None:
         measured = _earlier(output, given_plan, clock)
@@ -203,10 +205,7 @@ def _earlier(output: Path, plan: Plan, clock: Clock) -> Measured:
 
 def _adapt(config: Config, model: PreTrainedModel, plan: Plan, voice: Voice) -> tuple[PeftModel, dict[str, int]]:
     """The merged model, and its number of trainable parameters beside plain LoRA's."""
-    check_plan(model, plan)
-    voice.say("plan", describe_plan(plan))
-    for remark in remarks(plan):
-        voice.say("", remark)
+    _tell_plan(plan, voice)
     set_seed(config.training.seed)
     adapted = apply_plan(model, plan)
     total = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -231,9 +230,7 @@ def make_plan_for(config: Config, console: Console) -> Plan:
     materials = prepare(config, voice)
     scanned = scan_model(config, materials.folder, voice, clock)
     plan, _ = measure(config, load_base(config, materials), scanned, materials, voice, clock)
-    voice.say("plan", describe_plan(plan))
-    for remark in remarks(plan):
-        voice.say("", remark)
+    _tell_plan(plan, voice)
     return plan
 
 
@@ -442,6 +439,12 @@ def probe_batches(config: Config, materials: Materials) -> list[dict[str, torch.
     size = max(1, min(config.probe.batch_size, len(order) // 2))
     batches = [order[at : at + size] for at in range(0, len(order), size)]
     return [materials.collate([dataset[i] for i in batch]) for batch in batches]
+
+
+def _tell_plan(plan: Plan, voice: Voice) -> None:
+    voice.say("plan", describe_plan(plan))
+    for remark in remarks(plan):
+        voice.say("", remark)
 
 
 def describe_plan(plan: Plan) -> str:
