@@ -43,7 +43,8 @@ from sgm_finetune.export import (
 )
 from sgm_finetune.files import write_json, write_text
 from sgm_finetune.measure.probe import Probe, probe
-from sgm_finetune.measure.scan import axolotl_format, json_format, scan, spectrum_format
+from sgm_finetune.measure.scan import scan
+from sgm_finetune.measure.scan_formats import axolotl_format, json_format, spectrum_format
 from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings, adapter_parameters, build_plan
 from sgm_finetune.method.spectrum import Scan
 from sgm_finetune.models import (

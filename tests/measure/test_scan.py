@@ -13,15 +13,8 @@ import yaml
 from safetensors.torch import save_file
 
 from sgm_finetune.errors import UserError
-from sgm_finetune.measure.scan import (
-    axolotl_format,
-    kind_of,
-    layer_of,
-    load_scan,
-    save_scan,
-    scan,
-    spectrum_format,
-)
+from sgm_finetune.measure.scan import kind_of, layer_of, scan
+from sgm_finetune.measure.scan_formats import axolotl_format, load_scan, save_scan, spectrum_format
 from sgm_finetune.measure.weights import stored_matrices, weight_files
 from sgm_finetune.method.snr import signal_to_noise, singular_values
 

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sgm_finetune.method.snr import Estimator
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the scan says about a matrix whose entries were shuffled: same values, no structure."""
+
+    signal_rank: int
+    snr_db: float
 
 
 @dataclass(frozen=True)
@@ -15,9 +23,10 @@ class MatrixScan:
     """What a scan says about one weight matrix; the numbers as in `SpectrumStatistics`."""
 
     name: str
-    """Name of the module: the parameter's name without the trailing `.weight`."""
+    """Name of the module: the parameter's name without the trailing `.weight`, and `[part]` where the matrix is one
+    part of a fused or stacked parameter: `h.0.attn.c_attn[q]`, `layers.0.mlp.experts.gate_up_proj[7.up]`."""
     kind: str
-    """The name with every layer number replaced by `*`; matrices of one kind are compared with each other."""
+    """The name with every number replaced by `*`; matrices of one kind are compared with each other."""
     layer: int | None
     """First number in the name; None where there is none."""
     shape: tuple[int, int]
@@ -27,6 +36,12 @@ class MatrixScan:
     signal_rank: int
     snr: float
     snr_db: float
+    parameter: str
+    """The stored parameter that this matrix is, or is a part of, with its `.weight`."""
+    energy: float
+    """‖W‖²_F, squared units of the weights; SNR/(1 + SNR) of it is signal ("mp")."""
+    control: Control | None = None
+    """The same matrix with its entries shuffled; None where no control was asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; an infinite SNR (published formula only) is null."""
@@ -40,13 +55,16 @@ class MatrixScan:
             "signal_rank": self.signal_rank,
             "snr": self.snr if math.isfinite(self.snr) else None,
             "snr_db": self.snr_db if math.isfinite(self.snr_db) else None,
+            "parameter": self.parameter,
+            "energy": self.energy,
+            **({"control": asdict(self.control)} if self.control is not None else {}),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MatrixScan:
         """Inverse of `to_dict`. KeyError, TypeError or ValueError where it is something else."""
         rows, cols = values["shape"]
-        layer, snr, snr_db = values["layer"], values["snr"], values["snr_db"]
+        layer, snr, snr_db, control = values["layer"], values["snr"], values["snr_db"], values.get("control")
         return cls(
             name=str(values["name"]),
             kind=str(values["kind"]),
@@ -57,6 +75,9 @@ class MatrixScan:
             signal_rank=int(values["signal_rank"]),
             snr=math.inf if snr is None else float(snr),
             snr_db=math.inf if snr_db is None else float(snr_db),
+            parameter=str(values["parameter"]),
+            energy=float(values["energy"]),
+            control=None if control is None else Control(int(control["signal_rank"]), float(control["snr_db"])),
         )
 
 
