@@ -3,10 +3,13 @@
     python benchmarks/snr_accuracy.py [--seed 0] [--quick]
     python benchmarks/snr_accuracy.py --model FOLDER [--label NAME]
 
-For each shape and share of signal: a Gaussian noise matrix with σ = 1, plus orthogonal spikes of 1.5 to 10 times the
-noise edge. Printed and appended to benchmarks/results/snr_accuracy.json: the mean over the trials of σ's error (plain
-median, deflated median), of the error of the spike count, and of the share of pure noise that is called signal, for
-our estimator (mp) and the published formula (spectrum).
+Spikes: for each shape and share of signal a Gaussian noise matrix with σ = 1 plus orthogonal spikes, strong ones of 1.5
+to 10 times the noise edge or weak ones of 2 to 4 times the detectable limit. Noise: singular values of Gaussian
+matrices of 64 to 8192 values at six aspect ratios, drawn from their bidiagonal form (Dumitriu & Edelman 2002).
+
+Printed and appended to benchmarks/results/snr_accuracy.json: the mean over the trials of σ's error (plain median,
+ours), of the error of the spike count, and of the share of pure noise that is called signal, for our estimator (mp) and
+the published formula (spectrum).
 
 With --model, the layers of a real model instead, per kind of matrix: range of SNR and signal rank, rank correlation of
 the two SNRs over the layers, and how far the values below the edge are from the Marchenko-Pastur law (largest
@@ -24,18 +27,22 @@ import sys
 import time
 from pathlib import Path
 
-import numpy
+import numpy as np
 import scipy
 import scipy.stats
 import torch
+from scipy.linalg import eigvalsh_tridiagonal
 
 from sgm_finetune.measure.scan import kind_of, scan
 from sgm_finetune.measure.weights import stored_matrices
-from sgm_finetune.method.snr import bulk_median, noise_edge, signal_to_noise, singular_values
+from sgm_finetune.method.singular_values import singular_values
+from sgm_finetune.method.snr import bulk_median, distance_from_noise, noise_edge, signal_to_noise
 
 RESULTS = Path(__file__).parent / "results" / "snr_accuracy.json"
 SHAPES = [(8, 8), (8, 512), (64, 64), (64, 1280), (192, 576), (576, 576), (1536, 576), (1024, 1024), (1024, 256)]
 SHARES = [0.0, 0.25, 0.5, 0.75]
+NOISE_SIZES = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
+NOISE_ASPECTS = [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]
 QUICK = 4  # smallest number of trials stays 1
 
 
@@ -44,37 +51,41 @@ def num_trials(rows: int, cols: int) -> int:
     return 4000 if smaller <= 8 else 100 if smaller <= 64 else 8 if smaller <= 256 else 4
 
 
-def matrix(rows: int, cols: int, rank: int, draw: torch.Generator) -> torch.Tensor:
+def matrix(rows: int, cols: int, strengths: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     def gaussian(m: int, n: int) -> torch.Tensor:
         return torch.randn(m, n, generator=draw, dtype=torch.float64)
 
-    noise = gaussian(rows, cols)
+    noise, rank = gaussian(rows, cols), len(strengths)
     if rank == 0:
         return noise
-    strength = noise_edge(1.0, rows, cols) * torch.linspace(1.5, 10, rank, dtype=torch.float64)
     left, right = (torch.linalg.qr(gaussian(side, rank)).Q for side in (rows, cols))
-    return noise + (left * strength) @ right.T
+    return noise + (left * strengths) @ right.T
 
 
-def measure(rows: int, cols: int, share: float, trials: int, draw: torch.Generator) -> dict:
-    rank = int(share * min(rows, cols))
-    plain, deflated, counts, published = [], [], [], []
-    for _ in range(trials):
-        s = torch.linalg.svdvals(matrix(rows, cols, rank, draw))
-        larger, smaller = max(rows, cols), min(rows, cols)
+def noise_spectrum(rows: int, cols: int, draw: np.random.Generator) -> torch.Tensor:
+    """Singular values of a Gaussian matrix, rows >= cols, from a bidiagonal of χ variables."""
+    diagonal = draw.chisquare(rows - np.arange(cols))
+    lower = draw.chisquare(cols - 1 - np.arange(cols - 1))
+    squares = eigvalsh_tridiagonal(diagonal + np.r_[0, lower], np.sqrt(diagonal[:-1] * lower))
+    return torch.from_numpy(np.sqrt(np.maximum(squares, 0))[::-1].copy())
+
+
+def errors(spectra: list[torch.Tensor], rows: int, cols: int, rank: int) -> dict:
+    plain, sigma, counts, published = [], [], [], []
+    larger, smaller = max(rows, cols), min(rows, cols)
+    for s in spectra:
         plain.append(float(s.quantile(0.5)) / (math.sqrt(larger) * bulk_median(smaller / larger)) - 1)
         found = signal_to_noise(s, rows, cols)
-        deflated.append(found.sigma - 1)
+        sigma.append(found.sigma - 1)
         counts.append(found.signal_rank - rank)
         published.append(signal_to_noise(s, rows, cols, "spectrum").signal_rank - rank)
-    smaller = min(rows, cols)
     return {
         "shape": [rows, cols],
         "signal_rank": rank,
-        "trials": trials,
+        "trials": len(spectra),
         "sigma_error_plain_median": statistics.fmean(plain),
-        "sigma_error_mean": statistics.fmean(deflated),
-        "sigma_error_rms": math.sqrt(statistics.fmean(e * e for e in deflated)),
+        "sigma_error_mean": statistics.fmean(sigma),
+        "sigma_error_rms": math.sqrt(statistics.fmean(e * e for e in sigma)),
         "count_error_mean": statistics.fmean(counts),
         "count_error_largest": max(map(abs, counts)),
         "wrong_share": statistics.fmean(map(abs, counts)) / smaller,
@@ -83,30 +94,16 @@ def measure(rows: int, cols: int, share: float, trials: int, draw: torch.Generat
     }
 
 
-def distance_from_noise(s: torch.Tensor, rows: int, cols: int, sigma: float, rank: int) -> float:
-    """Largest difference between the distribution of s below the `rank` largest and the Marchenko-Pastur law."""
-    m, n = max(rows, cols) - rank, min(rows, cols) - rank
-    aspect = n / m
-    grid = torch.linspace(0, math.pi, 20_001, dtype=torch.float64)  # y² = 1 + β + 2√β·cos θ
-    density = 2 * grid.sin().square() / (1 + aspect + 2 * math.sqrt(aspect) * grid.cos()).clamp(min=1e-12) / math.pi
-    above = torch.cumulative_trapezoid(density, grid)
-    y = s[rank:] / (sigma * math.sqrt(m))
-    theta = ((y.square() - 1 - aspect) / (2 * math.sqrt(aspect))).clamp(-1, 1).acos()
-    law = 1 - above[(theta / math.pi * 20_000).long().clamp(max=19_999)]
-    share = 1 - (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    return float((law - share).abs().max())
-
-
 def measure_model(folder: str) -> list[dict]:
     """One row per kind of layer matrix."""
-    chosen = {f"{matrix.name}.weight" for matrix in scan(folder).matrices}
+    chosen = {matrix.name for matrix in scan(folder).matrices if matrix.layer is not None}
     kinds: dict[str, list[tuple]] = {}
     for matrix in stored_matrices(folder):
         if matrix.name in chosen:
             s, shape = singular_values(matrix.load()), matrix.shape
             found = signal_to_noise(s, *shape)
-            far = distance_from_noise(s, *shape, found.sigma, found.signal_rank)
-            kind = kind_of(matrix.name.removesuffix(".weight"))
+            far = distance_from_noise(s, *shape, found.signal_rank)
+            kind = kind_of(matrix.name)
             kinds.setdefault(kind, []).append((found, signal_to_noise(s, *shape, "spectrum").snr, far, min(shape)))
     rows = []
     for kind, members in kinds.items():
@@ -129,24 +126,48 @@ def measure_model(folder: str) -> list[dict]:
 
 
 def measure_planted(seed: int, quick: bool) -> list[dict]:
-    """One row per shape and share of signal."""
+    """One row per shape, share of signal and strength of the spikes."""
     draw = torch.Generator().manual_seed(seed)
-    rows = []
-    print(
-        f"{'shape':>12} {'rank':>5} {'σ plain':>8} {'σ mp':>8} {'rms':>7} {'count':>8} {'wrong mp':>9} {'spectrum':>9}"
-    )
-    for shape in SHAPES:
+    rows_ = []
+    for rows, cols in SHAPES:
+        limit, edge = (rows * cols) ** 0.25, noise_edge(1.0, rows, cols)
+        trials = max(1, num_trials(rows, cols) // (QUICK if quick else 1))
         for share in SHARES:
-            trials = num_trials(*shape)
-            row = measure(*shape, share, max(1, trials // QUICK) if quick else trials, draw)
-            rows.append(row)
-            print(
-                f"{shape[0]:>5} x {shape[1]:<4} {row['signal_rank']:>5} {row['sigma_error_plain_median']:>+8.2%} "
-                f"{row['sigma_error_mean']:>+8.2%} {row['sigma_error_rms']:>7.2%} {row['count_error_largest']:>8} "
-                f"{row['wrong_share']:>9.4%} {row['wrong_share_spectrum']:>9.2%}",
-                flush=True,
-            )
-    return rows
+            for name, least, most in (("strong", 1.5 * edge, 10 * edge), ("weak", 2 * limit, 4 * limit)):
+                if share == 0 and name == "weak":
+                    continue
+                rank = int(share * min(rows, cols))
+                strengths = torch.linspace(least, most, rank, dtype=torch.float64)
+                spectra = [torch.linalg.svdvals(matrix(rows, cols, strengths, draw)) for _ in range(trials)]
+                rows_.append({"spikes": name if rank else "none", **errors(spectra, rows, cols, rank)})
+                show(rows_[-1])
+    return rows_
+
+
+def measure_noise(seed: int, quick: bool) -> list[dict]:
+    """One row per size and aspect ratio of pure noise."""
+    draw = np.random.default_rng(seed)
+    rows_ = []
+    for size in NOISE_SIZES:
+        for aspect in NOISE_ASPECTS:
+            trials = max(2, min(1000, 400_000 // size // (8 if size >= 2048 else 1)) // (QUICK if quick else 1))
+            rows = round(size / aspect)
+            spectra = [noise_spectrum(rows, size, draw) for _ in range(trials)]
+            rows_.append({"spikes": "none", "aspect": aspect, **errors(spectra, rows, size, 0)})
+            show(rows_[-1])
+    return rows_
+
+
+HEAD = f"{'shape':>14} {'rank':>5} {'spikes':>7} {'σ plain':>8} {'σ mp':>8} {'rms':>7} {'count':>6} {'wrong mp':>9}"
+
+
+def show(row: dict) -> None:
+    print(
+        f"{row['shape'][0]:>6} x {row['shape'][1]:<5} {row['signal_rank']:>5} {row['spikes']:>7} "
+        f"{row['sigma_error_plain_median']:>+8.2%} {row['sigma_error_mean']:>+8.2%} {row['sigma_error_rms']:>7.2%} "
+        f"{row['count_error_largest']:>6} {row['wrong_share']:>9.4%} {row['wrong_share_spectrum']:>9.2%}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -157,7 +178,11 @@ def main() -> None:
     parser.add_argument("--label", help="its name in the results")
     options = parser.parse_args()
     start = time.perf_counter()
-    rows = measure_model(options.model) if options.model else measure_planted(options.seed, options.quick)
+    if options.model:
+        rows = measure_model(options.model)
+    else:
+        print(f"{HEAD} {'spectrum':>9}")
+        rows = measure_planted(options.seed, options.quick) + measure_noise(options.seed, options.quick)
     if options.quick:
         return
     run = {
@@ -168,7 +193,7 @@ def main() -> None:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "numpy": numpy.__version__,
+            "numpy": np.__version__,
             "scipy": scipy.__version__,
         },
         "seconds": round(time.perf_counter() - start, 1),

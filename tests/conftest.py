@@ -20,6 +20,12 @@ OTHER = ["the", "a", "film", "plot", "cast", "it", "was", "and", "with", "very",
 WORDS = [*GOOD, *BAD, *OTHER]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """What the tests remember is forgotten with them."""
+    os.environ["SGM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _one_seed():
     torch.manual_seed(0)

@@ -259,11 +259,11 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
 
 def prepare(config: Config, voice: Voice) -> Materials:
     """Everything that can be checked without the model's weights: files, columns, labels, lengths, the tokenizer."""
+    splits = load_splits(config.data, config.model.task)
     with _state().main_process_first():  # one process converts or downloads, the others find it done
         folder = local_folder(config.model.name, config.model.revision, lambda line: voice.say("model", line))
     check_model(config.model, folder, config.data.max_length)
     tokenizer = load_tokenizer(folder)
-    splits = load_splits(config.data, config.model.task)
     encoded = {
         name: encode(getattr(splits, name), tokenizer, config.model.task, config.data.max_length)
         for name in ("train", "validation", "test")
@@ -381,7 +381,7 @@ def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Mod
     elif model is not None:
         shapes = {name: matrix_shape(layer) for name, layer in linear_layers(model).items()}
     else:
-        shapes = {matrix.name: matrix.shape for matrix in scanned.matrices}
+        shapes = {matrix.name: matrix.shape for matrix in scanned.matrices if matrix.layer is not None}
     by_name = _match_names(scanned, shapes)
     numbers = [
         MatrixNumbers(

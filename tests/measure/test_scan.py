@@ -13,10 +13,11 @@ import yaml
 from safetensors.torch import save_file
 
 from sgm_finetune.errors import UserError
-from sgm_finetune.measure.scan import kind_of, layer_of, scan
+from sgm_finetune.measure.scan import kind_of, layer_of, scan, spectrum
 from sgm_finetune.measure.scan_formats import axolotl_format, load_scan, save_scan, spectrum_format
-from sgm_finetune.measure.weights import stored_matrices, weight_files
-from sgm_finetune.method.snr import signal_to_noise, singular_values
+from sgm_finetune.measure.weights import weight_files
+from sgm_finetune.method.singular_values import singular_values, spectra
+from sgm_finetune.method.snr import NO_SIGNAL_DB, signal_to_noise
 
 NUM_LAYERS = 11
 
@@ -55,12 +56,18 @@ def shard(tensors: dict[str, torch.Tensor], folder: Path, count: int = 3) -> dic
     return placed
 
 
-def test_layer_matrices_are_scanned_in_the_order_of_their_layers(folder: Path):
+def test_matrices_are_scanned_in_the_order_of_their_layers(folder: Path):
     found = scan(folder)
-    assert [m.layer for m in found.matrices] == sorted([*range(NUM_LAYERS), *range(NUM_LAYERS)])
-    assert {m.kind for m in found.matrices} == {"model.layers.*.self_attn.q_proj", "model.layers.*.mlp.up_proj"}
-    assert found.matrices[0].name == "model.layers.0.mlp.up_proj"
-    assert found.matrices[0].shape == (40, 16)
+    assert [m.layer for m in found.matrices] == [None, None, *sorted([*range(NUM_LAYERS), *range(NUM_LAYERS)])]
+    assert [m.kind for m in found.matrices[:4]] == [
+        "lm_head",
+        "model.embed_tokens",
+        "model.layers.*.mlp.up_proj",
+        "model.layers.*.self_attn.q_proj",
+    ]
+    first = found.matrices[2]
+    assert (first.name, first.parameter) == ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight")
+    assert first.shape == (40, 16)
     assert found.seconds > 0
 
 
@@ -68,7 +75,9 @@ def test_a_scan_holds_the_statistics_of_each_matrix(folder: Path, tensors: dict[
     for estimator in ("mp", "spectrum"):
         for matrix in scan(folder, estimator=estimator).matrices:
             weights = tensors[f"{matrix.name}.weight"]
-            expected = signal_to_noise(singular_values(weights), *weights.shape, estimator)
+            values = singular_values(weights)
+            expected = signal_to_noise(values, *weights.shape, estimator)
+            assert matrix.energy == pytest.approx(weights.double().square().sum().item(), rel=1e-6)
             got = (matrix.sigma, matrix.edge, matrix.signal_rank, matrix.snr, matrix.snr_db)
             assert got == (expected.sigma, expected.edge, expected.signal_rank, expected.snr, expected.snr_db)
 
@@ -107,17 +116,6 @@ def test_named_matrices_only(folder: Path):
         scan(folder, names=["model.layers.3.self_attn.q_prj"])
 
 
-def test_embeddings_inside_layers_are_not_scanned(tmp_path: Path):
-    save_file(
-        {
-            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": torch.ones(8, 4),
-            "encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(8, 8),
-        },
-        tmp_path / "model.safetensors",
-    )
-    assert [m.name for m in scan(tmp_path).matrices] == ["encoder.block.0.layer.0.SelfAttention.q"]
-
-
 def test_every_number_of_a_name_leaves_its_kind():
     assert kind_of("h.10.attn.c_attn") == "h.*.attn.c_attn"
     assert kind_of("encoder.block.2.layer.1.fc") == "encoder.block.*.layer.*.fc"
@@ -130,7 +128,8 @@ def test_pruned_units_are_neither_noise_nor_signal(tmp_path: Path):
     pruned[3:51, 5:37] = noise
     save_file({"h.0.whole.weight": noise, "h.0.pruned.weight": pruned}, tmp_path / "model.safetensors")
     found, whole = scan(tmp_path).matrices
-    assert (found.sigma, found.signal_rank, found.shape) == (whole.sigma, 0, (60, 40))
+    assert (found.signal_rank, found.shape) == (0, (60, 40))
+    assert found.sigma == pytest.approx(whole.sigma, rel=1e-12)
 
 
 def test_progress_is_told_after_each_matrix(folder: Path):
@@ -174,7 +173,7 @@ def test_the_axolotl_list_matches_the_top_of_each_kind_and_nothing_else(folder: 
     found = scan(folder)
     patterns = yaml.safe_load(axolotl_format(found, 0.25))["unfrozen_parameters"]
     matched = [name for name in tensors if any(re.match(pattern, name) for pattern in patterns)]
-    assert len(matched) == len(patterns) == 2 * math.ceil(0.25 * NUM_LAYERS)
+    assert len(matched) == len(patterns) == 2 * math.ceil(0.25 * NUM_LAYERS) + 2  # and the head and the embedding
     queries = {m.name: m.snr for m in found.matrices if "q_proj" in m.name}
     best = sorted(queries, key=lambda name: -queries[name])[:3]
     assert {f"{name}.weight" for name in best} == {name for name in matched if "q_proj" in name}
@@ -203,8 +202,8 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path):
     assert "no weights" in refusal(tmp_path)
 
 
-def test_a_model_without_layers_is_refused(tmp_path: Path):
-    save_file({"lm_head.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+def test_a_model_without_matrices_is_refused(tmp_path: Path):
+    save_file({"norm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
     assert "nothing to scan" in refusal(tmp_path)
 
 
@@ -260,7 +259,8 @@ def test_a_non_finite_weight_stops_the_scan_and_names_the_matrix(
 ):
     tensors["model.layers.7.mlp.up_proj.weight"][3, 4] = value
     save_file(tensors, tmp_path / "model.safetensors")
-    assert "model.layers.7.mlp.up_proj.weight" in refusal(tmp_path)
+    assert "model.layers.7.mlp.up_proj in" in refusal(tmp_path)
+    assert "1 of 640 values" in refusal(tmp_path, fresh=True)
     assert len(scan(tmp_path, names=["lm_head"]).matrices) == 1
 
 
@@ -283,5 +283,116 @@ def test_a_file_that_is_no_scan_is_refused(tmp_path: Path):
         load_scan(tmp_path / "none.json")
 
 
-def test_only_two_dimensional_tensors_are_matrices(folder: Path, tensors: dict[str, torch.Tensor]):
-    assert {m.name for m in stored_matrices(folder)} == {name for name, t in tensors.items() if t.ndim == 2}
+# Remembered, shuffled, interrupted.
+
+
+def test_a_scan_goes_on_where_it_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Interrupted after five matrices, the second run decomposes only what the first one did not finish."""
+    monkeypatch.setenv("SGM_CACHE", str(tmp_path / "cache"))
+    calls: list[int] = []
+
+    def counted(matrices):
+        calls.append(len(matrices))
+        return spectra(matrices)
+
+    def interrupt(done: int, total: int, name: str) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sgm_finetune.measure.scan.spectra", counted)
+    with pytest.raises(KeyboardInterrupt):
+        scan(folder, progress=interrupt)
+    num_before = len(calls)
+    assert 5 <= num_before < 2 * NUM_LAYERS
+    found = scan(folder)
+    assert len(calls) == 2 * NUM_LAYERS + 2
+    assert found == scan(folder)
+    assert len(calls) == 2 * NUM_LAYERS + 2
+    assert scan(folder, fresh=True) == found
+    assert len(calls) == 2 * (2 * NUM_LAYERS + 2)
+
+
+def test_a_changed_matrix_is_another_matrix(folder: Path, tensors: dict[str, torch.Tensor]):
+    before = scan(folder)
+    tensors["model.layers.4.mlp.up_proj.weight"][0, 0] += 3
+    save_file(tensors, folder / "model.safetensors")
+    changed = [m.name for m, old in zip(scan(folder).matrices, before.matrices, strict=True) if m.energy != old.energy]
+    assert changed == ["model.layers.4.mlp.up_proj"]
+
+
+def test_a_cache_that_is_broken_or_cannot_be_written_is_not_used(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("SGM_CACHE", str(cache))
+    found = scan(folder)
+    for file in cache.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:20])
+    assert scan(folder) == found
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("SGM_CACHE", str(blocked))
+    assert scan(folder) == found
+
+
+def test_shuffled_entries_have_no_signal(tmp_path: Path):
+    draw = torch.Generator().manual_seed(3)
+    spikes = torch.randn(96, 5, generator=draw) @ torch.randn(5, 64, generator=draw)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        weights = (torch.randn(96, 64, generator=draw) + spikes).to(dtype)
+        save_file({"h.0.fc.weight": weights}, tmp_path / "model.safetensors")
+        (found,) = scan(tmp_path, control=True).matrices
+        assert found.signal_rank == 5
+        assert found.control is not None
+        assert (found.control.signal_rank, found.control.snr_db) == (0, NO_SIGNAL_DB)
+        assert scan(tmp_path).matrices[0].control is None
+
+
+def test_the_spectrum_of_one_matrix(folder: Path, tensors: dict[str, torch.Tensor]):
+    values, matrix = spectrum(folder, "model.layers.3.self_attn.q_proj")
+    assert matrix == next(m for m in scan(folder).matrices if m.name == matrix.name)
+    direct = torch.linalg.svdvals(tensors["model.layers.3.self_attn.q_proj.weight"].double())
+    assert torch.allclose(values, direct, rtol=1e-6)
+
+
+def test_the_number_of_threads_and_the_precision_of_products_are_left_alone(folder: Path, tensors, tmp_path: Path):
+    save_file({name: t.bfloat16() for name, t in tensors.items()}, tmp_path / "half.safetensors")
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    scan(tmp_path / "half.safetensors", fresh=True)
+    assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == before
+
+
+def test_bfloat16_and_float32_matrices_of_one_file_keep_their_order(tensors: dict[str, torch.Tensor], tmp_path: Path):
+    mixed = {name: t.bfloat16() if i % 2 else t for i, (name, t) in enumerate(tensors.items())}
+    save_file(mixed, tmp_path / "model.safetensors")
+    found = scan(tmp_path)
+    assert [m.layer for m in found.matrices] == [None, None, *sorted([*range(NUM_LAYERS), *range(NUM_LAYERS)])]
+
+
+def test_parts_of_fused_matrices_are_scanned_and_the_published_formula_takes_them_whole(tmp_path: Path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=40, n_positions=16)).save_pretrained(tmp_path)
+    found = scan(tmp_path)
+    parts = [m for m in found.matrices if m.parameter.endswith("h.1.attn.c_attn.weight")]
+    assert [(m.name.split(".")[-1], m.shape) for m in parts] == [(f"c_attn[{part}]", (32, 32)) for part in "kqv"]
+    assert {m.kind.split("h.")[1] for m in parts} == {f"*.attn.c_attn[{part}]" for part in "kqv"}
+    assert sum(m.name.endswith("lm_head") for m in found.matrices) == 0  # tied
+    whole = [m for m in scan(tmp_path, estimator="spectrum").matrices if m.parameter.endswith("h.1.attn.c_attn.weight")]
+    assert [m.shape for m in whole] == [(32, 96)]
+    assert {m.name for m in scan(tmp_path, names=[parts[0].name.split("[")[0]]).matrices} == {m.name for m in parts}
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_cpu_finds(tmp_path: Path):
+    draw = torch.Generator().manual_seed(0)
+    named = {f"h.{i}.fc.weight": torch.randn(1100, 1024 + 8 * (i % 2), generator=draw).bfloat16() for i in range(6)}
+    save_file(named, tmp_path / "model.safetensors")
+    for ours, theirs in zip(
+        scan(tmp_path, fresh=True, device="cuda").matrices,
+        scan(tmp_path, fresh=True, device="cpu").matrices,
+        strict=True,
+    ):
+        assert ours.name == theirs.name
+        assert ours.signal_rank == theirs.signal_rank
+        assert ours.sigma == pytest.approx(theirs.sigma, rel=1e-4)

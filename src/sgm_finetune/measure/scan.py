@@ -1,28 +1,35 @@
 """The scan: signal-to-noise ratio of every weight matrix of a model, from its files (docs/method.md section 1).
 
-One matrix is in memory at a time, and no model is built. Scanned are the two-dimensional `.weight` tensors inside
-numbered layers, the ones an adapter may target; embeddings and output heads, which carry no layer number, are not,
-and neither are embeddings inside layers (T5's relative positions).
+Two matrices at most are in memory at a time, one read while the other is decomposed, and no model is built.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from sgm_finetune.errors import UserError
+from sgm_finetune.measure.remembered import content_key, recall, remember
 from sgm_finetune.measure.weights import StoredMatrix, stored_matrices
-from sgm_finetune.method.snr import Estimator, signal_to_noise, singular_values
-from sgm_finetune.method.spectrum import MatrixScan, Scan
+from sgm_finetune.method.singular_values import Spectrum, exact_bfloat16_products, spectra
+from sgm_finetune.method.snr import Estimator, SpectrumStatistics, signal_to_noise
+from sgm_finetune.method.spectrum import Control, MatrixScan, Scan
 from sgm_finetune.models import local_folder
 
-_EMBEDDING = re.compile(r"(^|[._])(wte|wpe)$|embed|relative_attention_bias", re.IGNORECASE)
+_WORKERS = 2  # matrices in memory; each has its share of the threads
+_BATCH = 2**26  # elements decomposed together on a GPU
+_SHUFFLE_SEED = 0
 
 
 def scan(
@@ -30,99 +37,208 @@ def scan(
     *,
     estimator: Estimator = "mp",
     names: Collection[str] | None = None,
+    control: bool = False,
+    fresh: bool = False,
+    device: str | torch.device | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Scan:
-    """Signal-to-noise ratio of the matrices of a model: a local folder, a `.safetensors` file, an embedded demo model
-    or a hub id.
+    """Signal-to-noise ratio of the matrices of a model: a local folder, a `.safetensors`, `.bin` or `.gguf` file, an
+    embedded demo model or a hub id.
 
-    `names` (without `.weight`) restricts the scan to these matrices, which then need no layer number.
-    `progress(done, total, name)` is called after each matrix. Raises UserError for what `stored_matrices` refuses, a
-    model without such matrices, an unknown name, and for quantised or non-finite weights, naming the matrix.
+    `names` (of modules, or of single parts) restricts the scan to these matrices. `control` scans each matrix a second
+    time with its entries shuffled. Singular values are remembered by the content of the matrix, so that a scan that
+    was interrupted goes on where it stopped; `fresh` computes all of them again. `device` is the first GPU where
+    there is one, else the CPU. `progress(done, total, name)` is called in the calling thread after each matrix.
+    Raises UserError for what `stored_matrices` refuses, a model without matrices, an unknown name, and for weights that
+    are not finite, naming the matrix.
     """
     if estimator not in get_args(Estimator):
         raise UserError(f"snr.estimator is {estimator!r}; it is one of {', '.join(get_args(Estimator))}")
     start = time.perf_counter()
-    chosen = _choose(model if Path(model).exists() else local_folder(str(model)), names)
-    scanned = []
-    for done, (name, matrix) in enumerate(chosen.items(), start=1):
-        scanned.append(_scan_matrix(name, matrix, estimator))
-        if progress is not None:
-            progress(done, len(chosen), name)
-    return Scan(str(model), estimator, tuple(scanned), time.perf_counter() - start)
+    chosen = _choose(model, names, split_fused=estimator == "mp")
+    purposes = ("", f"shuffled {_SHUFFLE_SEED}") if control else ("",)
+    found: dict[str, dict[str, Spectrum]] = {matrix.name: {} for matrix in chosen}
+    done = 0
+    with closing(_measured(chosen, purposes, fresh, _device(device))) as measured:  # also where `progress` raises
+        for matrix, purpose, spectrum in measured:
+            found[matrix.name][purpose] = spectrum
+            if len(found[matrix.name]) == len(purposes):
+                done += 1
+                if progress is not None:
+                    progress(done, len(chosen), matrix.name)
+    scanned = tuple(_matrix_scan(matrix, estimator, *found[matrix.name].values()) for matrix in chosen)
+    return Scan(str(model), estimator, scanned, time.perf_counter() - start)
+
+
+def spectrum(model: str | Path, name: str) -> tuple[Tensor, MatrixScan]:
+    """The singular values of one matrix, descending, float64 (remembered ones where there are), and its scan."""
+    (matrix,) = _choose(model, [name], split_fused=True)
+    ((_, _, found),) = _measured([matrix], ("",), False, _device(None))
+    return found.values, _matrix_scan(matrix, "mp", found)
 
 
 def layer_of(name: str) -> int | None:
-    """The first number among a name's dotted parts.
+    """The first number among a module name's dotted parts.
 
-    >>> layer_of("model.layers.3.self_attn.q_proj"), layer_of("lm_head")
-    (3, None)
+    >>> layer_of("model.layers.3.self_attn.q_proj"), layer_of("lm_head"), layer_of("experts[7.up]")
+    (3, None, None)
     """
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+    return next((int(part) for part in module_of(name).split(".") if part.isdecimal()), None)
 
 
 def kind_of(name: str) -> str:
-    """The name with every number among its dotted parts replaced by `*`.
+    """The name with every number among its parts replaced by `*`.
 
-    >>> kind_of("model.layers.3.mlp.experts.7.up_proj")
-    'model.layers.*.mlp.experts.*.up_proj'
+    >>> kind_of("model.layers.3.mlp.experts.7.up_proj"), kind_of("layers.3.mlp.experts.gate_up_proj[7.up]")
+    ('model.layers.*.mlp.experts.*.up_proj', 'layers.*.mlp.experts.gate_up_proj[*.up]')
     """
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+    return re.sub(r"(?<![^.\[])\d+(?![^.\]])", "*", name)
 
 
-def _choose(model: str | Path, names: Collection[str] | None) -> dict[str, StoredMatrix]:
-    """Module name -> matrix to scan, by layer number; all refused before the first is read."""
-    stored = {m.name.removesuffix(".weight"): m for m in stored_matrices(model) if m.name.endswith(".weight")}
-    if names is None:
-        chosen = {n: m for n, m in stored.items() if layer_of(n) is not None and not _EMBEDDING.search(n)}
-        if not chosen:
-            raise UserError(f"{model} has no two-dimensional weight in a numbered layer; nothing to scan")
-    else:
+def _choose(model: str | Path, names: Collection[str] | None, split_fused: bool) -> list[StoredMatrix]:
+    """The matrices to scan, by layer number; all refused before the first is read."""
+    path = model if Path(model).expanduser().exists() else local_folder(str(model))
+    stored = {matrix.name: matrix for matrix in stored_matrices(path, split_fused=split_fused)}
+    if not stored:
+        raise UserError(f"{model} has no two-dimensional weight; nothing to scan")
+    if names is not None:
+        modules = {module_of(name) for name in stored}
         for name in names:
-            if name not in stored:
-                near = difflib.get_close_matches(name, stored, n=1)
+            if name not in stored and name not in modules:
+                near = difflib.get_close_matches(name, [*stored, *modules], n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise UserError(f"{model} has no weight matrix {name}{hint}")
-        chosen = {name: stored[name] for name in stored if name in set(names)}
-    for name in chosen:
-        if not chosen[name].is_float:
-            chosen[name].load()
-    return dict(sorted(chosen.items(), key=lambda item: _reading_order(item[0])))
+        stored = {name: m for name, m in stored.items() if name in names or module_of(name) in names}
+    return [stored[name] for name in sorted(stored, key=_reading_order)]
+
+
+def module_of(name: str) -> str:
+    """The name without the part.
+
+    >>> module_of("h.0.attn.c_attn[q]")
+    'h.0.attn.c_attn'
+    """
+    return name.split("[")[0]
 
 
 def _reading_order(name: str) -> list[tuple[int, int, str]]:
-    """Sorting key: numbers by value, the rest by letter, so that layer 10 comes after layer 9 in every file."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
+    """Sorting key: what has no layer number first, then numbers by value, the rest by letter, so that layer 10 comes
+    after layer 9 in every file."""
+    parts = re.split(r"[.\[\]]", name)
+    key = [(1, int(part), "") if part.isdecimal() else (2, 0, part) for part in parts]
+    return key if layer_of(name) is not None else [(0, 0, ""), *key]
 
 
-def _scan_matrix(name: str, matrix: StoredMatrix, estimator: Estimator) -> MatrixScan:
-    weights = matrix.load()
-    if estimator == "mp":
-        weights = _without_dead(weights)
-    rows, cols = weights.shape
-    values = singular_values(weights)
-    found = signal_to_noise(values, rows, cols, estimator)
+def _device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _measured(
+    matrices: Sequence[StoredMatrix], purposes: Sequence[str], fresh: bool, device: torch.device
+) -> Generator[tuple[StoredMatrix, str, Spectrum]]:
+    """(matrix, purpose, spectrum) of every matrix and purpose, in order among the bfloat16 ones and among the others.
+
+    Two workers, so that reading, checking and hashing one matrix goes on beside the arithmetic of another, and because
+    two decompositions with half of the threads each take less time than one after the other with all of them.
+    """
+    exact = [matrix.dtype == "bfloat16" for matrix in matrices]
+    threads = torch.get_num_threads()
+    workers = min(_WORKERS, threads) if device.type == "cpu" else _WORKERS
+    for kind in (True, False):
+        batches = list(_batches([m for m, e in zip(matrices, exact, strict=True) if e is kind], device))
+        if not batches:
+            continue
+        pool = ThreadPoolExecutor(workers, "scan", torch.set_num_threads, (max(1, threads // workers),))
+        try:
+            with exact_bfloat16_products(kind and device.type == "cpu"):
+                for batch, results in zip(
+                    batches, pool.map(lambda b: _spectra(b, purposes, fresh, device), batches), strict=True
+                ):
+                    for matrix, by_purpose in zip(batch, results, strict=True):
+                        yield from ((matrix, purpose, spectrum) for purpose, spectrum in by_purpose.items())
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+
+
+def _batches(matrices: Iterable[StoredMatrix], device: torch.device) -> Iterator[list[StoredMatrix]]:
+    """One matrix at a time on a CPU; on a GPU neighbours in size, as many as decompose in the memory of a large one."""
+    if device.type == "cpu":
+        yield from ([matrix] for matrix in matrices)
+        return
+    by_size: dict[int, list[StoredMatrix]] = {}
+    for matrix in matrices:
+        by_size.setdefault(min(matrix.shape), []).append(matrix)
+    for size, members in by_size.items():
+        count = max(1, min(_BATCH // max(m.shape[0] * m.shape[1] for m in members), _BATCH // (4 * size * size)))
+        yield from (members[at : at + count] for at in range(0, len(members), count))
+
+
+def _spectra(
+    batch: Sequence[StoredMatrix], purposes: Sequence[str], fresh: bool, device: torch.device
+) -> list[dict[str, Spectrum]]:
+    """Spectra by purpose of each matrix of a batch: remembered ones, else computed and remembered."""
+    found: list[dict[str, Spectrum]] = [{} for _ in batch]
+    missing: list[tuple[int, str, str, Tensor]] = []
+    for index, stored in enumerate(batch):
+        weights = stored.load()
+        for purpose in purposes:
+            key = content_key(weights, purpose)
+            known = None if fresh else recall(key)
+            if known is not None:
+                found[index][purpose] = known
+            else:
+                missing.append((index, purpose, key, (_shuffled(weights) if purpose else weights).to(device)))
+    if missing:
+        try:
+            computed = spectra([weights for *_, weights in missing])
+        except ValueError:
+            raise _not_finite(batch) from None
+        for (index, purpose, key, _), spectrum in zip(missing, computed, strict=True):
+            remember(key, spectrum)
+            found[index][purpose] = spectrum
+    return [{purpose: by_purpose[purpose] for purpose in purposes} for by_purpose in found]
+
+
+def _shuffled(weights: Tensor) -> Tensor:
+    """The same entries in random places: same values, no structure."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weights.element_size()]
+    entries = weights.flatten().view(integer).clone()
+    np.random.default_rng(_SHUFFLE_SEED).shuffle(entries.numpy())
+    return entries.view(weights.dtype).view(weights.shape)
+
+
+def _not_finite(batch: Iterable[StoredMatrix]) -> UserError:
+    for matrix in batch:
+        weights = matrix.load()
+        if num_wrong := int(weights.numel() - torch.isfinite(weights).sum()):
+            return UserError(
+                f"{matrix.name} in {matrix.file} has {num_wrong} of {weights.numel()} values that are infinite or not "
+                "a number; the weights are damaged, take another checkpoint"
+            )
+    raise AssertionError("every matrix is finite")
+
+
+def _matrix_scan(
+    matrix: StoredMatrix, estimator: Estimator, spectrum: Spectrum, shuffled: Spectrum | None = None
+) -> MatrixScan:
+    def statistics(spectrum: Spectrum) -> SpectrumStatistics:
+        rows, cols = spectrum.alive if estimator == "mp" else matrix.shape
+        return signal_to_noise(spectrum.values[: min(rows, cols)], rows, cols, estimator)
+
+    found = statistics(spectrum)
+    control = statistics(shuffled) if shuffled is not None else None
     return MatrixScan(
-        name=name,
-        kind=kind_of(name),
-        layer=layer_of(name),
+        name=matrix.name,
+        kind=kind_of(matrix.name),
+        layer=layer_of(matrix.name),
         shape=matrix.shape,
         sigma=found.sigma,
         edge=found.edge,
         signal_rank=found.signal_rank,
         snr=found.snr,
         snr_db=found.snr_db,
-        parameter=matrix.name,
-        energy=values.square().sum().item(),
+        parameter=matrix.parameter,
+        energy=min(spectrum.values.square().sum().item(), sys.float_info.max),
+        control=Control(control.signal_rank, control.snr_db) if control is not None else None,
     )
-
-
-def _without_dead(weights: Tensor) -> Tensor:
-    """The matrix without rows and columns of zeros: pruned units are neither noise nor signal.
-
-    >>> import torch
-    >>> _without_dead(torch.tensor([[1.0, 0.0], [2.0, 0.0]])).tolist()
-    [[1.0], [2.0]]
-    """
-    alive = weights != 0
-    rows, cols = alive.any(dim=1), alive.any(dim=0)
-    return weights if bool(rows.all() and cols.all()) else weights[rows][:, cols]

@@ -3,42 +3,90 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KindChoice:
+    """What a top fraction chooses of one kind: a partition of its members."""
+
+    kind: str
+    chosen: tuple[str, ...]
+    """Highest SNR first; of equal ones the earlier name."""
+    left_out: tuple[str, ...]
+    """Highest SNR first."""
+    unranked: tuple[str, ...]
+    """Names whose SNR is infinite (published formula only): it says that the formula found no noise, not how much
+    signal there is, so they are neither chosen nor compared."""
+
+    @property
+    def size(self) -> int:
+        return len(self.chosen) + len(self.left_out) + len(self.unranked)
+
+
+def choose_per_kind(snrs: Mapping[str, float], kinds: Mapping[str, str], fraction: float) -> list[KindChoice]:
+    """The `fraction` of each kind with the highest finite SNR, kinds in the order of their first names.
+
+    The number to choose is the fraction of *all* members, rounded up, so every kind keeps at least one; but no more
+    than have a finite SNR. `fraction` is in (0, 1]. ValueError otherwise, and for an SNR that is NaN or -inf.
+
+    >>> choose_per_kind({"a": 3.0, "b": 9.0, "c": 5.0, "d": math.inf}, dict.fromkeys("abcd", "q"), 0.5)
+    [KindChoice(kind='q', chosen=('b', 'c'), left_out=('a',), unranked=('d',))]
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"the fraction to select is {fraction}; it lies above 0 and is at most 1")
+    _refuse_nonsense(snrs)
+    members: dict[str, list[str]] = {}
+    for name in snrs:
+        members.setdefault(kinds[name], []).append(name)
+    choices = []
+    for kind, names in members.items():
+        count = max(1, math.ceil(fraction * len(names) - 1e-9))  # 0.07 · 100 is 7.000000000000001 and means 7
+        ranked = sorted((name for name in names if math.isfinite(snrs[name])), key=lambda name: -snrs[name])
+        infinite = tuple(name for name in names if math.isinf(snrs[name]))
+        choices.append(KindChoice(kind, tuple(ranked[:count]), tuple(ranked[count:]), infinite))
+    return choices
 
 
 def top_fraction_per_kind(snrs: Mapping[str, float], kinds: Mapping[str, str], fraction: float) -> list[str]:
-    """Names of the `fraction` of each kind with the highest SNR, in input order.
-
-    Counts are rounded up, so every kind keeps at least one; of equal SNRs the earlier name wins. `fraction` is in
-    (0, 1]; an SNR may be infinite (published formula) but not NaN. ValueError otherwise.
+    """Names that `choose_per_kind` chooses, in input order.
 
     >>> top_fraction_per_kind({"q0": 3.0, "q1": 9.0, "q2": 5.0, "v0": 1.0}, dict(q0="q", q1="q", q2="q", v0="v"), 0.5)
     ['q1', 'q2', 'v0']
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"the fraction to select is {fraction}; it lies above 0 and is at most 1")
-    _refuse_nan(snrs)
-    members: dict[str, list[str]] = {}
-    for name in snrs:
-        members.setdefault(kinds[name], []).append(name)
-    chosen: set[str] = set()
-    for names in members.values():
-        count = math.ceil(fraction * len(names) - 1e-9)  # 0.07 · 100 is 7.000000000000001 and means 7
-        chosen.update(sorted(names, key=lambda name: -snrs[name])[: max(count, 1)])
+    chosen = {name for choice in choose_per_kind(snrs, kinds, fraction) for name in choice.chosen}
     return [name for name in snrs if name in chosen]
 
 
+def ties(snrs: Mapping[str, float], choices: Iterable[KindChoice]) -> dict[str, list[str]]:
+    """Kind -> names with the one SNR that the last chosen and the first left out share, chosen ones first.
+
+    There the order of the names decided, not the ratio.
+
+    >>> same = {"a": 1.0, "b": 1.0, "c": 0.5}
+    >>> ties(same, choose_per_kind(same, dict.fromkeys("abc", "k"), 0.3))
+    {'k': ['a', 'b']}
+    """
+    found = {}
+    for choice in choices:
+        if choice.chosen and choice.left_out and snrs[choice.chosen[-1]] == snrs[choice.left_out[0]]:
+            level = snrs[choice.chosen[-1]]
+            found[choice.kind] = [name for name in (*choice.chosen, *choice.left_out) if snrs[name] == level]
+    return found
+
+
 def above_threshold(snrs: Mapping[str, float], threshold: float) -> list[str]:
-    """Names whose SNR (a ratio of energies, not decibels) is at least `threshold`, in input order.
+    """Names whose SNR (a ratio of energies, not decibels) is at least `threshold`, in input order; infinite ones too.
 
     >>> above_threshold({"a": 0.5, "b": 2.0, "c": 1.0}, 1.0)
     ['b', 'c']
     """
-    _refuse_nan(snrs)
+    _refuse_nonsense(snrs)
     return [name for name, snr in snrs.items() if snr >= threshold]
 
 
-def _refuse_nan(snrs: Mapping[str, float]) -> None:
+def _refuse_nonsense(snrs: Mapping[str, float]) -> None:
     for name, snr in snrs.items():
-        if math.isnan(snr):
-            raise ValueError(f"the SNR of {name} is not a number")
+        if math.isnan(snr) or snr == -math.inf:
+            raise ValueError(f"the SNR of {name} is {snr}, which is no ratio")

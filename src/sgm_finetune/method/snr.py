@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from scipy.optimize import brentq
@@ -30,7 +30,9 @@ NO_SIGNAL_DB = 20 * math.log10(ROUNDING)
 """Decibels of no signal at all (SNR 0), and the least that is reported: −126.4."""
 
 _TRACY_WIDOM = 3.27  # its 99.9 % point (β = 1): a larger top singular value is chance once in a thousand matrices
-_MEDIAN_DEVIATIONS = 2.0  # allowed error of σ itself, in standard deviations of the median's estimate
+_SIGMA_DEVIATIONS = 1.0  # allowed error of σ itself
+_FIT, _FIT_VALUES = 0.075, 2.0  # a noise bulk is this near to the law: a share of its values, or so many of them
+_NEAREST = 1.5  # how much farther than the nearest bulk one with fewer signals may be
 
 
 @dataclass(frozen=True)
@@ -49,25 +51,6 @@ class SpectrumStatistics:
     """10·log10(snr), at least NO_SIGNAL_DB; infinite with snr."""
 
 
-def singular_values(weights: Tensor) -> Tensor:
-    """All min(rows, cols) singular values of a matrix, descending: square roots of the Gram matrix's eigenvalues.
-
-    In float64, so that the Gram matrix's own error, about 1e-8 of the largest singular value, stays below ROUNDING; in
-    float32 even a direct decomposition's error would pass for noise: a constant 1024 x 1024 matrix gets 200·ε·s₁
-    where it has zeros. The matrix is first divided by its largest entry (1e30 and subnormal numbers are safe) and
-    laid tall (it and its transpose give the same bits).
-
-    >>> singular_values(torch.tensor([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]])).tolist()
-    [4.0, 3.0]
-    """
-    tall = (weights if weights.shape[0] >= weights.shape[1] else weights.T).double()
-    largest = tall.abs().max().item() if tall.numel() else 0.0
-    if largest == 0:
-        return torch.zeros(tall.shape[1], dtype=torch.float64)
-    scaled = tall / largest
-    return torch.linalg.eigvalsh(scaled.T @ scaled).flip(0).clamp_min(0).sqrt() * largest
-
-
 @lru_cache(maxsize=65536)
 def bulk_median(aspect: float) -> float:
     """Median of the Marchenko-Pastur law of singular values (eq. 2), in units of σ√M, for β = `aspect` in (0, 1].
@@ -75,16 +58,48 @@ def bulk_median(aspect: float) -> float:
     >>> round(bulk_median(1.0) ** 2, 4)  # μ_1 of Gavish & Donoho
     0.6528
     """
-    angle: float = brentq(lambda theta: _share_above(theta, aspect) - 0.5, 1e-9, math.pi - 1e-9, xtol=1e-13)  # type: ignore[assignment]
-    return math.sqrt(1 + aspect + 2 * math.sqrt(aspect) * math.cos(angle))
+    return math.sqrt(1 + aspect + 2 * math.sqrt(aspect) * math.cos(_angle_below(0.5, aspect)))
+
+
+def bulk_share_above(values: Tensor, aspect: float) -> Tensor:
+    """Share of the Marchenko-Pastur law above each of `values` (any shape, units of σ√M), for β = `aspect` (eq. 2).
+
+    >>> bulk_share_above(torch.tensor([0.0, 1.0, 2.0]), 1.0).mul(1000).round().tolist()
+    [1000.0, 391.0, 0.0]
+    """
+    cosine = (values.double().square() - 1 - aspect) / (2 * math.sqrt(aspect))
+    theta = cosine.clamp(-1, 1).acos()
+    return _share(theta, (_arc_factor(aspect) * (theta / 2).tan()).atan(), theta.sin(), aspect)
+
+
+@lru_cache(maxsize=65536)
+def _bulk_energy(first: float, last: float, aspect: float) -> float:
+    """Mean of y² over the law from its share `first` to its share `last`, counted from the top (eq. 3)."""
+    low, high = (_angle_below(share, aspect) for share in (first, last))
+    energy = (high - math.sin(high) * math.cos(high)) - (low - math.sin(low) * math.cos(low))
+    return energy / math.pi / (last - first)
+
+
+@lru_cache(maxsize=65536)
+def _angle_below(share: float, aspect: float) -> float:
+    """The θ above which this share of the law lies: y² = 1 + β + 2√β·cos θ (eq. 2)."""
+    if share <= 0 or share >= 1:
+        return 0.0 if share <= 0 else math.pi
+    return brentq(lambda theta: _share_above(theta, aspect) - share, 0.0, math.pi - 1e-9, xtol=1e-13)  # type: ignore[return-value]
 
 
 def _share_above(theta: float, aspect: float) -> float:
-    """Share of the law above y, where y² = 1 + β + 2√β·cos θ: the integral of its density in closed form."""
-    a, b = 1 + aspect, 2 * math.sqrt(aspect)
-    root = math.sqrt(aspect)
-    arc = math.atan((1 - root) / (1 + root) * math.tan(theta / 2))
-    return 2 / math.pi * ((a * theta - 2 * (1 - aspect) * arc) / b**2 - math.sin(theta) / b)
+    return _share(theta, math.atan(_arc_factor(aspect) * math.tan(theta / 2)), math.sin(theta), aspect)
+
+
+def _arc_factor(aspect: float) -> float:
+    return (1 - math.sqrt(aspect)) / (1 + math.sqrt(aspect))
+
+
+def _share(theta: Any, arc: Any, sine: Any, aspect: float) -> Any:
+    """Share of the law above θ (numbers or tensors): the integral of its density in closed form (eq. 2)."""
+    bulk = ((1 + aspect) * theta - 2 * (1 - aspect) * arc) / (4 * aspect)
+    return 2 / math.pi * (bulk - sine / (2 * math.sqrt(aspect)))
 
 
 def noise_edge(sigma: float, rows: int, cols: int) -> float:
@@ -102,18 +117,18 @@ def noise_edge(sigma: float, rows: int, cols: int) -> float:
 def noise_margin(sigma: float, rows: int, cols: int) -> float:
     """How far above the edge noise may still reach in a matrix of this size (eq. 4); units as `noise_edge`.
 
-    With u = 1/√rows + 1/√cols: σ·(½·3.27·u^⅓ + 2·u). The first term is the 99.9 % point of the Tracy-Widom law in
-    Johnstone's scaling, the second twice the uncertainty of σ, which counts in small matrices.
+    With u = 1/√rows + 1/√cols: σ·(½·3.27·u^⅓ + u). The first term is the 99.9 % point of the Tracy-Widom law in
+    Johnstone's scaling, the second the uncertainty of σ, which counts in small matrices.
 
     >>> round(noise_margin(1.0, 1024, 1024) / noise_edge(1.0, 1024, 1024), 3)
-    0.012
+    0.011
     """
     u = 1 / math.sqrt(rows) + 1 / math.sqrt(cols)
-    return sigma * (_TRACY_WIDOM / 2 * u ** (1 / 3) + _MEDIAN_DEVIATIONS * u)
+    return sigma * (_TRACY_WIDOM / 2 * u ** (1 / 3) + _SIGMA_DEVIATIONS * u)
 
 
 def estimate_noise(singular_values: Tensor | Sequence[float], rows: int, cols: int) -> tuple[float, int]:
-    """(σ, k): noise per entry, in the units of the weights, and signal rank, by the deflated median (eq. 3 to 5).
+    """(σ, k): noise per entry, in the units of the weights, and signal rank, by deflation (eq. 3 to 5).
 
     A matrix of zeros gives (0, 0). Where more than one singular value in 256 (at least one) is zero, that is below
     ρ·s₁ (ρ: ROUNDING), there is no independent noise: every other value is signal and σ is the floor ρ·s₁/(√M + √N).
@@ -167,37 +182,84 @@ def _sigma_floor(rows: int, cols: int) -> float:
 
 
 def _deflate(s: Tensor, rows: int, cols: int) -> tuple[float, int, float]:
-    """(σ, k, edge) of a normalised spectrum: the smallest k that its own estimate of the noise confirms (eq. 5).
+    """(σ, k, edge) of a normalised spectrum (eq. 5): of the signal ranks that their own estimate of the noise confirms
+    the smallest whose noise follows the Marchenko-Pastur law, or as nearly as any of the others.
 
-    k only grows, so the iteration ends. An eighth of the values (at least one) always remains as noise: a spectrum
-    that falls without ever levelling off would otherwise be counted to its end.
+    An eighth of the values (at least one) always remains as noise: a spectrum that falls without ever levelling off
+    would otherwise be counted to its end.
     """
     size = len(s)
     if size == 0 or s[0] == 0:
         return 0.0, 0, 0.0
-    floor = _sigma_floor(rows, cols)
     num_zero = int((s <= ROUNDING).sum())
     if num_zero > size // 256:
-        return floor, size - num_zero, ROUNDING
-    most = size - max(1, size // 8)
-    rank, edge = 0, math.inf
+        return _sigma_floor(rows, cols), size - num_zero, ROUNDING
+    found: dict[int, tuple[float, float]] = {}
+    for quarter in range(4):
+        rank, edge = _settle(s, rows, cols, quarter * size // 4)
+        if rank not in found:
+            found[rank] = edge, distance_from_noise(s, rows, cols, rank)
+            if found[rank][1] <= _fit(size - rank):
+                break
+    nearest = min(distance for _, distance in found.values())
+    rank = min(k for k, (_, d) in found.items() if d <= max(_fit(size - k), _NEAREST * nearest))
+    sigma = _bulk_sigma(s, rows, cols, rank)
+    return max(sigma * _absorbed(s[:rank], sigma, rows, cols), _sigma_floor(rows, cols)), rank, found[rank][0]
+
+
+def _fit(num_values: int) -> float:
+    """Distance from the law that this many singular values of noise stay below."""
+    return max(_FIT, _FIT_VALUES / num_values)
+
+
+def _settle(s: Tensor, rows: int, cols: int, rank: int) -> tuple[int, float]:
+    """(k, edge): from `rank`, k ← number of values above the edge that the values below k give, until it stays.
+
+    The edge falls as k grows, so k moves in one direction; where rounding turns it once, the larger k is kept, with
+    the edge that found it. Exactly k values lie above the edge.
+    """
+    most = len(s) - max(1, len(s) // 8)
+    rising, edge = False, math.inf
     while True:
-        m, n = rows - rank, cols - rank
-        sigma = max(_median(s[rank:]) / (math.sqrt(max(m, n)) * bulk_median(min(m, n) / max(m, n))), floor)
-        edge = min(edge, noise_edge(sigma, m, n) + noise_margin(sigma, m, n))
-        count = int((s > edge).sum())
+        sigma = max(_bulk_sigma(s, rows, cols, rank), _sigma_floor(rows, cols))
+        next_edge = noise_edge(sigma, rows - rank, cols - rank) + noise_margin(sigma, rows - rank, cols - rank)
+        count = int((s > next_edge).sum())
         if count > most:
-            edge = s[most].item()
-            count = int((s > edge).sum())
-        if count <= rank:
-            return sigma, rank, edge
-        rank = count
+            next_edge = s[most].item()
+            count = int((s > next_edge).sum())
+        if count == rank:
+            return rank, next_edge
+        if rising and count < rank:
+            return rank, edge
+        rising, rank, edge = count > rank, count, next_edge
 
 
-def _median(descending: Tensor) -> float:
-    """Mean of the two middle values (torch.median takes the lower)."""
-    size = len(descending)
-    return (descending[(size - 1) // 2].item() + descending[size // 2].item()) / 2
+def _bulk_sigma(s: Tensor, rows: int, cols: int, rank: int) -> float:
+    """σ by the energy of the middle half of the values below the `rank` largest (eq. 3)."""
+    larger, smaller = max(rows, cols) - rank, min(rows, cols) - rank
+    first, last = smaller // 4, math.ceil(smaller * 3 / 4)
+    middle = s[rank + first : rank + last].square().mean().item()
+    return math.sqrt(middle / (larger * _bulk_energy(first / smaller, last / smaller, smaller / larger)))
+
+
+def _absorbed(signal: Tensor, sigma: float, rows: int, cols: int) -> float:
+    """Factor by which the noise below k singular values is weaker than the noise they stand in (eq. 5b)."""
+    m, n = rows - len(signal), cols - len(signal)
+    shifted = signal.square() / sigma**2 - (rows + cols - len(signal)) if sigma > 0 else signal
+    strength = (shifted + (shifted.square() - 4 * m * n).clamp_min(0).sqrt()) / 2
+    return math.sqrt(1 + (1 / strength.clamp_min(math.sqrt(m * n))).sum().item())
+
+
+def distance_from_noise(singular_values: Tensor, rows: int, cols: int, rank: int) -> float:
+    """Largest difference (Kolmogorov's) between the distribution of the values below the `rank` largest and that of
+    noise with their own σ (eq. 5): about 1/values for noise, 0.1 and more where there is no noise bulk."""
+    larger, smaller = max(rows, cols) - rank, min(rows, cols) - rank
+    sigma = _bulk_sigma(singular_values, rows, cols, rank)
+    if sigma == 0:
+        return 1.0
+    above = bulk_share_above(singular_values[rank:] / (sigma * math.sqrt(larger)), smaller / larger)
+    shares = (torch.arange(smaller, dtype=torch.float64) + 0.5) / smaller
+    return (above - shares).abs().max().item()
 
 
 def _published(s: Tensor, rows: int, cols: int, largest: float) -> tuple[float, int, float, float]:

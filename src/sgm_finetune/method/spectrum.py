@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sgm_finetune.method.snr import Estimator
+from sgm_finetune.method.snr import NO_SIGNAL_DB, Estimator
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class MatrixScan:
     layer: int | None
     """First number in the name; None where there is none."""
     shape: tuple[int, int]
-    """As stored (a transposed GPT-2 Conv1D included; the numbers do not depend on it)."""
+    """As stored (a transposed GPT-2 Conv1D included; the numbers do not depend on it). (0, 0) where it is unknown: in
+    a published result file, which holds ratios alone; sigma, edge, signal_rank and energy are 0 then."""
     sigma: float
     edge: float
     signal_rank: int
@@ -105,3 +106,81 @@ class Scan:
         if estimator not in ("mp", "spectrum"):
             raise ValueError(f"unknown estimator {estimator!r}")
         return cls(str(values["model"]), estimator, tuple(MatrixScan.from_dict(m) for m in values["matrices"]))
+
+
+def ratio_decibels(snr: float) -> float:
+    """10·log10(snr), at least NO_SIGNAL_DB, infinite where snr is: what goes with a ratio that was read or summed.
+
+    >>> ratio_decibels(100.0)
+    20.0
+    """
+    return max(10 * math.log10(snr), NO_SIGNAL_DB) if snr > 0 else NO_SIGNAL_DB
+
+
+def by_parameter(scan: Scan) -> tuple[MatrixScan, ...]:
+    """One entry per stored parameter, in the order of their first parts; what has no parts comes back unchanged.
+
+    The parts of one parameter (the q, k and v of a fused matrix; the experts of a stack) become one entry that is named
+    like its module: energies of signal and noise summed, and so SNR = signal/noise; ranks summed; σ the root mean
+    square over all entries; the largest edge. Under "spectrum", whose ratio is none of energies, the SNR is the mean
+    (infinite if one is). Shape: rows added where the parts agree in columns, else columns added where they agree in
+    rows, else the first part's.
+    """
+    groups: dict[str, list[MatrixScan]] = {}
+    for matrix in scan.matrices:
+        groups.setdefault(matrix.parameter, []).append(matrix)
+    return tuple(
+        parts[0] if len(parts) == 1 and "[" not in parts[0].name else _united(parts, scan.estimator)
+        for parts in groups.values()
+    )
+
+
+def _united(parts: Sequence[MatrixScan], estimator: Estimator) -> MatrixScan:
+    first = parts[0]
+    sizes = [rows * cols for rows, cols in (part.shape for part in parts)]
+    snr = _summed_snr((part.energy, part.snr) for part in parts)
+    if estimator == "spectrum":
+        snr = sum(part.snr for part in parts) / len(parts)
+    control = None
+    if all(part.control is not None for part in parts):
+        controls = [(part.energy, part.control) for part in parts if part.control is not None]
+        shuffled = _summed_snr((energy, _ratio(control.snr_db)) for energy, control in controls)
+        control = Control(sum(control.signal_rank for _, control in controls), ratio_decibels(shuffled))
+    return replace(
+        first,
+        name=first.parameter.removesuffix(".weight"),
+        kind=first.kind.partition("[")[0],
+        shape=_united_shape([part.shape for part in parts]),
+        sigma=math.sqrt(sum(n * part.sigma**2 for n, part in zip(sizes, parts, strict=True)) / max(1, sum(sizes))),
+        edge=max(part.edge for part in parts),
+        signal_rank=sum(part.signal_rank for part in parts),
+        snr=snr,
+        snr_db=ratio_decibels(snr),
+        energy=sum(part.energy for part in parts),
+        control=control,
+    )
+
+
+def _summed_snr(parts: Iterable[tuple[float, float]]) -> float:
+    """Σ signal / Σ noise of matrices given as (energy, SNR)."""
+    pairs = list(parts)
+    largest = max(energy for energy, _ in pairs)
+    if largest == 0:
+        return 0.0
+    shares = [(energy / largest, snr) for energy, snr in pairs]  # sums stay finite
+    if any(math.isinf(snr) for _, snr in shares):
+        return math.inf
+    return sum(e * snr / (1 + snr) for e, snr in shares) / sum(e / (1 + snr) for e, snr in shares)
+
+
+def _ratio(decibels: float) -> float:
+    return 0.0 if decibels <= NO_SIGNAL_DB else 10 ** (decibels / 10)
+
+
+def _united_shape(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    rows, cols = shapes[0]
+    if all(shape[1] == cols for shape in shapes):
+        return sum(shape[0] for shape in shapes), cols
+    if all(shape[0] == rows for shape in shapes):
+        return rows, sum(shape[1] for shape in shapes)
+    return rows, cols

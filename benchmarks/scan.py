@@ -1,0 +1,249 @@
+"""How fast and how small the scan is, beside the published algorithm on the same files.
+
+    python benchmarks/scan.py [--repeats 3] [--layers 8]    speed and selection, per shape of matrix
+    python benchmarks/scan.py --memory [--folder DIR]       a synthetic 8B checkpoint (16 GB on disk), peak memory
+    python benchmarks/scan.py --precision                   float32 and bfloat16 products against float64
+
+Speed: for each shape a bfloat16 checkpoint of `--layers` matrices (noise with planted spikes, of other strengths in
+each layer) is written; then, interleaved, `repeats` times each and with nothing remembered: the published algorithm
+(all of it loaded as float32, `torch.linalg.svdvals` on each matrix, its formula) and `scan`. Printed: seconds per
+matrix (medians) and their ratio, and whether both choose the same layers at 25 and 50 % under either estimator.
+
+Everything is appended to benchmarks/results/scan.json. Threads: --threads (2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sgm_finetune.measure.scan import scan
+from sgm_finetune.method.selection import top_fraction_per_kind
+from sgm_finetune.method.singular_values import exact_bfloat16_products, singular_values
+from sgm_finetune.method.snr import signal_to_noise
+
+RESULTS = Path(__file__).parent / "results" / "scan.json"
+SHAPES = [(1024, 4096), (4096, 1024), (4096, 4096), (4096, 14336), (14336, 4096)]
+LLAMA_8B = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (14336, 4096),
+    "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+}
+EMBEDDING = (128256, 4096)
+
+
+def spiked(rows: int, cols: int, rank: int, strength: float, draw: torch.Generator) -> torch.Tensor:
+    """Gaussian noise with `rank` spikes of 1 to 3 times `strength` noise edges, bfloat16."""
+    noise = torch.randn(rows, cols, generator=draw)
+    left, right = torch.randn(rows, rank, generator=draw), torch.randn(rank, cols, generator=draw)
+    edge = rows**0.5 + cols**0.5
+    sizes = strength * edge * torch.linspace(1, 3, rank) / (rows * cols) ** 0.5
+    return ((noise + (left * sizes) @ right) * 0.02).bfloat16()
+
+
+def checkpoint(folder: Path, rows: int, cols: int, layers: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    folder.mkdir()
+    for layer in range(layers):
+        weights = spiked(rows, cols, 16 + 8 * layer, 1.2 + 0.15 * ((5 * layer) % layers), draw)
+        file = folder / f"model-{layer + 1:05d}-of-{layers:05d}.safetensors"
+        save_file({f"model.layers.{layer}.proj.weight": weights}, file)
+
+
+def published(folder: Path) -> dict[str, torch.Tensor]:
+    """Singular values of every matrix of a model that is in memory in float32."""
+    model = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            model |= {name: tensors.get_tensor(name).float() for name in tensors.keys()}  # noqa: SIM118
+    return {name.removesuffix(".weight"): torch.linalg.svdvals(weights) for name, weights in model.items()}
+
+
+def chosen(snrs: dict[str, float], fraction: float) -> set[str]:
+    return set(top_fraction_per_kind(snrs, dict.fromkeys(snrs, "proj"), fraction))
+
+
+def measure_speed(layers: int, repeats: int) -> list[dict]:
+    rows_ = []
+    print(f"{'shape':>14} {'published':>10} {'sgm scan':>9} {'ratio':>6}   same selection at 25 and 50 %")
+    for rows, cols in SHAPES:
+        with tempfile.TemporaryDirectory() as scratch:
+            os.environ["SGM_CACHE"] = str(Path(scratch) / "cache")
+            folder = Path(scratch) / "model"
+            checkpoint(folder, rows, cols, layers)
+            published(folder), scan(folder, fresh=True)  # both warm: files in the page cache, libraries loaded
+            seconds: dict[str, list[float]] = {"published": [], "scan": []}
+            for _ in range(repeats):
+                start = time.perf_counter()
+                theirs = published(folder)
+                seconds["published"].append((time.perf_counter() - start) / layers)
+                start = time.perf_counter()
+                scan(folder, fresh=True)
+                seconds["scan"].append((time.perf_counter() - start) / layers)
+            same = {}
+            for estimator in ("mp", "spectrum"):
+                ours = {m.name: m.snr for m in scan(folder, estimator=estimator).matrices}
+                direct = {n: signal_to_noise(s, rows, cols, estimator).snr for n, s in theirs.items()}
+                same[estimator] = all(chosen(ours, f) == chosen(direct, f) for f in (0.25, 0.5))
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        rows_.append(
+            {
+                "shape": [rows, cols],
+                "layers": layers,
+                "seconds_per_matrix": {name: [round(v, 4) for v in values] for name, values in seconds.items()},
+                "ratio": round(medians["published"] / medians["scan"], 2),
+                "same_selection": same,
+            }
+        )
+        print(
+            f"{rows:>6} x {cols:<5} {medians['published']:>9.3f}s {medians['scan']:>8.3f}s "
+            f"{rows_[-1]['ratio']:>5.1f}x   "
+            + ", ".join(f"{name}: {'yes' if equal else 'NO'}" for name, equal in same.items()),
+            flush=True,
+        )
+    return rows_
+
+
+def synthetic_8b(folder: Path, layers: int) -> None:
+    """A LLaMA-3-8B-shaped checkpoint, one shard a layer, with an index; finished shards are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    total = layers + 1
+    index = {}
+    for number in range(total):
+        file = folder / f"model-{number + 1:05d}-of-{total:05d}.safetensors"
+        if number < layers:
+            shapes = {f"model.layers.{number}.{name}.weight": shape for name, shape in LLAMA_8B.items()}
+        else:
+            shapes = {"model.embed_tokens.weight": EMBEDDING, "lm_head.weight": EMBEDDING}
+        index |= dict.fromkeys(shapes, file.name)
+        if not file.exists():
+            draw = torch.Generator().manual_seed(number)
+            rank = 16 + 4 * number
+            tensors = {name: spiked(*shape, rank, 1.2 + 0.02 * number, draw) for name, shape in shapes.items()}
+            save_file(tensors, file.with_suffix(".partial"))
+            file.with_suffix(".partial").rename(file)
+        print(f"\rmade {number + 1} of {total} shards", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def measure_memory(folder: Path, layers: int) -> list[dict]:
+    """Peak resident memory of `sgm scan` as a process of its own."""
+    synthetic_8b(folder, layers)
+    largest = EMBEDDING[0] * EMBEDDING[1] * 4
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-c", "from sgm_finetune.cli import main; main()", "scan", str(folder)]
+        environment = os.environ | {"SGM_CACHE": scratch}
+        start = time.perf_counter()
+        subprocess.run([*command, "--output", f"{scratch}/scan.json"], env=environment, check=True)
+        seconds = time.perf_counter() - start
+        num_matrices = len(json.loads(Path(scratch, "scan.json").read_text())["matrices"])
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    row = {
+        "layers": layers,
+        "matrices": num_matrices,
+        "seconds": round(seconds, 1),
+        "peak_resident_bytes": peak,
+        "largest_matrix_float32_bytes": largest,
+        "limit_bytes": 3 * largest + 10**9,
+    }
+    print(
+        f"{num_matrices} matrices, {layers} layers: {seconds:.0f} s, peak {peak / 1e9:.2f} GB "
+        f"(largest matrix in float32 {largest / 1e9:.2f} GB; limit {row['limit_bytes'] / 1e9:.2f} GB)"
+    )
+    return [row]
+
+
+def measure_precision() -> list[dict]:
+    """Errors against a float64 decomposition of the same bfloat16 matrix, for spikes of 0 to 1000 noise levels."""
+    rows_ = []
+    for rows, cols in ((1024, 1024), (4096, 1024), (2048, 2048)):
+        for times in (0, 10, 100, 300, 1000):
+            draw = torch.Generator().manual_seed(1)
+            weights = torch.randn(rows, cols, generator=draw)
+            for i in range(3 if times else 0):
+                left, right = torch.randn(rows, 1, generator=draw), torch.randn(1, cols, generator=draw)
+                weights += times * 0.9**i * rows**0.5 * left / left.norm() @ right / right.norm()
+            weights = weights.bfloat16()
+            exact = torch.linalg.svdvals(weights.double())
+            expected = signal_to_noise(exact, rows, cols)
+            products = weights.float().T @ weights.float()
+            plain = torch.linalg.eigvalsh(products).flip(0).double().clamp_min(0).sqrt()
+            with exact_bfloat16_products(True):
+                ours = singular_values(weights)
+            row = {"shape": [rows, cols], "largest_over_median": round(float(exact[0] / exact.median()), 1)}
+            for name, values in (("float32_gram", plain), ("scan", ours)):
+                errors = ((values - exact) / exact).abs()
+                found = signal_to_noise(values, rows, cols)
+                row[name] = {
+                    "upper_half": errors[: cols // 2].max().item(),
+                    "lower_quartile": errors[3 * cols // 4].item(),
+                    "smallest": errors[-1].item(),
+                    "sigma": abs(found.sigma / expected.sigma - 1),
+                    "signal_rank": [found.signal_rank, expected.signal_rank],
+                }
+            rows_.append(row)
+            print(json.dumps(row), flush=True)
+    return rows_
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=8, help="matrices of a shape (--memory: layers of the model, 32)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--folder", type=Path, help="where the 8B checkpoint is made and kept")
+    parser.add_argument("--precision", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    start = time.perf_counter()
+    if options.memory:
+        layers = options.layers if "--layers" in sys.argv else 32
+        if options.folder:
+            rows = measure_memory(options.folder, layers)
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                rows = measure_memory(Path(scratch) / "model", layers)
+    elif options.precision:
+        rows = measure_precision()
+    else:
+        rows = measure_speed(options.layers, options.repeats)
+    arguments = [a for a in sys.argv[1:] if a != "--folder" and a != str(options.folder)]
+    run = {
+        "command": " ".join(["python benchmarks/scan.py", *arguments]),
+        "date": time.strftime("%Y-%m-%d"),
+        "threads": options.threads,
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "bfloat16_units": "amx_bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else None,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "seconds": round(time.perf_counter() - start, 1),
+        "rows": rows,
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    runs = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+    RESULTS.write_text(json.dumps([*runs, run], indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Singular values of large matrices in the precision that the noise estimate needs (docs/method.md section 1.6).
+
+Letters, as in method/snr.py: W is the matrix, M and N the larger and the smaller of its sides. The singular values are
+square roots of the eigenvalues λ of the N x N Gram matrix, which is summed over slices of W: W itself is never copied
+whole, and the work is one product and one reduction of an N x N matrix whatever M is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOAT64_BELOW = 1024
+"""Matrices whose smaller side is below are decomposed in float64, where that takes no time."""
+
+_SINGULAR = 2.0**-5 * torch.finfo(torch.float32).eps
+"""Eigenvalues below this share of the largest are, in float32, zeros with a rounding error of either sign."""
+
+_SLICE = 2**24  # elements of W converted at a time
+_PANELS = 8  # the Gram matrix is symmetric: of 8 x 8 panels only 36 are multiplied
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values of one matrix."""
+
+    values: Tensor
+    """Descending, float64, min(rows, cols) of them, in the units of the weights."""
+    alive: tuple[int, int]
+    """Rows and columns that are not all zeros: pruned units are neither noise nor signal."""
+
+
+def singular_values(weights: Tensor) -> Tensor:
+    """All min(rows, cols) singular values of a matrix, descending, float64 on the CPU.
+
+    >>> singular_values(torch.tensor([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]])).tolist()
+    [4.0, 3.0]
+    """
+    return spectra([weights])[0].values
+
+
+def spectra(matrices: Sequence[Tensor]) -> list[Spectrum]:
+    """Spectra of matrices whose smaller sides are equal, decomposed together on their device.
+
+    Any floating dtype; the answer of W, Wᵀ and 2ⁿW is the same bits, scaled. Below FLOAT64_BELOW the arithmetic is
+    float64. Above it is float32, where an eigenvalue errs by a small multiple of ε·λ₁ (table in docs/method.md):
+    that leaves the values that decide about noise alone and blurs only those below √ε·s₁, so matrices with more than
+    N/512 eigenvalues that float32 cannot tell from zero are decomposed again in float64. Raises ValueError for
+    entries that are not finite.
+    """
+    talls = [w if w.shape[0] >= w.shape[1] else w.T for w in matrices]
+    size = talls[0].shape[1]
+    assert all(tall.shape[1] == size for tall in talls), "matrices of one batch share their smaller side"
+    if size == 0:
+        return [Spectrum(torch.zeros(0, dtype=torch.float64), (0, 0)) for _ in matrices]
+    if size < FLOAT64_BELOW:
+        found = _spectra(talls, torch.float64)
+    else:
+        found = _spectra(talls, torch.float32)
+        for i, spectrum in enumerate(found):
+            if spectrum is None:
+                (found[i],) = _spectra([talls[i]], torch.float64)
+    return [_laid(spectrum, matrix) for spectrum, matrix in zip(found, matrices, strict=True) if spectrum is not None]
+
+
+@contextmanager
+def exact_bfloat16_products(enabled: bool) -> Iterator[None]:
+    """Lets the CPU multiply float32 matrices as bfloat16 with float32 sums, which is exact where every factor *is* a
+    bfloat16 number, and several times as fast on processors with such units. Process-wide: for bfloat16 files only.
+    """
+    before = torch.get_float32_matmul_precision()
+    if enabled:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _spectra(talls: Sequence[Tensor], dtype: torch.dtype) -> list[Spectrum | None]:
+    """Spectra in the given precision, rows = the larger side; None where float32 does not resolve a matrix."""
+    grams = [_gram(tall, dtype) for tall in talls]
+    stacked = grams[0][0][None] if len(grams) == 1 else torch.stack([gram for gram, *_ in grams])
+    eigenvalues = torch.linalg.eigvalsh(stacked).double().flip(-1).cpu()
+    found: list[Spectrum | None] = []
+    for values, (gram, scale, rows) in zip(eigenvalues, grams, strict=True):
+        num_tiny = int((values <= _SINGULAR * values[0]).sum())
+        if dtype == torch.float32 and num_tiny > len(values) // 512:
+            found.append(None)
+        else:
+            alive = int((gram.diagonal() > 0).sum())
+            values[alive:] = 0
+            found.append(Spectrum(values.clamp_min(0).sqrt() / scale, (rows, alive)))
+    return found
+
+
+def _laid(spectrum: Spectrum, matrix: Tensor) -> Spectrum:
+    """The spectrum of the tall matrix as that of `matrix`."""
+    rows, cols = spectrum.alive
+    return spectrum if matrix.shape[0] >= matrix.shape[1] else Spectrum(spectrum.values, (cols, rows))
+
+
+def _gram(tall: Tensor, dtype: torch.dtype) -> tuple[Tensor, float, int]:
+    """(WᵀW of the scaled matrix, scale, rows that are not all zeros). The scale is a power of two, which changes no
+    digit: the Gram matrix's largest entry lies in [¼, 1), so that solvers with absolute tolerances see one size."""
+    gram, alive = _gram_sum(tall, dtype, 1.0)
+    largest = gram.diagonal().max().item()
+    scale = 1.0
+    if not 1e-20 < largest < 1e30:  # squares of the entries would leave the range of float32
+        peak = tall.abs().max().item()
+        if not math.isfinite(peak):
+            raise ValueError("entries are infinite or not a number")
+        if peak == 0:
+            return gram, 1.0, alive
+        scale = 2.0 ** max(min(-math.frexp(peak)[1], 1000), -1000)
+        gram, alive = _gram_sum(tall.double(), dtype, scale)
+        largest = gram.diagonal().max().item()
+    half = -((math.frexp(largest)[1] + 1) // 2)
+    return gram.mul_(4.0**half), scale * 2.0**half, alive
+
+
+def _gram_sum(tall: Tensor, dtype: torch.dtype, scale: float) -> tuple[Tensor, int]:
+    """(scale²·WᵀW, rows that are not all zeros), summed over slices of rows; only panels on and above the diagonal are
+    multiplied. A row is all zeros where its product with a random vector is."""
+    size = tall.shape[1]
+    num_panels = _PANELS if size >= FLOAT64_BELOW else 1
+    bounds = [(i * size // num_panels, (i + 1) * size // num_panels) for i in range(num_panels)]
+    panels = [torch.zeros(high - low, size - low, dtype=dtype, device=tall.device) for low, high in bounds]
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(tall.device, dtype)
+    alive = 0
+    for part in tall.split(max(1, _SLICE // size)):
+        part = part.to(dtype) if scale == 1 else (part * scale).to(dtype)
+        alive += int((part @ vector).count_nonzero())
+        for (low, high), panel in zip(bounds, panels, strict=True):
+            panel.addmm_(part[:, low:high].T, part[:, low:])
+    gram = torch.empty(size, size, dtype=dtype, device=tall.device)
+    for (low, high), panel in zip(bounds, panels, strict=True):
+        gram[low:high, low:] = panel
+        gram[low:, low:high] = panel.T
+    return gram, alive
