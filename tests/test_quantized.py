@@ -15,7 +15,8 @@ from sgm_finetune.cli import main
 from sgm_finetune.config import ModelConfig
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings, build_plan
-from sgm_finetune.models import linear_layers, load_model, load_tokenizer, local_folder, ready_for_backward
+from sgm_finetune.model_folder import local_folder
+from sgm_finetune.models import linear_layers, load_model, load_tokenizer, ready_for_backward
 
 pytest.importorskip("bitsandbytes")
 

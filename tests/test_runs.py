@@ -4,6 +4,7 @@ continued, shared between processes and taken apart."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -25,6 +26,7 @@ from sgm_finetune import pipeline
 from sgm_finetune.adapters.plan_file import load_plan
 from sgm_finetune.cli import main
 from sgm_finetune.config import load_config
+from sgm_finetune.measure.scan import scan
 
 ROOT = Path(__file__).parents[1]
 
@@ -243,6 +245,34 @@ def test_the_plan_command_writes_the_plan_that_finetune_makes(finished, command,
     command("plan", overrides, "--output", str(tmp_path / "plan.json"))
     assert rounded(tmp_path / "plan.json") == rounded(output / "plan.json")
     assert (tmp_path / "plan.safetensors").read_bytes() == (output / "plan.safetensors").read_bytes()
+
+
+def test_a_published_result_file_selects_as_the_published_formula_does(settings, command, llama_folder, tmp_path):
+    """An infinite ratio is told and not ranked; what the file does not hold is told and not trained."""
+    shared = [*settings, "snr.estimator=spectrum", "selection.top_fraction=0.5", "merge.side=none"]
+    command("plan", shared, "--output", str(tmp_path / "own.json"))
+    measured = scan(llama_folder, estimator="spectrum")
+    assert not any(math.isinf(matrix.snr) for matrix in measured.matrices)
+    rows = {m.name: {"snr": m.snr, "type": m.kind} for m in measured.matrices if m.layer is not None}
+    file = tmp_path / "snr_results.json"
+    file.write_text(json.dumps(rows))
+    command("plan", [*shared, f"snr.scan={file}"], "--output", str(tmp_path / "read.json"))
+    own, read = (load_plan(tmp_path / name) for name in ("own.json", "read.json"))
+    assert [m.name for m in read.selected] == [m.name for m in own.selected]
+    assert len(read.selected) == 14
+
+    best = max((m for m in measured.matrices if m.name.endswith("v_proj")), key=lambda m: m.snr).name
+    rows[best]["snr"] = math.inf
+    del rows["model.layers.0.mlp.up_proj"]
+    file.write_text(json.dumps(rows))
+    command("plan", [*shared, f"snr.scan={file}"], "--output", str(tmp_path / "infinite.json"))
+    assert "1 with an infinite SNR, not ranked" in command.said
+    assert "not in the scan, so not trained: 1 of" in command.said
+    planned = load_plan(tmp_path / "infinite.json")
+    assert len(planned.matrices) == 27
+    chosen = [m.name for m in planned.selected if m.name.endswith("v_proj")]
+    assert len(chosen) == 2
+    assert best not in chosen
 
 
 def rounded(path: Path) -> dict:

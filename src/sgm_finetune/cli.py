@@ -100,32 +100,72 @@ def plan(
 
 @app.command()
 def scan(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, .safetensors file, or an embedded demo model.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write; without it, on stdout.")
-    ] = None,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Hub id, local folder, .safetensors, .bin or .gguf file, an embedded demo model; or a result file."
+        ),
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the result.")] = None,
     estimator: Annotated[
-        Literal["mp", "spectrum"], typer.Option(help="mp: ours. spectrum: the published script's.")
-    ] = "mp",
-    format: Annotated[Literal["json", "spectrum", "axolotl"], typer.Option(help="What to write.")] = "json",
-    top_fraction: Annotated[float | None, typer.Option(help="axolotl: share of each kind to train, (0, 1].")] = None,
+        Literal["mp", "spectrum"] | None,
+        typer.Option(help="mp: ours, the default. spectrum: the published script's.", show_default=False),
+    ] = None,
+    format: Annotated[
+        Literal["json", "spectrum", "axolotl"] | None,
+        typer.Option(help="What to write, or to print: json (the default of --output), or what those tools read."),
+    ] = None,
+    top_fraction: Annotated[
+        float | None, typer.Option(help="axolotl: share of each kind to train, (0, 1].", show_default=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Folder for pictures: layers x kinds, and histograms with the law of noise.")
+    ] = None,
+    matrix: Annotated[
+        list[str] | None, typer.Option(help="--plot: histograms of these; a name, or a pattern: '*v_proj'. Repeatable.")
+    ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Scan each matrix also with its entries shuffled: same values, no order.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Compute again what an earlier scan has left.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Signal-to-noise ratio of every weight matrix, by random matrix theory; one matrix in memory at a time.
+    """Signal-to-noise ratio of every weight matrix, by random matrix theory; two matrices in memory at a time.
 
-    Example: sgm scan smollm2-135m-instruct --output scan.json
+    Interrupted, the same command goes on where it stopped.
+
+    Example: sgm scan smollm2-135m-instruct --output scan.json --plot pictures
     """
     if top_fraction is not None and not 0 < top_fraction <= 1:
         raise UserError(f"--top-fraction is {top_fraction}; it is a share above 0 and at most 1")
     if format == "axolotl" and top_fraction is None:
         raise UserError("--format axolotl needs --top-fraction, for example --top-fraction 0.5")
-    if output is not None and output.exists():
-        raise UserError(f"{output} exists; name another --output")
-    from sgm_finetune import pipeline
+    if top_fraction is not None and format != "axolotl":
+        raise UserError("--top-fraction goes with --format axolotl, which lists the parameters to train")
+    if matrix and plot is None:
+        raise UserError("--matrix says which histograms to draw; it needs --plot FOLDER")
+    if as_json and format not in (None, "json"):
+        raise UserError(f"--json and --format {format} print two things; leave one of them out")
+    from sgm_finetune import scanning
 
-    pipeline.scan_to(
-        model, output, "json" if as_json else format, estimator, top_fraction, _console(as_json or output is None)
-    )
+    try:
+        scanned = scanning.scan_to(
+            model,
+            _console(as_json or (output is None and format is not None)),
+            output=output,
+            format=format,
+            estimator=estimator,
+            top_fraction=top_fraction,
+            control=control,
+            plot=plot,
+            matrices=matrix or (),
+            fresh=fresh,
+        )
+    except scanning.ScanInterrupted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(130) from None
+    if as_json and not (output is None and format == "json"):
+        print(json.dumps(scanned.to_dict(), allow_nan=False))
 
 
 def _console(to_stderr: bool) -> Any:

@@ -95,6 +95,9 @@ class DataConfig(_Section):
 class SnrConfig(_Section):
     estimator: Literal["mp", "spectrum"] = "mp"
     """mp: Marchenko-Pastur bulk, deflated (docs/method.md 1). spectrum: the published script's formula."""
+    scan: str | None = None
+    """A scan to select by instead of a new one: what `sgm scan --output` wrote, or a result file of the published
+    Spectrum script (with estimator: spectrum)."""
 
 
 class SelectionConfig(_Section):

@@ -19,8 +19,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
@@ -44,20 +42,22 @@ from sgm_finetune.export import (
 from sgm_finetune.files import write_json, write_text
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.measure.scan import scan
-from sgm_finetune.measure.scan_formats import axolotl_format, json_format, spectrum_format
+from sgm_finetune.measure.scan_formats import load_scan
 from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings, adapter_parameters, build_plan
-from sgm_finetune.method.spectrum import Scan
+from sgm_finetune.method.spectrum import Scan, by_parameter
+from sgm_finetune.model_folder import local_folder
 from sgm_finetune.models import (
     check_model,
     device_for,
     linear_layers,
     load_model,
     load_tokenizer,
-    local_folder,
     matrix_shape,
 )
-from sgm_finetune.report import render_report
+from sgm_finetune.report.page import render_report
+from sgm_finetune.report.scan_table import scan_summary
 from sgm_finetune.trainer import last_whole_checkpoint, peak_memory, train, training_arguments
+from sgm_finetune.voice import Voice
 
 
 class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
@@ -90,24 +90,6 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-class Voice:
-    """One line a step, and bars, on the console of the first process; the others are silent."""
-
-    def __init__(self, console: Console):
-        self.console = console if _state().is_main_process else Console(quiet=True)
-
-    def say(self, step: str, line: str) -> None:
-        self.console.print(f"[bold]{step:<8}[/bold] {line}", highlight=False, soft_wrap=True)
-
-    @contextmanager
-    def bar(self, step: str) -> Iterator[Callable[..., None]]:
-        """A function (done, total, *what) that moves a bar; the bar goes away when the step is done."""
-        columns = (TextColumn(f"[bold]{step:<8}[/bold]"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            task = progress.add_task(step, total=None)
-            yield lambda done, total, *what: progress.update(task, completed=done, total=total)
-
-
 def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[str, Any]:
     """The run that `config` describes; returns its metrics (the content of metrics.json) and leaves output.dir.
 
@@ -115,7 +97,7 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
     the training after a checkpoint. A dry run does everything up to the first step and writes nothing.
     """
     started = time.perf_counter()
-    voice, clock = Voice(console), Clock()
+    voice, clock = _voice(console), Clock()
     output = Path(config.output.dir)
     checkpoint = _claim_output(config, output)
     given_plan = _given_plan(config, output, checkpoint)
@@ -227,7 +209,7 @@ _STEPS = ("scan", "probe", "train", "evaluate")
 
 def make_plan_for(config: Config, console: Console) -> Plan:
     """scan -> probe -> plan, without training: what `sgm plan` writes."""
-    voice, clock = Voice(console), Clock()
+    voice, clock = _voice(console), Clock()
     materials = prepare(config, voice)
     scanned = scan_model(config, materials.folder, voice, clock)
     plan, _ = measure(config, load_base(config, materials), scanned, materials, voice, clock)
@@ -240,7 +222,7 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
 
     The configuration that was trained with is in the file; `overrides` (key=value) change it.
     """
-    voice, clock = Voice(console), Clock()
+    voice, clock = _voice(console), Clock()
     path = Path(config.output.dir) / PTH
     content = load_pth(path)
     values = pth_config(content).model_dump(mode="json")
@@ -276,63 +258,19 @@ def prepare(config: Config, voice: Voice) -> Materials:
 
 
 def scan_model(config: Config, folder: Path, voice: Voice, clock: Clock) -> Scan:
+    """The scan of the model's files, or the one in snr.scan."""
+    if config.snr.scan is not None:
+        scanned = load_scan(config.snr.scan, config.snr.estimator)
+        voice.say("scan", f"{scan_summary(scanned)} · from {config.snr.scan}")
+        return scanned
+
     def measured() -> Scan:
         with clock.time("scan"), voice.bar("scan") as progress:
             return scan(folder, estimator=config.snr.estimator, progress=progress)
 
     scanned = _on_main(measured)
-    signal = [matrix.snr_db for matrix in scanned.matrices if matrix.snr > 0]
-    silent = len(scanned.matrices) - len(signal)
-    parts = [f"{len(scanned.matrices)} matrices in {scanned.seconds:.1f} s"]
-    if signal:
-        lowest, median, highest = _three(sorted(signal))
-        parts.append(f"SNR {lowest:.1f} to {highest:.1f} dB, median {median:.1f}")
-    if silent:
-        parts.append(f"{silent} without any signal")
-    voice.say("scan", " · ".join(parts))
+    voice.say("scan", scan_summary(scanned))
     return scanned
-
-
-def scan_to(
-    model: str, output: Path | None, format: str, estimator: str, top_fraction: float | None, console: Console
-) -> None:
-    """Scans `model`, shows a table by kind on `console`, and writes the result to `output` or to stdout."""
-    voice = Voice(console)
-    with voice.bar("scan") as progress:
-        scanned = scan(model, estimator=estimator, progress=progress)  # type: ignore[arg-type]
-    match format:
-        case "json":
-            text = json_format(scanned)
-        case "spectrum":
-            text = spectrum_format(scanned)
-        case _:
-            assert top_fraction is not None
-            text = axolotl_format(scanned, top_fraction)
-    console.print(_scan_table(scanned))
-    if output is None:
-        print(text, end="")
-    else:
-        write_text(output, text)
-        voice.say("saved", str(output))
-
-
-def _scan_table(scanned: Scan) -> Table:
-    table = Table(title=f"{scanned.model}: signal-to-noise, estimator {scanned.estimator}", title_justify="left")
-    for name in ("kind", "layers", "shape", "SNR dB: lowest", "median", "highest", "signal rank: median"):
-        table.add_column(name, justify="left" if name == "kind" else "right")
-    kinds: dict[tuple[str, tuple[int, int]], list[Any]] = {}
-    for matrix in scanned.matrices:
-        kinds.setdefault((matrix.kind, matrix.shape), []).append(matrix)
-    for (kind, shape), matrices in kinds.items():
-        levels = [f"{m.snr_db:.1f}" if m.snr > 0 else "none" for m in _three(sorted(matrices, key=lambda m: m.snr))]
-        rank = _three(sorted(m.signal_rank for m in matrices))[1]
-        table.add_row(kind, str(len(matrices)), f"{shape[0]} x {shape[1]}", *levels, f"{rank:.0f}")
-    return table
-
-
-def _three(ordered: list[Any]) -> tuple[Any, Any, Any]:
-    """First, (upper) middle and last."""
-    return ordered[0], ordered[len(ordered) // 2], ordered[-1]
 
 
 def load_base(config: Config, materials: Materials) -> PreTrainedModel:
@@ -368,7 +306,10 @@ def measure(
     else:
         voice.say("probe", "not needed: merge.side=none")
     assert scanned is not None
-    return make_plan(scanned, probed, config, model), probed
+    plan = make_plan(scanned, probed, config, model)
+    if missing := len(linear_layers(model)) - len(plan.matrices):
+        voice.say("", f"not in the scan, so not trained: {missing} of the model's matrices")
+    return plan, probed
 
 
 def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Module | None = None) -> Plan:
@@ -381,7 +322,7 @@ def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Mod
     elif model is not None:
         shapes = {name: matrix_shape(layer) for name, layer in linear_layers(model).items()}
     else:
-        shapes = {matrix.name: matrix.shape for matrix in scanned.matrices if matrix.layer is not None}
+        shapes = {matrix.name: matrix.shape for matrix in by_parameter(scanned) if matrix.layer is not None}
     by_name = _match_names(scanned, shapes)
     numbers = [
         MatrixNumbers(
@@ -420,13 +361,14 @@ def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Mod
 def _match_names(scanned: Scan, shapes: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """Module name -> scanned matrix. Files of a bare encoder lack the task model's prefix (`bert.`), and the other
     way round: names are matched whole, else by the longest common ending that is unique."""
-    by_name = {matrix.name: matrix for matrix in scanned.matrices}
+    modules = by_parameter(scanned)
+    by_name = {matrix.name: matrix for matrix in modules}
     matched = {}
     for name in shapes:
         if name in by_name:
             matched[name] = by_name[name]
             continue
-        endings = [m for m in scanned.matrices if name.endswith(f".{m.name}") or m.name.endswith(f".{name}")]
+        endings = [m for m in modules if name.endswith(f".{m.name}") or m.name.endswith(f".{name}")]
         if len(endings) == 1:
             matched[name] = endings[0]
     return matched
@@ -600,6 +542,11 @@ def _save(
     save_pth(output / PTH, model, plan, config, materials.splits.labels)
     write_text(output / "report.html", render_report(config=config, plan=plan, metrics=metrics, history=history))
     write_json(output / "metrics.json", metrics)
+
+
+def _voice(console: Console) -> Voice:
+    """Only the first process speaks."""
+    return Voice(console if _state().is_main_process else Console(quiet=True))
 
 
 def _state() -> PartialState:

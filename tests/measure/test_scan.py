@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 from sgm_finetune.errors import UserError
-from sgm_finetune.measure.scan import kind_of, layer_of, scan, spectrum
+from sgm_finetune.measure.scan import _batches, kind_of, layer_of, scan, spectrum
 from sgm_finetune.measure.scan_formats import axolotl_format, load_scan, save_scan, spectrum_format
 from sgm_finetune.measure.weights import weight_files
 from sgm_finetune.method.singular_values import singular_values, spectra
@@ -177,7 +177,10 @@ def test_the_axolotl_list_matches_the_top_of_each_kind_and_nothing_else(folder: 
     queries = {m.name: m.snr for m in found.matrices if "q_proj" in m.name}
     best = sorted(queries, key=lambda name: -queries[name])[:3]
     assert {f"{name}.weight" for name in best} == {name for name in matched if "q_proj" in name}
-    assert r"^model\.layers\.10\.self_attn\.q_proj\.weight$" in patterns
+    assert "^model[.]layers[.]10[.]self_attn[.]q_proj[.]weight$" in patterns
+    # Axolotl itself escapes every dot of an entry before it matches
+    escaped = [pattern.replace(".", r"\.") for pattern in patterns]
+    assert [n for n in tensors if any(re.match(pattern, n) for pattern in escaped)] == matched
     with pytest.raises(UserError, match=r"1\.5"):
         axolotl_format(found, 1.5)
 
@@ -349,10 +352,11 @@ def test_shuffled_entries_have_no_signal(tmp_path: Path):
 
 
 def test_the_spectrum_of_one_matrix(folder: Path, tensors: dict[str, torch.Tensor]):
-    values, matrix = spectrum(folder, "model.layers.3.self_attn.q_proj")
+    found, matrix = spectrum(folder, "model.layers.3.self_attn.q_proj")
     assert matrix == next(m for m in scan(folder).matrices if m.name == matrix.name)
     direct = torch.linalg.svdvals(tensors["model.layers.3.self_attn.q_proj.weight"].double())
-    assert torch.allclose(values, direct, rtol=1e-6)
+    assert torch.allclose(found.values, direct, rtol=1e-6)
+    assert found.alive == (16, 16)
 
 
 def test_the_number_of_threads_and_the_precision_of_products_are_left_alone(folder: Path, tensors, tmp_path: Path):
@@ -381,6 +385,24 @@ def test_parts_of_fused_matrices_are_scanned_and_the_published_formula_takes_the
     whole = [m for m in scan(tmp_path, estimator="spectrum").matrices if m.parameter.endswith("h.1.attn.c_attn.weight")]
     assert [m.shape for m in whole] == [(32, 96)]
     assert {m.name for m in scan(tmp_path, names=[parts[0].name.split("[")[0]]).matrices} == {m.name for m in parts}
+
+
+def test_matrices_that_are_decomposed_together_are_what_they_are_alone(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU: all matrices with equal smaller sides in one batch."""
+    alone = scan(folder)
+    calls: list[int] = []
+
+    def counted(matrices):
+        calls.append(len(matrices))
+        return spectra(matrices)
+
+    monkeypatch.setattr("sgm_finetune.measure.scan.spectra", counted)
+    monkeypatch.setattr("sgm_finetune.measure.scan._batches", lambda m, device: _batches(m, torch.device("cuda")))
+    together = scan(folder, fresh=True)
+    assert calls == [2 * NUM_LAYERS + 2]
+    for one, other in zip(alone.matrices, together.matrices, strict=True):
+        assert (one.name, one.signal_rank) == (other.name, other.signal_rank)
+        assert (one.sigma, one.snr) == pytest.approx((other.sigma, other.snr), rel=1e-9)
 
 
 @pytest.mark.gpu

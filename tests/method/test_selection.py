@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgm_finetune.method.selection import above_threshold, top_fraction_per_kind
+from sgm_finetune.method.selection import above_threshold, choose_per_kind, ties, top_fraction_per_kind
 
 SNRS = st.dictionaries(
     st.text("abcdef", min_size=1), st.one_of(st.floats(0, 1e6), st.just(math.inf)), min_size=1, max_size=30
@@ -26,15 +26,43 @@ def test_every_kind_keeps_its_share_rounded_up_and_none_below_is_higher(snrs: di
     assert chosen == [name for name in snrs if name in chosen]
     for kind in set(kinds.values()):
         members = [name for name in snrs if kinds[name] == kind]
+        finite = [name for name in members if math.isfinite(snrs[name])]
         taken = [name for name in members if name in chosen]
-        assert len(taken) == max(1, math.ceil(fraction * len(members) - 1e-9))
-        rest = [snrs[name] for name in members if name not in chosen]
+        assert set(taken) <= set(finite)
+        assert len(taken) == min(len(finite), max(1, math.ceil(fraction * len(members) - 1e-9)))
+        rest = [snrs[name] for name in finite if name not in chosen]
         assert not rest or min(snrs[name] for name in taken) >= max(rest)
 
 
 @given(SNRS)
-def test_the_whole_fraction_is_everything(snrs: dict[str, float]):
-    assert top_fraction_per_kind(snrs, kinds_of(snrs), 1.0) == list(snrs)
+def test_the_whole_fraction_is_everything_that_has_a_finite_ratio(snrs: dict[str, float]):
+    finite = [name for name in snrs if math.isfinite(snrs[name])]
+    assert top_fraction_per_kind(snrs, kinds_of(snrs), 1.0) == finite
+
+
+@given(SNRS, st.floats(0.001, 1))
+def test_chosen_left_out_and_unranked_are_a_partition_of_each_kind(snrs: dict[str, float], fraction: float):
+    kinds = kinds_of(snrs)
+    choices = choose_per_kind(snrs, kinds, fraction)
+    assert [choice.kind for choice in choices] == list(dict.fromkeys(kinds.values()))
+    for choice in choices:
+        members = [*choice.chosen, *choice.left_out, *choice.unranked]
+        assert sorted(members) == sorted(name for name in snrs if kinds[name] == choice.kind)
+        assert choice.size == len(members)
+        assert all(math.isinf(snrs[name]) for name in choice.unranked)
+
+
+@given(SNRS, st.floats(0.001, 1))
+def test_a_tie_is_told_exactly_where_it_reaches_over_the_cut(snrs: dict[str, float], fraction: float):
+    choices = choose_per_kind(snrs, kinds_of(snrs), fraction)
+    found = ties(snrs, choices)
+    for choice in choices:
+        shared = {snrs[name] for name in choice.chosen} & {snrs[name] for name in choice.left_out}
+        assert (choice.kind in found) == bool(shared)
+        if shared:
+            (level,) = shared
+            ranked = [*choice.chosen, *choice.left_out]
+            assert found[choice.kind] == [name for name in ranked if snrs[name] == level]
 
 
 def test_of_equal_ratios_the_earlier_wins():

@@ -18,6 +18,7 @@ from sgm_finetune.method.singular_values import (
 from sgm_finetune.method.snr import signal_to_noise
 
 FLOAT64_ERROR = 1e-7  # of the largest value: the Gram matrix squares the condition
+SIGMA_ERROR = 1e-6  # relative, whatever the spikes
 FLOAT32_BULK_ERROR = 3e-5  # relative, of the values from the median up, at a largest value of 100 medians
 
 
@@ -68,6 +69,18 @@ def test_a_large_matrix_scaled_by_a_power_of_two_or_transposed_has_the_same_bits
     for power in (-20, 7):
         assert torch.equal(singular_values(weights * 2.0**power), plain * 2.0**power)
     assert torch.allclose(singular_values(weights * 1e25)[:512], plain[:512] * 1e25, rtol=FLOAT32_BULK_ERROR)
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024), (1024, 3000)])
+@pytest.mark.parametrize("times", [20, 50, 300])
+def test_noise_beside_large_spikes_is_measured_to_a_millionth_and_scales(shape: tuple[int, int], times: float):
+    weights = spiked(*shape, times).float()
+    expected = signal_to_noise(torch.linalg.svdvals(weights.double()), *shape)
+    for factor in (1.0, 3.7):
+        found = signal_to_noise(singular_values(weights * factor), *shape)
+        assert found.sigma == pytest.approx(factor * expected.sigma, rel=SIGMA_ERROR)
+        assert found.snr == pytest.approx(expected.snr, rel=SIGMA_ERROR)
+        assert found.signal_rank == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

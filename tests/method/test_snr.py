@@ -17,6 +17,7 @@ from sgm_finetune.method.snr import (
     NO_SIGNAL_DB,
     ROUNDING,
     SpectrumStatistics,
+    bulk_density,
     bulk_median,
     bulk_share_above,
     distance_from_noise,
@@ -61,6 +62,16 @@ def test_half_of_the_law_lies_below_its_median(aspect: float):
 
     below, _ = quad(density, math.sqrt(low), bulk_median(aspect), limit=400)
     assert below == pytest.approx(0.5, abs=1e-7)
+
+
+@pytest.mark.parametrize("aspect", [1.0, 0.9, 0.5, 0.25, 1 / 20])
+def test_the_density_of_the_law_is_the_derivative_of_its_share(aspect: float):
+    points = torch.linspace(1 - math.sqrt(aspect), 1 + math.sqrt(aspect), 20001, dtype=torch.float64)
+    inside = slice(100, -100)  # at the ends the density has no derivative
+    slope = -torch.gradient(bulk_share_above(points, aspect), spacing=(points,))[0]
+    assert torch.allclose(bulk_density(points, aspect)[inside], slope[inside], rtol=1e-3, atol=1e-5)
+    outside = torch.tensor([max(0.0, 0.999 - math.sqrt(aspect)), 1.001 + math.sqrt(aspect)])
+    assert bulk_density(outside, aspect).sum() == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -12,7 +12,7 @@ import pytest
 
 from sgm_finetune.config import Config, parse_config
 from sgm_finetune.method.plan import Energy, Group, KindNumbers, Plan, PlannedMatrix, PlanSettings
-from sgm_finetune.report import render_report
+from sgm_finetune.report.page import render_report
 
 READERS, WRITERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -18,9 +18,9 @@ from torch import Tensor
 from sgm_finetune.errors import UserError
 from sgm_finetune.files import whole_file
 from sgm_finetune.method.singular_values import Spectrum
-from sgm_finetune.models import cache_dir
+from sgm_finetune.model_folder import cache_dir
 
-_VERSION = 1
+_VERSION = 2
 """Of what is computed: raise it when the same matrix would get other singular values."""
 
 

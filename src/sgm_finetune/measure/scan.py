@@ -25,7 +25,7 @@ from sgm_finetune.measure.weights import StoredMatrix, stored_matrices
 from sgm_finetune.method.singular_values import Spectrum, exact_bfloat16_products, spectra
 from sgm_finetune.method.snr import Estimator, SpectrumStatistics, signal_to_noise
 from sgm_finetune.method.spectrum import Control, MatrixScan, Scan
-from sgm_finetune.models import local_folder
+from sgm_finetune.model_folder import local_folder
 
 _WORKERS = 2  # matrices in memory; each has its share of the threads
 _BATCH = 2**26  # elements decomposed together on a GPU
@@ -70,11 +70,16 @@ def scan(
     return Scan(str(model), estimator, scanned, time.perf_counter() - start)
 
 
-def spectrum(model: str | Path, name: str) -> tuple[Tensor, MatrixScan]:
-    """The singular values of one matrix, descending, float64 (remembered ones where there are), and its scan."""
-    (matrix,) = _choose(model, [name], split_fused=True)
+def spectrum(model: str | Path, name: str, estimator: Estimator = "mp") -> tuple[Spectrum, MatrixScan]:
+    """The spectrum of one matrix (the remembered one where there is one), and its scan. Raises UserError as `scan`."""
+    (matrix,) = _choose(model, [name], split_fused=estimator == "mp")
     ((_, _, found),) = _measured([matrix], ("",), False, _device(None))
-    return found.values, _matrix_scan(matrix, "mp", found)
+    return found, _matrix_scan(matrix, estimator, found)
+
+
+def matrix_names(model: str | Path, estimator: Estimator = "mp") -> list[str]:
+    """What `scan` would measure, by the headers of the files alone. Raises UserError as `scan`."""
+    return [matrix.name for matrix in _choose(model, None, split_fused=estimator == "mp")]
 
 
 def layer_of(name: str) -> int | None:

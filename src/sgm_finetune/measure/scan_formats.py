@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sgm_finetune.errors import UserError
 from sgm_finetune.files import write_text
-from sgm_finetune.method.selection import top_fraction_per_kind
-from sgm_finetune.method.spectrum import Scan
+from sgm_finetune.measure.scan import layer_of
+from sgm_finetune.method.selection import KindChoice, choose_per_kind, ties
+from sgm_finetune.method.snr import Estimator
+from sgm_finetune.method.spectrum import MatrixScan, Scan, by_parameter, ratio_decibels
+
+_REMEDY = (
+    "MODEL is a model (a folder, a .safetensors, .bin or .gguf file, a hub id), the JSON that "
+    "`sgm scan MODEL --output FILE` writes, or a result file of the published Spectrum script"
+)
 
 
 def save_scan(scan: Scan, path: str | Path) -> None:
@@ -17,16 +27,32 @@ def save_scan(scan: Scan, path: str | Path) -> None:
     write_text(Path(path), json_format(scan))
 
 
-def load_scan(path: str | Path) -> Scan:
-    """The scan in a file that `save_scan` wrote. UserError for a missing, broken or foreign file."""
+def load_scan(path: str | Path, estimator: Estimator | None = None) -> Scan:
+    """The scan in a file: our JSON, or a result file of the published script. UserError for anything else, and where
+    its numbers are not those of `estimator` (None: of either).
+
+    A published file, `{module: {"snr": number, "type": kind}}` or the sorted one, `{kind: {module: number}}`, holds
+    ratios alone: its kinds are the file's own, and shapes, σ, edges, ranks and energies are unknown (`MatrixScan`).
+    An infinite ratio is `Infinity`, null or "inf" there.
+    """
     try:
-        return Scan.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        scan = _published(str(path), document) if _is_published(document) else Scan.from_dict(document)
+        _check(scan)
     except OSError as error:
         raise UserError(
             f"Cannot read {path}: {error.strerror}; make one with `sgm scan MODEL --output {path}`"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no scan ({error}); make one with `sgm scan MODEL --output {path}`") from None
+    except KeyError as error:
+        raise UserError(f"{path} is no scan (no {error}); {_REMEDY}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is no scan ({error}); {_REMEDY}") from None
+    if estimator not in (None, scan.estimator):
+        raise UserError(
+            f"{path} holds numbers of the estimator {scan.estimator}, not {estimator}; "
+            f"ask for {scan.estimator}, or scan the model itself"
+        )
+    return scan
 
 
 def json_format(scan: Scan) -> str:
@@ -37,13 +63,14 @@ def json_format(scan: Scan) -> str:
 
 
 def spectrum_format(scan: Scan) -> str:
-    """The published script's JSON: {module name: {"snr": number, "type": kind}}, matrices of one kind together.
+    """The published script's JSON: {module name: {"snr": number, "type": kind}}, one entry per parameter, those of one
+    kind together.
 
     As in its own files an infinite SNR is the literal `Infinity`, which Python reads and strict JSON does not have; it
     comes from `estimator="spectrum"` only.
     """
     by_kind: dict[str, dict[str, dict[str, float | str]]] = {}
-    for matrix in scan.matrices:
+    for matrix in by_parameter(scan):
         by_kind.setdefault(matrix.kind, {})[matrix.name] = {"snr": matrix.snr, "type": matrix.kind}
     return json.dumps({name: row for rows in by_kind.values() for name, row in rows.items()}, indent=4) + "\n"
 
@@ -51,10 +78,121 @@ def spectrum_format(scan: Scan) -> str:
 def axolotl_format(scan: Scan, top_fraction: float) -> str:
     """Axolotl's `unfrozen_parameters:` list, YAML: the `top_fraction` of each kind with the highest SNR.
 
-    Counts are rounded up; each entry is a regular expression that matches one parameter's whole name.
+    Each entry is a regular expression that matches one parameter's whole name. Axolotl itself turns every `.` of an
+    entry into `\\.` before it matches, so that a written `\\.` would match nothing there; `[.]` means a dot both there
+    and in plain `re`. Comments say how many of each kind are chosen, at which ratio, and what `selection_notes` says.
+    UserError where no ratio is finite.
     """
+    matrices, choices = _choose(scan, top_fraction)
+    if not any(choice.chosen for choice in choices):
+        raise UserError(
+            f"No matrix of {scan.model} has a finite SNR, so none can be preferred; scan the model with --estimator mp"
+        )
+    lines = [f"# {_plain(scan.model)}: top {top_fraction:g} of each kind by SNR, estimator {scan.estimator}"]
+    lines += ["unfrozen_parameters:"]
+    for choice in choices:
+        lines.append(f"# {_plain(choice.kind)}: {_cut(choice, matrices)}")
+        lines += [f"#   {note}" for note in _notes(choice, matrices)]
+        lines += [f"- {_entry(matrices[name].parameter)}" for name in choice.chosen]
+    return "\n".join(lines) + "\n"
+
+
+def selection_notes(scan: Scan, top_fraction: float) -> list[str]:
+    """What a person should know of the choice that `axolotl_format` makes: ties at the cut and ratios that are
+    infinite, one line a kind; empty where the ratios alone decided."""
+    matrices, choices = _choose(scan, top_fraction)
+    return [f"{_plain(choice.kind)}: {note}" for choice in choices for note in _notes(choice, matrices)]
+
+
+def _choose(scan: Scan, top_fraction: float) -> tuple[dict[str, MatrixScan], list[KindChoice]]:
     if not 0 < top_fraction <= 1:
         raise UserError(f"The top fraction is {top_fraction}; it lies above 0 and is at most 1")
-    snrs = {matrix.name: matrix.snr for matrix in scan.matrices}
-    chosen = top_fraction_per_kind(snrs, {matrix.name: matrix.kind for matrix in scan.matrices}, top_fraction)
-    return "".join(["unfrozen_parameters:\n", *(f"- ^{re.escape(name)}\\.weight$\n" for name in chosen)])
+    matrices = {matrix.name: matrix for matrix in by_parameter(scan)}
+    snrs = {name: matrix.snr for name, matrix in matrices.items()}
+    return matrices, choose_per_kind(snrs, {name: matrix.kind for name, matrix in matrices.items()}, top_fraction)
+
+
+def _cut(choice: KindChoice, matrices: Mapping[str, MatrixScan]) -> str:
+    """`8 of 30, SNR down to 14.2 dB; the next has 13.9 dB`."""
+    parts = f"{len(choice.chosen)} of {choice.size}"
+    if choice.chosen:
+        parts += f", SNR down to {_level(matrices[choice.chosen[-1]])}"
+    if choice.left_out:
+        parts += f"; the next has {_level(matrices[choice.left_out[0]])}"
+    return parts
+
+
+def _notes(choice: KindChoice, matrices: Mapping[str, MatrixScan]) -> list[str]:
+    notes = []
+    for names in ties({name: matrices[name].snr for name in (*choice.chosen, *choice.left_out)}, [choice]).values():
+        within = sum(name in choice.chosen for name in names)
+        notes.append(
+            f"{len(names)} have the same SNR, {_level(matrices[names[0]])}; chosen are the {within} that come first"
+        )
+    if choice.unranked:
+        count = len(choice.unranked)
+        notes.append(f"{count} {'have' if count > 1 else 'has'} an infinite SNR, not ranked: not chosen")
+    return notes
+
+
+def _level(matrix: MatrixScan) -> str:
+    return f"{matrix.snr_db:.1f} dB" if matrix.snr > 0 else "no signal"
+
+
+def _entry(parameter: str) -> str:
+    """A regular expression for the whole name, as a YAML scalar."""
+    pattern = f"^{'[.]'.join(re.escape(part) for part in parameter.split('.'))}$"
+    return pattern if re.fullmatch(r"\^[\w.\[\]]+\$", pattern, re.ASCII) else json.dumps(pattern)
+
+
+def _plain(text: str) -> str:
+    """`text` in printable ASCII, for a comment."""
+    return json.dumps(text)[1:-1]
+
+
+def _is_published(document: Any) -> bool:
+    if not isinstance(document, dict) or "matrices" in document or not document:
+        return False
+    return all(isinstance(row, dict) and row for row in document.values())
+
+
+def _published(path: str, document: Mapping[str, Mapping[str, Any]]) -> Scan:
+    matrices = []
+    for name, row in document.items():
+        if "snr" in row and "type" in row:
+            matrices.append(_from_ratio(name, str(row["type"]), row["snr"]))
+        else:
+            matrices += [_from_ratio(module, name, value) for module, value in row.items()]
+    return Scan(path, "spectrum", tuple(matrices))
+
+
+def _from_ratio(name: str, kind: str, value: Any) -> MatrixScan:
+    if isinstance(value, bool | list | dict):
+        raise TypeError(f"the SNR of {name} is {value!r}, not a number")
+    snr = math.inf if value is None else float(value)
+    return MatrixScan(
+        name=name,
+        kind=kind,
+        layer=layer_of(name),
+        shape=(0, 0),
+        sigma=0.0,
+        edge=0.0,
+        signal_rank=0,
+        snr=snr,
+        snr_db=ratio_decibels(snr),
+        parameter=f"{name}.weight",
+        energy=0.0,
+    )
+
+
+def _check(scan: Scan) -> None:
+    """ValueError for what no scan contains."""
+    if not scan.matrices:
+        raise ValueError("it holds no matrix")
+    seen = set()
+    for matrix in scan.matrices:
+        if matrix.name in seen:
+            raise ValueError(f"{matrix.name} is in it twice")
+        seen.add(matrix.name)
+        if math.isnan(matrix.snr) or matrix.snr < 0 or math.isnan(matrix.snr_db):
+            raise ValueError(f"the SNR of {matrix.name} is {matrix.snr}, which is no ratio")

@@ -21,6 +21,9 @@ FLOAT64_BELOW = 1024
 _SINGULAR = 2.0**-5 * torch.finfo(torch.float32).eps
 """Eigenvalues below this share of the largest are, in float32, zeros with a rounding error of either sign."""
 
+_BLURRED = 2.0**-10
+"""Noise below this share of the largest eigenvalue is, in float32, off by more than a millionth."""
+
 _SLICE = 2**24  # elements of W converted at a time
 _PANELS = 8  # the Gram matrix is symmetric: of 8 x 8 panels only 36 are multiplied
 
@@ -48,10 +51,10 @@ def spectra(matrices: Sequence[Tensor]) -> list[Spectrum]:
     """Spectra of matrices whose smaller sides are equal, decomposed together on their device.
 
     Any floating dtype; the answer of W, Wᵀ and 2ⁿW is the same bits, scaled. Below FLOAT64_BELOW the arithmetic is
-    float64. Above it is float32, where an eigenvalue errs by a small multiple of ε·λ₁ (table in docs/method.md):
-    that leaves the values that decide about noise alone and blurs only those below √ε·s₁, so matrices with more than
-    N/512 eigenvalues that float32 cannot tell from zero are decomposed again in float64. Raises ValueError for
-    entries that are not finite.
+    float64. Above it is float32, where an eigenvalue errs by a small multiple of ε·λ₁ (table in docs/method.md).
+    That blurs the smallest values alone, unless λ₁ is large: matrices with more than N/512 eigenvalues that float32
+    cannot tell from zero, or whose third quarter of eigenvalues has a mean below λ₁/2¹⁰, are decomposed again in
+    float64. Raises ValueError for entries that are not finite.
     """
     talls = [w if w.shape[0] >= w.shape[1] else w.T for w in matrices]
     size = talls[0].shape[1]
@@ -89,14 +92,20 @@ def _spectra(talls: Sequence[Tensor], dtype: torch.dtype) -> list[Spectrum | Non
     eigenvalues = torch.linalg.eigvalsh(stacked).double().flip(-1).cpu()
     found: list[Spectrum | None] = []
     for values, (gram, scale, rows) in zip(eigenvalues, grams, strict=True):
-        num_tiny = int((values <= _SINGULAR * values[0]).sum())
-        if dtype == torch.float32 and num_tiny > len(values) // 512:
+        if dtype == torch.float32 and not _resolved(values):
             found.append(None)
         else:
             alive = int((gram.diagonal() > 0).sum())
             values[alive:] = 0
             found.append(Spectrum(values.clamp_min(0).sqrt() / scale, (rows, alive)))
     return found
+
+
+def _resolved(eigenvalues: Tensor) -> bool:
+    """Whether float32 is enough for these (descending): few zeros, and noise that is not small beside the largest."""
+    size, largest = len(eigenvalues), eigenvalues[0]
+    num_tiny = int((eigenvalues <= _SINGULAR * largest).sum())
+    return num_tiny <= size // 512 and bool(eigenvalues[size // 2 : size * 3 // 4].mean() >= _BLURRED * largest)
 
 
 def _laid(spectrum: Spectrum, matrix: Tensor) -> Spectrum:

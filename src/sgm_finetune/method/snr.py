@@ -72,6 +72,18 @@ def bulk_share_above(values: Tensor, aspect: float) -> Tensor:
     return _share(theta, (_arc_factor(aspect) * (theta / 2).tan()).atan(), theta.sin(), aspect)
 
 
+def bulk_density(values: Tensor, aspect: float) -> Tensor:
+    """Density of the Marchenko-Pastur law of singular values at each of `values` (units of σ√M), for β = `aspect`.
+
+    >>> bulk_density(torch.tensor([1.0, 3.0]), 1.0).mul(math.pi).square().round().tolist()  # √(4 - y²)/π
+    [3.0, 0.0]
+    """
+    y = values.double()
+    low, high = (1 - math.sqrt(aspect)) ** 2, (1 + math.sqrt(aspect)) ** 2
+    root = ((high - y.square()) * (y.square() - low)).clamp_min(0).sqrt()
+    return root / (math.pi * aspect * y.clamp_min(1e-12))
+
+
 @lru_cache(maxsize=65536)
 def _bulk_energy(first: float, last: float, aspect: float) -> float:
     """Mean of y² over the law from its share `first` to its share `last`, counted from the top (eq. 3)."""
@@ -203,7 +215,7 @@ def _deflate(s: Tensor, rows: int, cols: int) -> tuple[float, int, float]:
                 break
     nearest = min(distance for _, distance in found.values())
     rank = min(k for k, (_, d) in found.items() if d <= max(_fit(size - k), _NEAREST * nearest))
-    sigma = _bulk_sigma(s, rows, cols, rank)
+    sigma = bulk_sigma(s, rows, cols, rank)
     return max(sigma * _absorbed(s[:rank], sigma, rows, cols), _sigma_floor(rows, cols)), rank, found[rank][0]
 
 
@@ -221,7 +233,7 @@ def _settle(s: Tensor, rows: int, cols: int, rank: int) -> tuple[int, float]:
     most = len(s) - max(1, len(s) // 8)
     rising, edge = False, math.inf
     while True:
-        sigma = max(_bulk_sigma(s, rows, cols, rank), _sigma_floor(rows, cols))
+        sigma = max(bulk_sigma(s, rows, cols, rank), _sigma_floor(rows, cols))
         next_edge = noise_edge(sigma, rows - rank, cols - rank) + noise_margin(sigma, rows - rank, cols - rank)
         count = int((s > next_edge).sum())
         if count > most:
@@ -234,11 +246,11 @@ def _settle(s: Tensor, rows: int, cols: int, rank: int) -> tuple[int, float]:
         rising, rank, edge = count > rank, count, next_edge
 
 
-def _bulk_sigma(s: Tensor, rows: int, cols: int, rank: int) -> float:
-    """σ by the energy of the middle half of the values below the `rank` largest (eq. 3)."""
+def bulk_sigma(singular_values: Tensor, rows: int, cols: int, rank: int) -> float:
+    """σ by the energy of the middle half of the descending values below the `rank` largest, fewer than all (eq. 3)."""
     larger, smaller = max(rows, cols) - rank, min(rows, cols) - rank
     first, last = smaller // 4, math.ceil(smaller * 3 / 4)
-    middle = s[rank + first : rank + last].square().mean().item()
+    middle = singular_values[rank + first : rank + last].square().mean().item()
     return math.sqrt(middle / (larger * _bulk_energy(first / smaller, last / smaller, smaller / larger)))
 
 
@@ -254,7 +266,7 @@ def distance_from_noise(singular_values: Tensor, rows: int, cols: int, rank: int
     """Largest difference (Kolmogorov's) between the distribution of the values below the `rank` largest and that of
     noise with their own σ (eq. 5): about 1/values for noise, 0.1 and more where there is no noise bulk."""
     larger, smaller = max(rows, cols) - rank, min(rows, cols) - rank
-    sigma = _bulk_sigma(singular_values, rows, cols, rank)
+    sigma = bulk_sigma(singular_values, rows, cols, rank)
     if sigma == 0:
         return 1.0
     above = bulk_share_above(singular_values[rank:] / (sigma * math.sqrt(larger)), smaller / larger)

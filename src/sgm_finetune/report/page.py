@@ -96,7 +96,7 @@ def python_snippet(config: Config, metrics: Mapping[str, Any]) -> str:
     lines = [
         "from peft import PeftModel",
         f"from transformers import {auto}, AutoTokenizer",
-        *([] if by_name else ["from sgm_finetune.models import local_folder"]),
+        *([] if by_name else ["from sgm_finetune.model_folder import local_folder"]),
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({adapter})",
         f"base = {auto}.from_pretrained({name if by_name else f'local_folder({name})'}{arguments})",

@@ -1,0 +1,151 @@
+"""Pictures of a scan: layers x kinds, and one matrix's singular values with the fitted law of noise."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from sgm_finetune.files import whole_file
+from sgm_finetune.method.singular_values import Spectrum
+from sgm_finetune.method.snr import bulk_density, bulk_sigma
+from sgm_finetune.method.spectrum import MatrixScan, Scan
+from sgm_finetune.report.figures import SNR_COLOURS, readable_on
+from sgm_finetune.report.scan_table import kinds_in_order, short_kinds
+
+NOISE, SIGNAL, LAW, FAINT = "#8fb3d9", "#d95f0e", "#1f4e79", "#e8e8e8"
+
+
+def save_heat_map(scan: Scan, path: Path) -> None:
+    """Writes the SNR of every matrix in dB as a PNG: a row a kind, a column a layer, what is in no layer last.
+
+    Several matrices in one cell (experts) show their median. Without any signal: grey; infinite: white, "∞".
+    """
+    kinds = kinds_in_order(scan.matrices)
+    layers: list[int | None] = [*sorted({m.layer for m in scan.matrices if m.layer is not None})]
+    if any(matrix.layer is None for matrix in scan.matrices):
+        layers.append(None)
+    cells: dict[tuple[int, int], list[MatrixScan]] = {}
+    for matrix in scan.matrices:
+        cells.setdefault((kinds.index(matrix.kind), layers.index(matrix.layer)), []).append(matrix)
+    shown = {place: sorted(found, key=lambda m: m.snr)[len(found) // 2] for place, found in cells.items()}
+    levels = [matrix.snr_db for matrix in shown.values() if 0 < matrix.snr < math.inf]
+    scale = Normalize(min(levels, default=0.0), max(levels, default=1.0))
+    colours = colormaps[SNR_COLOURS]
+    names = short_kinds(kinds)
+    cell = 0.36 if len(layers) <= 48 else 0.2
+    left = 0.3 + 0.078 * max(len(names[kind]) for kind in kinds)
+    width, height = max(4.5, left + cell * len(layers) + 1.0), 0.26 * len(kinds) + 1.0
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_axes((left / width, 0.5 / height, cell * len(layers) / width, 0.26 * len(kinds) / height))
+        axes.set_xlim(0, len(layers))
+        axes.set_ylim(len(kinds), 0)
+        for (row, column), matrix in shown.items():
+            fill, text = _look(matrix, lambda level: to_hex(colours(scale(level))))
+            axes.add_patch(Rectangle((column + 0.03, row + 0.04), 0.94, 0.92, facecolor=fill, edgecolor="none"))
+            if cell > 0.3:
+                place = (column + 0.5, row + 0.53)
+                axes.text(*place, text, ha="center", va="center", fontsize=6.5, color=readable_on(fill))
+        axes.set_yticks([row + 0.5 for row in range(len(kinds))], [names[kind] for kind in kinds], fontsize=8)
+        step = 1 if cell > 0.3 else 5
+        ticks = [i for i, layer in enumerate(layers) if layer is None or i % step == 0]
+        labels = ["other" if layers[i] is None else str(layers[i]) for i in ticks]
+        axes.set_xticks([i + 0.5 for i in ticks], labels, fontsize=8)
+        axes.set_xlabel("layer", fontsize=8)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        figure.text(0.15 / width, 1 - 0.3 / height, f"Signal-to-noise ratio in dB: {scan.model}", fontsize=10)
+        if levels:
+            bar = figure.add_axes((1 - 0.75 / width, 0.5 / height, 0.12 / width, 0.26 * len(kinds) / height))
+            figure.colorbar(ScalarMappable(scale, colours), cax=bar).ax.tick_params(labelsize=7)
+
+    _save(path, width, height, draw)
+
+
+def _look(matrix: MatrixScan, colour: Callable[[float], str]) -> tuple[str, str]:
+    """(fill, text) of a cell."""
+    if matrix.snr == 0:
+        return FAINT, "none"
+    if math.isinf(matrix.snr):
+        return "#ffffff", "∞"
+    return colour(matrix.snr_db), f"{matrix.snr_db:.1f}".replace("-", "−")
+
+
+def save_histogram(spectrum: Spectrum, matrix: MatrixScan, path: Path) -> None:
+    """Writes a matrix's singular values as a PNG, with the law that noise of the fitted level follows and the edge."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_axes((0.09, 0.15, 0.885, 0.64))
+        draw_histogram(axes, spectrum, matrix)
+        figure.text(0.02, 0.93, f"{matrix.name}, {matrix.shape[0]} x {matrix.shape[1]}", fontsize=10)
+        level = f"SNR {matrix.snr_db:.1f} dB" if matrix.snr > 0 else "no signal"
+        text = (
+            f"signal rank {matrix.signal_rank} of {min(matrix.shape)} · {level} · noise σ {matrix.sigma:.3g} an entry"
+        )
+        figure.text(0.02, 0.87, text, fontsize=8, color="#444444")
+
+    _save(path, 6.4, 3.6, draw)
+
+
+def draw_histogram(axes: Axes, spectrum: Spectrum, matrix: MatrixScan, legend: bool = True) -> None:
+    """Histogram of the singular values (signal above the edge in its own colour), the Marchenko-Pastur law fitted to
+    the values below (eq. 2, 3), and the edge. What lies beyond three edges is counted at the right."""
+    rows, cols = spectrum.alive
+    values = spectrum.values[: min(rows, cols)]
+    largest = values[0].item() if len(values) else 0.0
+    end = min(max(largest, 1.05 * matrix.edge), 3 * matrix.edge) if matrix.edge > 0 else largest
+    width = (end or 1.0) / min(120, max(24, len(values) // 6))
+    if matrix.edge > width:
+        width = matrix.edge / round(matrix.edge / width)  # no bin lies on both sides of the edge
+    bins = width * np.arange(math.ceil((end or 1.0) / width + 1e-9) + 1)
+    end = float(bins[-1])
+    noise, signal = values[matrix.signal_rank :].numpy(), values[: matrix.signal_rank].numpy()
+    beyond = f" ({count} beyond, up to {largest:.3g})" if (count := int((values > end).sum())) else ""
+    axes.hist([noise, signal], bins=bins.tolist(), stacked=True, color=[NOISE, SIGNAL],
+              label=[f"noise: {len(noise)}", f"signal: {len(signal)}{beyond}"])  # fmt: skip
+    top = axes.get_ylim()[1]
+    if len(noise) and (sigma := bulk_sigma(values, rows, cols, len(signal))) > 0:
+        larger, smaller = max(rows, cols) - len(signal), min(rows, cols) - len(signal)
+        points, unit = torch.linspace(end / 1000, end, 1000, dtype=torch.float64), sigma * math.sqrt(larger)
+        density = bulk_density(points / unit, smaller / larger) / unit * len(noise) * width
+        inside = density > 0
+        axes.plot(points[inside], density[inside], color=LAW, linewidth=1.6, label="Marchenko–Pastur law")
+        top = max(top, 1.05 * density[len(density) // 50 :].max().item())
+    if matrix.edge > 0:
+        axes.axvline(matrix.edge, color=SIGNAL, linewidth=1.1, linestyle=(0, (4, 3)), label="noise edge")
+    axes.set_ylim(0, top)
+    axes.set_xlim(0, end)
+    axes.set_xlabel("singular value", fontsize=8)
+    axes.set_ylabel("number", fontsize=8)
+    axes.tick_params(labelsize=7)
+    for name in ("top", "right"):
+        axes.spines[name].set_visible(False)
+    if legend:
+        axes.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1.01, 0.99), ncols=4, borderpad=0,
+                    handlelength=1.4, columnspacing=1.2)  # fmt: skip
+
+
+def _save(path: Path, width: float, height: float, draw: Callable[[Figure], None]) -> None:
+    """What `draw` puts on a figure of that many inches, as PNG; the same bytes every time."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a person's matplotlibrc must not change the picture
+        matplotlib.rcParams["text.parse_math"] = False
+        figure = Figure(figsize=(width, height), dpi=160)
+        draw(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    with whole_file(path) as scratch:
+        scratch.write_bytes(buffer.getvalue())
