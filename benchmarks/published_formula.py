@@ -13,20 +13,18 @@ Printed as the tables of docs/scan.md, appended to benchmarks/results/published_
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import scipy
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from recording import append_run
 from scipy.stats import spearmanr
 
 from sgm_finetune.measure.scan import scan, spectrum
@@ -40,7 +38,7 @@ from sgm_finetune.report.scan_figures import draw_histogram, save_heat_map
 from sgm_finetune.report.scan_table import kinds_in_order, short_kinds
 
 ROOT = Path(__file__).parents[1]
-RESULTS, FIGURES = ROOT / "benchmarks" / "results" / "published_formula.json", ROOT / "docs" / "figures"
+FIGURES = ROOT / "docs" / "figures"
 MODELS = ("smollm2-135m-instruct", "all-minilm-l6-v2")
 NOISE_SHAPES = ((1024, 1024), (1024, 1536), (1024, 2048), (1024, 4096))
 PUBLISHED_EDGE = "#6a3d9a"
@@ -297,22 +295,9 @@ def main() -> None:
     draw_noise()
     if MODELS[0] in options.models:
         draw_model(MODELS[0], "v_proj")
-    run = {
-        "command": " ".join(
-            ["python benchmarks/published_formula.py"]
-            + (["--models", *options.models] if tuple(options.models) != MODELS else [])
-        ),
-        "date": time.strftime("%Y-%m-%d"),
-        "seed": 0,
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "scipy": scipy.__version__,
-        },
-        "seconds": round(time.perf_counter() - start, 1),
-        "rows": rows,
-    }  # fmt: skip
-    runs = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    RESULTS.write_text(json.dumps([*runs, run], indent=1) + "\n", encoding="utf-8")
+    chosen = ["--models", *options.models] if tuple(options.models) != MODELS else []
+    command = " ".join(["python benchmarks/published_formula.py", *chosen])
+    append_run("published_formula", command, start, rows, ("torch", "numpy", "scipy"), seed=0)
 
 
 if __name__ == "__main__":

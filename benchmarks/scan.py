@@ -29,6 +29,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
+from recording import append_run
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -37,7 +38,6 @@ from sgm_finetune.method.selection import top_fraction_per_kind
 from sgm_finetune.method.singular_values import exact_bfloat16_products, singular_values
 from sgm_finetune.method.snr import signal_to_noise
 
-RESULTS = Path(__file__).parent / "results" / "scan.json"
 SHAPES = [(1024, 4096), (4096, 1024), (4096, 4096), (4096, 14336), (14336, 4096)]
 LLAMA_8B = {
     "self_attn.q_proj": (4096, 4096),
@@ -244,19 +244,8 @@ def main() -> None:
     else:
         rows = measure_speed(options.layers, options.repeats)
     arguments = [a for a in sys.argv[1:] if a != "--folder" and a != str(options.folder)]
-    run = {
-        "command": " ".join(["python benchmarks/scan.py", *arguments]),
-        "date": time.strftime("%Y-%m-%d"),
-        "threads": options.threads,
-        "cores": os.cpu_count(),
-        **processor(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "seconds": round(time.perf_counter() - start, 1),
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    runs = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    RESULTS.write_text(json.dumps([*runs, run], indent=1) + "\n", encoding="utf-8")
+    command = " ".join(["python benchmarks/scan.py", *arguments])
+    append_run("scan", command, start, rows, ("torch",), threads=options.threads, cores=os.cpu_count(), **processor())
 
 
 if __name__ == "__main__":

@@ -21,16 +21,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import scipy
 import scipy.stats
 import torch
+from recording import append_run
 from scipy.linalg import eigvalsh_tridiagonal
 
 from sgm_finetune.measure.scan import kind_of, scan
@@ -38,7 +37,6 @@ from sgm_finetune.measure.weights import stored_matrices
 from sgm_finetune.method.singular_values import singular_values
 from sgm_finetune.method.snr import bulk_median, distance_from_noise, noise_edge, signal_to_noise
 
-RESULTS = Path(__file__).parent / "results" / "snr_accuracy.json"
 SHAPES = [(8, 8), (8, 512), (64, 64), (64, 1280), (192, 576), (576, 576), (1536, 576), (1024, 1024), (1024, 256)]
 SHARES = [0.0, 0.25, 0.5, 0.75]
 NOISE_SIZES = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
@@ -185,23 +183,9 @@ def main() -> None:
         rows = measure_planted(options.seed, options.quick) + measure_noise(options.seed, options.quick)
     if options.quick:
         return
-    run = {
-        "command": "python benchmarks/snr_accuracy.py"
-        + (f" --model {options.label or 'FOLDER'}" if options.model else "".join(f" {a}" for a in sys.argv[1:])),
-        "date": time.strftime("%Y-%m-%d"),
-        "seed": options.seed,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-        },
-        "seconds": round(time.perf_counter() - start, 1),
-        "rows": rows,
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    runs = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    RESULTS.write_text(json.dumps([*runs, run], indent=1) + "\n", encoding="utf-8")
+    chosen = ["--model", options.label or "FOLDER"] if options.model else sys.argv[1:]
+    command = " ".join(["python benchmarks/snr_accuracy.py", *chosen])
+    append_run("snr_accuracy", command, start, rows, ("torch", "numpy", "scipy"), seed=options.seed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,28 @@
+"""Appends a run to a results file: what was run, when, with which versions, how long it took, and its rows."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def append_run(name: str, command: str, started: float, rows: Any, packages: tuple[str, ...], **more: Any) -> None:
+    """`started`: time.perf_counter() at the beginning; `more`: what else the record says, before the rows."""
+    path = RESULTS / f"{name}.json"
+    run = {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        **more,
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "seconds": round(time.perf_counter() - started, 1),
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    path.write_text(json.dumps([*runs, run], indent=1) + "\n", encoding="utf-8")
