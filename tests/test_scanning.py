@@ -111,7 +111,8 @@ def test_a_stopped_scan_says_how_far_it_came_and_goes_on_there(tmp_path):
         {f"h.{i}.fc.weight": torch.randn(1200, 1200, generator=draw) for i in range(12)}, tmp_path / "m.safetensors"
     )
     cache, output = tmp_path / "cache", tmp_path / "scan.json"
-    program = "from sgm_finetune.cli import main; main()"
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also in a background job
+    program = f"{listening}; from sgm_finetune.cli import main; main()"
     command = [sys.executable, "-c", program, "scan", str(tmp_path / "m.safetensors"), "-o", str(output)]
     environment = os.environ | {"SGM_CACHE": str(cache)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
