@@ -26,3 +26,11 @@ def append_run(name: str, command: str, started: float, rows: Any, packages: tup
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     path.write_text(json.dumps([*runs, run], indent=1) + "\n", encoding="utf-8")
+
+
+def processor() -> dict:
+    """Its name, and whether it multiplies bfloat16 matrices by itself (AMX)."""
+    described = Path("/proc/cpuinfo")
+    text = described.read_text() if described.exists() else ""
+    name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
+    return {"processor": name or platform.machine(), "bfloat16_units": "amx_bf16" in text if text else None}

@@ -18,7 +18,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
-from recording import append_run
+from recording import append_run, processor
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -211,14 +210,6 @@ def measure_precision() -> list[dict]:
             rows_.append(row)
             print(json.dumps(row), flush=True)
     return rows_
-
-
-def processor() -> dict:
-    """Its name, and whether it multiplies bfloat16 matrices by itself (AMX)."""
-    described = Path("/proc/cpuinfo")
-    text = described.read_text() if described.exists() else ""
-    name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
-    return {"processor": name or platform.machine(), "bfloat16_units": "amx_bf16" in text if text else None}
 
 
 def main() -> None:

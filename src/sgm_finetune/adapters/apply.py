@@ -37,7 +37,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PeftModel:
         fan_in_fan_out=False,
     )
     adapted = get_peft_model(model, config)
-    reached = {name.removeprefix("base_model.model.") for name in _lora_layers(adapted)}
+    reached = {name.removeprefix("base_model.model.") for name in lora_layers(adapted)}
     if reached != set(names):
         raise AssertionError(f"PEFT adapted other layers than planned: {sorted(reached ^ set(names))[:3]}")
     for group in plan.groups:
@@ -49,7 +49,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PeftModel:
 def tie(model: PeftModel, plan: Plan) -> None:
     """Makes every group's shared factor one parameter: its first member's. To be called again where a checkpoint was
     loaded into a model built from the files alone."""
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
     for group in plan.groups:
         owner, *others = (_factor(layers, name, group) for name in group.members)
         for other in others:
@@ -58,7 +58,7 @@ def tie(model: PeftModel, plan: Plan) -> None:
 
 def shared_factors(model: PeftModel, plan: Plan) -> dict[str, list[nn.Parameter]]:
     """Group name -> the members' shared factor, as each member holds it (equal objects when tied)."""
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
     return {g.name: [_factor(layers, name, g).weight for name in g.members] for g in plan.groups}  # type: ignore
 
 
@@ -117,7 +117,7 @@ def _check_start(plan: Plan, group: Group, shape: tuple[int, int]) -> None:
 def _start(model: PeftModel, group: Group, plan: Plan) -> None:
     """Eq. 15: the shared factor's r directions are the group's basis, each scaled to 1/√3, the length that PEFT's
     own start gives a row of lora_A on average; the other factor is zero."""
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
     own_name = _FACTORS["output" if group.side == "input" else "input"]
     for name in group.members:
         shared, own = _factor(layers, name, group), getattr(layers[name], own_name)[ADAPTER]
@@ -132,7 +132,7 @@ def _start(model: PeftModel, group: Group, plan: Plan) -> None:
                 own.weight.zero_()
 
 
-def _lora_layers(model: PeftModel) -> dict[str, nn.Module]:
+def lora_layers(model: PeftModel) -> dict[str, nn.Module]:
     """Name in the base model -> LoRA layer, in named_modules() order."""
     return {
         name.removeprefix("base_model.model."): module

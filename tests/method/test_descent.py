@@ -1,0 +1,71 @@
+"""Truths about the step for a factor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgm_finetune.method.descent import descent_direction, inverse_root, polar_factor
+
+EXACT = 1e-5  # float32 results of float64 arithmetic
+SEEDS = st.integers(0, 10**6)
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rank=st.integers(1, 12), extra=st.integers(0, 20), seed=SEEDS)
+def test_the_polar_factor_is_u_v_of_the_singular_value_decomposition(rank: int, extra: int, seed: int):
+    matrix = gaussian(rank, rank + extra, seed=seed)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    if s[-1] > 1e-3 * s[0]:
+        assert torch.allclose(polar_factor(matrix), u @ vh, atol=EXACT)
+
+
+def test_directions_without_momentum_do_not_move():
+    matrix = gaussian(5, 2) @ gaussian(2, 30, seed=1)
+    found = torch.linalg.svdvals(polar_factor(matrix))
+    assert torch.allclose(found, torch.tensor([1.0, 1, 0, 0, 0], dtype=torch.float64), atol=1e-4)
+    assert torch.equal(polar_factor(torch.zeros(3, 4)), torch.zeros(3, 4))
+    assert torch.equal(descent_direction(torch.zeros(3, 4), torch.zeros(3, 3), 0.0), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_size_of_the_momentum_is_of_no_account(scale: float):
+    matrix = gaussian(4, 9).float()
+    assert torch.allclose(polar_factor(matrix * scale), polar_factor(matrix), atol=EXACT)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rank=st.integers(1, 8), seed=SEEDS)
+def test_no_step_of_the_same_length_goes_further_down(rank: int, seed: int):
+    """⟨M, D⟩ ≥ ⟨M, X⟩ for every X with ‖P·X‖₂ ≤ 1."""
+    momentum, partner = gaussian(rank, 15, seed=seed), gaussian(20, rank, seed=seed + 1)
+    best = descent_direction(momentum, partner.T @ partner, 0.0)
+    assert torch.linalg.matrix_norm(partner @ best, 2) <= 1 + 1e-4
+    for other in range(5):
+        tried = gaussian(rank, 15, seed=seed + 2 + other) + other * momentum
+        tried = tried / torch.linalg.matrix_norm(partner @ tried, 2)
+        assert (momentum * best).sum() >= (momentum * tried).sum() - 1e-6
+
+
+def test_the_change_of_the_product_does_not_depend_on_how_it_is_split():
+    """With A → R·A and B → B·R⁻¹ the gradient of A becomes R⁻ᵀ times it, and B·(change of A) stays."""
+    gradient, b, split = gaussian(4, 12), gaussian(10, 4, seed=1), gaussian(4, 4, seed=2)
+    inverse = torch.linalg.inv(split)
+    plain = b @ descent_direction(gradient, b.T @ b, 0.0)
+    other = b @ inverse
+    assert torch.allclose(other @ descent_direction(inverse.T @ gradient, other.T @ other, 0.0), plain, atol=1e-4)
+
+
+def test_matrices_of_a_batch_are_what_they_are_alone():
+    momentum, grams = gaussian(3, 4, 9), gaussian(3, 4, 4, seed=1)
+    grams = grams @ grams.mT
+    batch = descent_direction(momentum, grams, 0.1)
+    for i in range(3):
+        assert torch.allclose(batch[i], descent_direction(momentum[i], grams[i], 0.1))
+    assert torch.allclose(inverse_root(grams)[0] @ inverse_root(grams)[0] @ grams[0], torch.eye(4).double(), atol=1e-6)
