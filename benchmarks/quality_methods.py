@@ -18,7 +18,8 @@ from sgm_finetune.adapters.descent import FactorDescent, factor_pairs
 from sgm_finetune.config import Config, parse_config, set_overrides
 from sgm_finetune.method.plan import adapter_parameters
 from sgm_finetune.models import linear_layers, matrix_shape
-from sgm_finetune.pipeline import Clock, Materials, Voice, measure, scan_model
+from sgm_finetune.pipeline import Clock, Materials, measure, scan_model
+from sgm_finetune.voice import Voice
 
 Rates = tuple[float, float, float]
 

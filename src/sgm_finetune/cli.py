@@ -153,7 +153,7 @@ def scan(
             model,
             _console(as_json or (output is None and format is not None)),
             output=output,
-            format=format,
+            format=None if as_json else format,
             estimator=estimator,
             top_fraction=top_fraction,
             control=control,
@@ -164,7 +164,7 @@ def scan(
     except scanning.ScanInterrupted as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(130) from None
-    if as_json and not (output is None and format == "json"):
+    if as_json:
         print(json.dumps(scanned.to_dict(), allow_nan=False))
 
 

@@ -12,11 +12,11 @@ from rich.console import Console
 
 from sgm_finetune.errors import UserError
 from sgm_finetune.files import write_text
-from sgm_finetune.measure.scan import matrix_names, scan, spectrum
+from sgm_finetune.measure.scan import matrix_names, measured_spectra, scan
 from sgm_finetune.measure.scan_formats import axolotl_format, json_format, load_scan, selection_notes, spectrum_format
 from sgm_finetune.method.snr import Estimator
-from sgm_finetune.method.spectrum import MatrixScan, Scan
-from sgm_finetune.report.scan_table import kinds_in_order, scan_summary, scan_table
+from sgm_finetune.method.spectrum import Scan
+from sgm_finetune.report.scan_table import kinds_in_order, lowest_median_highest, scan_summary, scan_table
 from sgm_finetune.voice import Voice
 
 Format = Literal["json", "spectrum", "axolotl"]
@@ -82,12 +82,15 @@ def draw_scan(scan: Scan, model: str | None, names: Sequence[str], folder: Path,
     save_heat_map(scan, paths[0])
     if model is None:
         return paths
-    chosen = names or [_median(scan, kind).name for kind in kinds_in_order(scan.matrices)]
+    chosen = names or [
+        lowest_median_highest(m for m in scan.matrices if m.kind == kind)[1].name
+        for kind in kinds_in_order(scan.matrices)
+    ]
     with voice.bar("draw") as progress:
-        for number, name in enumerate(chosen):
-            paths.append(folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-')}.png")
-            save_histogram(*spectrum(model, name, scan.estimator), paths[-1])
-            progress(number + 1, len(chosen))
+        for found, matrix in measured_spectra(model, chosen, scan.estimator):
+            paths.append(folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', matrix.name).strip('-')}.png")
+            save_histogram(found, matrix, paths[-1])
+            progress(len(paths) - 1, len(chosen))
     return paths
 
 
@@ -109,8 +112,7 @@ def _measured(model: str, estimator: Estimator, control: bool, fresh: bool, voic
 def _text(scan: Scan, format: Format | None, top_fraction: float | None) -> str:
     match format:
         case "axolotl":
-            if top_fraction is None:
-                raise UserError("--format axolotl needs --top-fraction, for example --top-fraction 0.5")
+            assert top_fraction is not None  # the command line asks for it before anything is read
             return axolotl_format(scan, top_fraction)
         case "spectrum":
             return spectrum_format(scan)
@@ -130,8 +132,3 @@ def _matching(model: str, names: Sequence[str], patterns: Sequence[str]) -> list
             raise UserError(f"{model} has no weight matrix {pattern}; {hint}")
         wanted.update(found)
     return [name for name in names if name in wanted]
-
-
-def _median(scan: Scan, kind: str) -> MatrixScan:
-    ordered = sorted((matrix for matrix in scan.matrices if matrix.kind == kind), key=lambda matrix: matrix.snr)
-    return ordered[len(ordered) // 2]

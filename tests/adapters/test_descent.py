@@ -109,3 +109,24 @@ def test_its_state_can_be_saved_and_loaded():
     assert other.param_groups[0]["lr"] == 0.01
     for factor, state in optimizer.state.items():
         assert torch.equal(other.state[factor]["momentum"], state["momentum"])
+
+
+def test_a_metric_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="'partner'; it is one of partners, none"):
+        FactorDescent(factor_pairs(adapted("none", "none")), lr=0.01, metric="partner")  # type: ignore[arg-type]
+
+
+def test_a_closure_is_called_once_and_its_loss_returned():
+    model = adapted("input", "output")
+    optimizer, calls = FactorDescent(factor_pairs(model), lr=0.01), []
+
+    def closure() -> float:
+        loss = model(**make_batches(1)[0]).loss
+        loss.backward()
+        calls.append(loss.item())
+        return loss.item()
+
+    before = factor_pairs(model)[0].b.detach().clone()
+    assert optimizer.step(closure) == calls[0]
+    assert len(calls) == 1
+    assert not torch.equal(factor_pairs(model)[0].b, before)

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 from sgm_finetune.errors import UserError
-from sgm_finetune.measure.scan import _batches, kind_of, layer_of, scan, spectrum
+from sgm_finetune.measure.scan import _batches, kind_of, layer_of, measured_spectra, scan
 from sgm_finetune.measure.scan_formats import axolotl_format, load_scan, save_scan, spectrum_format
 from sgm_finetune.measure.weights import weight_files
 from sgm_finetune.method.singular_values import singular_values, spectra
@@ -352,7 +352,7 @@ def test_shuffled_entries_have_no_signal(tmp_path: Path):
 
 
 def test_the_spectrum_of_one_matrix(folder: Path, tensors: dict[str, torch.Tensor]):
-    found, matrix = spectrum(folder, "model.layers.3.self_attn.q_proj")
+    ((found, matrix),) = measured_spectra(folder, ["model.layers.3.self_attn.q_proj"])
     assert matrix == next(m for m in scan(folder).matrices if m.name == matrix.name)
     direct = torch.linalg.svdvals(tensors["model.layers.3.self_attn.q_proj.weight"].double())
     assert torch.allclose(found.values, direct, rtol=1e-6)

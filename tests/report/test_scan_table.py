@@ -8,8 +8,8 @@ import math
 import pytest
 from rich.console import Console
 
-from sgm_finetune.method.snr import NO_SIGNAL_DB
-from sgm_finetune.method.spectrum import Control, MatrixScan, Scan, ratio_decibels
+from sgm_finetune.method.snr import NO_SIGNAL_DB, ratio_decibels
+from sgm_finetune.method.spectrum import Control, MatrixScan, Scan
 from sgm_finetune.report.scan_table import kinds_in_order, scan_summary, scan_table, short_kinds
 
 LLAMA = {

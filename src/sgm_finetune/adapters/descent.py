@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from sgm_finetune.adapters.apply import ADAPTER, lora_layers
 from sgm_finetune.method.descent import descent_direction, partner_floor, polar_factor
+
+Metric = Literal["partners", "none"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class FactorDescent(torch.optim.Optimizer):
 
     `metric="partners"`: the step `lr` is the spectral norm of the change of ΔW (eq. 17), the metric of a shared factor
     the mean over its members; no factor changes by more than about 1/`trust` of itself (eq. 18). `metric="none"`: each
-    factor moves by `lr` in spectral norm (eq. 16). Factors of equal shape step together, in float32.
+    factor moves by `lr` in spectral norm (eq. 16). Factors of equal shape step together, in float32. ValueError for
+    another metric.
     """
 
     def __init__(
@@ -44,9 +47,11 @@ class FactorDescent(torch.optim.Optimizer):
         pairs: Sequence[Pair],
         lr: float,
         momentum: float = 0.95,
-        metric: str = "partners",
+        metric: Metric = "partners",
         trust: float = 10.0,
     ):
+        if metric not in get_args(Metric):
+            raise ValueError(f"the metric is {metric!r}; it is one of {', '.join(get_args(Metric))}")
         self.members: dict[nn.Parameter, tuple[str, list[Pair]]] = {}
         for pair in pairs:
             self.members.setdefault(pair.a, ("a", []))[1].append(pair)
@@ -55,8 +60,11 @@ class FactorDescent(torch.optim.Optimizer):
         self.metric, self.trust = metric, trust
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        assert closure is None
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         grams: dict[nn.Parameter, Tensor] = {}
         planned: list[tuple[nn.Parameter, Tensor]] = []
         for group in self.param_groups:
@@ -77,6 +85,7 @@ class FactorDescent(torch.optim.Optimizer):
                 planned += [(f, s if side == "a" else s.mT) for f, s in zip(factors, steps, strict=True)]
         for factor, change in planned:  # both factors step from where both were
             factor.sub_(change.to(factor.dtype))
+        return loss
 
     def _momentum(self, factor: nn.Parameter, momentum: float) -> Tensor:
         """Nesterov's look ahead of the running mean of the gradients."""
@@ -90,10 +99,8 @@ class FactorDescent(torch.optim.Optimizer):
     def _metric(self, factor: nn.Parameter, grams: dict[nn.Parameter, Tensor]) -> Tensor:
         """Mean Gram matrix (r x r) of the factor's partners."""
         side, pairs = self.members[factor]
-        partners: Iterable[Tensor] = (
-            _gram("b", pair.b, grams) if side == "a" else _gram("a", pair.a, grams) for pair in pairs
-        )
-        return torch.stack(list(partners)).mean(0)
+        partners = [_gram("b", pair.b, grams) if side == "a" else _gram("a", pair.a, grams) for pair in pairs]
+        return torch.stack(partners).mean(0)
 
 
 def _laid(side: str, factor: Tensor) -> Tensor:

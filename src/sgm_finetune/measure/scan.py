@@ -70,11 +70,14 @@ def scan(
     return Scan(str(model), estimator, scanned, time.perf_counter() - start)
 
 
-def spectrum(model: str | Path, name: str, estimator: Estimator = "mp") -> tuple[Spectrum, MatrixScan]:
-    """The spectrum of one matrix (the remembered one where there is one), and its scan. Raises UserError as `scan`."""
-    (matrix,) = _choose(model, [name], split_fused=estimator == "mp")
-    ((_, _, found),) = _measured([matrix], ("",), False, _device(None))
-    return found, _matrix_scan(matrix, estimator, found)
+def measured_spectra(
+    model: str | Path, names: Collection[str], estimator: Estimator = "mp"
+) -> Iterator[tuple[Spectrum, MatrixScan]]:
+    """The spectrum of each of these matrices (the remembered one where there is one), and its scan, in any order.
+    Raises UserError as `scan`."""
+    chosen = _choose(model, names, split_fused=estimator == "mp")
+    for matrix, _, found in _measured(chosen, ("",), False, _device(None)):
+        yield found, _matrix_scan(matrix, estimator, found)
 
 
 def matrix_names(model: str | Path, estimator: Estimator = "mp") -> list[str]:

@@ -176,7 +176,7 @@ def signal_to_noise(
             snr = s[:rank].square().sum().item() / noise if rank else 0.0
         case "spectrum":
             sigma, rank, edge, snr = _published(s, rows, cols, largest)
-    return SpectrumStatistics(sigma * largest, edge * largest, rank, snr, _decibels(snr))
+    return SpectrumStatistics(sigma * largest, edge * largest, rank, snr, ratio_decibels(snr))
 
 
 def _normalised(singular_values: Tensor | Sequence[float], rows: int, cols: int) -> tuple[Tensor, float]:
@@ -291,5 +291,10 @@ def _published(s: Tensor, rows: int, cols: int, largest: float) -> tuple[float, 
     return sigma, int(above.sum()), edge, snr
 
 
-def _decibels(snr: float) -> float:
+def ratio_decibels(snr: float) -> float:
+    """10·log10(snr), at least NO_SIGNAL_DB, infinite where snr is.
+
+    >>> ratio_decibels(100.0)
+    20.0
+    """
     return max(10 * math.log10(snr), NO_SIGNAL_DB) if snr > 0 else NO_SIGNAL_DB

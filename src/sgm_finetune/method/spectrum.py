@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sgm_finetune.method.snr import NO_SIGNAL_DB, Estimator
+from sgm_finetune.method.snr import NO_SIGNAL_DB, Estimator, ratio_decibels
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,6 @@ class Scan:
         if estimator not in ("mp", "spectrum"):
             raise ValueError(f"unknown estimator {estimator!r}")
         return cls(str(values["model"]), estimator, tuple(MatrixScan.from_dict(m) for m in values["matrices"]))
-
-
-def ratio_decibels(snr: float) -> float:
-    """10·log10(snr), at least NO_SIGNAL_DB, infinite where snr is: what goes with a ratio that was read or summed.
-
-    >>> ratio_decibels(100.0)
-    20.0
-    """
-    return max(10 * math.log10(snr), NO_SIGNAL_DB) if snr > 0 else NO_SIGNAL_DB
 
 
 def by_parameter(scan: Scan) -> tuple[MatrixScan, ...]:

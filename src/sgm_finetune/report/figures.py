@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import matplotlib
 from markupsafe import Markup, escape
@@ -23,6 +23,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from sgm_finetune.method.plan import Plan, PlannedMatrix
+from sgm_finetune.method.spectrum import MatrixScan
 
 GROUP_COLOURS = (
     "#4477aa", "#ee7733", "#228833", "#aa3377", "#ccbb44", "#33a8c7", "#cc3311", "#8866cc", "#997755", "#009988",
@@ -36,25 +37,28 @@ _VARIABLES = {_INK: "ink", _LINE: "line", _ALONE: "alone", _TRAIN: "train", _VAL
 _MAX_POINTS = 400
 
 
+Matrix = TypeVar("Matrix", PlannedMatrix, MatrixScan)
+
+
 @dataclass(frozen=True)
-class Grid:
+class Grid(Generic[Matrix]):
     """The model as a table of layers x kinds; a cell holds every matrix that stands there."""
 
     kinds: tuple[str, ...]
     layers: tuple[int | None, ...]
-    cells: Mapping[tuple[int, int], Sequence[PlannedMatrix]]
-    """(row, column) -> matrices."""
+    cells: Mapping[tuple[int, int], Sequence[Matrix]]
+    """(layer's place, kind's place) -> matrices."""
 
 
-def grid_of(plan: Plan) -> Grid:
-    """Kinds in the model's order, layers rising; matrices that belong to no layer come last."""
-    kinds = tuple(dict.fromkeys(matrix.kind for matrix in plan.matrices))
-    found = {matrix.layer for matrix in plan.matrices}
+def grid_of(matrices: Sequence[Matrix], kinds: Sequence[str] | None = None) -> Grid[Matrix]:
+    """Kinds in the order given, else in the model's; layers rising; matrices that belong to no layer come last."""
+    columns = tuple(kinds or dict.fromkeys(matrix.kind for matrix in matrices))
+    found = {matrix.layer for matrix in matrices}
     layers = (*sorted(layer for layer in found if layer is not None), *([None] if None in found else []))
-    cells: dict[tuple[int, int], list[PlannedMatrix]] = {}
-    for matrix in plan.matrices:
-        cells.setdefault((layers.index(matrix.layer), kinds.index(matrix.kind)), []).append(matrix)
-    return Grid(kinds, layers, cells)
+    cells: dict[tuple[int, int], list[Matrix]] = {}
+    for matrix in matrices:
+        cells.setdefault((layers.index(matrix.layer), columns.index(matrix.kind)), []).append(matrix)
+    return Grid(columns, layers, cells)
 
 
 def group_numbers(plan: Plan) -> dict[str, int]:
@@ -82,7 +86,7 @@ def groups_figure(plan: Plan) -> Markup:
             return group_colour(number), str(number)
         return (_ALONE if matrix.selected else "none"), ""
 
-    return _grid_figure(grid_of(plan), "groups", "Which layers of each kind share a factor", look)
+    return _grid_figure(grid_of(plan.matrices), "groups", "Which layers of each kind share a factor", look)
 
 
 def snr_range(plan: Plan) -> tuple[float, float] | None:
@@ -105,7 +109,7 @@ def snr_figure(plan: Plan) -> Markup | None:
         share = (matrix.snr_db - low) / (high - low) if high > low else 0.5
         return to_hex(colours(share)), f"{round(matrix.snr_db, 1) + 0.0:.1f}".replace("-", "−")
 
-    return _grid_figure(grid_of(plan), "snr", "Signal-to-noise ratio of each matrix in dB", look)
+    return _grid_figure(grid_of(plan.matrices), "snr", "Signal-to-noise ratio of each matrix in dB", look)
 
 
 def training_figure(history: Sequence[Mapping[str, Any]], best_step: int | None) -> Markup | None:
@@ -172,7 +176,9 @@ def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return sum(step for step, _ in points) / len(points), sum(value for _, value in points) / len(points)
 
 
-def _grid_figure(grid: Grid, name: str, title: str, look: Callable[[PlannedMatrix], tuple[str, str]]) -> Markup:
+def _grid_figure(
+    grid: Grid[PlannedMatrix], name: str, title: str, look: Callable[[PlannedMatrix], tuple[str, str]]
+) -> Markup:
     """`look(matrix)` gives a cell's fill ("none": outline only) and its text."""
     left = 34 if None not in grid.layers else 40
     cell_width = min(44, max(20, (340 - left) // max(1, len(grid.kinds))))

@@ -21,8 +21,8 @@ from sgm_finetune.files import whole_file
 from sgm_finetune.method.singular_values import Spectrum
 from sgm_finetune.method.snr import bulk_density, bulk_sigma
 from sgm_finetune.method.spectrum import MatrixScan, Scan
-from sgm_finetune.report.figures import SNR_COLOURS, readable_on
-from sgm_finetune.report.scan_table import kinds_in_order, short_kinds
+from sgm_finetune.report.figures import SNR_COLOURS, grid_of, readable_on
+from sgm_finetune.report.scan_table import kinds_in_order, lowest_median_highest, short_kinds
 
 NOISE, SIGNAL, LAW, FAINT = "#8fb3d9", "#d95f0e", "#1f4e79", "#e8e8e8"
 
@@ -32,14 +32,9 @@ def save_heat_map(scan: Scan, path: Path) -> None:
 
     Several matrices in one cell (experts) show their median. Without any signal: grey; infinite: white, "∞".
     """
-    kinds = kinds_in_order(scan.matrices)
-    layers: list[int | None] = [*sorted({m.layer for m in scan.matrices if m.layer is not None})]
-    if any(matrix.layer is None for matrix in scan.matrices):
-        layers.append(None)
-    cells: dict[tuple[int, int], list[MatrixScan]] = {}
-    for matrix in scan.matrices:
-        cells.setdefault((kinds.index(matrix.kind), layers.index(matrix.layer)), []).append(matrix)
-    shown = {place: sorted(found, key=lambda m: m.snr)[len(found) // 2] for place, found in cells.items()}
+    grid = grid_of(scan.matrices, kinds_in_order(scan.matrices))
+    kinds, layers = grid.kinds, grid.layers
+    shown = {place: lowest_median_highest(found)[1] for place, found in grid.cells.items()}
     levels = [matrix.snr_db for matrix in shown.values() if 0 < matrix.snr < math.inf]
     scale = Normalize(min(levels, default=0.0), max(levels, default=1.0))
     colours = colormaps[SNR_COLOURS]
@@ -52,7 +47,7 @@ def save_heat_map(scan: Scan, path: Path) -> None:
         axes = figure.add_axes((left / width, 0.5 / height, cell * len(layers) / width, 0.26 * len(kinds) / height))
         axes.set_xlim(0, len(layers))
         axes.set_ylim(len(kinds), 0)
-        for (row, column), matrix in shown.items():
+        for (column, row), matrix in shown.items():
             fill, text = _look(matrix, lambda level: to_hex(colours(scale(level))))
             axes.add_patch(Rectangle((column + 0.03, row + 0.04), 0.94, 0.92, facecolor=fill, edgecolor="none"))
             if cell > 0.3:
@@ -67,7 +62,9 @@ def save_heat_map(scan: Scan, path: Path) -> None:
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        figure.text(0.15 / width, 1 - 0.3 / height, f"Signal-to-noise ratio in dB: {scan.model}", fontsize=10)
+        room = int(11.5 * width) - 32  # letters beside the title's own
+        model = scan.model if len(scan.model) <= room else f"…{scan.model[1 - room :]}"
+        figure.text(0.15 / width, 1 - 0.3 / height, f"Signal-to-noise ratio in dB: {model}", fontsize=10)
         if levels:
             bar = figure.add_axes((1 - 0.75 / width, 0.5 / height, 0.12 / width, 0.26 * len(kinds) / height))
             figure.colorbar(ScalarMappable(scale, colours), cax=bar).ax.tick_params(labelsize=7)

@@ -42,7 +42,7 @@ def scan_table(scan: Scan, width: int) -> Table:
     if with_control:
         table.add_column("shuffled:\nrank (most)", justify="right", no_wrap=True)
     for (kind, shape), matrices in groups.items():
-        lowest, median, highest = _three(sorted(matrices, key=lambda matrix: matrix.snr))
+        lowest, median, highest = lowest_median_highest(matrices)
         table.add_row(
             Text(names[kind]),  # as it is: `c_attn[q]` is no markup
             str(len(matrices)),
@@ -61,8 +61,8 @@ def scan_summary(scan: Scan) -> str:
     parts = [f"{len(scan.matrices):,} {'matrix' if len(scan.matrices) == 1 else 'matrices'}"]
     if scan.seconds:
         parts[0] += f" in {scan.seconds:.1f} s"
-    if ranked := sorted((m for m in scan.matrices if 0 < m.snr < math.inf), key=lambda m: m.snr):
-        lowest, median, highest = _three(ranked)
+    if ranked := [matrix for matrix in scan.matrices if 0 < matrix.snr < math.inf]:
+        lowest, median, highest = lowest_median_highest(ranked)
         parts.append(f"SNR {lowest.snr_db:.1f} to {highest.snr_db:.1f} dB, median {median.snr_db:.1f}")
     if silent := sum(matrix.snr == 0 for matrix in scan.matrices):
         parts.append(f"{silent:,} without any signal")
@@ -121,8 +121,9 @@ def _step(kind: str) -> int:
     return len(_ORDER)
 
 
-def _three(ordered: Sequence[MatrixScan]) -> tuple[MatrixScan, MatrixScan, MatrixScan]:
-    """First, (upper) middle and last."""
+def lowest_median_highest(matrices: Iterable[MatrixScan]) -> tuple[MatrixScan, MatrixScan, MatrixScan]:
+    """By SNR; of an even number the upper one of the two in the middle."""
+    ordered = sorted(matrices, key=lambda matrix: matrix.snr)
     return ordered[0], ordered[len(ordered) // 2], ordered[-1]
 
 
