@@ -1,39 +1,67 @@
 """The methods of benchmarks/quality.py: how each adapts a base model, and what steps it takes.
 
-All adapt every linear layer inside the model's blocks. Where a method has a rank it is the largest whose trained
-adapter parameters stay within the task's budget, that of plain LoRA at the task's rank.
+All adapt every linear layer inside the model's blocks, but for the ones whose names say otherwise. A method's rank (or
+what else sets its size) is the largest whose trained adapter parameters stay within the task's budget, that of plain
+LoRA at the task's rank; "equal bytes" counts trained parameters and optimizer states together instead.
 """
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 
 import torch
-from peft import LilyConfig, LoraConfig, MissConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import (
+    HiraConfig,
+    LilyConfig,
+    LoraConfig,
+    LoraGAConfig,
+    MissConfig,
+    PeftConfig,
+    PsoftConfig,
+    RandLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
 from sgm_finetune.adapters.apply import apply_plan
 from sgm_finetune.adapters.descent import FactorDescent, factor_pairs
 from sgm_finetune.config import Config, parse_config, set_overrides
-from sgm_finetune.method.plan import adapter_parameters
+from sgm_finetune.measure.probe import Probe, probe
+from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, adapter_parameters
+from sgm_finetune.method.spectrum import Scan
+from sgm_finetune.method.subspace import SIDES, leading_rows, shared_basis
 from sgm_finetune.models import linear_layers, matrix_shape
-from sgm_finetune.pipeline import Clock, Materials, measure, scan_model
+from sgm_finetune.pipeline import Clock, Materials, make_plan, probe_batches, scan_model
 from sgm_finetune.voice import Voice
 
-Rates = tuple[float, float, float]
+MEASUREMENTS = "SGM_QUALITY_MEASUREMENTS"
+"""Environment variable: a folder in which the runs of one benchmark share what they measure."""
+
+Rates = tuple[float, ...]
+Optimizers = Callable[[float], list[torch.optim.Optimizer]]
 
 
 @dataclass(frozen=True)
 class Base:
     """What every method starts from."""
 
+    name: str
+    """Of the task."""
     config: Config
     materials: Materials
     model: nn.Module
     voice: Voice
     budget: int
     """Trained adapter parameters, at most."""
+    seed: int
 
     def with_overrides(self, *overrides: str) -> Config:
         values = self.config.model_dump(mode="json")
@@ -42,8 +70,8 @@ class Base:
 
 @dataclass(frozen=True)
 class Adapted:
-    model: PeftModel
-    optimizers: Callable[[float], list[torch.optim.Optimizer]]
+    model: nn.Module
+    optimizers: Optimizers
     """Of the adapter's parameters, for a learning rate."""
     rank: int | None
     seconds: float = 0.0
@@ -66,7 +94,8 @@ def budget_of(model: nn.Module, rank: int) -> int:
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A new classification head, which every method trains whole and which no budget counts."""
-    return [p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name]
+    mark = "modules_to_save" if hasattr(model, "peft_config") else "classifier."
+    return [p for name, p in model.named_parameters() if p.requires_grad and mark in name]
 
 
 def adapter_only(model: nn.Module) -> list[nn.Parameter]:
@@ -74,37 +103,35 @@ def adapter_only(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad and id(p) not in heads]
 
 
-def peft_method(name: str, rates: Rates, settings: Callable[[int, list[str]], PeftConfig], fixed: int | None = None):
-    """A method of PEFT. `settings(rank, layers)`; a `fixed` rank is not fitted to the budget."""
+# The peers, from PEFT
+
+
+def peft_method(
+    name: str,
+    rates: Rates,
+    settings: Callable[[int, list[str]], PeftConfig],
+    fixed: int | None = None,
+    falling: bool = False,
+    prepare: Callable[[Base, PeftConfig], None] | None = None,
+    choose: Callable[[Base], list[str]] = lambda base: list(linear_layers(base.model)),
+) -> Method:
+    """`settings(rank, layers)`; a `fixed` rank is not fitted to the budget; `falling`: a larger one trains less."""
 
     def adapt(base: Base) -> Adapted:
-        layers = list(linear_layers(base.model))
-        rank = fixed or fitted_rank(lambda r: shape_count(base.model, settings(r, layers)), base.budget)
+        layers = choose(base)
+        rank = fixed or fitted_rank(lambda r: shape_count(base.model, settings(r, layers)), base.budget, falling)
         chosen = settings(rank, layers)
-        chosen.task_type = task_type(base)
+        chosen.task_type = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}[base.config.model.task]
+        if prepare is not None:
+            prepare(base, chosen)
         model = get_peft_model(base.model, chosen)  # type: ignore[arg-type]
-        return Adapted(model, adamw(model), rank)  # type: ignore[arg-type]
+        return Adapted(model, adamw(model), rank)
 
     return Method(name, rates, adapt)
 
 
-def adamw(model: nn.Module) -> Callable[[float], list[torch.optim.Optimizer]]:
+def adamw(model: nn.Module) -> Optimizers:
     return lambda rate: [torch.optim.AdamW(adapter_only(model), lr=rate, weight_decay=0.0)]
-
-
-def descending(method: Method, name: str, rates: Rates, **settings) -> Method:
-    """The same adapter, its factors moved by spectral descent."""
-
-    def adapt(base: Base) -> Adapted:
-        made = method.adapt(base)
-        pairs = factor_pairs(made.model)
-        return replace(made, optimizers=lambda rate: [FactorDescent(pairs, lr=rate, **settings)])
-
-    return Method(name, rates, adapt)
-
-
-def task_type(base: Base) -> str:
-    return {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}[base.config.model.task]
 
 
 def shape_count(model: nn.Module, settings: PeftConfig) -> int:
@@ -124,14 +151,35 @@ def shape_count(model: nn.Module, settings: PeftConfig) -> int:
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
-def fitted_rank(count: Callable[[int], int], budget: int) -> int:
-    """The largest rank within the budget; counts grow (about) linearly with the rank."""
-    rank = max(1, int(8 * budget / count(8)))
-    while rank > 1 and count(rank) > budget:
-        rank -= 1
-    while count(rank + 1) <= budget:
-        rank += 1
-    return rank
+def fitted_rank(count: Callable[[int], int], budget: int, falling: bool = False) -> int:
+    """The rank that comes nearest to the budget from below; counts grow with the rank, or fall."""
+
+    def fits(rank: int) -> bool:
+        return (count(rank) <= budget) is not falling
+
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return high if falling else low
+
+
+def lora(rank: int, layers: list[str], **changes) -> LoraConfig:
+    return LoraConfig(**{"r": rank, "lora_alpha": 2 * rank, "target_modules": layers, **changes})
+
+
+def lora_ga_gradient(base: Base, settings: PeftConfig) -> None:
+    """As many examples as the probe reads."""
+    materials, probe = base.materials, base.config.probe
+    examples = list(islice(materials.train.dataset, probe.num_batches * probe.batch_size))  # type: ignore[call-overload]
+
+    def backward() -> None:
+        for at in range(0, len(examples), probe.batch_size):
+            base.model(**materials.collate(examples[at : at + probe.batch_size])).loss.backward()
+
+    preprocess_loraga(base.model, settings, backward)  # type: ignore[arg-type]
 
 
 def plus(method: Method, name: str, rates: Rates, ratio: float = 16.0) -> Method:
@@ -152,58 +200,217 @@ def plus(method: Method, name: str, rates: Rates, ratio: float = 16.0) -> Method
     return Method(name, rates, adapt)
 
 
-def merged(name: str, rates: Rates, *overrides: str) -> Method:
-    """SGM: scan, probe, plan, apply; the rank is the largest whose plan is within the budget."""
+def all_weights(base: Base) -> Adapted:
+    base.model.requires_grad_(True)
+    return Adapted(base.model, adamw(base.model), None)
+
+
+def untouched(base: Base) -> Adapted:
+    base.model.requires_grad_(False)
+    return Adapted(base.model, lambda rate: [], None)
+
+
+# Ours
+
+
+def descending(method: Method, name: str, rates: Rates, **settings) -> Method:
+    """The same adapter, its factors moved by spectral descent."""
 
     def adapt(base: Base) -> Adapted:
-        clock = Clock()
-        with clock.time("measure"):
-            scanned = scan_model(base.config, base.materials.folder, base.voice, Clock())
-            rank = base.config.adapter.rank
-            plan = plan_at(base, scanned, rank, overrides)
-            grown = max(rank, int(rank * base.budget / adapter_parameters(plan)[0]))
-            while grown > rank:
-                larger = plan_at(base, scanned, grown, overrides)
-                if adapter_parameters(larger)[0] <= base.budget:
-                    plan, rank = larger, grown
-                    break
-                grown -= 1
-        model = apply_plan(base.model, plan)  # type: ignore[arg-type]
-        return Adapted(model, adamw(model), rank, clock.seconds["measure"])
+        made = method.adapt(base)
+        pairs = factor_pairs(made.model)  # type: ignore[arg-type]
+        return replace(made, optimizers=lambda rate: [FactorDescent(pairs, lr=rate, **settings)])
 
     return Method(name, rates, adapt)
 
 
-def plan_at(base: Base, scanned, rank: int, overrides: Iterable[str]):
-    sketch = max(base.config.probe.sketch_size, rank + 8)
-    config = base.with_overrides(
-        f"adapter.rank={rank}", f"adapter.alpha={2 * rank}", f"probe.sketch_size={sketch}", *overrides
-    )
-    return measure(config, base.model, scanned, base.materials, base.voice, Clock())[0]  # type: ignore[arg-type]
+Change = Callable[[Plan, Probe, int], Plan]
 
 
-def lora(rank: int, layers: list[str], **changes) -> LoraConfig:
-    return LoraConfig(**{"r": rank, "lora_alpha": 2 * rank, "target_modules": layers, **changes})
+def merged(
+    name: str, rates: Rates, *overrides: str, change: Change = lambda plan, probed, seed: plan, share: float = 1.0
+) -> Method:
+    """SGM: scan, probe, plan, apply. The plan may be changed (a control), by the run's seed; its rank is the largest
+    with which it trains at most `share` of the budget."""
+
+    def adapt(base: Base) -> Adapted:
+        scanned, probed, seconds = measured(base)
+        clock = Clock()
+        with clock.time("plan"):
+
+            def planned(rank: int) -> Plan:
+                config = base.with_overrides(
+                    f"adapter.rank={rank}", f"adapter.alpha={2 * rank}", f"probe.sketch_size={sketch_size(base)}",
+                    *overrides,
+                )  # fmt: skip
+                return change(make_plan(scanned, probed, config), probed, base.seed)
+
+            plan = largest_within(planned, share * base.budget, base.config.adapter.rank)
+        model = apply_plan(base.model, plan)  # type: ignore[arg-type]
+        return Adapted(model, adamw(model), plan.settings.rank, seconds + clock.seconds["plan"])
+
+    return Method(name, rates, adapt)
 
 
-LORA = peft_method("LoRA", (5e-4, 1.5e-3, 4e-3), lora)
-SGM = merged("SGM", (5e-4, 1.5e-3, 4e-3))
+def sketch_size(base: Base) -> int:
+    return max(48, 3 * base.config.adapter.rank)
+
+
+def measured(base: Base) -> tuple[Scan, Probe, float]:
+    """Scan and probe, and the seconds that they took; once for all runs of a benchmark that measure the same."""
+    shared = os.environ.get(MEASUREMENTS)
+    head_seed = base.seed if base.config.model.task == "sequence-classification" else "any"  # a new head is random
+    path = Path(shared) / f"{base.name}-{head_seed}.pt" if shared else None
+    if path is not None and path.exists():
+        return torch.load(path, weights_only=False)
+    clock = Clock()
+    with clock.time("measure"):
+        scanned = scan_model(base.config, base.materials.folder, base.voice, Clock())
+        batches = probe_batches(base.config, base.materials)
+        probed = probe(base.model, batches, sketch_size=sketch_size(base), seed=base.config.probe.seed)
+    if path is not None:
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        torch.save((scanned, probed, clock.seconds["measure"]), unfinished)
+        unfinished.replace(path)
+    return scanned, probed, clock.seconds["measure"]
+
+
+def largest_within(planned: Callable[[int], Plan], budget: float, rank: int) -> Plan:
+    """The plan of the largest rank within the budget; groups change with the rank, so it is walked, from `rank`."""
+    plan = planned(rank)
+    rank = max(1, int(rank * budget / adapter_parameters(plan)[0]))
+    while adapter_parameters(plan := planned(rank))[0] > budget and rank > 1:
+        rank -= 1
+    return plan
+
+
+def other_side(plan: Plan, probed: Probe, seed: int) -> Plan:
+    """Control: the same groups share their other side."""
+    flipped = [replace(group, side=SIDES[1 - SIDES.index(group.side)]) for group in plan.groups]
+    return restarted(plan, flipped, probed)
+
+
+def random_members(plan: Plan, probed: Probe, seed: int) -> Plan:
+    """Control: groups of the same sizes and sides, their members drawn at random among those that share at all."""
+    shuffle = random.Random(seed).shuffle
+    drawn = []
+    for kind in dict.fromkeys(group.kind for group in plan.groups):
+        groups = [group for group in plan.groups if group.kind == kind]
+        names = [name for group in groups for name in group.members]
+        shuffle(names)
+        order = {matrix.name: at for at, matrix in enumerate(plan.matrices)}
+        for group in groups:
+            members, names = names[: len(group.members)], names[len(group.members) :]
+            drawn.append(replace(group, members=tuple(sorted(members, key=order.__getitem__))))
+    return restarted(plan, drawn, probed)
+
+
+def restarted(plan: Plan, groups: Iterable[Group], probed: Probe) -> Plan:
+    """The plan with other groups, each started at its own spectral basis."""
+    groups = tuple(groups)
+    rank = plan.settings.rank
+    starts = {}
+    for group in groups:
+        halves = [half.side(group.side) for name in group.members for half in probed.halves[name]]
+        starts[group.name] = shared_basis([leading_rows(half, rank) for half in halves], rank)
+    return replace(plan, groups=groups, starts=starts)
+
+
+def random_start(plan: Plan, probed: Probe, seed: int) -> Plan:
+    return replace(plan, groups=tuple(replace(group, start="random") for group in plan.groups))
+
+
+# Which layers
+
+
+Order = Callable[[list[PlannedMatrix], int], list[PlannedMatrix]]
+
+
+def half_of_the_layers(order: Order, *overrides: str) -> Callable[[Base], list[str]]:
+    """Half of the layers of every kind: those that `order` (of one kind's matrices, by the run's seed) puts first."""
+
+    def choose(base: Base) -> list[str]:
+        config = base.with_overrides("merge.side=none", *overrides)
+        plan = make_plan(scan_model(config, base.materials.folder, base.voice, Clock()), None, config, base.model)
+        chosen = []
+        for kind in dict.fromkeys(matrix.kind for matrix in plan.matrices):
+            ordered = order([matrix for matrix in plan.matrices if matrix.kind == kind], base.seed)
+            chosen += ordered[: len(ordered) // 2]
+        return [matrix.name for matrix in plan.matrices if matrix in chosen]
+
+    return choose
+
+
+def ratio(matrix: PlannedMatrix) -> float:
+    """Its SNR; a plan leaves out the published estimator's infinite ones."""
+    return float("inf") if matrix.snr is None else matrix.snr
+
+
+def highest_snr(matrices: list[PlannedMatrix], seed: int) -> list[PlannedMatrix]:
+    return sorted(matrices, key=lambda matrix: -ratio(matrix))
+
+
+def lowest_snr(matrices: list[PlannedMatrix], seed: int) -> list[PlannedMatrix]:
+    return sorted(matrices, key=ratio)
+
+
+def at_random(matrices: list[PlannedMatrix], seed: int) -> list[PlannedMatrix]:
+    kind = matrices[0].kind
+    return random.Random(f"{seed} {kind}").sample(matrices, len(matrices))
+
+
+ADAMW: Rates = (5e-4, 1.5e-3, 4e-3)
+SPECTRAL: Rates = (5e-3, 1.5e-2, 4e-2)
+LOW: Rates = (1e-4, 3e-4, 1e-3)
+
+LORA = peft_method("LoRA", ADAMW, lora)
+SGM = merged("SGM, AdamW", ADAMW)
 METHODS = {
     method.name: method
     for method in (
+        Method("untouched", (0.0,), untouched),
+        Method("all weights", (1e-5, 3e-5, 1e-4), all_weights),
         LORA,
         peft_method("rsLoRA", (2e-4, 6e-4, 1.5e-3), lambda r, t: lora(r, t, use_rslora=True, lora_alpha=16)),
         plus(LORA, "LoRA+", (5e-5, 1.5e-4, 5e-4)),
+        peft_method("DoRA", ADAMW, lambda r, t: lora(r, t, use_dora=True)),
+        peft_method("PiSSA", LOW, lambda r, t: lora(r, t, lora_alpha=r, init_lora_weights="pissa_niter_16")),
+        peft_method(
+            "LoRA-GA", LOW,
+            lambda r, t: lora(r, t, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()),
+            prepare=lora_ga_gradient,
+        ),
         peft_method("VeRA", (5e-3, 1.5e-2, 4e-2), lambda r, t: VeraConfig(r=r, target_modules=t), fixed=256),
         peft_method(
             "Lily", (5e-4, 1.5e-3, 4e-3),
             lambda r, t: LilyConfig(r=r, target_modules=t, stride_A=3, num_B=3, scaling=2.0),
         ),
-        peft_method("MiSS", (2e-4, 6e-4, 2e-3), lambda r, t: MissConfig(r=r, target_modules=t)),
+        peft_method(
+            "RandLoRA", (5e-4, 1.5e-3, 4e-3),
+            lambda r, t: RandLoraConfig(r=r, randlora_alpha=20 * r, target_modules=t), falling=True,
+        ),
+        peft_method("MiSS", (3e-4, 6e-4, 1.2e-3), lambda r, t: MissConfig(r=r, target_modules=t)),
+        peft_method("HiRA", (1.5e-3, 5e-3, 1.5e-2), lambda r, t: HiraConfig(r=r, target_modules=t)),
+        peft_method("PSOFT", (5e-4, 1.5e-3, 5e-3), lambda r, t: PsoftConfig(r=r, psoft_alpha=r, target_modules=t)),
+        peft_method(
+            "VB-LoRA", (1.5e-3, 5e-3, 1.5e-2),
+            lambda r, t: VBLoRAConfig(r=r, num_vectors=256, vector_length=192, target_modules=t),
+        ),
         SGM,
-        descending(LORA, "LoRA, factors", (5e-3, 1.5e-2, 4e-2), metric="none"),
-        descending(LORA, "LoRA, partners", (5e-3, 1.5e-2, 4e-2), metric="partners"),
-        descending(SGM, "SGM, factors", (5e-3, 1.5e-2, 4e-2), metric="none"),
-        descending(SGM, "SGM, partners", (5e-3, 1.5e-2, 4e-2), metric="partners"),
+        descending(SGM, "SGM", SPECTRAL),
+        descending(LORA, "LoRA, our step", SPECTRAL),
+        descending(LORA, "LoRA, no metric", SPECTRAL, metric="none"),
+        descending(merged("", (), change=other_side), "SGM, wrong side", SPECTRAL),
+        descending(merged("", (), change=random_members), "SGM, random groups", SPECTRAL),
+        descending(merged("", (), change=random_start), "SGM, random start", SPECTRAL),
+        descending(merged("", (), "merge.threshold=-1"), "SGM, one group a kind", SPECTRAL),
+        descending(merged("", (), share=1.5), "SGM, equal bytes", SPECTRAL),
+        descending(merged("", (), share=0.5), "SGM, a third of the bytes", SPECTRAL),
+        peft_method("LoRA, highest SNR", ADAMW, lora, choose=half_of_the_layers(highest_snr)),
+        peft_method("LoRA, random half", ADAMW, lora, choose=half_of_the_layers(at_random)),
+        peft_method("LoRA, lowest SNR", ADAMW, lora, choose=half_of_the_layers(lowest_snr)),
+        peft_method(
+            "LoRA, published SNR", ADAMW, lora, choose=half_of_the_layers(highest_snr, "snr.estimator=spectrum")
+        ),
     )
 }  # fmt: skip

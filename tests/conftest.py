@@ -128,6 +128,6 @@ def settings(llama_folder, reviews, tmp_path) -> list[str]:
         "adapter.rank=4",
         "training.max_steps=20",
         "training.batch_size=16",
-        "training.learning_rate=5e-3",
+        "training.learning_rate=0.1",
         f"output.dir={tmp_path / 'out'}",
     ]

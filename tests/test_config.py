@@ -135,9 +135,8 @@ def test_an_unknown_key_in_a_file_names_the_file(write):
         ("model.name=[a, b]", "['a', 'b']"),
         ("data.columns=review", "'review'"),
         ("training.learning_rate=[1]", "[1]"),
-        ("training.learning_rate=null", "None"),
-        ("training.learning_rate=nan", "nan"),
-        ("training.learning_rate=.inf", "inf"),
+        ("training.weight_decay=nan", "nan"),
+        ("training.max_grad_norm=.inf", "inf"),
         ("training.max_steps=.inf", "inf"),
         ("training.max_steps=1e400", "inf"),
     ],
@@ -265,3 +264,16 @@ def test_every_file_of_the_repository_loads_and_writes_known_keys_only(path):
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     keys = {f"{s}.{k}" for s, values in written.items() if isinstance(values, dict) for k in values}
     assert keys <= set(known_keys())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate"),
+    [
+        ([], 0.015),
+        (["training.optimizer=adamw"], 1e-3),
+        (["training.learning_rate=3e-3"], 3e-3),
+        (["training.optimizer=adamw", "training.learning_rate=2e-5"], 2e-5),
+    ],
+)
+def test_each_optimizer_has_its_own_default_learning_rate(overrides, rate):
+    assert load_config(None, overrides).training.peak_learning_rate == rate

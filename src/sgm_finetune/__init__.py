@@ -6,6 +6,7 @@ Three acts and any trainer::
     probed = probe(model, batches)                   # numbers about the gradients
     plan = make_plan(scanned, probed, config)        # data: print it, edit it, save it
     model = apply_plan(model, plan)                  # a PeftModel; a group's factor is one parameter
+    optimizer = create_optimizer(model, lr=0.015)    # its step: Trainer(optimizers=(optimizer, None), ...)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sgm_finetune.adapters.apply import apply_plan, tie
+    from sgm_finetune.adapters.descent import create_optimizer
     from sgm_finetune.adapters.plan_file import load_plan, save_plan
     from sgm_finetune.config import Config, load_config
     from sgm_finetune.errors import UserError
@@ -29,6 +31,7 @@ _HOMES = {
     "make_plan": "pipeline",
     "apply_plan": "adapters.apply",
     "tie": "adapters.apply",
+    "create_optimizer": "adapters.descent",
     "load_plan": "adapters.plan_file",
     "save_plan": "adapters.plan_file",
     "Config": "config",
@@ -42,6 +45,7 @@ __all__ = [
     "SGMTrainer",
     "UserError",
     "apply_plan",
+    "create_optimizer",
     "load_config",
     "load_plan",
     "make_plan",

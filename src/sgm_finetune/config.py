@@ -20,6 +20,8 @@ Task = Literal["causal-lm", "sequence-classification"]
 Quantization = Literal["none", "nf4", "int8"]
 Criterion = Literal["subspace", "cosine", "snr"]
 Side = Literal["input", "output"]
+Optimizer = Literal["spectral", "adamw"]
+DEFAULT_RATES: dict[Optimizer, float] = {"spectral": 0.015, "adamw": 1e-3}
 
 
 def _number(value: Any) -> Any:
@@ -158,12 +160,16 @@ class TrainingConfig(_Section):
     """Examples per forward pass of one process; gradients are accumulated (null: batch_size / processes)."""
     eval_batch_size: Whole = Field(default=32, ge=1)
     """Examples per forward pass in evaluation."""
-    learning_rate: Real = Field(default=1e-3, gt=0, le=10)
-    """Peak learning rate of AdamW."""
+    optimizer: Optimizer = "spectral"
+    """The step for the factors. spectral: momentum, then descent in the spectral norm of the change of the weights
+    (docs/method.md 6), one state a factor; a new classification head learns by AdamW at 1e-3. adamw: two states."""
+    learning_rate: Real | None = Field(default=None, gt=0, le=10)
+    """Peak learning rate. spectral: the spectral norm by which a step changes a weight matrix (null: 0.015);
+    adamw: AdamW's (null: 1e-3)."""
     warmup_fraction: Real = Field(default=0.06, ge=0, lt=1)
     """Share of the steps with a rising learning rate; then it falls linearly to zero."""
     weight_decay: Real = Field(default=0.0, ge=0, lt=1)
-    """AdamW's weight decay."""
+    """Decoupled weight decay."""
     max_grad_norm: Real = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
     eval_steps: Whole | None = Field(default=None, ge=1)
@@ -174,6 +180,11 @@ class TrainingConfig(_Section):
     """Seed of initialisation, order of data and dropout."""
     resume: bool = False
     """Continue from the last whole checkpoint in output.dir."""
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate`, or the optimizer's own default."""
+        return DEFAULT_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:

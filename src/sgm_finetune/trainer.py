@@ -31,6 +31,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from sgm_finetune.adapters.apply import tie
+from sgm_finetune.adapters.descent import create_optimizer
 from sgm_finetune.config import Config, Task
 from sgm_finetune.errors import UserError
 from sgm_finetune.evaluation import by_length, sum_losses
@@ -138,7 +139,7 @@ def training_arguments(config: Config, checkpoints: Path, num_train: int, world_
         gradient_accumulation_steps=training.batch_size // (micro * world_size),
         per_device_eval_batch_size=training.eval_batch_size,
         max_steps=steps,
-        learning_rate=training.learning_rate,
+        learning_rate=training.peak_learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=round(training.warmup_fraction * steps),
         weight_decay=training.weight_decay,
@@ -194,8 +195,14 @@ def train(
     if config.training.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
     interruption = Interruption()
+    optimizer = None
+    if config.training.optimizer == "spectral":
+        optimizer = create_optimizer(
+            model, config.training.peak_learning_rate, weight_decay=config.training.weight_decay
+        )
     trainer = SGMTrainer(
         model=model,
+        optimizers=(optimizer, None),
         args=arguments,
         train_dataset=datasets[0],
         eval_dataset=datasets[1],

@@ -7,7 +7,8 @@ import torch
 from conftest import make_batches, make_model
 
 from sgm_finetune.adapters.apply import apply_plan
-from sgm_finetune.adapters.descent import FactorDescent, Pair, factor_pairs
+from sgm_finetune.adapters.descent import FactorDescent, Pair, create_optimizer, factor_pairs
+from sgm_finetune.errors import UserError
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, PlanSettings
 
 RANK = 4
@@ -130,3 +131,78 @@ def test_a_closure_is_called_once_and_its_loss_returned():
     assert optimizer.step(closure) == calls[0]
     assert len(calls) == 1
     assert not torch.equal(factor_pairs(model)[0].b, before)
+
+
+def classifier():
+    """A classifier with a new head, one layer adapted."""
+    torch.manual_seed(3)
+    plan = Plan(
+        "pico",
+        PlanSettings(RANK, 2.0 * RANK),
+        (PlannedMatrix("model.layers.0.self_attn.q_proj", "q", 0, (64, 64), True),),
+    )
+    return apply_plan(make_model("sequence-classification"), plan)
+
+
+def test_every_trained_parameter_has_its_rule_and_is_in_it_once():
+    model = classifier()
+    optimizer = create_optimizer(model, lr=0.01)
+    groups = [group["params"] for group in optimizer.param_groups]
+    assert [len(group) for group in groups] == [2, 1]
+    assert {id(p) for group in groups for p in group} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_what_is_no_factor_steps_as_under_adamw():
+    """Four steps of the head, bit for bit; through a saved and loaded state after the second."""
+    ours, theirs = torch.nn.Parameter(torch.ones(3, 5)), torch.nn.Parameter(torch.ones(3, 5))
+    pairs = factor_pairs(adapted("none", "none"))
+
+    def build() -> FactorDescent:
+        return FactorDescent(pairs, lr=0.01, others=[ours], others_lr=2e-3, weight_decay=0.1)
+
+    optimizer, reference = build(), torch.optim.AdamW([theirs], lr=2e-3, weight_decay=0.1)
+    draw = torch.Generator().manual_seed(0)
+    for step in range(4):
+        if step == 2:
+            stored, optimizer = optimizer.state_dict(), build()
+            optimizer.load_state_dict(stored)
+        ours.grad = torch.randn(3, 5, generator=draw)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+        assert torch.equal(ours, theirs)
+
+
+def test_weight_decay_shrinks_factors_by_its_share_of_the_step():
+    def stepped(weight_decay: float) -> Pair:
+        draw = torch.Generator().manual_seed(0)
+        a, b = (torch.nn.Parameter(torch.randn(*shape, generator=draw)) for shape in ((RANK, 10), (12, RANK)))
+        a.grad, b.grad = torch.randn(RANK, 10, generator=draw), torch.randn(12, RANK, generator=draw)
+        before = a.detach().clone(), b.detach().clone()
+        FactorDescent([Pair(a, b, 2.0)], lr=0.5, weight_decay=weight_decay).step()
+        return Pair(a.detach() - before[0], b.detach() - before[1], 2.0)  # type: ignore[arg-type]
+
+    draw = torch.Generator().manual_seed(0)
+    a = torch.randn(RANK, 10, generator=draw)
+    assert torch.allclose(stepped(0.1).a, stepped(0.0).a - 0.05 * a, atol=1e-6)
+
+
+def test_a_step_of_length_zero_changes_nothing_and_remembers_the_gradient():
+    """Where a schedule's warm-up begins."""
+    model = adapted("input", "output")
+    optimizer = FactorDescent(factor_pairs(model), lr=0.0)
+    assert all(not change.any() for change in one_step(model, optimizer).values())
+    assert any(state["momentum"].any() for state in optimizer.state.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_any_factor_has_moved():
+    model = adapted("input", "output")
+    pairs = factor_pairs(model)
+    optimizer = FactorDescent(pairs, lr=0.01)
+    model(**make_batches(1)[0]).loss.backward()
+    before = [factor.detach().clone() for factor in optimizer.members]
+    assert pairs[-1].b.grad is not None
+    pairs[-1].b.grad[0, 0] = torch.nan
+    with pytest.raises(UserError, match="not finite; try a smaller training.learning_rate"):
+        optimizer.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, optimizer.members, strict=True))

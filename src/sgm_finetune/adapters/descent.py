@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from sgm_finetune.adapters.apply import ADAPTER, lora_layers
+from sgm_finetune.errors import UserError
 from sgm_finetune.method.descent import descent_direction, partner_floor, polar_factor
 
 Metric = Literal["partners", "none"]
+HEAD_RATE = 1e-3
+"""AdamW's learning rate for trained parameters that are no factors: a new classification head."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,11 @@ class Pair:
     b: nn.Parameter
     scaling: float
 
+    @property
+    def unit(self) -> float:
+        """Spectral norm of B·D (or D·A) with which ΔW changes by 1 in the norm from RMS to RMS (eq. 17b)."""
+        return math.sqrt(self.b.shape[0] / self.a.shape[1]) / self.scaling
+
 
 def factor_pairs(model: PeftModel) -> list[Pair]:
     """Every LoRA layer's factors, in the model's order."""
@@ -33,13 +43,28 @@ def factor_pairs(model: PeftModel) -> list[Pair]:
     ]
 
 
+def create_optimizer(
+    model: PeftModel, lr: float, head_lr: float = HEAD_RATE, weight_decay: float = 0.0
+) -> FactorDescent:
+    """The optimizer of everything that `model` trains, for any trainer: `Trainer(optimizers=(optimizer, None))`.
+
+    LoRA factors take steps of `lr`, the norm from RMS to RMS of the change of ΔW; what else is trained (a new head) takes
+    AdamW's at `head_lr`. Schedules scale both. Build it after `apply_plan`, and before a checkpoint is loaded.
+    """
+    pairs = factor_pairs(model)
+    factors = {id(factor) for pair in pairs for factor in (pair.a, pair.b)}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+    return FactorDescent(pairs, lr, others=others, others_lr=head_lr, weight_decay=weight_decay)
+
+
 class FactorDescent(torch.optim.Optimizer):
     """Momentum, then spectral descent on every factor; one state tensor a factor (AdamW: two).
 
-    `metric="partners"`: the step `lr` is the spectral norm of the change of ΔW (eq. 17), the metric of a shared factor
-    the mean over its members; no factor changes by more than about 1/`trust` of itself (eq. 18). `metric="none"`: each
-    factor moves by `lr` in spectral norm (eq. 16). Factors of equal shape step together, in float32. ValueError for
-    another metric.
+    `metric="partners"`: the step `lr` is the norm from RMS to RMS of the change of ΔW (eq. 17, 17b), the metric of a
+    shared factor the mean over its members; no factor changes by more than about 1/`trust` of itself (eq. 18).
+    `metric="none"`: each factor moves by `lr` in spectral norm (eq. 16). Factors of equal shape step together, in float32. `others` are
+    stepped by AdamW at `others_lr`. Weight decay is decoupled, as AdamW's. Raises ValueError for another metric, and
+    UserError for a gradient that is not finite, before any factor has moved.
     """
 
     def __init__(
@@ -49,6 +74,9 @@ class FactorDescent(torch.optim.Optimizer):
         momentum: float = 0.95,
         metric: Metric = "partners",
         trust: float = 10.0,
+        others: Sequence[nn.Parameter] = (),
+        others_lr: float = HEAD_RATE,
+        weight_decay: float = 0.0,
     ):
         if metric not in get_args(Metric):
             raise ValueError(f"the metric is {metric!r}; it is one of {', '.join(get_args(Metric))}")
@@ -56,7 +84,10 @@ class FactorDescent(torch.optim.Optimizer):
         for pair in pairs:
             self.members.setdefault(pair.a, ("a", []))[1].append(pair)
             self.members.setdefault(pair.b, ("b", []))[1].append(pair)
-        super().__init__(list(self.members), {"lr": lr, "momentum": momentum})
+        groups: list[dict[str, Any]] = [{"params": list(self.members), "lr": lr}]
+        if others:
+            groups.append({"params": list(others), "lr": others_lr})
+        super().__init__(groups, {"momentum": momentum, "weight_decay": weight_decay})
         self.metric, self.trust = metric, trust
 
     @torch.no_grad()
@@ -65,27 +96,61 @@ class FactorDescent(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        factors, *others = self.param_groups
+        self._step_factors(factors)
+        for group in others:
+            self._step_others(group)
+        return loss
+
+    def _step_factors(self, group: dict[str, Any]) -> None:
         grams: dict[nn.Parameter, Tensor] = {}
         planned: list[tuple[nn.Parameter, Tensor]] = []
-        for group in self.param_groups:
-            buckets: dict[tuple[str, torch.Size, float], list[nn.Parameter]] = {}
-            for factor in group["params"]:
-                if factor.grad is not None:
-                    side, pairs = self.members[factor]
-                    buckets.setdefault((side, factor.shape, pairs[0].scaling), []).append(factor)
-            for (side, _, scaling), factors in buckets.items():
-                moved = torch.stack([_laid(side, self._momentum(f, group["momentum"])) for f in factors])
-                if self.metric == "none":
-                    steps = group["lr"] * polar_factor(moved)
-                else:
-                    step = group["lr"] / scaling
-                    metric = torch.stack([self._metric(f, grams) for f in factors])
-                    own = torch.stack([_gram(side, f, grams) for f in factors])
-                    steps = step * descent_direction(moved, metric, partner_floor(_mean_square(own), step, self.trust))
-                planned += [(f, s if side == "a" else s.mT) for f, s in zip(factors, steps, strict=True)]
+        buckets: dict[tuple[str, torch.Size, float], list[nn.Parameter]] = {}
+        for factor in group["params"]:
+            if factor.grad is not None:
+                side, pairs = self.members[factor]
+                buckets.setdefault((side, factor.shape, pairs[0].unit), []).append(factor)
+        for (side, _, unit), factors in buckets.items():
+            moved = torch.stack([_laid(side, self._momentum(f, group["momentum"])) for f in factors])
+            if not torch.isfinite(moved).all():  # before anything is changed
+                raise UserError(
+                    "A gradient is not finite; try a smaller training.learning_rate or model.dtype=float32"
+                )
+            if self.metric == "none":
+                steps = group["lr"] * polar_factor(moved)
+            else:
+                step = group["lr"] * unit
+                metric = torch.stack([self._metric(f, grams) for f in factors])
+                own = torch.stack([_gram(side, f, grams) for f in factors])
+                steps = step * descent_direction(moved, metric, partner_floor(_mean_square(own), step, self.trust))
+            planned += [(f, s if side == "a" else s.mT) for f, s in zip(factors, steps, strict=True)]
         for factor, change in planned:  # both factors step from where both were
-            factor.sub_(change.to(factor.dtype))
-        return loss
+            factor.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.to(factor.dtype))
+
+    def _step_others(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            [p.grad for p in params],  # type: ignore[misc]  # not None
+            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )
 
     def _momentum(self, factor: nn.Parameter, momentum: float) -> Tensor:
         """Nesterov's look ahead of the running mean of the gradients."""

@@ -50,10 +50,10 @@ def descent_direction(momentum: Tensor, partner_gram: Tensor, floor: Tensor | fl
 
 def partner_floor(own: Tensor, step: float, trust: float) -> Tensor:
     """The floor with which a factor of mean squared singular value `own` changes by at most about 1/trust of itself in
-    a step, and which vanishes where it is zero itself and has to begin (eq. 18).
+    a step, and which vanishes where it is zero itself and has to begin (eq. 18), or where the step is zero.
 
     >>> partner_floor(torch.tensor([0.0, 1.0]), step=0.01, trust=10.0).mul(1e4).round().tolist()
     [0.0, 99.0]
     """
     least = trust * step
-    return least**2 * own / (own.square() + least**2)
+    return least**2 * own / (own.square() + least**2).clamp_min(torch.finfo(own.dtype).tiny)

@@ -1,0 +1,206 @@
+"""One run of benchmarks/quality.py: adapt, train, measure; returns its record.
+
+All methods see the same batches of the same seed, warm up for 6 % of the steps, then fall linearly to zero, with
+gradients clipped to norm 1; a new classification head learns at 1e-3 everywhere. On causal language models logits are
+formed where an answer is predicted, nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from quality_methods import METHODS, Adapted, Base, adapter_only, budget_of, head_parameters
+from quality_tasks import TASKS, Task
+from recording import processor
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from sgm_finetune.config import load_config
+from sgm_finetune.evaluation import by_length
+from sgm_finetune.models import linear_layers
+from sgm_finetune.pipeline import Materials, load_base, prepare
+from sgm_finetune.trainer import LengthGroupedSampler
+from sgm_finetune.voice import Voice
+
+TUNING_SEED = 100
+HEAD_RATE = 1e-3
+WARMUP = 0.06
+
+
+def load(task: Task, seed: int) -> Base:
+    """The task's data and base model."""
+    logging.disable_progress_bar()
+    voice = Voice(Console(quiet=True))
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = [*task.configuration(Path(scratch)), f"adapter.rank={task.rank}", f"training.seed={seed}"]
+        config = load_config(None, settings)
+        materials = prepare(config, voice)
+    model = load_base(config, materials)
+    return Base(task.name, config, materials, model, voice, budget_of(model, task.rank), seed)
+
+
+def train_once(task_name: str, method_name: str, rate: float, seed: int, threads: int) -> dict[str, Any]:
+    """One whole run. The tuning seed is measured on validation data, every other one on test data."""
+    torch.set_num_threads(threads)
+    task, base = TASKS[task_name], load(TASKS[task_name], seed)
+    materials, num_layers = base.materials, len(linear_layers(base.model))
+    torch.manual_seed(seed)
+    adapted = METHODS[method_name].adapt(base)
+    optimizers = optimizers_of(adapted, rate)
+    losses, seconds = train(adapted.model, optimizers, base, task) if optimizers else ([], [])
+    part = "validation" if seed == TUNING_SEED else "test"
+    adapter = adapter_only(adapted.model)
+    device = next(adapted.model.parameters()).device
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "task": task_name,
+        "method": method_name,
+        "rate": rate,
+        "seed": seed,
+        "tier": "GPU" if gpu else "CPU",
+        "rank": adapted.rank,
+        "steps": len(losses),
+        "batch_size": task.batch_size,
+        "layers": num_layers,
+        "trained_parameters": sum(p.numel() for p in adapter),
+        "budget": base.budget,
+        "optimizer_bytes": state_bytes(optimizers, adapter),
+        "adapter_file_bytes": adapter_file(adapted.model),
+        "measuring_seconds": round(adapted.seconds, 1),
+        "seconds_per_step": round(statistics.median(seconds), 4) if seconds else None,
+        "train_loss": round(statistics.fmean(losses[-20:]), 4) if losses else None,
+        part: evaluate(adapted.model, getattr(materials, part).dataset, materials),
+        "threads": threads,
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if gpu else None,
+        "device": gpu or processor()["processor"],
+        "versions": {
+            "python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "peft")},
+        },
+    }  # fmt: skip
+
+
+def optimizers_of(adapted: Adapted, rate: float) -> list[torch.optim.Optimizer]:
+    """The method's own, and AdamW for a new classification head. Nothing at all for the untouched model."""
+    optimizers = adapted.optimizers(rate)
+    heads = head_parameters(adapted.model)
+    return (
+        [*optimizers, torch.optim.AdamW(heads, lr=HEAD_RATE, weight_decay=0.0)] if optimizers and heads else optimizers
+    )
+
+
+def time_steps(task_name: str, method_name: str, threads: int, num_steps: int = 12) -> float:
+    """Seconds per step, the median of `num_steps` without the first two."""
+    torch.set_num_threads(threads)
+    task, base = TASKS[task_name], load(TASKS[task_name], 0)
+    method = METHODS[method_name]
+    torch.manual_seed(0)
+    adapted = method.adapt(base)
+    optimizers = optimizers_of(adapted, method.rates[0])
+    return statistics.median(train(adapted.model, optimizers, base, replace(task, num_steps=num_steps))[1][2:])
+
+
+def train(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], base: Base, task: Task
+) -> tuple[list[float], list[float]]:
+    """Loss and seconds of every step; ends early at a loss that is not finite."""
+    warmup = max(1, round(WARMUP * task.num_steps))
+
+    def share(step: int) -> float:
+        return min((step + 1) / warmup, (task.num_steps - step) / (task.num_steps - warmup + 1))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    losses: list[float] = []
+    seconds: list[float] = []
+    model.train()
+    for batch in islice(batches(base.materials, task.batch_size, base.seed), task.num_steps):
+        started = time.perf_counter()
+        logits, targets = predictions(model, batch)
+        loss = nn.functional.cross_entropy(logits, targets)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            break
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    return losses, seconds
+
+
+def batches(materials: Materials, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Epoch after epoch, in batches of similar length."""
+    dataset = materials.train.dataset
+    sampler = LengthGroupedSampler([len(ids) for ids in dataset["input_ids"]], batch_size, seed)
+    epoch = 0
+    while True:
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        for at in range(0, len(order), batch_size):
+            yield materials.collate([dataset[i] for i in order[at : at + batch_size]])
+        epoch += 1
+
+
+def predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits in float32 and what they should name, a row per example (classification) or answer token."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    targets = batch.pop("labels")
+    if targets.dim() == 1:
+        return model(**batch).logits.float(), targets
+    following = targets[:, 1:]
+    places = (following != -100).any(0).nonzero().squeeze(1)
+    logits, following = model(**batch, logits_to_keep=places).logits, following[:, places]
+    return logits[following != -100].float(), following[following != -100]
+
+
+def evaluate(model: nn.Module, dataset: Dataset, materials: Materials, batch_size: int = 32) -> dict[str, float]:
+    """Mean loss per example (classification) or answer token; accuracy, or the share of answers whose every token,
+    the end included, is the model's first choice: those that greedy decoding gives to the letter."""
+    order, total, count, right = by_length(dataset), 0.0, 0, 0
+    model.eval()
+    with torch.inference_mode():
+        for at in range(0, len(order), batch_size):
+            batch = materials.collate([dataset[i] for i in order[at : at + batch_size]])
+            tokens = [1] * len(batch["labels"])
+            if batch["labels"].dim() == 2:
+                tokens = (batch["labels"][:, 1:] != -100).sum(1).tolist()
+            logits, targets = predictions(model, batch)
+            total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            count += len(targets)
+            hits = (logits.argmax(-1) == targets).split(tokens)
+            right += sum(bool(hit.all()) for hit in hits)
+    return {"loss": round(total / count, 5), "right": round(right / len(order), 5), "num_examples": len(order)}
+
+
+def state_bytes(optimizers: list[torch.optim.Optimizer], adapter: list[nn.Parameter]) -> int:
+    """Of the adapter's optimizer states, without scalars."""
+    states = [optimizer.state.get(p, {}) for p in adapter for optimizer in optimizers]
+    tensors = [t for state in states for t in state.values() if isinstance(t, Tensor) and t.dim()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def adapter_file(model: nn.Module) -> int | None:
+    """Bytes of what `save_pretrained` writes, without a classification head; None for a model without an adapter."""
+    if not hasattr(model, "peft_config"):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)  # type: ignore[operator]
+        stored = load_file(Path(folder) / "adapter_model.safetensors")
+        return sum(t.numel() * t.element_size() for name, t in stored.items() if "classifier" not in name)

@@ -1,0 +1,189 @@
+"""docs/results.md and its pictures, from benchmarks/results/quality.jsonl (`python benchmarks/quality.py --tables`)."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+DOCS = Path(__file__).parent.parent / "docs"
+REFERENCE = "LoRA"
+
+SECTIONS = {
+    "All methods": (
+        "untouched", "all weights", "LoRA", "rsLoRA", "LoRA+", "DoRA", "PiSSA", "LoRA-GA", "VeRA", "Lily", "RandLoRA",
+        "MiSS", "HiRA", "PSOFT", "VB-LoRA", "SGM",
+    ),
+    "Bytes": ("LoRA", "SGM, a third of the bytes", "SGM", "SGM, equal bytes"),
+    "What the step does, and what merging does": ("LoRA", "SGM, AdamW", "LoRA, no metric", "LoRA, our step", "SGM"),
+    "Controls of merging": (
+        "SGM", "SGM, one group a kind", "SGM, random groups", "SGM, wrong side", "SGM, random start", "LoRA, our step",
+    ),
+    "Controls of selection": (
+        "LoRA", "LoRA, highest SNR", "LoRA, random half", "LoRA, lowest SNR", "LoRA, published SNR",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A method's runs on a task with the learning rate that validation chose."""
+
+    method: str
+    rate: float
+    at_edge: bool
+    """The chosen rate is the smallest or largest of those tried."""
+    runs: dict[int, dict]
+    """By seed."""
+
+    @property
+    def one(self) -> dict:
+        return next(iter(self.runs.values()))
+
+    def numbers(self, name: str) -> list[float]:
+        return [run["test"][name] for run in self.runs.values()]
+
+    def paired(self, reference: Finished) -> list[float]:
+        """Test loss minus the reference's, where both have a seed."""
+        seeds = self.runs.keys() & reference.runs.keys()
+        return [self.runs[s]["test"]["loss"] - reference.runs[s]["test"]["loss"] for s in sorted(seeds)]
+
+    @property
+    def state_bytes(self) -> int:
+        """Of what is trained and its optimizer state."""
+        return 4 * self.one["trained_parameters"] + self.one["optimizer_bytes"]
+
+
+def mean_error(values: list[float], form: str) -> str:
+    """Mean ± standard error."""
+    mean = format(statistics.fmean(values), form).replace("-", "−")
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {format(statistics.stdev(values) / math.sqrt(len(values)), form.lstrip('+'))}"
+
+
+def row(done: Finished, reference: Finished | None) -> str:
+    one = done.one
+    trained = bool(one["steps"])
+    paired = done.paired(reference) if reference and reference is not done else []
+    stored = one["adapter_file_bytes"]
+    cells = [
+        done.method,
+        f"{one['trained_parameters'] / 1e6:.3f} M" if trained else "–",
+        f"{done.state_bytes / 2**20:.2f}" if trained else "–",
+        f"{stored / 2**20:.2f}" if stored else "–",
+        str(one["rank"] or "–"),
+        f"{done.rate:g}{'*' if done.at_edge else ''}" if trained else "–",
+        mean_error(done.numbers("loss"), ".4f"),
+        mean_error(paired, "+.4f") if paired else "–",
+        f"{mean_error([100 * right for right in done.numbers('right')], '.1f')} %",
+        str(len(done.runs)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+HEADER = (
+    "| method | trained | trained + optimizer, MiB | file, MiB | rank | rate | test loss | minus LoRA, paired "
+    "| right | seeds |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def table(methods: Iterable[str], finished: dict[str, Finished]) -> str | None:
+    """None with fewer than two rows."""
+    rows = [row(finished[m], finished.get(REFERENCE)) for m in methods if m in finished]
+    return "\n".join([HEADER, *rows]) if len(rows) > 1 else None
+
+
+def finished_runs(
+    runs: list[dict], task: str, rates: dict[str, tuple[float, ...]], tuning_seed: int
+) -> dict[str, Finished]:
+    """Every method with a rate that was chosen among all of its own, and a test run at it."""
+    done = {}
+    for method, tried in rates.items():
+        mine = [run for run in runs if (run["task"], run["method"]) == (task, method)]
+        losses = {run["rate"]: run["validation"]["loss"] for run in mine if run["seed"] == tuning_seed}
+        if not set(tried) <= set(losses):
+            continue
+        rate = min(tried, key=lambda r: losses[r] if math.isfinite(losses[r]) else math.inf)
+        tests = {run["seed"]: run for run in mine if run["rate"] == rate and run["seed"] != tuning_seed}
+        if tests:
+            edge = len(tried) > 1 and rate in (min(tried), max(tried))
+            done[method] = Finished(method, rate, edge, dict(sorted(tests.items())))
+    return done
+
+
+def picture(task: str, finished: dict[str, Finished], path: Path) -> None:
+    """Test loss against trained and optimizer bytes, one point a method, with standard errors."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for done in finished.values():
+        if done.method not in {*SECTIONS["All methods"], *SECTIONS["Bytes"]} - {"untouched", "all weights"}:
+            continue
+        losses = done.numbers("loss")
+        error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+        ours = done.method.startswith("SGM")
+        axes.errorbar(
+            done.state_bytes / 2**20, statistics.fmean(losses), yerr=error, fmt="o", capsize=3,
+            color="tab:blue" if ours else "tab:gray",
+        )  # fmt: skip
+        axes.annotate(
+            done.method, (done.state_bytes / 2**20, statistics.fmean(losses)), xytext=(6, 4),
+            textcoords="offset points", fontsize=8, color="tab:blue" if ours else "black",
+        )  # fmt: skip
+    axes.set_xlabel("trained parameters and optimizer state, MiB")
+    axes.set_ylabel("test loss")
+    axes.set_title(task)
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+INTRODUCTION = """# Results: adapters beside each other
+
+Made by `python benchmarks/quality.py` from [benchmarks/results/quality.jsonl](../benchmarks/results/quality.jsonl);
+do not edit.
+
+Every method adapts all linear layers inside the blocks of the same base model, on the same batches, for as many steps.
+Three learning rates are tried with a seed of their own, the validation loss decides, and only then other seeds are
+trained and measured on test data. Warm-up over 6 % of the steps, then a linear fall to zero; gradients clipped to norm
+1; AdamW without weight decay where nothing else is said. Rank: the largest whose trained adapter parameters stay within
+the task's budget, plain LoRA's.
+
+Columns: *trained*, adapter parameters without a new classification head; *trained + optimizer*, their bytes and those
+of their optimizer's states; *file*, what `save_pretrained` writes of the adapter (shared factors are written once for
+each layer, so that any PEFT loads them); *rate*, the learning rate chosen, with a star where it is the smallest or
+largest of the three tried; *minus LoRA*, the mean of the differences at equal seeds; *right*, accuracy, or the share of
+answers that greedy decoding gives to the letter. ± is the standard error over seeds.
+"""
+
+
+def write_page(
+    runs: list[dict], tasks: dict, rates: dict[str, tuple[float, ...]], tuning_seed: int, folder: Path = DOCS
+) -> None:
+    parts = [INTRODUCTION]
+    for name, task in tasks.items():
+        finished = finished_runs(runs, name, rates, tuning_seed)
+        sections = [(title, table(methods, finished)) for title, methods in SECTIONS.items()]
+        if not any(body for _, body in sections):
+            continue
+        parts.append(f"## {name}\n\n{described(task, finished)}\n")
+        if len(finished) > 3:
+            path = folder / "figures" / f"quality-{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(name, finished, path)
+            parts.append(f"![Test loss against bytes](figures/{path.name})\n")
+        parts += [f"### {name}: {title}\n\n{body}\n" for title, body in sections if body]
+    (folder / "results.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def described(task, finished: dict[str, Finished]) -> str:
+    tests = [run for done in finished.values() for run in done.runs.values()]
+    tiers = sorted({f"{run['tier']} ({run['device']})" for run in tests})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in run["versions"].items()) for run in tests})
+    return (
+        f"{task.about} Base model {task.model}, {task.num_steps} steps of {task.batch_size}; "
+        f"{tests[0]['test']['num_examples']:,} test examples. Tier: {'; '.join(tiers)}. {'; '.join(versions)}."
+    )
