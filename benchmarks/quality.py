@@ -35,7 +35,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 TUNING_SEED = 100
-CPU_TASKS = ("sentiment", "arithmetic")
+CPU_TASKS = ("sentiment", "summaries")
 CPU_METHODS = (
     "untouched", "LoRA", "rsLoRA", "LoRA+", "VeRA", "Lily", "MiSS", "SGM", "SGM, AdamW", "LoRA, our step",
     "SGM, wrong side", "SGM, random groups", "SGM, random start", "SGM, one group a kind",

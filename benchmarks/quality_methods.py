@@ -213,13 +213,13 @@ def untouched(base: Base) -> Adapted:
 # Ours
 
 
-def descending(method: Method, name: str, rates: Rates, **settings) -> Method:
+def descending(method: Method, name: str, rates: Rates) -> Method:
     """The same adapter, its factors moved by spectral descent."""
 
     def adapt(base: Base) -> Adapted:
         made = method.adapt(base)
         pairs = factor_pairs(made.model)  # type: ignore[arg-type]
-        return replace(made, optimizers=lambda rate: [FactorDescent(pairs, lr=rate, **settings)])
+        return replace(made, optimizers=lambda rate: [FactorDescent(pairs, lr=rate)])
 
     return Method(name, rates, adapt)
 
@@ -360,7 +360,7 @@ def at_random(matrices: list[PlannedMatrix], seed: int) -> list[PlannedMatrix]:
 
 
 ADAMW: Rates = (5e-4, 1.5e-3, 4e-3)
-SPECTRAL: Rates = (5e-3, 1.5e-2, 4e-2)
+SPECTRAL: Rates = (6e-3, 1.25e-2, 2.5e-2)
 LOW: Rates = (1e-4, 3e-4, 1e-3)
 
 LORA = peft_method("LoRA", ADAMW, lora)
@@ -399,7 +399,6 @@ METHODS = {
         SGM,
         descending(SGM, "SGM", SPECTRAL),
         descending(LORA, "LoRA, our step", SPECTRAL),
-        descending(LORA, "LoRA, no metric", SPECTRAL, metric="none"),
         descending(merged("", (), change=other_side), "SGM, wrong side", SPECTRAL),
         descending(merged("", (), change=random_members), "SGM, random groups", SPECTRAL),
         descending(merged("", (), change=random_start), "SGM, random start", SPECTRAL),

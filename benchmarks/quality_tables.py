@@ -19,7 +19,7 @@ SECTIONS = {
         "MiSS", "HiRA", "PSOFT", "VB-LoRA", "SGM",
     ),
     "Bytes": ("LoRA", "SGM, a third of the bytes", "SGM", "SGM, equal bytes"),
-    "What the step does, and what merging does": ("LoRA", "SGM, AdamW", "LoRA, no metric", "LoRA, our step", "SGM"),
+    "What the step does, and what merging does": ("LoRA", "SGM, AdamW", "LoRA, our step", "SGM"),
     "Controls of merging": (
         "SGM", "SGM, one group a kind", "SGM, random groups", "SGM, wrong side", "SGM, random start", "LoRA, our step",
     ),

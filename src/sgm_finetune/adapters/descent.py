@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,9 +14,10 @@ from torch.optim.adamw import adamw
 
 from sgm_finetune.adapters.apply import ADAPTER, lora_layers
 from sgm_finetune.errors import UserError
-from sgm_finetune.method.descent import descent_direction, partner_floor, polar_factor
+from sgm_finetune.method.descent import channel_profile, descent_direction, partner_floor, partner_root
 
-Metric = Literal["partners", "none"]
+_CHANNEL_MEMORY = 0.95
+"""Weight of the past in the running means of a factor's channels."""
 HEAD_RATE = 1e-3
 """AdamW's learning rate for trained parameters that are no factors: a new classification head."""
 
@@ -48,8 +49,8 @@ def create_optimizer(
 ) -> FactorDescent:
     """The optimizer of everything that `model` trains, for any trainer: `Trainer(optimizers=(optimizer, None))`.
 
-    LoRA factors take steps of `lr`, the norm from RMS to RMS of the change of ΔW; what else is trained (a new head) takes
-    AdamW's at `head_lr`. Schedules scale both. Build it after `apply_plan`, and before a checkpoint is loaded.
+    LoRA factors take steps of `lr`, the norm from RMS to RMS of the change of ΔW; what else is trained (a new head)
+    takes AdamW's at `head_lr`. Schedules scale both. Build it after `apply_plan`, and before a checkpoint is loaded.
     """
     pairs = factor_pairs(model)
     factors = {id(factor) for pair in pairs for factor in (pair.a, pair.b)}
@@ -58,28 +59,25 @@ def create_optimizer(
 
 
 class FactorDescent(torch.optim.Optimizer):
-    """Momentum, then spectral descent on every factor; one state tensor a factor (AdamW: two).
+    """Momentum, then spectral descent on every factor (eq. 17).
 
-    `metric="partners"`: the step `lr` is the norm from RMS to RMS of the change of ΔW (eq. 17, 17b), the metric of a
-    shared factor the mean over its members; no factor changes by more than about 1/`trust` of itself (eq. 18).
-    `metric="none"`: each factor moves by `lr` in spectral norm (eq. 16). Factors of equal shape step together, in float32. `others` are
-    stepped by AdamW at `others_lr`. Weight decay is decoupled, as AdamW's. Raises ValueError for another metric, and
-    UserError for a gradient that is not finite, before any factor has moved.
+    The step `lr` is the norm from RMS to RMS by which ΔW changes, the metric of a shared factor the mean over its
+    members; no factor changes by more than about 1/`trust` of itself (eq. 18). State of an r x d factor: its momentum
+    and d running means (AdamW: twice the factor). Factors of equal shape step together, in float32. `others` are
+    stepped by AdamW at `others_lr`. Weight decay is decoupled, as AdamW's. Raises UserError for a gradient that is not
+    finite, before any factor has moved.
     """
 
     def __init__(
         self,
         pairs: Sequence[Pair],
         lr: float,
-        momentum: float = 0.95,
-        metric: Metric = "partners",
+        momentum: float = 0.9,
         trust: float = 10.0,
         others: Sequence[nn.Parameter] = (),
         others_lr: float = HEAD_RATE,
         weight_decay: float = 0.0,
     ):
-        if metric not in get_args(Metric):
-            raise ValueError(f"the metric is {metric!r}; it is one of {', '.join(get_args(Metric))}")
         self.members: dict[nn.Parameter, tuple[str, list[Pair]]] = {}
         for pair in pairs:
             self.members.setdefault(pair.a, ("a", []))[1].append(pair)
@@ -88,7 +86,7 @@ class FactorDescent(torch.optim.Optimizer):
         if others:
             groups.append({"params": list(others), "lr": others_lr})
         super().__init__(groups, {"momentum": momentum, "weight_decay": weight_decay})
-        self.metric, self.trust = metric, trust
+        self.trust = trust
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -111,21 +109,29 @@ class FactorDescent(torch.optim.Optimizer):
                 side, pairs = self.members[factor]
                 buckets.setdefault((side, factor.shape, pairs[0].unit), []).append(factor)
         for (side, _, unit), factors in buckets.items():
-            moved = torch.stack([_laid(side, self._momentum(f, group["momentum"])) for f in factors])
-            if not torch.isfinite(moved).all():  # before anything is changed
-                raise UserError(
-                    "A gradient is not finite; try a smaller training.learning_rate or model.dtype=float32"
-                )
-            if self.metric == "none":
-                steps = group["lr"] * polar_factor(moved)
-            else:
-                step = group["lr"] * unit
-                metric = torch.stack([self._metric(f, grams) for f in factors])
-                own = torch.stack([_gram(side, f, grams) for f in factors])
-                steps = step * descent_direction(moved, metric, partner_floor(_mean_square(own), step, self.trust))
+            gradients = torch.stack([_laid(side, f.grad.float()) for f in factors])  # type: ignore[union-attr]
+            if not torch.isfinite(gradients).all():  # before anything is changed
+                raise UserError("A gradient is not finite; try a smaller training.learning_rate or model.dtype=float32")
+            step = group["lr"] * unit
+            metric = torch.stack([self._metric(f, grams) for f in factors])
+            own = torch.stack([_gram(side, f, grams) for f in factors])
+            root = partner_root(metric, partner_floor(_mean_square(own), step, self.trust))
+            moved = self._running("momentum", factors, gradients, group["momentum"])
+            channels = self._running("channels", factors, channel_profile(root @ gradients), _CHANNEL_MEMORY)
+            ahead = moved.lerp(gradients, 1 - group["momentum"])  # Nesterov's look ahead
+            steps = step * descent_direction(ahead, root, channels)
             planned += [(f, s if side == "a" else s.mT) for f, s in zip(factors, steps, strict=True)]
         for factor, change in planned:  # both factors step from where both were
             factor.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.to(factor.dtype))
+
+    def _running(self, name: str, factors: list[nn.Parameter], values: Tensor, memory: float) -> Tensor:
+        """The factors' running means of `values`, (n, ...), with this step's value in them."""
+        for factor, value in zip(factors, values, strict=True):
+            state = self.state[factor]
+            if name not in state:
+                state[name] = torch.zeros_like(value)
+            state[name].lerp_(value, 1 - memory)
+        return torch.stack([self.state[factor][name] for factor in factors])
 
     def _step_others(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
@@ -151,15 +157,6 @@ class FactorDescent(torch.optim.Optimizer):
             eps=1e-8,
             maximize=False,
         )
-
-    def _momentum(self, factor: nn.Parameter, momentum: float) -> Tensor:
-        """Nesterov's look ahead of the running mean of the gradients."""
-        assert factor.grad is not None
-        state, gradient = self.state[factor], factor.grad.float()
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(gradient)
-        state["momentum"].lerp_(gradient, 1 - momentum)
-        return state["momentum"].lerp(gradient, 1 - momentum)
 
     def _metric(self, factor: nn.Parameter, grams: dict[nn.Parameter, Tensor]) -> Tensor:
         """Mean Gram matrix (r x r) of the factor's partners."""

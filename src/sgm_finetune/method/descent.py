@@ -36,16 +36,32 @@ def polar_factor(momentum: Tensor) -> Tensor:
     return (inverse_root(scaled @ scaled.mT) @ scaled).to(momentum.dtype)
 
 
-def descent_direction(momentum: Tensor, partner_gram: Tensor, floor: Tensor | float) -> Tensor:
-    """S⁻¹·polar(S⁻¹·M) with S² = partner_gram + floor·I (eq. 17), (..., r, d).
+def channel_profile(gradient: Tensor) -> Tensor:
+    """Mean square of every channel (column) of (..., r, d) over the mean of all: (..., d) of mean 1; of zeros, ones.
 
-    With floor 0 and PᵀP = `partner_gram` (..., r, r) it is the D with ‖P·D‖₂ ≤ 1 that has the largest inner product
-    with M. Stepping along −D changes ΔW by at most the step in spectral norm, and by the same matrix however the
-    product B·A is split into its factors. `floor` (..., 1, 1) bounds the step where the partners are near zero.
+    >>> channel_profile(torch.tensor([[3.0, 1.0], [0.0, 0.0], [0.0, 1.0], [0.0, 1.0]])).tolist()
+    [1.5, 0.5]
     """
+    squares = gradient.square().mean(-2)
+    mean = squares.mean(-1, keepdim=True)
+    return torch.where(mean > 0, squares / mean.clamp_min(torch.finfo(mean.dtype).tiny), 1.0)
+
+
+def partner_root(partner_gram: Tensor, floor: Tensor | float) -> Tensor:
+    """S⁻¹ with S² = partner_gram + floor·I, (..., r, r)."""
     eye = torch.eye(partner_gram.shape[-1], dtype=partner_gram.dtype, device=partner_gram.device)
-    root = inverse_root(partner_gram + floor * eye)
-    return root @ polar_factor(root @ momentum)
+    return inverse_root(partner_gram + floor * eye)
+
+
+def descent_direction(momentum: Tensor, root: Tensor, channels: Tensor) -> Tensor:
+    """S⁻¹·polar(S⁻¹·M·C^(-1/2)) (eq. 17), (..., r, d): `root` is S⁻¹, `channels` (..., d) the diagonal of C.
+
+    With PᵀP = S² it is the D with ‖P·D‖₂ ≤ 1 that has the largest inner product with M·C^(-1/2): stepping along −D
+    changes ΔW by at most the step in spectral norm, and by the same matrix however the product B·A is split into its
+    factors.
+    """
+    scaled = root @ momentum * (channels + _SMALLEST).rsqrt().unsqueeze(-2)
+    return root @ polar_factor(scaled)
 
 
 def partner_floor(own: Tensor, step: float, trust: float) -> Tensor:
