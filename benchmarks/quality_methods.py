@@ -33,7 +33,7 @@ from torch import nn
 
 from sgm_finetune.adapters.apply import apply_plan
 from sgm_finetune.adapters.descent import FactorDescent, factor_pairs
-from sgm_finetune.config import Config, parse_config, set_overrides
+from sgm_finetune.config import DEFAULT_RATES, Config, parse_config, set_overrides
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, adapter_parameters
 from sgm_finetune.method.spectrum import Scan
@@ -228,10 +228,14 @@ Change = Callable[[Plan, Probe, int], Plan]
 
 
 def merged(
-    name: str, rates: Rates, *overrides: str, change: Change = lambda plan, probed, seed: plan, share: float = 1.0
+    name: str,
+    rates: Rates,
+    *overrides: str,
+    change: Change = lambda plan, probed, seed: plan,
+    share: float | None = 1.0,
 ) -> Method:
     """SGM: scan, probe, plan, apply. The plan may be changed (a control), by the run's seed; its rank is the largest
-    with which it trains at most `share` of the budget."""
+    with which it trains at most `share` of the budget (None: plain LoRA's rank)."""
 
     def adapt(base: Base) -> Adapted:
         scanned, probed, seconds = measured(base)
@@ -245,7 +249,8 @@ def merged(
                 )  # fmt: skip
                 return change(make_plan(scanned, probed, config), probed, base.seed)
 
-            plan = largest_within(planned, share * base.budget, base.config.adapter.rank)
+            rank = base.config.adapter.rank
+            plan = planned(rank) if share is None else largest_within(planned, share * base.budget, rank)
         model = apply_plan(base.model, plan)  # type: ignore[arg-type]
         return Adapted(model, adamw(model), plan.settings.rank, seconds + clock.seconds["plan"])
 
@@ -273,6 +278,12 @@ def measured(base: Base) -> tuple[Scan, Probe, float]:
         torch.save((scanned, probed, clock.seconds["measure"]), unfinished)
         unfinished.replace(path)
     return scanned, probed, clock.seconds["measure"]
+
+
+def at_threshold(threshold: float) -> Method:
+    """Plain LoRA's rank, the more merged the lower the threshold, at the default learning rate."""
+    method = merged("", (), f"merge.threshold={threshold}", share=None)
+    return descending(method, f"threshold {threshold:g}", (DEFAULT_RATES["spectral"],))
 
 
 def largest_within(planned: Callable[[int], Plan], budget: float, rank: int) -> Plan:
@@ -363,6 +374,8 @@ ADAMW: Rates = (5e-4, 1.5e-3, 4e-3)
 SPECTRAL: Rates = (6e-3, 1.25e-2, 2.5e-2)
 LOW: Rates = (1e-4, 3e-4, 1e-3)
 
+THRESHOLDS = (-1.0, 0.8, 0.85, 0.9, 0.95, 1.0)
+
 LORA = peft_method("LoRA", ADAMW, lora)
 SGM = merged("SGM, AdamW", ADAMW)
 METHODS = {
@@ -411,5 +424,6 @@ METHODS = {
         peft_method(
             "LoRA, published SNR", ADAMW, lora, choose=half_of_the_layers(highest_snr, "snr.estimator=spectrum")
         ),
+        *map(at_threshold, THRESHOLDS),
     )
 }  # fmt: skip

@@ -23,6 +23,7 @@ SECTIONS = {
     "Controls of merging": (
         "SGM", "SGM, one group a kind", "SGM, random groups", "SGM, wrong side", "SGM, random start", "LoRA, our step",
     ),
+    "Threshold of merging, one rank": tuple(f"threshold {t:g}" for t in (-1, 0.8, 0.85, 0.9, 0.95, 1)),
     "Controls of selection": (
         "LoRA", "LoRA, highest SNR", "LoRA, random half", "LoRA, lowest SNR", "LoRA, published SNR",
     ),
@@ -141,6 +142,26 @@ def picture(task: str, finished: dict[str, Finished], path: Path) -> None:
     plt.close(figure)
 
 
+def threshold_picture(task: str, finished: dict[str, Finished], path: Path) -> bool:
+    """Test loss and trained parameters against merge.threshold at one rank; False where fewer than three were run."""
+    studied = {float(m.split()[1]): done for m, done in finished.items() if m.startswith("threshold ")}
+    if len(studied) < 3:
+        return False
+    levels = sorted(studied)
+    means = [statistics.fmean(studied[t].numbers("loss")) for t in levels]
+    errors = [statistics.stdev(n) / math.sqrt(len(n)) for t in levels if len(n := studied[t].numbers("loss")) > 1]
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    axes.errorbar(range(len(levels)), means, yerr=errors or None, fmt="o-", capsize=3, color="tab:blue")
+    parameters = [f"{t:g}\n{studied[t].one['trained_parameters'] / 1e6:.2f} M" for t in levels]
+    axes.set_xticks(range(len(levels)), parameters)
+    axes.set_xlabel("merge.threshold (−1: one group a kind), and what is trained at the same rank")
+    axes.set_ylabel("test loss")
+    axes.set_title(f"{task}: threshold of merging")
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+    return True
+
+
 INTRODUCTION = """# Results: adapters beside each other
 
 Made by `python benchmarks/quality.py` from [benchmarks/results/quality.jsonl](../benchmarks/results/quality.jsonl);
@@ -175,6 +196,9 @@ def write_page(
             path.parent.mkdir(parents=True, exist_ok=True)
             picture(name, finished, path)
             parts.append(f"![Test loss against bytes](figures/{path.name})\n")
+            path = folder / "figures" / f"quality-{name}-threshold.png"
+            if threshold_picture(name, finished, path):
+                parts.append(f"![Test loss against merge.threshold](figures/{path.name})\n")
         parts += [f"### {name}: {title}\n\n{body}\n" for title, body in sections if body]
     (folder / "results.md").write_text("\n".join(parts), encoding="utf-8")
 

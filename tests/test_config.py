@@ -269,7 +269,7 @@ def test_every_file_of_the_repository_loads_and_writes_known_keys_only(path):
 @pytest.mark.parametrize(
     ("overrides", "rate"),
     [
-        ([], 0.015),
+        ([], 0.0125),
         (["training.optimizer=adamw"], 1e-3),
         (["training.learning_rate=3e-3"], 3e-3),
         (["training.optimizer=adamw", "training.learning_rate=2e-5"], 2e-5),

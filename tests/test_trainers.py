@@ -10,6 +10,7 @@ from conftest import BAD, GOOD, OTHER, make_batches, make_model, make_tokenizer
 from datasets import Dataset
 
 from sgm_finetune.adapters.apply import apply_plan, shared_factors
+from sgm_finetune.adapters.descent import create_optimizer
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings, build_plan
 
@@ -44,7 +45,7 @@ def arguments(output: Path) -> dict:
     }  # fmt: skip
 
 
-def plain_trainer(model, output: Path):
+def plain_trainer(model, output: Path, optimizer=None):
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
     tokenizer = make_tokenizer()
@@ -54,7 +55,12 @@ def plain_trainer(model, output: Path):
         args=TrainingArguments(**arguments(output), dataloader_pin_memory=False),
         train_dataset=Dataset.from_list(rows),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        optimizers=(optimizer, None),
     )
+
+
+def spectral_trainer(model, output: Path):
+    return plain_trainer(model, output, create_optimizer(model, lr=0.05))
 
 
 def sft_trainer(model, output: Path):
@@ -81,6 +87,7 @@ def trained(model) -> dict[str, torch.Tensor]:
 
 TRAINERS = [
     pytest.param(plain_trainer, id="transformers.Trainer"),
+    pytest.param(spectral_trainer, id="transformers.Trainer with our step"),
     pytest.param(sft_trainer, id="trl.SFTTrainer"),
 ]
 

@@ -6,7 +6,7 @@ Three acts and any trainer::
     probed = probe(model, batches)                   # numbers about the gradients
     plan = make_plan(scanned, probed, config)        # data: print it, edit it, save it
     model = apply_plan(model, plan)                  # a PeftModel; a group's factor is one parameter
-    optimizer = create_optimizer(model, lr=0.015)    # its step: Trainer(optimizers=(optimizer, None), ...)
+    optimizer = create_optimizer(model, lr=0.0125)   # its step: Trainer(optimizers=(optimizer, None), ...)
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ Quantization = Literal["none", "nf4", "int8"]
 Criterion = Literal["subspace", "cosine", "snr"]
 Side = Literal["input", "output"]
 Optimizer = Literal["spectral", "adamw"]
-DEFAULT_RATES: dict[Optimizer, float] = {"spectral": 0.015, "adamw": 1e-3}
+DEFAULT_RATES: dict[Optimizer, float] = {"spectral": 0.0125, "adamw": 1e-3}
 
 
 def _number(value: Any) -> Any:
@@ -161,11 +161,11 @@ class TrainingConfig(_Section):
     eval_batch_size: Whole = Field(default=32, ge=1)
     """Examples per forward pass in evaluation."""
     optimizer: Optimizer = "spectral"
-    """The step for the factors. spectral: momentum, then descent in the spectral norm of the change of the weights
-    (docs/method.md 6), one state a factor; a new classification head learns by AdamW at 1e-3. adamw: two states."""
+    """The step for the factors. spectral: descent in the spectral norm of the weights' change (docs/method.md 6), with
+    half of AdamW's state; a new classification head then learns by AdamW at 1e-3. adamw: AdamW for everything."""
     learning_rate: Real | None = Field(default=None, gt=0, le=10)
-    """Peak learning rate. spectral: the spectral norm by which a step changes a weight matrix (null: 0.015);
-    adamw: AdamW's (null: 1e-3)."""
+    """Peak learning rate. spectral: the norm of a step's change of a weight matrix, from RMS to RMS, whatever the rank
+    and the model (null: 0.0125); adamw: AdamW's (null: 1e-3)."""
     warmup_fraction: Real = Field(default=0.06, ge=0, lt=1)
     """Share of the steps with a rising learning rate; then it falls linearly to zero."""
     weight_decay: Real = Field(default=0.0, ge=0, lt=1)

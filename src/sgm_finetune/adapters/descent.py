@@ -146,7 +146,8 @@ class FactorDescent(torch.optim.Optimizer):
         adamw(
             params,
             [p.grad for p in params],  # type: ignore[misc]  # not None
-            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
             amsgrad=False,

@@ -9,31 +9,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SMALLEST = 1e-6
-"""Singular values of a momentum below this share of its largest do not move their direction: they are rounding."""
+_QUIETEST = 1e-6
+"""Channels below this share of the mean are not made louder."""
 
 
 def inverse_root(gram: Tensor) -> Tensor:
-    """gram^(-1/2) of symmetric positive semidefinite (..., r, r), 0 in the directions where gram is 0; float64 within.
+    """gram^(-1/2) of symmetric positive semidefinite (..., r, r), 0 in the directions where gram is 0 up to rounding;
+    float64 within.
 
     >>> inverse_root(torch.diag(torch.tensor([4.0, 0.0]))).tolist()
     [[0.5, 0.0], [0.0, 0.0]]
     """
     values, vectors = torch.linalg.eigh(gram.double())
-    smallest = _SMALLEST**2 * values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
+    smallest = 8 * torch.finfo(gram.dtype).eps * values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
     roots = torch.where(values > smallest, values.clamp_min(smallest).rsqrt(), 0.0)
     return ((vectors * roots.unsqueeze(-2)) @ vectors.mT).to(gram.dtype)
 
 
 def polar_factor(momentum: Tensor) -> Tensor:
-    """(M·Mᵀ)^(-1/2)·M of (..., r, d): M with every singular value that is not zero replaced by 1 (eq. 16).
+    """(M·Mᵀ)^(-1/2)·M of (..., r, d): M with every singular value replaced by 1 (eq. 16), from the r x r Gram matrix in
+    M's own precision. In float32 singular values below a thousandth of the largest stay 0.
 
     >>> polar_factor(torch.tensor([[0.0, 3.0], [-0.5, 0.0]])).tolist()
     [[0.0, 1.0], [-1.0, 0.0]]
     """
-    size = torch.linalg.matrix_norm(momentum, keepdim=True).clamp_min(torch.finfo(momentum.dtype).tiny)
-    scaled = (momentum / size).double()
-    return (inverse_root(scaled @ scaled.mT) @ scaled).to(momentum.dtype)
+    scaled = momentum / _size(momentum)
+    return inverse_root(scaled @ scaled.mT) @ scaled
+
+
+def _size(momentum: Tensor) -> Tensor:
+    """Frobenius norm, (..., 1, 1), not zero: squares of what was divided by it neither overflow nor vanish."""
+    return torch.linalg.matrix_norm(momentum, keepdim=True).clamp_min(torch.finfo(momentum.dtype).tiny)
 
 
 def channel_profile(gradient: Tensor) -> Tensor:
@@ -60,8 +66,9 @@ def descent_direction(momentum: Tensor, root: Tensor, channels: Tensor) -> Tenso
     changes ΔW by at most the step in spectral norm, and by the same matrix however the product B·A is split into its
     factors.
     """
-    scaled = root @ momentum * (channels + _SMALLEST).rsqrt().unsqueeze(-2)
-    return root @ polar_factor(scaled)
+    scaled = root @ momentum * (channels + _QUIETEST).rsqrt().unsqueeze(-2)
+    scaled = scaled / _size(scaled)
+    return root @ inverse_root(scaled @ scaled.mT) @ scaled
 
 
 def partner_floor(own: Tensor, step: float, trust: float) -> Tensor:
