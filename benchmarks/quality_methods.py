@@ -114,12 +114,16 @@ def peft_method(
     falling: bool = False,
     prepare: Callable[[Base, PeftConfig], None] | None = None,
     choose: Callable[[Base], list[str]] = lambda base: list(linear_layers(base.model)),
+    share: float = 1.0,
 ) -> Method:
-    """`settings(rank, layers)`; a `fixed` rank is not fitted to the budget; `falling`: a larger one trains less."""
+    """`settings(rank, layers)`; a `fixed` rank is not fitted to `share` of the budget; `falling`: a larger one trains
+    less."""
 
     def adapt(base: Base) -> Adapted:
         layers = choose(base)
-        rank = fixed or fitted_rank(lambda r: shape_count(base.model, settings(r, layers)), base.budget, falling)
+        rank = fixed or fitted_rank(
+            lambda r: shape_count(base.model, settings(r, layers)), share * base.budget, falling
+        )
         chosen = settings(rank, layers)
         chosen.task_type = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}[base.config.model.task]
         if prepare is not None:
@@ -151,7 +155,7 @@ def shape_count(model: nn.Module, settings: PeftConfig) -> int:
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
-def fitted_rank(count: Callable[[int], int], budget: int, falling: bool = False) -> int:
+def fitted_rank(count: Callable[[int], int], budget: float, falling: bool = False) -> int:
     """The rank that comes nearest to the budget from below; counts grow with the rank, or fall."""
 
     def fits(rank: int) -> bool:
@@ -295,6 +299,16 @@ def largest_within(planned: Callable[[int], Plan], budget: float, rank: int) -> 
     return plan
 
 
+def at_shares(share: float, name: str) -> list[Method]:
+    """Ours at another share of the budget, merged and not. An update of rank r has 8 + 4/r bytes a parameter with its
+    momentum and channels, under AdamW 12."""
+    plain = peft_method("", (), lora, share=share)
+    return [
+        descending(merged("", (), share=share), f"SGM, {name}", SPECTRAL),
+        descending(plain, f"LoRA, our step, {name}", SPECTRAL),
+    ]
+
+
 def other_side(plan: Plan, probed: Probe, seed: int) -> Plan:
     """Control: the same groups share their other side."""
     flipped = [replace(group, side=SIDES[1 - SIDES.index(group.side)]) for group in plan.groups]
@@ -416,8 +430,9 @@ METHODS = {
         descending(merged("", (), change=random_members), "SGM, random groups", SPECTRAL),
         descending(merged("", (), change=random_start), "SGM, random start", SPECTRAL),
         descending(merged("", (), "merge.threshold=-1"), "SGM, one group a kind", SPECTRAL),
-        descending(merged("", (), share=1.5), "SGM, equal bytes", SPECTRAL),
-        descending(merged("", (), share=0.5), "SGM, a third of the bytes", SPECTRAL),
+        *at_shares(1.4, "equal bytes"),
+        *at_shares(0.47, "a third of the bytes"),
+        *at_shares(0.125, "an eighth of the parameters"),
         peft_method("LoRA, highest SNR", ADAMW, lora, choose=half_of_the_layers(highest_snr)),
         peft_method("LoRA, random half", ADAMW, lora, choose=half_of_the_layers(at_random)),
         peft_method("LoRA, lowest SNR", ADAMW, lora, choose=half_of_the_layers(lowest_snr)),

@@ -18,7 +18,11 @@ SECTIONS = {
         "untouched", "all weights", "LoRA", "rsLoRA", "LoRA+", "DoRA", "PiSSA", "LoRA-GA", "VeRA", "Lily", "RandLoRA",
         "MiSS", "HiRA", "PSOFT", "VB-LoRA", "SGM",
     ),
-    "Bytes": ("LoRA", "SGM, a third of the bytes", "SGM", "SGM, equal bytes"),
+    "Bytes": (
+        "LoRA", "SGM, equal bytes", "LoRA, our step, equal bytes", "SGM", "LoRA, our step", "SGM, a third of the bytes",
+        "LoRA, our step, a third of the bytes", "SGM, an eighth of the parameters",
+        "LoRA, our step, an eighth of the parameters",
+    ),
     "What the step does, and what merging does": ("LoRA", "SGM, AdamW", "LoRA, our step", "SGM"),
     "Controls of merging": (
         "SGM", "SGM, one group a kind", "SGM, random groups", "SGM, wrong side", "SGM, random start", "LoRA, our step",
