@@ -147,6 +147,8 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
         **parameters,
         "seconds": {name: round(clock.seconds.get(name, 0.0), 3) for name in (*_STEPS, "total")},
         "peak_memory_bytes": peak_memory(),
+        "optimizer": config.training.optimizer,
+        "learning_rate": config.training.peak_learning_rate,
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "tokens_per_second": None if checkpoint else state.num_input_tokens_seen / clock.seconds["train"],

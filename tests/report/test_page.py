@@ -113,6 +113,8 @@ def classification_metrics(labels: tuple[str, ...] = ("negative", "positive")) -
         "steps": 240,
         "best_step": 180,
         "tokens_per_second": 1873.4,
+        "optimizer": "spectral",
+        "learning_rate": 0.0125,
         "probe": {"loss": 0.72, "num_batches": 8, "num_tokens": 1893, "sketch_bytes": 92_000_000,
                   "activation_bytes": 31_000_000},
         "environment": {"python": "3.11.2", "sgm-finetune": "0.1.0", "torch": "2.13.0", "device": "CPU, 8 threads"},
@@ -217,7 +219,7 @@ def test_the_numbers_of_plan_and_training_are_shown():
     for words in (
         "3,009,152", "4,884,480 (38 % fewer)", "Time: train 5 min 13 s", "Peak memory 2.7 GiB",
         "Training tokens per second 1,873", "q_proj 30 input 0.95 0.44 0.00 0.11", "python src/evaluate.py",
-        "PeftModel.from_pretrained", '"output/adapter"', "learning_rate: 0.001", "torch 2.13.0",
+        "PeftModel.from_pretrained", '"output/adapter"', "Optimizer, peak learning rate spectral, 0.0125", "torch 2.13.0",
     ):  # fmt: skip
         assert words in text
 
