@@ -309,6 +309,12 @@ def at_shares(share: float, name: str) -> list[Method]:
     ]
 
 
+def at_rank_share(share: float, name: str) -> list[Method]:
+    """For the question whether the best learning rate moves with the rank."""
+    plain = peft_method(f"LoRA, {name}", ADAMW, lora, share=share)
+    return [plain, descending(plain, f"LoRA, our step, {name}", SPECTRAL)]
+
+
 def other_side(plan: Plan, probed: Probe, seed: int) -> Plan:
     """Control: the same groups share their other side."""
     flipped = [replace(group, side=SIDES[1 - SIDES.index(group.side)]) for group in plan.groups]
@@ -433,6 +439,8 @@ METHODS = {
         *at_shares(1.4, "equal bytes"),
         *at_shares(0.47, "a third of the bytes"),
         *at_shares(0.125, "an eighth of the parameters"),
+        *at_rank_share(0.25, "a quarter of the rank"),
+        *at_rank_share(4.0, "four times the rank"),
         peft_method("LoRA, highest SNR", ADAMW, lora, choose=half_of_the_layers(highest_snr)),
         peft_method("LoRA, random half", ADAMW, lora, choose=half_of_the_layers(at_random)),
         peft_method("LoRA, lowest SNR", ADAMW, lora, choose=half_of_the_layers(lowest_snr)),

@@ -122,6 +122,23 @@ def finished_runs(
     return done
 
 
+def tries(runs: list[dict], task: str, rates: dict[str, tuple[float, ...]], tuning_seed: int) -> str | None:
+    """Validation loss of every learning rate tried, the chosen one in bold."""
+    rows = []
+    for method, tried in rates.items():
+        losses = {
+            run["rate"]: run["validation"]["loss"]
+            for run in runs
+            if (run["task"], run["method"], run["seed"]) == (task, method, tuning_seed) and run["rate"] in tried
+        }
+        if len(tried) > 1 and losses:
+            best = min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+            cells = [f"{rate:g}: {losses[rate]:.4f}" for rate in sorted(losses)]
+            marked = [f"**{cell}**" if rate == best else cell for rate, cell in zip(sorted(losses), cells, strict=True)]
+            rows.append(f"| {method} | {' · '.join(marked)} |")
+    return "\n".join(["| method | learning rate: validation loss |", "|---|---|", *rows]) if rows else None
+
+
 def picture(task: str, finished: dict[str, Finished], path: Path) -> None:
     """Test loss against trained and optimizer bytes, one point a method, with standard errors."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -204,6 +221,8 @@ def write_page(
             if threshold_picture(name, finished, path):
                 parts.append(f"![Test loss against merge.threshold](figures/{path.name})\n")
         parts += [f"### {name}: {title}\n\n{body}\n" for title, body in sections if body]
+        if tried := tries(runs, name, rates, tuning_seed):
+            parts.append(f"### {name}: Learning rates tried\n\n{tried}\n")
     (folder / "results.md").write_text("\n".join(parts), encoding="utf-8")
 
 
