@@ -147,7 +147,7 @@ def picture(task: str, finished: dict[str, Finished], path: Path) -> None:
             continue
         losses = done.numbers("loss")
         error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
-        ours = done.method.startswith("SGM")
+        ours = done.method.startswith("SGM") or "our step" in done.method
         axes.errorbar(
             done.state_bytes / 2**20, statistics.fmean(losses), yerr=error, fmt="o", capsize=3,
             color="tab:blue" if ours else "tab:gray",
@@ -156,6 +156,7 @@ def picture(task: str, finished: dict[str, Finished], path: Path) -> None:
             done.method, (done.state_bytes / 2**20, statistics.fmean(losses)), xytext=(6, 4),
             textcoords="offset points", fontsize=8, color="tab:blue" if ours else "black",
         )  # fmt: skip
+    axes.margins(x=0.15)
     axes.set_xlabel("trained parameters and optimizer state, MiB")
     axes.set_ylabel("test loss")
     axes.set_title(task)

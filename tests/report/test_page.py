@@ -219,7 +219,8 @@ def test_the_numbers_of_plan_and_training_are_shown():
     for words in (
         "3,009,152", "4,884,480 (38 % fewer)", "Time: train 5 min 13 s", "Peak memory 2.7 GiB",
         "Training tokens per second 1,873", "q_proj 30 input 0.95 0.44 0.00 0.11", "python src/evaluate.py",
-        "PeftModel.from_pretrained", '"output/adapter"', "Optimizer, peak learning rate spectral, 0.0125", "torch 2.13.0",
+        "PeftModel.from_pretrained", '"output/adapter"', "Optimizer, peak learning rate spectral, 0.0125",
+        "torch 2.13.0",
     ):  # fmt: skip
         assert words in text
 
