@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -28,13 +28,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from quality_tasks import TASKS, TUNING_SEED
+
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
-TUNING_SEED = 100
 CPU_TASKS = ("sentiment", "summaries")
 CPU_METHODS = (
     "untouched", "LoRA", "rsLoRA", "LoRA+", "VeRA", "Lily", "MiSS", "SGM", "SGM, AdamW", "LoRA, our step",
@@ -84,16 +85,18 @@ def run_missing(task: str, method: str, rate: float, seed: int, threads: int, ru
 
 def run_method(task: str, method: str, rates: tuple[float, ...], seeds: int, threads: int, runs: list[dict]) -> None:
     """The tries, then the seeds with the rate of the lowest validation loss."""
+    from quality_tables import best_rate
+
     tried = {rate: run_missing(task, method, rate, TUNING_SEED, threads, runs)["validation"]["loss"] for rate in rates}
-    best = min(rates, key=lambda rate: tried[rate] if math.isfinite(tried[rate]) else math.inf)
     for seed in range(seeds):
-        run_missing(task, method, best, seed, threads, runs)
+        run_missing(task, method, best_rate(tried), seed, threads, runs)
 
 
 def compare_speed(tasks: list[str], methods: list[str], threads: int, repeats: int = 3) -> None:
-    """Medians of interleaved repeats; nothing else should run on the machine."""
+    """Medians of interleaved repeats, LoRA always among them; nothing else should run on the machine."""
     from recording import append_run, processor
 
+    methods = ["LoRA", *(method for method in methods if method not in ("LoRA", "untouched"))]
     started = time.perf_counter()
     rows = []
     for task in tasks:
@@ -107,7 +110,7 @@ def compare_speed(tasks: list[str], methods: list[str], threads: int, repeats: i
             ratio = round(middle / reference, 3)
             rows.append({"task": task, "method": method, "seconds_per_step": round(middle, 4), "ratio_to_lora": ratio})
             print(f"{task} · {method} · {middle:.3f} s/step · {ratio:.2f} of LoRA's", flush=True)
-    command = f"python benchmarks/quality.py --speed --threads {threads}"
+    command = shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]])
     append_run("quality_speed", command, started, rows, ("torch", "transformers", "peft"), **processor())
 
 
@@ -129,14 +132,14 @@ def main() -> None:
         made = train_once(*wanted) if len(wanted) == 5 else time_steps(*wanted)
         Path(answer).write_text(json.dumps(made), encoding="utf-8")
         return
-    from quality_methods import MEASUREMENTS, METHODS
-    from quality_tables import write_page
-    from quality_tasks import TASKS
-
-    runs = recorded()
     if options.speed:
         compare_speed(options.tasks, options.methods, options.threads)
-    elif not options.tables:
+        return
+    from quality_methods import MEASUREMENTS, METHODS
+    from quality_tables import write_page
+
+    runs = recorded()
+    if not options.tables:
         with tempfile.TemporaryDirectory() as shared, ThreadPoolExecutor(options.jobs) as pool:
             os.environ[MEASUREMENTS] = shared
             waiting = [

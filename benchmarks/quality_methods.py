@@ -11,7 +11,6 @@ import os
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ from peft import (
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from sgm_finetune.adapters.apply import apply_plan
+from sgm_finetune.adapters.apply import apply_plan, task_type
 from sgm_finetune.adapters.descent import FactorDescent, factor_pairs
 from sgm_finetune.config import DEFAULT_RATES, Config, parse_config, set_overrides
 from sgm_finetune.measure.probe import Probe, probe
@@ -125,7 +124,7 @@ def peft_method(
             lambda r: shape_count(base.model, settings(r, layers)), share * base.budget, falling
         )
         chosen = settings(rank, layers)
-        chosen.task_type = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}[base.config.model.task]
+        chosen.task_type = task_type(base.model)
         if prepare is not None:
             prepare(base, chosen)
         model = get_peft_model(base.model, chosen)  # type: ignore[arg-type]
@@ -175,13 +174,11 @@ def lora(rank: int, layers: list[str], **changes) -> LoraConfig:
 
 
 def lora_ga_gradient(base: Base, settings: PeftConfig) -> None:
-    """As many examples as the probe reads."""
-    materials, probe = base.materials, base.config.probe
-    examples = list(islice(materials.train.dataset, probe.num_batches * probe.batch_size))  # type: ignore[call-overload]
+    """On the batches that the probe reads."""
 
     def backward() -> None:
-        for at in range(0, len(examples), probe.batch_size):
-            base.model(**materials.collate(examples[at : at + probe.batch_size])).loss.backward()
+        for batch in probe_batches(base.config, base.materials):
+            base.model(**batch).loss.backward()
 
     preprocess_loraga(base.model, settings, backward)  # type: ignore[arg-type]
 
@@ -291,7 +288,8 @@ def at_threshold(threshold: float) -> Method:
 
 
 def largest_within(planned: Callable[[int], Plan], budget: float, rank: int) -> Plan:
-    """The plan of the largest rank within the budget; groups change with the rank, so it is walked, from `rank`."""
+    """The plan at the rank that the budget allows if groups stay those of `rank`, or a smaller one: they change with
+    the rank."""
     plan = planned(rank)
     rank = max(1, int(rank * budget / adapter_parameters(plan)[0]))
     while adapter_parameters(plan := planned(rank))[0] > budget and rank > 1:
@@ -363,11 +361,11 @@ def half_of_the_layers(order: Order, *overrides: str) -> Callable[[Base], list[s
     def choose(base: Base) -> list[str]:
         config = base.with_overrides("merge.side=none", *overrides)
         plan = make_plan(scan_model(config, base.materials.folder, base.voice, Clock()), None, config, base.model)
-        chosen = []
+        chosen = set()
         for kind in dict.fromkeys(matrix.kind for matrix in plan.matrices):
             ordered = order([matrix for matrix in plan.matrices if matrix.kind == kind], base.seed)
-            chosen += ordered[: len(ordered) // 2]
-        return [matrix.name for matrix in plan.matrices if matrix in chosen]
+            chosen.update(matrix.name for matrix in ordered[: len(ordered) // 2])
+        return [matrix.name for matrix in plan.matrices if matrix.name in chosen]
 
     return choose
 

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from quality_methods import METHODS, Adapted, Base, adapter_only, budget_of, head_parameters
-from quality_tasks import TASKS, Task
+from quality_tasks import TASKS, TUNING_SEED, Task
 from recording import processor
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from sgm_finetune.adapters.descent import HEAD_RATE
 from sgm_finetune.config import load_config
 from sgm_finetune.evaluation import by_length
 from sgm_finetune.models import linear_layers
@@ -36,8 +37,6 @@ from sgm_finetune.pipeline import Materials, load_base, prepare
 from sgm_finetune.trainer import LengthGroupedSampler
 from sgm_finetune.voice import Voice
 
-TUNING_SEED = 100
-HEAD_RATE = 1e-3
 WARMUP = 0.06
 
 
@@ -95,11 +94,10 @@ def train_once(task_name: str, method_name: str, rate: float, seed: int, threads
 
 def optimizers_of(adapted: Adapted, rate: float) -> list[torch.optim.Optimizer]:
     """The method's own, and AdamW for a new classification head. Nothing at all for the untouched model."""
-    optimizers = adapted.optimizers(rate)
-    heads = head_parameters(adapted.model)
-    return (
-        [*optimizers, torch.optim.AdamW(heads, lr=HEAD_RATE, weight_decay=0.0)] if optimizers and heads else optimizers
-    )
+    optimizers, heads = adapted.optimizers(rate), head_parameters(adapted.model)
+    if optimizers and heads:
+        optimizers.append(torch.optim.AdamW(heads, lr=HEAD_RATE, weight_decay=0.0))
+    return optimizers
 
 
 def time_steps(task_name: str, method_name: str, threads: int, num_steps: int = 12) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from quality_methods import THRESHOLDS
 
 DOCS = Path(__file__).parent.parent / "docs"
 REFERENCE = "LoRA"
@@ -27,7 +28,7 @@ SECTIONS = {
     "Controls of merging": (
         "SGM", "SGM, one group a kind", "SGM, random groups", "SGM, wrong side", "SGM, random start", "LoRA, our step",
     ),
-    "Threshold of merging, one rank": tuple(f"threshold {t:g}" for t in (-1, 0.8, 0.85, 0.9, 0.95, 1)),
+    "Threshold of merging, one rank": tuple(f"threshold {t:g}" for t in THRESHOLDS),
     "Controls of selection": (
         "LoRA", "LoRA, highest SNR", "LoRA, random half", "LoRA, lowest SNR", "LoRA, published SNR",
     ),
@@ -63,12 +64,15 @@ class Finished:
         return 4 * self.one["trained_parameters"] + self.one["optimizer_bytes"]
 
 
+def standard_error(values: list[float]) -> float:
+    """0 of a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
 def mean_error(values: list[float], form: str) -> str:
     """Mean ± standard error."""
     mean = format(statistics.fmean(values), form).replace("-", "−")
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {format(statistics.stdev(values) / math.sqrt(len(values)), form.lstrip('+'))}"
+    return f"{mean} ± {format(standard_error(values), form.lstrip('+'))}" if len(values) > 1 else mean
 
 
 def row(done: Finished, reference: Finished | None) -> str:
@@ -104,18 +108,38 @@ def table(methods: Iterable[str], finished: dict[str, Finished]) -> str | None:
     return "\n".join([HEADER, *rows]) if len(rows) > 1 else None
 
 
+def best_rate(losses: dict[float, float]) -> float:
+    """The learning rate (rate -> validation loss) of the lowest loss; one that is not finite is the highest."""
+    return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+
+
+def validation_losses(
+    runs: list[dict], task: str, method: str, rates: tuple[float, ...], tuning_seed: int
+) -> dict[float, float]:
+    """Rate -> validation loss, of those rates that have been tried, in their order."""
+    losses = {
+        run["rate"]: run["validation"]["loss"]
+        for run in runs
+        if (run["task"], run["method"], run["seed"]) == (task, method, tuning_seed)
+    }
+    return {rate: losses[rate] for rate in rates if rate in losses}
+
+
 def finished_runs(
     runs: list[dict], task: str, rates: dict[str, tuple[float, ...]], tuning_seed: int
 ) -> dict[str, Finished]:
     """Every method with a rate that was chosen among all of its own, and a test run at it."""
     done = {}
     for method, tried in rates.items():
-        mine = [run for run in runs if (run["task"], run["method"]) == (task, method)]
-        losses = {run["rate"]: run["validation"]["loss"] for run in mine if run["seed"] == tuning_seed}
-        if not set(tried) <= set(losses):
+        losses = validation_losses(runs, task, method, tried, tuning_seed)
+        if len(losses) < len(tried):
             continue
-        rate = min(tried, key=lambda r: losses[r] if math.isfinite(losses[r]) else math.inf)
-        tests = {run["seed"]: run for run in mine if run["rate"] == rate and run["seed"] != tuning_seed}
+        rate = best_rate(losses)
+        tests = {
+            run["seed"]: run
+            for run in runs
+            if (run["task"], run["method"], run["rate"]) == (task, method, rate) and run["seed"] != tuning_seed
+        }
         if tests:
             edge = len(tried) > 1 and rate in (min(tried), max(tried))
             done[method] = Finished(method, rate, edge, dict(sorted(tests.items())))
@@ -126,15 +150,11 @@ def tries(runs: list[dict], task: str, rates: dict[str, tuple[float, ...]], tuni
     """Validation loss of every learning rate tried, the chosen one in bold."""
     rows = []
     for method, tried in rates.items():
-        losses = {
-            run["rate"]: run["validation"]["loss"]
-            for run in runs
-            if (run["task"], run["method"], run["seed"]) == (task, method, tuning_seed) and run["rate"] in tried
-        }
+        losses = validation_losses(runs, task, method, tried, tuning_seed)
         if len(tried) > 1 and losses:
-            best = min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
-            cells = [f"{rate:g}: {losses[rate]:.4f}" for rate in sorted(losses)]
-            marked = [f"**{cell}**" if rate == best else cell for rate, cell in zip(sorted(losses), cells, strict=True)]
+            best = best_rate(losses)
+            cells = [f"{rate:g}: {loss:.4f}" for rate, loss in losses.items()]
+            marked = [f"**{cell}**" if rate == best else cell for rate, cell in zip(losses, cells, strict=True)]
             rows.append(f"| {method} | {' · '.join(marked)} |")
     return "\n".join(["| method | learning rate: validation loss |", "|---|---|", *rows]) if rows else None
 
@@ -146,15 +166,12 @@ def picture(task: str, finished: dict[str, Finished], path: Path) -> None:
         if done.method not in {*SECTIONS["All methods"], *SECTIONS["Bytes"]} - {"untouched", "all weights"}:
             continue
         losses = done.numbers("loss")
-        error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+        place = done.state_bytes / 2**20, statistics.fmean(losses)
         ours = done.method.startswith("SGM") or "our step" in done.method
-        axes.errorbar(
-            done.state_bytes / 2**20, statistics.fmean(losses), yerr=error, fmt="o", capsize=3,
-            color="tab:blue" if ours else "tab:gray",
-        )  # fmt: skip
+        axes.errorbar(*place, yerr=standard_error(losses), fmt="o", capsize=3, color="tab:blue" if ours else "tab:gray")
         axes.annotate(
-            done.method, (done.state_bytes / 2**20, statistics.fmean(losses)), xytext=(6, 4),
-            textcoords="offset points", fontsize=8, color="tab:blue" if ours else "black",
+            done.method, place, xytext=(6, 4), textcoords="offset points", fontsize=8,
+            color="tab:blue" if ours else "black",
         )  # fmt: skip
     axes.margins(x=0.15)
     axes.set_xlabel("trained parameters and optimizer state, MiB")
@@ -170,10 +187,10 @@ def threshold_picture(task: str, finished: dict[str, Finished], path: Path) -> b
     if len(studied) < 3:
         return False
     levels = sorted(studied)
-    means = [statistics.fmean(studied[t].numbers("loss")) for t in levels]
-    errors = [statistics.stdev(n) / math.sqrt(len(n)) for t in levels if len(n := studied[t].numbers("loss")) > 1]
+    losses = [studied[threshold].numbers("loss") for threshold in levels]
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    axes.errorbar(range(len(levels)), means, yerr=errors or None, fmt="o-", capsize=3, color="tab:blue")
+    means, errors = [statistics.fmean(one) for one in losses], [standard_error(one) for one in losses]
+    axes.errorbar(range(len(levels)), means, yerr=errors, fmt="o-", capsize=3, color="tab:blue")
     parameters = [f"{t:g}\n{studied[t].one['trained_parameters'] / 1e6:.2f} M" for t in levels]
     axes.set_xticks(range(len(levels)), parameters)
     axes.set_xlabel("merge.threshold (−1: one group a kind), and what is trained at the same rank")
@@ -189,11 +206,11 @@ INTRODUCTION = """# Results: adapters beside each other
 Made by `python benchmarks/quality.py` from [benchmarks/results/quality.jsonl](../benchmarks/results/quality.jsonl);
 do not edit.
 
-Every method adapts all linear layers inside the blocks of the same base model, on the same batches, for as many steps.
-Three learning rates are tried with a seed of their own, the validation loss decides, and only then other seeds are
-trained and measured on test data. Warm-up over 6 % of the steps, then a linear fall to zero; gradients clipped to norm
-1; AdamW without weight decay where nothing else is said. Rank: the largest whose trained adapter parameters stay within
-the task's budget, plain LoRA's.
+Every method adapts all linear layers inside the blocks of the same base model (the controls of selection: half of
+them), on the same batches, for as many steps. Three learning rates are tried with a seed of their own, the validation
+loss decides, and only then other seeds are trained and measured on test data. Warm-up over 6 % of the steps, then a
+linear fall to zero; gradients clipped to norm 1; AdamW without weight decay where nothing else is said. Rank: the
+largest whose trained adapter parameters stay within the task's budget, plain LoRA's.
 
 Columns: *trained*, adapter parameters without a new classification head; *trained + optimizer*, their bytes and those
 of their optimizer's states; *file*, what `save_pretrained` writes of the adapter (shared factors are written once for

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+TUNING_SEED = 100
+"""Of the runs that choose a learning rate on validation data; every other seed is measured on test data."""
+
 
 @dataclass(frozen=True)
 class Task:

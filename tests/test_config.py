@@ -136,6 +136,8 @@ def test_an_unknown_key_in_a_file_names_the_file(write):
         ("data.columns=review", "'review'"),
         ("training.learning_rate=[1]", "[1]"),
         ("training.weight_decay=nan", "nan"),
+        ("training.learning_rate=nan", "'nan'"),
+        ("training.learning_rate=.inf", "inf"),
         ("training.max_grad_norm=.inf", "inf"),
         ("training.max_steps=.inf", "inf"),
         ("training.max_steps=1e400", "inf"),

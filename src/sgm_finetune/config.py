@@ -162,7 +162,7 @@ class TrainingConfig(_Section):
     """Examples per forward pass in evaluation."""
     optimizer: Optimizer = "spectral"
     """The step for the factors. spectral: descent in the spectral norm of the weights' change (docs/method.md 6), with
-    half of AdamW's state; a new classification head then learns by AdamW at 1e-3. adamw: AdamW for everything."""
+    about half of AdamW's state; a new classification head then learns by AdamW at 1e-3. adamw: AdamW for everything."""
     learning_rate: Real | None = Field(default=None, gt=0, le=10)
     """Peak learning rate. spectral: the norm of a step's change of a weight matrix, from RMS to RMS, whatever the rank
     and the model (null: 0.0125); adamw: AdamW's (null: 1e-3)."""

@@ -33,7 +33,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PeftModel:
         lora_alpha=plan.settings.alpha,  # type: ignore[arg-type]  # PEFT scales by any number
         lora_dropout=plan.settings.dropout,
         target_modules=names,
-        task_type=_task_type(model),
+        task_type=task_type(model),
         fan_in_fan_out=False,
     )
     adapted = get_peft_model(model, config)
@@ -145,7 +145,7 @@ def _factor(layers: dict[str, nn.Module], name: str, group: Group) -> nn.Linear:
     return getattr(layers[name], _FACTORS[group.side])[ADAPTER]
 
 
-def _task_type(model: nn.Module) -> TaskType | None:
+def task_type(model: nn.Module) -> TaskType | None:
     """PEFT's task type, which decides that a new classification head is trained and saved whole."""
     endings = {
         "ForCausalLM": TaskType.CAUSAL_LM,

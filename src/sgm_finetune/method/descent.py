@@ -33,13 +33,15 @@ def polar_factor(momentum: Tensor) -> Tensor:
     >>> polar_factor(torch.tensor([[0.0, 3.0], [-0.5, 0.0]])).tolist()
     [[0.0, 1.0], [-1.0, 0.0]]
     """
-    scaled = momentum / _size(momentum)
-    return inverse_root(scaled @ scaled.mT) @ scaled
+    root, scaled = _polar_parts(momentum)
+    return root @ scaled
 
 
-def _size(momentum: Tensor) -> Tensor:
-    """Frobenius norm, (..., 1, 1), not zero: squares of what was divided by it neither overflow nor vanish."""
-    return torch.linalg.matrix_norm(momentum, keepdim=True).clamp_min(torch.finfo(momentum.dtype).tiny)
+def _polar_parts(momentum: Tensor) -> tuple[Tensor, Tensor]:
+    """(r x r, r x d) whose product is the polar factor; M over its norm, so that no square overflows or vanishes."""
+    size = torch.linalg.matrix_norm(momentum, keepdim=True).clamp_min(torch.finfo(momentum.dtype).tiny)
+    scaled = momentum / size
+    return inverse_root(scaled @ scaled.mT), scaled
 
 
 def channel_profile(gradient: Tensor) -> Tensor:
@@ -66,9 +68,8 @@ def descent_direction(momentum: Tensor, root: Tensor, channels: Tensor) -> Tenso
     changes ΔW by at most the step in spectral norm, and by the same matrix however the product B·A is split into its
     factors.
     """
-    scaled = root @ momentum * (channels + _QUIETEST).rsqrt().unsqueeze(-2)
-    scaled = scaled / _size(scaled)
-    return root @ inverse_root(scaled @ scaled.mT) @ scaled
+    polar_root, scaled = _polar_parts(root @ momentum * (channels + _QUIETEST).rsqrt().unsqueeze(-2))
+    return root @ polar_root @ scaled  # r x r first
 
 
 def partner_floor(own: Tensor, step: float, trust: float) -> Tensor:
