@@ -39,7 +39,8 @@ RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 CPU_TASKS = ("sentiment", "summaries")
 CPU_METHODS = (
     "untouched", "LoRA", "rsLoRA", "LoRA+", "VeRA", "Lily", "MiSS", "SGM", "SGM, AdamW", "LoRA, our step",
-    "SGM, wrong side", "SGM, random groups", "SGM, random start", "SGM, one group a kind",
+    "SGM, random groups", "SGM, random start", "SGM, across layers", "SGM, across layers, wrong side",
+    "SGM, across layers, random groups", "SGM, one group a kind",
     "LoRA, highest SNR", "LoRA, random half", "LoRA, lowest SNR", "LoRA, published SNR",
 )  # fmt: skip
 

@@ -36,7 +36,7 @@ from sgm_finetune.config import DEFAULT_RATES, Config, parse_config, set_overrid
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, adapter_parameters
 from sgm_finetune.method.spectrum import Scan
-from sgm_finetune.method.subspace import SIDES, leading_rows, shared_basis
+from sgm_finetune.method.subspace import SIDES, equalised, leading_rows, shared_basis
 from sgm_finetune.models import linear_layers, matrix_shape
 from sgm_finetune.pipeline import Clock, Materials, make_plan, probe_batches, scan_model
 from sgm_finetune.voice import Voice
@@ -282,27 +282,29 @@ def measured(base: Base) -> tuple[Scan, Probe, float]:
 
 
 def at_threshold(threshold: float) -> Method:
-    """Plain LoRA's rank, the more merged the lower the threshold, at the default learning rate."""
-    method = merged("", (), f"merge.threshold={threshold}", share=None)
+    """Plain LoRA's rank, across layers, the more merged the lower the threshold, at the default learning rate."""
+    method = merged("", (), ACROSS, f"merge.threshold={threshold}", share=None)
     return descending(method, f"threshold {threshold:g}", (DEFAULT_RATES["spectral"],))
 
 
 def largest_within(planned: Callable[[int], Plan], budget: float, rank: int) -> Plan:
-    """The plan at the rank that the budget allows if groups stay those of `rank`, or a smaller one: they change with
-    the rank."""
-    plan = planned(rank)
-    rank = max(1, int(rank * budget / adapter_parameters(plan)[0]))
+    """The plan of the largest rank within the budget, sought from what it allows if groups stay those of `rank`:
+    they change with the rank."""
+    rank = max(1, int(rank * budget / adapter_parameters(planned(rank))[0]))
     while adapter_parameters(plan := planned(rank))[0] > budget and rank > 1:
         rank -= 1
+    while adapter_parameters(larger := planned(rank + 1))[0] <= budget:
+        rank, plan = rank + 1, larger
     return plan
 
 
 def at_shares(share: float, name: str) -> list[Method]:
-    """Ours at another share of the budget, merged and not. An update of rank r has 8 + 4/r bytes a parameter with its
+    """Ours at another share of the budget, merged or not. An update of rank r has 8 + 4/r bytes a parameter with its
     momentum and channels, under AdamW 12."""
     plain = peft_method("", (), lora, share=share)
     return [
         descending(merged("", (), share=share), f"SGM, {name}", SPECTRAL),
+        descending(merged("", (), ACROSS, share=share), f"SGM, across layers, {name}", SPECTRAL),
         descending(plain, f"LoRA, our step, {name}", SPECTRAL),
     ]
 
@@ -320,17 +322,24 @@ def other_side(plan: Plan, probed: Probe, seed: int) -> Plan:
 
 
 def random_members(plan: Plan, probed: Probe, seed: int) -> Plan:
-    """Control: groups of the same sizes and sides, their members drawn at random among those that share at all."""
+    """Control: every member of a group is replaced by another of its kind, drawn at random among those that share at
+    all. Sizes, sides and kinds stay."""
     shuffle = random.Random(seed).shuffle
-    drawn = []
-    for kind in dict.fromkeys(group.kind for group in plan.groups):
-        groups = [group for group in plan.groups if group.kind == kind]
-        names = [name for group in groups for name in group.members]
+    kind_of = {matrix.name: (matrix.kind, matrix.shape) for matrix in plan.matrices}
+    merged_names = [name for group in plan.groups for name in group.members]
+    waiting: dict[tuple, list[str]] = {}
+    for name in merged_names:
+        waiting.setdefault(kind_of[name], []).append(name)
+    for names in waiting.values():
         shuffle(names)
-        order = {matrix.name: at for at, matrix in enumerate(plan.matrices)}
-        for group in groups:
-            members, names = names[: len(group.members)], names[len(group.members) :]
-            drawn.append(replace(group, members=tuple(sorted(members, key=order.__getitem__))))
+    order = {matrix.name: at for at, matrix in enumerate(plan.matrices)}
+    drawn = [
+        replace(
+            group,
+            members=tuple(sorted((waiting[kind_of[name]].pop() for name in group.members), key=order.__getitem__)),
+        )
+        for group in plan.groups
+    ]
     return restarted(plan, drawn, probed)
 
 
@@ -338,15 +347,16 @@ def restarted(plan: Plan, groups: Iterable[Group], probed: Probe) -> Plan:
     """The plan with other groups, each started at its own spectral basis."""
     groups = tuple(groups)
     rank = plan.settings.rank
-    starts = {}
+    starts = {name: start for name, start in plan.starts.items() if name in probed.shapes}  # of matrices
     for group in groups:
-        halves = [half.side(group.side) for name in group.members for half in probed.halves[name]]
+        halves = equalised([half.side(group.side) for name in group.members for half in probed.halves[name]])
         starts[group.name] = shared_basis([leading_rows(half, rank) for half in halves], rank)
     return replace(plan, groups=groups, starts=starts)
 
 
 def random_start(plan: Plan, probed: Probe, seed: int) -> Plan:
-    return replace(plan, groups=tuple(replace(group, start="random") for group in plan.groups))
+    groups = tuple(replace(group, start="random") for group in plan.groups)
+    return replace(plan, groups=groups, matrices=tuple(replace(matrix, start="random") for matrix in plan.matrices))
 
 
 # Which layers
@@ -392,10 +402,12 @@ ADAMW: Rates = (5e-4, 1.5e-3, 4e-3)
 SPECTRAL: Rates = (6e-3, 1.25e-2, 2.5e-2)
 LOW: Rates = (1e-4, 3e-4, 1e-3)
 
+ACROSS = "merge.scope=layers"
 THRESHOLDS = (-1.0, 0.8, 0.85, 0.9, 0.95, 1.0)
 
 LORA = peft_method("LoRA", ADAMW, lora)
 SGM = merged("SGM, AdamW", ADAMW)
+ACROSS_LAYERS = merged("SGM, across layers, AdamW", ADAMW, ACROSS)
 METHODS = {
     method.name: method
     for method in (
@@ -430,10 +442,13 @@ METHODS = {
         SGM,
         descending(SGM, "SGM", SPECTRAL),
         descending(LORA, "LoRA, our step", SPECTRAL),
-        descending(merged("", (), change=other_side), "SGM, wrong side", SPECTRAL),
         descending(merged("", (), change=random_members), "SGM, random groups", SPECTRAL),
         descending(merged("", (), change=random_start), "SGM, random start", SPECTRAL),
-        descending(merged("", (), "merge.threshold=-1"), "SGM, one group a kind", SPECTRAL),
+        ACROSS_LAYERS,
+        descending(ACROSS_LAYERS, "SGM, across layers", SPECTRAL),
+        descending(merged("", (), ACROSS, change=other_side), "SGM, across layers, wrong side", SPECTRAL),
+        descending(merged("", (), ACROSS, change=random_members), "SGM, across layers, random groups", SPECTRAL),
+        descending(merged("", (), ACROSS, "merge.threshold=-1"), "SGM, one group a kind", SPECTRAL),
         *at_shares(1.4, "equal bytes"),
         *at_shares(0.47, "a third of the bytes"),
         *at_shares(0.125, "an eighth of the parameters"),

@@ -13,22 +13,22 @@ from quality_methods import THRESHOLDS
 
 DOCS = Path(__file__).parent.parent / "docs"
 REFERENCE = "LoRA"
+SIZES = ("", ", equal bytes", ", a third of the bytes", ", an eighth of the parameters")
 
 SECTIONS = {
     "All methods": (
         "untouched", "all weights", "LoRA", "rsLoRA", "LoRA+", "DoRA", "PiSSA", "LoRA-GA", "VeRA", "Lily", "RandLoRA",
         "MiSS", "HiRA", "PSOFT", "VB-LoRA", "SGM",
     ),
-    "Bytes": (
-        "LoRA", "SGM, equal bytes", "LoRA, our step, equal bytes", "SGM", "LoRA, our step", "SGM, a third of the bytes",
-        "LoRA, our step, a third of the bytes", "SGM, an eighth of the parameters",
-        "LoRA, our step, an eighth of the parameters",
+    "Bytes": ("LoRA", *(f"{form}{size}" for size in SIZES for form in ("SGM", "SGM, across layers", "LoRA, our step"))),
+    "What the step does, and what merging does": (
+        "LoRA", "SGM, AdamW", "SGM, across layers, AdamW", "LoRA, our step", "SGM", "SGM, across layers",
     ),
-    "What the step does, and what merging does": ("LoRA", "SGM, AdamW", "LoRA, our step", "SGM"),
     "Controls of merging": (
-        "SGM", "SGM, one group a kind", "SGM, random groups", "SGM, wrong side", "SGM, random start", "LoRA, our step",
+        "SGM", "SGM, random groups", "SGM, random start", "LoRA, our step", "SGM, across layers",
+        "SGM, across layers, random groups", "SGM, across layers, wrong side", "SGM, one group a kind",
     ),
-    "Threshold of merging, one rank": tuple(f"threshold {t:g}" for t in THRESHOLDS),
+    "Threshold of merging across layers, one rank": tuple(f"threshold {t:g}" for t in THRESHOLDS),
     "Controls of selection": (
         "LoRA", "LoRA, highest SNR", "LoRA, random half", "LoRA, lowest SNR", "LoRA, published SNR",
     ),

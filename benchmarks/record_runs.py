@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -63,22 +64,29 @@ def row(run: dict[str, Any]) -> str:
 
 
 def table(run: dict[str, Any]) -> str:
-    """docs/method.md section 3.3."""
+    """docs/method.md section 3.4: the layers of a kind, then the readers of the same activations."""
     lines = [
         "| kind | cosine between layers, mean / largest | same layer, other data | own basis keeps, input / output | "
-        "of that, two layers' shared basis: input / output | one basis for all: input / output | side | groups |",
-        "|---|---|---|---|---|---|---|---|",
+        "of that, two layers' shared basis: input / output | one basis for all: input / output |",
+        "|---|---|---|---|---|---|",
     ]
     for kind in run["kinds"]:
-        own = run["kept_own"].get(kind["kind"], {"input": float("nan"), "output": float("nan")})
-        sizes = ", ".join(str(group["size"]) for group in run["groups"] if group["kind"] == kind["kind"])
-        lines.append(
-            f"| {short(kind['kind'])} | {kind['cosine_mean']:.2f} / {kind['cosine_max']:.2f} | "
-            f"{kind['cosine_other_half']:.2f} | {own['input']:.2f} / {own['output']:.2f} | "
-            f"{kind['retention_input']:.2f} / {kind['retention_output']:.2f} | "
-            f"{kind['retention_all_input']:.2f} / {kind['retention_all_output']:.2f} | "
-            f"{kind['side']} | {sizes or '–'} |"
-        )
+        if kind["cosine_mean"] is not None:
+            own = run["kept_own"].get(kind["kind"], {"input": float("nan"), "output": float("nan")})
+            lines.append(
+                f"| {short(kind['kind'])} | {kind['cosine_mean']:.2f} / {kind['cosine_max']:.2f} | "
+                f"{kind['cosine_other_half']:.2f} | {own['input']:.2f} / {own['output']:.2f} | "
+                f"{kind['retention_input']:.2f} / {kind['retention_output']:.2f} | "
+                f"{kind['retention_all_input']:.2f} / {kind['retention_all_output']:.2f} |"
+            )
+    lines += ["", "| readers | pairs: input | all: input | groups |", "|---|---|---|---|"]
+    for kind in run["kinds"]:
+        if kind["cosine_mean"] is None:
+            sizes = Counter(group["size"] for group in run["groups"] if group["kind"] == kind["kind"])
+            lines.append(
+                f"| {short(kind['kind'])} | {kind['retention_input']:.2f} | {kind['retention_all_input']:.2f} | "
+                f"{', '.join(f'{count} of {size}' for size, count in sorted(sizes.items(), reverse=True)) or '–'} |"
+            )
     return "\n".join(lines)
 
 

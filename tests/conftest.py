@@ -14,6 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from sgm_finetune.measure.probe import Probe
+from sgm_finetune.method.plan import MatrixNumbers
+
 GOOD = ["good", "great", "fine", "lovely", "superb", "bright"]
 BAD = ["bad", "awful", "poor", "dull", "broken", "weak"]
 OTHER = ["the", "a", "film", "plot", "cast", "it", "was", "and", "with", "very", "story", "scene", "music"]
@@ -72,6 +75,17 @@ def make_batches(num: int = 4, size: int = 4, length: int = 7, task: str = "sequ
         labels = ids if task == "causal-lm" else torch.randint(0, 2, (size,), generator=generator)
         batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     return batches
+
+
+def measured_numbers(probed: Probe) -> list[MatrixNumbers]:
+    """What a plan is made of, without a scan: every matrix has the SNR 1."""
+    numbers = []
+    for name, halves in probed.halves.items():
+        layer = next(int(part) for part in name.split(".") if part.isdigit())
+        kind = name.replace(f".{layer}.", ".*.")
+        shape, activation = probed.shapes[name], probed.activations[name]
+        numbers.append(MatrixNumbers(name, kind, layer, shape, 1.0, 0.0, 1, halves, activation))
+    return numbers
 
 
 @pytest.fixture(scope="session")

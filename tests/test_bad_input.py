@@ -133,6 +133,8 @@ CONFIGURATION: list[Row] = [
     ("a task that there is not", lambda p: ["model.task=poetry"], ["'poetry'", "'causal-lm'"]),
     ("a fraction above one", lambda p: ["selection.top_fraction=1.5"], ["1.5", "less than or equal to 1"]),
     ("a similarity above one", lambda p: ["merge.threshold=2"], ["`merge.threshold` is 2", "less than or equal to 1"]),
+    ("cosines of unequal shapes", lambda p: ["merge.criterion=cosine"], ["criterion=cosine", "merge.scope=layers"]),
+    ("readers' output sides", lambda p: ["merge.side=output"], ["merge.side=output", "give merge.scope=layers"]),
     ("two rules of selection", lambda p: ["selection.top_fraction=0.5", "selection.snr_threshold=1"], ["not both"]),
     ("a sketch smaller than the rank", lambda p: ["adapter.rank=16"], ["sketch_size=12", "raise probe.sketch_size"]),
     ("micro-batches that do not divide", lambda p: ["training.micro_batch_size=5"], ["micro_batch_size=5"]),

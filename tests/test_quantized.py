@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import llama_config, make_batches, make_tokenizer
+from conftest import llama_config, make_batches, make_tokenizer, measured_numbers
 
 from sgm_finetune.adapters.apply import apply_plan
 from sgm_finetune.cli import main
 from sgm_finetune.config import ModelConfig
 from sgm_finetune.measure.probe import probe
-from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings, build_plan
+from sgm_finetune.method.plan import Plan, PlanSettings, build_plan
 from sgm_finetune.model_folder import local_folder
 from sgm_finetune.models import linear_layers, load_model, load_tokenizer, ready_for_backward
 
@@ -93,12 +93,7 @@ def dequantised(model):
 
 
 def a_plan(model, batches) -> Plan:
-    probed = probe(model, batches, sketch_size=10)
-    numbers = []
-    for name, halves in probed.halves.items():
-        layer = int(name.split(".")[2])
-        kind = name.replace(f".{layer}.", ".*.")
-        numbers.append(MatrixNumbers(name, kind, layer, probed.shapes[name], 1.0, 0.0, 1, halves))
+    numbers = measured_numbers(probe(model, batches, sketch_size=10))
     return build_plan("pico", numbers, PlanSettings(rank=4, alpha=8, threshold=0.0))
 
 
@@ -231,12 +226,7 @@ def smollm2_batch_and_plan(folder: Path):
     text = ["The capital of France is Paris.", "Water boils at one hundred degrees, and freezes at zero."]
     batch = dict(load_tokenizer(folder)(text, return_tensors="pt", padding=True))
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    probed = probe(four_bit(folder), [batch, batch], sketch_size=8)
-    numbers = [
-        MatrixNumbers(name, name.replace(f".{name.split('.')[2]}.", ".*."), int(name.split(".")[2]), shape, 1, 0, 1,
-                      probed.halves[name])
-        for name, shape in probed.shapes.items()
-    ]  # fmt: skip
+    numbers = measured_numbers(probe(four_bit(folder), [batch, batch], sketch_size=8))
     plan = build_plan("smollm2", numbers, PlanSettings(rank=4, alpha=8))
     return batch, plan
 

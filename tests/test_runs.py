@@ -82,7 +82,7 @@ def pico(model: Path, data: Path, output: Path) -> list[str]:
     return [
         f"model.name={model}", "model.dtype=float32", f"data.train={data}", "data.max_length=32",
         "probe.num_batches=4", "probe.sketch_size=12", "adapter.rank=4", "training.max_steps=20",
-        "training.batch_size=16", "training.learning_rate=5e-3", f"output.dir={output}",
+        "training.batch_size=16", f"output.dir={output}",
     ]  # fmt: skip
 
 
@@ -321,7 +321,7 @@ def test_a_language_model_improves_and_evaluates_to_the_same_digits(write, setti
 def test_an_encoder_merges_learns_and_evaluates_to_the_same_digits(bert_folder, settings, command, tmp_path):
     metrics = command("finetune", [*settings, f"model.name={bert_folder}", "training.max_steps=60"])
     plan = load_plan(tmp_path / "out" / "plan.json")
-    assert {group.side for group in plan.groups} == {"input", "output"}
+    assert {group.kind for group in plan.groups} == {"encoder.layer.*.attention.self.query+key+value"}
     assert metrics["after"]["accuracy"] > 0.8
     again = command("evaluate", settings[-1:])
     assert {key: again[key] for key in metrics["after"]} == metrics["after"]
@@ -525,7 +525,7 @@ def test_a_run_without_merging_is_plain_peft_under_the_plain_trainer(settings, t
 
 
 def test_the_cosine_criterion_says_that_it_found_nothing_and_its_numbers(settings, command, tmp_path):
-    settings = [*settings, "merge.criterion=cosine", "training.max_steps=2"]
+    settings = [*settings, "merge.scope=layers", "merge.criterion=cosine", "training.max_steps=2"]
     metrics = command("finetune", settings)
     line = next(line for line in command.said.splitlines() if "found nothing" in line)
     plan = load_plan(tmp_path / "out" / "plan.json")
@@ -537,11 +537,20 @@ def test_the_cosine_criterion_says_that_it_found_nothing_and_its_numbers(setting
 
 
 def test_the_snr_criterion_merges_layers_of_similar_snr(settings, command, tmp_path):
-    command("finetune", [*settings, "merge.criterion=snr", "merge.side=input", "training.max_steps=2"])
+    choice = ["merge.scope=layers", "merge.criterion=snr", "merge.side=input"]
+    command("finetune", [*settings, *choice, "training.max_steps=2"])
     plan = load_plan(tmp_path / "out" / "plan.json")
     assert plan.groups
     assert all(group.snr_spread_db <= 3 for group in plan.groups)
     assert {group.side for group in plan.groups} == {"input"}
+
+
+def test_layers_share_where_they_are_asked_to(settings, command, tmp_path):
+    command("finetune", [*settings, "merge.scope=layers", "merge.threshold=0", "training.max_steps=2"])
+    plan = load_plan(tmp_path / "out" / "plan.json")
+    assert any(group.side == "output" for group in plan.groups)
+    by_name = {matrix.name: matrix for matrix in plan.matrices}
+    assert all(len({by_name[name].layer for name in group.members}) > 1 for group in plan.groups)
 
 
 def test_a_selected_fraction_trains_fewer_matrices(settings, command, tmp_path):

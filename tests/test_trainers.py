@@ -6,26 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BAD, GOOD, OTHER, make_batches, make_model, make_tokenizer
+from conftest import BAD, GOOD, OTHER, make_batches, make_model, make_tokenizer, measured_numbers
 from datasets import Dataset
 
 from sgm_finetune.adapters.apply import apply_plan, shared_factors
 from sgm_finetune.adapters.descent import create_optimizer
 from sgm_finetune.measure.probe import probe
-from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings, build_plan
+from sgm_finetune.method.plan import Plan, PlanSettings, build_plan
 
 
-def merged_model(side: str = "auto"):
+def merged_model():
     """A merged pico language model and its plan; equal at every call."""
     model = make_model("causal-lm")
     probed = probe(model, make_batches(task="causal-lm"), sketch_size=10)
-    numbers = []
-    for name, halves in probed.halves.items():
-        layer = int(name.split(".")[2])
-        numbers.append(
-            MatrixNumbers(name, name.replace(f".{layer}.", ".*."), layer, probed.shapes[name], 1, 0, 1, halves)
-        )
-    plan = build_plan("pico", numbers, PlanSettings(rank=4, alpha=8, side=side, threshold=0.0))
+    plan = build_plan("pico", measured_numbers(probed), PlanSettings(rank=4, alpha=8, threshold=0.0))
     torch.manual_seed(3)
     return apply_plan(model, plan), plan
 
@@ -135,9 +129,9 @@ def test_sgm_trainer_ties_before_it_loads_a_checkpoint(tmp_path):
     """A model whose members were made apart (as PEFT alone makes them) is tied again when training resumes."""
     from sgm_finetune import SGMTrainer
 
-    model, plan = merged_model("input")
+    model, plan = merged_model()
     plain_trainer(model, tmp_path).train()
-    apart, _ = merged_model("input")
+    apart, _ = merged_model()
     for factors in shared_factors(apart, plan).values():
         for name, module in apart.named_modules():
             if name.endswith("lora_A.default") and module.weight is factors[0]:

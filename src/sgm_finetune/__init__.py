@@ -1,4 +1,4 @@
-"""SGM fine-tuning: merged updates for layers whose gradients agree, chosen by measuring (docs/method.md).
+"""SGM fine-tuning: merged updates for matrices whose gradients agree, chosen by measuring (docs/method.md).
 
 Three acts and any trainer::
 

@@ -19,6 +19,7 @@ from sgm_finetune.errors import UserError
 Task = Literal["causal-lm", "sequence-classification"]
 Quantization = Literal["none", "nf4", "int8"]
 Criterion = Literal["subspace", "cosine", "snr"]
+Scope = Literal["activation", "layers"]
 Side = Literal["input", "output"]
 Optimizer = Literal["spectral", "adamw"]
 DEFAULT_RATES: dict[Optimizer, float] = {"spectral": 0.0125, "adamw": 1e-3}
@@ -127,17 +128,28 @@ class ProbeConfig(_Section):
 
 
 class MergeConfig(_Section):
+    scope: Scope = "activation"
+    """Who may share a factor. activation: the matrices that read the same activations (q, k, v; gate, up) share lora_A.
+    layers: the layers of one kind share the factor of `side`."""
     criterion: Criterion = "subspace"
-    """What makes layers similar. subspace: held-out gradient energy that a shared basis keeps.
-    cosine: cosine of the whole gradients. snr: similar SNR alone."""
+    """What makes them similar. subspace: held-out gradient energy that a shared basis keeps.
+    cosine: cosine of the whole gradients (scope layers). snr: similar SNR alone."""
     side: Literal["auto", "input", "output", "none"] = "auto"
-    """Which factor a group shares: input (lora_A), output (lora_B), auto (per kind, by the probe), none."""
+    """Which factor a group of layers shares: input (lora_A), output (lora_B), auto (per kind, by the probe).
+    none: nothing is merged, in either scope."""
     threshold: Real = Field(default=0.85, ge=-1, le=1)
     """Smallest similarity in a group: energy kept relative to own bases (subspace), or cosine."""
     snr_tolerance_db: Real | None = Field(default=None, ge=0)
     """Largest difference of SNR within a group, in decibels. null: not asked for (criterion snr: 3)."""
     max_group_size: Whole | None = Field(default=None, ge=2)
-    """Most layers in a group (null: any number)."""
+    """Most matrices in a group (null: any number)."""
+
+    @model_validator(mode="after")
+    def _scope_can(self) -> Self:
+        for key, value in (("criterion", "cosine"), ("side", "output")):
+            if self.scope == "activation" and getattr(self, key) == value:
+                raise ValueError(f"merge.{key}={value} compares layers; give merge.scope=layers with it")
+        return self
 
 
 class AdapterConfig(_Section):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,7 @@ def attach_adapter(base: PreTrainedModel, content: dict[str, Any], where: Path) 
     settings = {k: v for k, v in content["peft_config"].items() if k in LoraConfig.__dataclass_fields__}
     plan = parse_plan(content["plan"], str(where))
     try:
-        check_plan(base, replace(plan, groups=()))  # the groups' starts stayed behind, the trained factors are here
+        check_plan(base, plan)
     except UserError as error:
         reason = str(error).partition(";")[0]
         raise UserError(f"{where} does not fit the base model; take the one it was trained on. {reason}") from None

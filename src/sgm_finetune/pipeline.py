@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from sgm_finetune.adapters.apply import apply_plan, check_plan
+from sgm_finetune.adapters.apply import apply_plan, check_plan, check_starts
 from sgm_finetune.adapters.plan_file import load_plan, save_plan
 from sgm_finetune.config import Config, load_config, parse_config, set_overrides
 from sgm_finetune.data import DataSplits, Encoded, collator, encode, load_splits
@@ -45,6 +46,7 @@ from sgm_finetune.measure.scan import scan
 from sgm_finetune.measure.scan_formats import load_scan
 from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings, adapter_parameters, build_plan
 from sgm_finetune.method.spectrum import Scan, by_parameter
+from sgm_finetune.method.subspace import SIDES
 from sgm_finetune.model_folder import local_folder
 from sgm_finetune.models import (
     check_model,
@@ -108,6 +110,7 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
     model = load_base(config, materials)
     if given_plan is not None:
         check_plan(model, given_plan)  # before the minutes of evaluation and not after them
+        check_starts(given_plan)
     test = _evaluator(config, materials, voice, clock)
     if checkpoint is not None and given_plan is not None:
         measured = _earlier(output, given_plan, clock)
@@ -336,6 +339,7 @@ def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Mod
             snr_db=found.snr_db,
             signal_rank=found.signal_rank,
             halves=probed.halves[name] if probed is not None else None,
+            activation=probed.activations[name] if probed is not None else None,
         )
         for name, shape in shapes.items()
         if (found := by_name.get(name)) is not None
@@ -349,6 +353,7 @@ def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Mod
         rank=adapter.rank,
         alpha=adapter.alpha,
         dropout=adapter.dropout,
+        scope=merge.scope,
         criterion=merge.criterion,
         side=merge.side if probed is not None else "none",
         threshold=merge.threshold,
@@ -396,11 +401,9 @@ def describe_plan(plan: Plan) -> str:
     merged = sum(len(group.members) for group in plan.groups)
     parts = [f"{len(plan.selected)} of {len(plan.matrices)} matrices"]
     if plan.groups:
-        sides = {side: sum(g.side == side for g in plan.groups) for side in ("input", "output")}
-        parts.append(
-            f"{merged} of them in {len(plan.groups)} groups ({sides['input']} share their input side, "
-            f"{sides['output']} their output side)"
-        )
+        counts = Counter(group.side for group in plan.groups)
+        sides = ", ".join(f"{counts[side]} share their {side} side" for side in SIDES if counts[side])
+        parts.append(f"{merged} of them in {len(plan.groups)} groups ({sides})")
     else:
         parts.append("no groups: plain LoRA")
     trainable, plain = adapter_parameters(plan)
@@ -410,25 +413,29 @@ def describe_plan(plan: Plan) -> str:
 
 def remarks(plan: Plan) -> list[str]:
     """What a person should know about the plan: a criterion that found nothing says so, with its numbers."""
-    if plan.groups or plan.settings.side == "none" or not any(kind.side for kind in plan.kinds):
-        return []
     settings = plan.settings
+    kinds = [kind for kind in plan.kinds if kind.side is not None]
+    if plan.groups or settings.side == "none":
+        return []
+    if not kinds:
+        return ["no two of them read the same activations"] * (settings.scope == "activation")
     match settings.criterion:
         case "cosine":
-            best = max(plan.kinds, key=lambda kind: kind.cosine_max or -1.0)
-            ceiling = sum(kind.cosine_other_half or 0.0 for kind in plan.kinds) / len(plan.kinds)
+            best = max(kinds, key=lambda kind: kind.cosine_max or -1.0)
+            ceiling = sum(kind.cosine_other_half or 0.0 for kind in kinds) / len(kinds)
             return [
                 f"merge.criterion=cosine found nothing: no two layers reach {settings.threshold}; the closest pair, in "
                 f"{best.kind}, has {best.cosine_max:.2f} (a layer with itself on other data: {ceiling:.2f} on average)"
             ]
         case "subspace":
-            best = max(plan.kinds, key=lambda k: max(k.retention_input or 0.0, k.retention_output or 0.0))
+            best = max(kinds, key=lambda k: max(k.retention_input or 0.0, k.retention_output or 0.0))
             return [
                 f"merge.criterion=subspace found nothing at merge.threshold={settings.threshold}; {best.kind} keeps "
                 f"{max(best.retention_input or 0.0, best.retention_output or 0.0):.2f} on average of all pairs"
             ]
         case "snr":
-            return ["merge.criterion=snr found nothing: no two layers of a kind are within the tolerance"]
+            who = "layers of a kind" if settings.scope == "layers" else "readers of the same activations"
+            return [f"merge.criterion=snr found nothing: no two {who} are within the tolerance"]
 
 
 def environment() -> dict[str, str]:

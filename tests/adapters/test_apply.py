@@ -6,24 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_batches, make_model
+from conftest import make_batches, make_model, measured_numbers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
-from sgm_finetune.adapters.apply import apply_plan, check_plan, shared_factors, tie
+from sgm_finetune.adapters.apply import apply_plan, check_plan, check_starts, lora_layers, shared_factors, tie
 from sgm_finetune.errors import UserError
 from sgm_finetune.measure.probe import probe
-from sgm_finetune.method.plan import MatrixNumbers, PlanSettings, adapter_parameters, build_plan
+from sgm_finetune.method.plan import PlanSettings, adapter_parameters, build_plan
+
+SHARES = ["activation", "input", "output"]
+"""Readers of the same activations, or the layers of a kind and their side."""
 
 
-def make_plan(model, side="auto", rank=4, **changes):
+def make_plan(model, share="activation", rank=4):
     probed = probe(model, make_batches(task=task_of(model)), sketch_size=10)
-    numbers = []
-    for name, halves in probed.halves.items():
-        layer = next(int(part) for part in name.split(".") if part.isdigit())
-        kind = name.replace(f".{layer}.", ".*.")
-        numbers.append(MatrixNumbers(name, kind, layer, probed.shapes[name], 1.0, 0.0, 1, halves))
-    settings = PlanSettings(rank=rank, alpha=8, side=side, threshold=0.0, **changes)
-    return build_plan("pico", numbers, settings)
+    scope, side = ("activation", "auto") if share == "activation" else ("layers", share)
+    settings = PlanSettings(rank=rank, alpha=8, scope=scope, side=side, threshold=0.0)
+    return build_plan("pico", measured_numbers(probed), settings)
 
 
 def task_of(model):
@@ -46,48 +45,61 @@ def train_steps(model, batches, num_steps=20):
     return model
 
 
-@pytest.mark.parametrize("side", ["input", "output"])
-def test_a_merged_model_starts_at_the_base_model(side):
+@pytest.mark.parametrize("share", SHARES)
+def test_a_merged_model_starts_at_the_base_model(share):
     base, batch = make_model(), make_batches()[0]
     before = logits(base, batch)
-    adapted = apply_plan(base, make_plan(base, side))
+    adapted = apply_plan(base, make_plan(base, share))
     assert torch.equal(before, logits(adapted, batch))
 
 
-@pytest.mark.parametrize("side", ["input", "output"])
-def test_members_hold_one_parameter_that_starts_in_the_groups_spectrum(side):
+@pytest.mark.parametrize("share", SHARES)
+def test_members_hold_one_parameter_that_starts_in_the_groups_spectrum(share):
     model = make_model()
-    plan = make_plan(model, side)
+    plan = make_plan(model, share)
     adapted = apply_plan(model, plan)
     assert plan.groups
     for name, factors in shared_factors(adapted, plan).items():
         assert len({id(factor) for factor in factors}) == 1
-        start = factors[0].detach().T if side == "input" else factors[0].detach()
+        start = factors[0].detach().T if share != "output" else factors[0].detach()
         torch.testing.assert_close(start * 3**0.5, plan.starts[name], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("side", ["input", "output"])
-def test_members_are_equal_after_training_and_the_loss_falls(side):
+def test_a_matrix_of_its_own_starts_in_its_own_spectrum():
+    model = make_model()
+    plan = make_plan(model)
+    alone = [matrix for matrix in plan.matrices if matrix.group is None]
+    assert {matrix.name.rpartition(".")[2] for matrix in alone} == {"o_proj", "down_proj"}
+    layers = lora_layers(apply_plan(model, plan))
+    for matrix in alone:
+        assert matrix.start == "spectral"
+        a, b = layers[matrix.name].lora_A["default"].weight, layers[matrix.name].lora_B["default"].weight
+        torch.testing.assert_close(a.detach().T * 3**0.5, plan.starts[matrix.name], atol=1e-6, rtol=0)
+        assert not b.any()
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_members_are_equal_after_training_and_the_loss_falls(share):
     model, batches = make_model(), make_batches()
-    plan = make_plan(model, side)
+    plan = make_plan(model, share)
     adapted = apply_plan(model, plan)
     first = float(adapted(**batches[0]).loss.detach())
     train_steps(adapted, batches, 40)
     for name, factors in shared_factors(adapted, plan).items():
         assert all(torch.equal(factors[0], factor) for factor in factors[1:])
-        start = factors[0].T if side == "input" else factors[0]
+        start = factors[0].T if share != "output" else factors[0]
         assert not torch.allclose(start * 3**0.5, plan.starts[name], atol=1e-4)
     assert float(adapted(**batches[0]).loss.detach()) < 0.7 * first
 
 
-@pytest.mark.parametrize("side", ["input", "output"])
-def test_the_shared_gradient_is_the_sum_of_its_members_gradients(side):
+@pytest.mark.parametrize("share", SHARES)
+def test_the_shared_gradient_is_the_sum_of_its_members_gradients(share):
     """∂L/∂A_g = Σ_l ∂L/∂A_l, each member's from an untied copy, in float64."""
     batch = make_batches()[0]
 
     def build(tied: bool):
         model = make_model()
-        plan = make_plan(model, side)
+        plan = make_plan(model, share)
         adapted = apply_plan(model, plan)
         generator = torch.Generator().manual_seed(0)
         for name, parameter in adapted.named_parameters():
@@ -136,12 +148,12 @@ def test_parameters_are_counted_as_the_plan_says():
     assert adapter_parameters(plan)[0] < adapter_parameters(plan)[1]
 
 
-@pytest.mark.parametrize("side", ["input", "output"])
-def test_a_saved_adapter_loads_in_an_unmodified_peft_and_merges(side, tmp_path):
+@pytest.mark.parametrize("share", SHARES)
+def test_a_saved_adapter_loads_in_an_unmodified_peft_and_merges(share, tmp_path):
     """logits: trained = loaded by PeftModel.from_pretrained (difference 0) = merged into the base (tolerance)."""
     batches = make_batches()
     model = make_model()
-    adapted = train_steps(apply_plan(model, make_plan(model, side)), batches)
+    adapted = train_steps(apply_plan(model, make_plan(model, share)), batches)
     expected = logits(adapted, batches[0])
     adapted.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make_model(), tmp_path)
@@ -166,7 +178,8 @@ def test_loading_a_checkpoint_keeps_members_tied(tmp_path):
 def test_a_group_may_start_at_random():
     model = make_model()
     plan = make_plan(model, "output")
-    plan = replace(plan, groups=tuple(replace(g, start="random") for g in plan.groups), starts={})
+    groups = tuple(replace(group, start="random") for group in plan.groups)
+    plan = replace(plan, groups=groups, matrices=tuple(replace(m, start="random") for m in plan.matrices), starts={})
     before = logits(model, make_batches()[0])
     adapted = apply_plan(model, plan)
     assert torch.equal(before, logits(adapted, make_batches()[0]))
@@ -192,8 +205,8 @@ def broken(plan, what):
         case "a start of another rank":
             return replace(plan, starts={name: start[:, :2] for name, start in plan.starts.items()})
         case _:
-            other = next(g for g in plan.groups if plan.shape_of(g.members[0]) != plan.shape_of(group.members[0]))
-            return replace(plan, groups=(replace(group, members=(group.members[0], other.members[0])),))
+            other = next(m for m in plan.matrices if m.shape[1] != plan.shape_of(group.members[0])[1])
+            return replace(plan, groups=(replace(group, members=(group.members[0], other.name)),))
 
 
 @pytest.mark.parametrize(
@@ -206,11 +219,17 @@ def broken(plan, what):
         ("a layer in two groups", "two groups"),
         ("no start", "no spectral start"),
         ("a start of another rank", "64x2, its factor 64x4"),
-        ("shapes mixed", "mixes the shapes"),
+        ("shapes mixed", "mixes input widths"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused_in_one_line(what, said):
     model = make_model()
+    plan = broken(make_plan(model), what)
+
+    def check() -> None:
+        check_plan(model, plan)
+        check_starts(plan)
+
     with pytest.raises(UserError, match=said) as caught:
-        check_plan(model, broken(make_plan(model), what))
+        check()
     assert "\n" not in str(caught.value)

@@ -64,6 +64,21 @@ def test_the_first_step_changes_every_update_by_the_step_in_spectral_norm(sides)
             assert torch.linalg.matrix_norm(change, 2) == pytest.approx(0.01, rel=1e-3)
 
 
+def test_a_factor_shared_by_layers_of_different_outputs_steps_by_the_mean_in_their_own_units():
+    """Mean over q (64 outputs) and k (32) of the squared change from RMS to RMS, in its loudest direction: the step."""
+    draw = torch.Generator().manual_seed(0)
+    a = torch.nn.Parameter(torch.randn(RANK, 64, generator=draw))
+    members = [torch.nn.Parameter(torch.randn(rows, RANK, generator=draw)) for rows in (64, 32)]
+    pairs = [Pair(a, b, 2.0) for b in members]
+    optimizer = FactorDescent(pairs, lr=0.01, momentum=0.0, trust=1e-3)
+    before = a.detach().clone()
+    a.grad = torch.randn(a.shape, generator=draw)
+    optimizer.step()
+    change = a.detach() - before
+    parts = [2.0 * (64 / len(b)) ** 0.5 * b.detach() @ change for b in members]
+    assert torch.linalg.matrix_norm(torch.cat(parts), 2) == pytest.approx(0.01 * 2**0.5, rel=1e-3)
+
+
 @pytest.mark.parametrize("sides", [("none", "none"), ("input", "output")])
 def test_the_loss_falls(sides):
     model = adapted(*sides)

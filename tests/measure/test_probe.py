@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_batches, make_model
@@ -36,6 +38,44 @@ def test_sketches_agree_with_the_gradients_that_autograd_forms(task):
             torch.testing.assert_close(sketch.input.double(), expected, rtol=1e-3, atol=1e-5)
             expected = (gradient @ test_matrix(cols, 6, sketch.seed).double()).T
             torch.testing.assert_close(sketch.output.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_readers_of_the_same_activations_are_found():
+    probed = probe(make_model(), make_batches())
+    readers: dict[str, list[str]] = {}
+    for name, first in probed.activations.items():
+        readers.setdefault(first.removeprefix("model.layers."), []).append(name.split(".")[-1])
+    expected = {
+        "self_attn.q_proj": ["q_proj", "k_proj", "v_proj"], "self_attn.o_proj": ["o_proj"],
+        "mlp.gate_proj": ["gate_proj", "up_proj"], "mlp.down_proj": ["down_proj"],
+    }  # fmt: skip
+    assert readers == {f"{layer}.{first}": kinds for layer in range(4) for first, kinds in expected.items()}
+
+
+class Branching(torch.nn.Module):
+    """Its two branches read one tensor in some batches, equal copies in others."""
+
+    def __init__(self, copies: set[int]):
+        super().__init__()
+        self.embed = torch.nn.Embedding(32, 8)
+        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({k: torch.nn.Linear(8, 8) for k in ("left", "right")})])
+        self.copies, self.calls = copies, 0
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask, labels):
+        x = self.embed(input_ids)
+        other = x.clone() if self.calls in self.copies else x
+        self.calls += 1
+        loss = (self.layers[0]["left"](x) * self.layers[0]["right"](other)).square().mean()
+        return SimpleNamespace(loss=loss)
+
+
+@pytest.mark.parametrize(("copies", "together"), [(set(), True), ({0, 1, 2, 3}, False), ({3}, False)])
+def test_they_read_the_same_activations_only_where_they_do_in_every_batch(copies, together):
+    probed = probe(Branching(copies), make_batches(4))  # type: ignore[arg-type]
+    assert (probed.activations["layers.0.right"] == "layers.0.left") is together
 
 
 def footprint(model):

@@ -34,7 +34,7 @@ def layer(index: int, shared: str, snr_db: float = 10.0, kind: str = "blocks.*.p
     return MatrixNumbers(name, kind, index, (rows, cols), 10 ** (snr_db / 10), snr_db, 3, (halves[0], halves[1]))
 
 
-SETTINGS = PlanSettings(rank=RANK, alpha=6, threshold=0.9)
+SETTINGS = PlanSettings(rank=RANK, alpha=6, scope="layers", threshold=0.9)
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -80,6 +80,55 @@ def test_the_snr_criterion_looks_at_snr_alone():
 def test_a_side_that_was_asked_for_is_taken():
     plan = build_plan("m", [layer(i, "input") for i in range(4)], replace(SETTINGS, side="output", threshold=0.0))
     assert {group.side for group in plan.groups} == {"output"}
+
+
+def reader(name: str, of: str, like: int, snr_db: float = 10.0, rows: int = 24) -> MatrixNumbers:
+    """A matrix that reads what `of` reads; its gradient shares its input directions with those of equal `like`."""
+    matrix = layer(100 + like, "input", snr_db)
+    assert matrix.halves is not None
+    turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(like))).Q
+    halves = tuple(Sketch(half.input @ turn, half.output[:, :rows], half.seed) for half in matrix.halves)
+    kind = name.split(".")[-1]
+    return replace(matrix, name=name, kind=kind, shape=(rows, 32), halves=halves, activation=of)  # type: ignore[arg-type]
+
+
+READERS = [
+    reader(f"blocks.{i}.{kind}", f"blocks.{i}.q", like=i, rows=rows)
+    for i in range(3)
+    for kind, rows in (("q", 24), ("k", 12), ("v", 12))
+]
+ACTIVATION = replace(SETTINGS, scope="activation")
+
+
+def test_readers_of_the_same_activations_share_their_input_side_whatever_their_outputs():
+    plan = build_plan("m", READERS, ACTIVATION)
+    assert [(group.name, group.members) for group in plan.groups] == [
+        (f"q+k+v/input/{i}", (f"blocks.{i}.q", f"blocks.{i}.k", f"blocks.{i}.v")) for i in range(3)
+    ]
+    assert {group.side for group in plan.groups} == {"input"}
+    assert adapter_parameters(plan) == (3 * RANK * (24 + 12 + 12 + 32), 3 * RANK * (24 + 12 + 12 + 3 * 32))
+    joined = plan.kinds[-1]
+    assert (joined.kind, joined.num_layers, joined.side) == ("q+k+v", 3, "input")
+    assert joined.retention_input == pytest.approx(1.0, abs=0.05)
+    assert [kind.side for kind in plan.kinds[:-1]] == [None] * 3
+
+
+def test_a_reader_whose_gradient_has_other_directions_stays_alone():
+    odd = reader("blocks.0.k", "blocks.0.q", like=9, rows=12)
+    plan = build_plan("m", [odd if m.name == odd.name else m for m in READERS[:3]], ACTIVATION)
+    assert [group.members for group in plan.groups] == [("blocks.0.q", "blocks.0.v")]
+
+
+def test_readers_of_different_activations_never_share():
+    apart = [replace(matrix, activation=matrix.name) for matrix in READERS]
+    plan = build_plan("m", apart, replace(ACTIVATION, threshold=-1.0))
+    assert plan.groups == ()
+
+
+def test_only_what_is_trained_is_grouped_by_activation():
+    loud = [replace(m, snr=100.0) if m.kind != "k" else m for m in READERS]
+    plan = build_plan("m", loud, replace(ACTIVATION, snr_threshold=50.0))
+    assert {group.kind for group in plan.groups} == {"q+v"}
 
 
 def test_side_none_and_a_missing_probe_give_plain_lora():

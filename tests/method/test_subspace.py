@@ -9,6 +9,7 @@ from sgm_finetune.method.subspace import (
     Sketch,
     cosines,
     energy_kept,
+    equalised,
     leading_basis,
     leading_rows,
     pairwise_retention,
@@ -138,3 +139,35 @@ def test_layers_with_one_row_space_can_share_and_orthogonal_ones_cannot():
 def test_test_matrices_are_reproducible_and_differ_by_seed_and_size():
     assert torch.equal(test_matrix(6, 4, 1), test_matrix(6, 4, 1))
     assert not torch.equal(test_matrix(6, 4, 1), test_matrix(6, 4, 2))
+
+
+def test_loud_channels_do_not_decide_a_basis():
+    """Different directions and one loud channel in common: alike as they are, unlike when equalised."""
+    generator = torch.Generator().manual_seed(0)
+    one, two = (torch.randn(20, 3, generator=generator) @ torch.randn(3, 40, generator=generator) for _ in range(2))
+    loud = torch.ones(40)
+    loud[7] = 1000.0
+    raw, equal = [one * loud, two * loud], equalised([one * loud, two * loud])
+    assert energy_kept(leading_basis(raw[0], 3), raw[1]) > 0.99
+    assert energy_kept(leading_basis(equal[0], 3), equal[1]) < 0.4
+    for sketch in equal:
+        assert torch.linalg.vector_norm(sketch).item() == pytest.approx(1.0)
+
+
+def test_equalised_sketches_do_not_depend_on_the_scale_of_a_channel_or_of_a_sketch():
+    generator = torch.Generator().manual_seed(0)
+    sketches = [torch.randn(20, 12, generator=generator, dtype=torch.float64) for _ in range(3)]
+    sketches = [sketch / torch.linalg.vector_norm(sketch) for sketch in sketches]
+    channels = torch.logspace(-1, 1, 12, dtype=torch.float64)
+    for left, right in zip(equalised(sketches), equalised([5 * sketch for sketch in sketches]), strict=True):
+        torch.testing.assert_close(left, right)
+    (alone,), (scaled,) = equalised(sketches[:1]), equalised([sketches[0] * channels])
+    torch.testing.assert_close(alone, scaled, rtol=1e-3, atol=1e-5)
+
+
+def test_silent_channels_stay_silent():
+    sketch = torch.zeros(4, 6)
+    sketch[:, 0] = 1.0
+    (found,) = equalised([sketch])
+    assert (found[:, 1:] == 0).all()
+    assert equalised([torch.zeros(4, 6)])[0].eq(0).all()

@@ -12,6 +12,7 @@ import pytest
 
 from sgm_finetune.config import Config, parse_config
 from sgm_finetune.method.plan import Energy, Group, KindNumbers, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.report import figures
 from sgm_finetune.report.page import render_report
 
 READERS, WRITERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
@@ -72,8 +73,9 @@ def sample_plan(num_layers: int = 30, seed: int = 0) -> Plan:
         )
     matrices.sort(key=lambda matrix: (matrix.layer, KINDS.index(matrix.kind)))
     return Plan(
-        "smollm2-135m-instruct", PlanSettings(rank=16, alpha=32), tuple(matrices), tuple(groups), tuple(kinds), "mp"
-    )
+        "smollm2-135m-instruct", PlanSettings(rank=16, alpha=32, scope="layers"), tuple(matrices), tuple(groups),
+        tuple(kinds), "mp",
+    )  # fmt: skip
 
 
 def plain_plan() -> Plan:
@@ -266,10 +268,25 @@ def test_a_run_without_probe_groups_or_history_has_dashes_where_nothing_was_meas
     assert "None" not in text
 
 
+def test_groups_within_a_layer_are_numbered_by_row():
+    plan = sample_plan(2)
+    groups = tuple(
+        Group(f"{'+'.join(kinds)}/input/{layer}", "+".join(kinds), "input",
+              tuple(f"model.layers.{layer}.{kind}" for kind in kinds))
+        for kinds in (("q_proj", "k_proj"), ("gate_proj", "up_proj")) for layer in range(2)
+    )  # fmt: skip
+    owner = {name: group.name for group in groups for name in group.members}
+    matrices = tuple(replace(matrix, group=owner.get(matrix.name)) for matrix in plan.matrices)
+    settings = PlanSettings(rank=16, alpha=32, scope="activation")
+    plan = replace(plan, settings=settings, groups=groups, matrices=matrices)
+    assert list(figures.group_numbers(plan).values()) == [0, 0, 1, 1]
+    assert "same colour and number in a row: one group" in read(render(plan=plan)).text
+
+
 def test_a_criterion_that_finds_nothing_is_named():
     plan = replace(sample_plan(4), groups=())
     plan = replace(plan, matrices=tuple(replace(m, group=None) for m in plan.matrices))
-    assert "No two layers passed the criterion “subspace” at threshold 0.85" in read(render(plan=plan)).text
+    assert "No two matrices passed the criterion “subspace” at threshold 0.85" in read(render(plan=plan)).text
 
 
 @pytest.mark.parametrize("steps", [1, 19, 5000])

@@ -6,11 +6,12 @@ import math
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sgm_finetune.errors import UserError
 from sgm_finetune.method.plan import Group, Plan
+from sgm_finetune.method.subspace import Side
 from sgm_finetune.models import linear_layers, matrix_shape, ready_for_backward
 
 ADAPTER = "default"
@@ -20,12 +21,14 @@ _FACTORS = {"input": "lora_A", "output": "lora_B"}
 def apply_plan(model: PreTrainedModel, plan: Plan) -> PeftModel:
     """A PeftModel that trains what `plan` selects; the members of a group hold one and the same shared factor.
 
-    Layers outside groups start as PEFT starts them (a plan without groups *is* plain PEFT LoRA, bit for bit). In a
-    group the shared factor starts at the group's spectral basis (eq. 15), the members' own factors at zero on the
-    output side and likewise on the input side, so that the model's output does not change. Any trainer that trains
-    PEFT models trains this one. Raises UserError when the plan does not fit the model, or lacks a group's start.
+    A shared factor, and lora_A of a matrix without a group, starts at its spectral basis (eq. 15) where the plan says
+    so, the other factors at zero, so that the model's output does not change; the rest starts as in PEFT (a plan
+    without groups and spectral starts *is* plain PEFT LoRA, bit for bit). Any trainer that trains PEFT models trains
+    this one.
+    Raises UserError when the plan does not fit the model, or lacks a start.
     """
     check_plan(model, plan)
+    check_starts(plan)
     ready_for_backward(model)
     names = [matrix.name for matrix in plan.selected]
     config = LoraConfig(
@@ -40,8 +43,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PeftModel:
     reached = {name.removeprefix("base_model.model.") for name in lora_layers(adapted)}
     if reached != set(names):
         raise AssertionError(f"PEFT adapted other layers than planned: {sorted(reached ^ set(names))[:3]}")
-    for group in plan.groups:
-        _start(adapted, group, plan)
+    _start(adapted, plan)
     tie(adapted, plan)
     return adapted  # type: ignore[return-value]
 
@@ -89,47 +91,63 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             if name in seen:
                 raise UserError(f"`{name}` is in two groups of the plan: `{seen[name]}` and `{group.name}`")
             seen[name] = group.name
-        shapes = {selected[name].shape for name in group.members}
-        if len(shapes) > 1:
+        axis = 1 if group.side == "input" else 0
+        widths = {selected[name].shape[axis] for name in group.members}
+        if len(widths) > 1:
             raise UserError(
-                f"Group `{group.name}` of the plan mixes the shapes {sorted(shapes)}; only equal ones share"
+                f"Group `{group.name}` of the plan mixes {group.side} widths {sorted(widths)}; only equal ones share"
             )
+
+
+def check_starts(plan: Plan) -> None:
+    """Raises UserError unless every group and matrix that starts at a spectrum has one of the right shape."""
+    for group in plan.groups:
         if group.start == "spectral":
-            _check_start(plan, group, selected[group.members[0]].shape)
+            rows, cols = plan.shape_of(group.members[0])
+            _check_start(plan, f"group `{group.name}`", group.name, cols if group.side == "input" else rows)
+    for matrix in plan.selected:
+        if matrix.group is None and matrix.start == "spectral":
+            _check_start(plan, f"`{matrix.name}`", matrix.name, matrix.shape[1])
 
 
-def _check_start(plan: Plan, group: Group, shape: tuple[int, int]) -> None:
-    rows, cols = shape
-    expected = (cols if group.side == "input" else rows, plan.settings.rank)
-    start = plan.starts.get(group.name)
+def _check_start(plan: Plan, what: str, name: str, width: int) -> None:
+    start, expected = plan.starts.get(name), (width, plan.settings.rank)
     if start is None:
         raise UserError(
-            f'Group `{group.name}` has no spectral start in the plan\'s tensors; write "start": "random" for it, '
+            f'The plan\'s tensors hold no spectral start for {what}; write "start": "random" for it, '
             "or make a new plan with `sgm plan`"
         )
     if tuple(start.shape) != expected:
         raise UserError(
-            f"The start of group `{group.name}` is {'x'.join(map(str, start.shape))}, its factor "
-            f"{'x'.join(map(str, expected))} (d x adapter.rank); make a new plan with `sgm plan`"
+            f"The start of {what} is {'x'.join(map(str, start.shape))}, its factor {'x'.join(map(str, expected))} "
+            "(d x adapter.rank); make a new plan with `sgm plan`"
         )
 
 
-def _start(model: PeftModel, group: Group, plan: Plan) -> None:
-    """Eq. 15: the shared factor's r directions are the group's basis, each scaled to 1/√3, the length that PEFT's
-    own start gives a row of lora_A on average; the other factor is zero."""
+def _start(model: PeftModel, plan: Plan) -> None:
+    """Eq. 15: the r directions of a group's shared factor, or of a lone matrix's lora_A, are its spectral basis, each
+    scaled to 1/√3, the length that PEFT's own start gives a row of lora_A on average; the other factor is zero."""
     layers = lora_layers(model)
-    own_name = _FACTORS["output" if group.side == "input" else "input"]
-    for name in group.members:
-        shared, own = _factor(layers, name, group), getattr(layers[name], own_name)[ADAPTER]
-        with torch.no_grad():
+    for group in plan.groups:
+        for name in group.members:
+            shared, own = _factors(layers[name], group.side)
             if group.start == "spectral":
-                basis = plan.starts[group.name].to(shared.weight) / math.sqrt(3)
-                shared.weight.copy_(basis.T if group.side == "input" else basis)
-                own.weight.zero_()
+                _start_at(plan.starts[group.name], shared, own, group.side)
             elif group.side == "output":
                 # PEFT starts lora_B at zero: a shared random lora_B needs the mirrored start
-                nn.init.kaiming_uniform_(shared.weight.T, a=math.sqrt(5))
-                own.weight.zero_()
+                with torch.no_grad():
+                    nn.init.kaiming_uniform_(shared.T, a=math.sqrt(5))
+                    own.zero_()
+    for matrix in plan.selected:
+        if matrix.group is None and matrix.start == "spectral":
+            _start_at(plan.starts[matrix.name], *_factors(layers[matrix.name], "input"), "input")
+
+
+@torch.no_grad()
+def _start_at(basis: Tensor, factor: Tensor, other: Tensor, side: Side) -> None:
+    scaled = basis.to(factor) / math.sqrt(3)
+    factor.copy_(scaled.T if side == "input" else scaled)
+    other.zero_()
 
 
 def lora_layers(model: PeftModel) -> dict[str, nn.Module]:
@@ -143,6 +161,12 @@ def lora_layers(model: PeftModel) -> dict[str, nn.Module]:
 
 def _factor(layers: dict[str, nn.Module], name: str, group: Group) -> nn.Linear:
     return getattr(layers[name], _FACTORS[group.side])[ADAPTER]
+
+
+def _factors(layer: nn.Module, side: Side) -> tuple[Tensor, Tensor]:
+    """The weights of the factor on `side` and of the other one."""
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight  # type: ignore[index]
+    return (a, b) if side == "input" else (b, a)
 
 
 def task_type(model: nn.Module) -> TaskType | None:

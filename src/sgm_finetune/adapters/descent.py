@@ -106,8 +106,7 @@ class FactorDescent(torch.optim.Optimizer):
         buckets: dict[tuple[str, torch.Size, float], list[nn.Parameter]] = {}
         for factor in group["params"]:
             if factor.grad is not None:
-                side, pairs = self.members[factor]
-                buckets.setdefault((side, factor.shape, pairs[0].unit), []).append(factor)
+                buckets.setdefault((self.members[factor][0], factor.shape, self._unit(factor)), []).append(factor)
         for (side, _, unit), factors in buckets.items():
             gradients = torch.stack([_laid(side, f.grad.float()) for f in factors])  # type: ignore[union-attr]
             if not torch.isfinite(gradients).all():  # before anything is changed
@@ -159,11 +158,16 @@ class FactorDescent(torch.optim.Optimizer):
             maximize=False,
         )
 
+    def _unit(self, factor: nn.Parameter) -> float:
+        """The first member's; `_metric` measures the others in it."""
+        return self.members[factor][1][0].unit
+
     def _metric(self, factor: nn.Parameter, grams: dict[nn.Parameter, Tensor]) -> Tensor:
-        """Mean Gram matrix (r x r) of the factor's partners."""
+        """Mean Gram matrix (r x r) of the factor's partners, each in its own layer's unit."""
         side, pairs = self.members[factor]
         partners = [_gram("b", pair.b, grams) if side == "a" else _gram("a", pair.a, grams) for pair in pairs]
-        return torch.stack(partners).mean(0)
+        shares = [(self._unit(factor) / pair.unit) ** 2 for pair in pairs]
+        return torch.stack([share * gram for share, gram in zip(shares, partners, strict=True)]).mean(0)
 
 
 def _laid(side: str, factor: Tensor) -> Tensor:

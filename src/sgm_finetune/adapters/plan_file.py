@@ -1,4 +1,4 @@
-"""plan.json, and plan.safetensors beside it: the spectral starts of its groups."""
+"""plan.json, and plan.safetensors beside it: its spectral starts."""
 
 from __future__ import annotations
 

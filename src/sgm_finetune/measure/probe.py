@@ -6,7 +6,7 @@ It works on a frozen, also a 4-bit, base; it forms no weight gradient; and it le
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,8 @@ class Probe:
     """Module name -> sketches of the gradient's sum over the even and over the odd batches; float32, on the CPU."""
     shapes: Mapping[str, tuple[int, int]]
     """Module name -> (d_out, d_in)."""
+    activations: Mapping[str, str]
+    """Module name -> the first module, itself included, that read the same activations."""
     loss: float
     """Mean loss of the batches."""
     num_batches: int
@@ -47,6 +49,13 @@ class _Recorder:
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.omegas: dict[tuple[int, torch.device], Tensor] = {}
         self.held_bytes = self.peak_bytes = 0
+        self.read: dict[str, list[tuple[int, int]]] = {}  # name -> (batch, number) of every activation that it read
+        self.num_batches = 0
+        self.numbers: dict[tuple[int, int, torch.Size, tuple[int, ...]], int] = {}  # what it is -> number in the batch
+
+    def begin_batch(self) -> None:
+        self.num_batches += 1
+        self.numbers.clear()
 
     def omega(self, dim: int, device: torch.device) -> Tensor:
         if (dim, device) not in self.omegas:
@@ -58,6 +67,9 @@ class _Recorder:
         if not (isinstance(output, Tensor) and output.requires_grad):
             return
         x = args[0].detach()
+        # its own as long as it is held, until the backward pass
+        number = self.numbers.setdefault((x.data_ptr(), x._version, x.shape, x.stride()), len(self.numbers))
+        self.read.setdefault(name, []).append((self.num_batches, number))
         self.held_bytes += x.numel() * x.element_size()
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
         output.register_hook(partial(self.add, name, x))
@@ -104,6 +116,7 @@ def probe(
     with _measuring(model):
         for index, batch in enumerate(batches):
             batch = {key: value.to(device) for key, value in batch.items()}
+            recorders[index % 2].begin_batch()
             with _hooked(layers, recorders[index % 2]):
                 loss = _loss(model, batch)
                 loss.backward()
@@ -119,6 +132,7 @@ def probe(
     return Probe(
         halves=halves,
         shapes=shapes,
+        activations=_first_readers(layers, [recorder.read for recorder in recorders]),
         loss=sum(losses) / len(losses),
         num_batches=len(batches),
         num_tokens=num_tokens,
@@ -126,6 +140,12 @@ def probe(
         sketch_bytes=sum(t.numel() * t.element_size() for t in tensors),
         activation_bytes=max(recorder.peak_bytes for recorder in recorders),
     )
+
+
+def _first_readers(names: Iterable[str], reads: Sequence[Mapping[str, list[tuple[int, int]]]]) -> dict[str, str]:
+    """Name -> the first of those that read the same activations as it, in all batches."""
+    first: dict[tuple, str] = {}
+    return {name: first.setdefault(tuple(tuple(read[name]) for read in reads), name) for name in names}
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -19,6 +20,7 @@ from sgm_finetune.method.subspace import (
     Sketch,
     cosines,
     energy_kept,
+    equalised,
     leading_basis,
     leading_rows,
     pairwise_retention,
@@ -37,6 +39,7 @@ class PlanSettings:
     rank: int
     alpha: float
     dropout: float = 0.0
+    scope: Literal["activation", "layers"] = "activation"
     criterion: Literal["subspace", "cosine", "snr"] = "subspace"
     side: Literal["auto", "input", "output", "none"] = "auto"
     threshold: float = 0.85
@@ -58,6 +61,8 @@ class MatrixNumbers:
     snr_db: float | None
     signal_rank: int | None
     halves: tuple[Sketch, Sketch] | None = None
+    activation: str | None = None
+    """Name of the first matrix that reads the same activations."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class PlannedMatrix:
     """Rows (d_out) and columns (d_in)."""
     selected: bool
     group: str | None = None
+    start: Literal["spectral", "random"] = "random"
+    """Where lora_A of a matrix without a group starts: its own gradient's spectrum, or PEFT's default."""
     snr: float | None = None
     """Signal energy / noise energy; null: not scanned, or infinite under the published estimator."""
     snr_db: float | None = None
@@ -96,7 +103,7 @@ class PlannedMatrix:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that share one factor: lora_A on the input side, lora_B on the output side."""
+    """Matrices that share one factor: lora_A on the input side, lora_B on the output side."""
 
     name: str
     kind: str
@@ -113,12 +120,13 @@ class Group:
 
 @dataclass(frozen=True)
 class KindNumbers:
-    """What the selected layers of one kind have in common; means over all pairs of layers."""
+    """What the selected layers of one kind have in common, or the matrices that read the same activations (of the kind
+    `layers.*.attention.query+key`); means over all pairs of them."""
 
     kind: str
     num_layers: int
     side: Side | None
-    """The side on which its layers may merge (None: merging was off)."""
+    """The side on which they may merge (None: they do not, in this scope)."""
     retention_input: float | None = None
     retention_output: float | None = None
     """Of eq. 14, the mean over all pairs of layers."""
@@ -134,7 +142,8 @@ class KindNumbers:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan. `starts` (group name -> d x rank basis) travels beside the JSON, in plan.safetensors."""
+    """A whole plan. `starts` (name of a group, or of a matrix without one -> d x rank basis) travels beside the JSON,
+    in plan.safetensors."""
 
     __pydantic_config__: ClassVar = {"arbitrary_types_allowed": True, "extra": "forbid"}
 
@@ -181,42 +190,122 @@ def select(matrices: Sequence[MatrixNumbers], settings: PlanSettings) -> list[st
 def build_plan(
     model: str, matrices: Sequence[MatrixNumbers], settings: PlanSettings, estimator: str | None = None
 ) -> Plan:
-    """The plan that follows from the numbers (docs/method.md section 3): select, choose each kind's side, group, start.
+    """The plan that follows from the numbers (docs/method.md section 3): select, choose sides, group, start.
 
-    Kinds are taken with their shape: only equal shapes can share. Without probe numbers (`halves` None) or with
-    side "none" there are no groups: a plain LoRA plan.
+    Scope "activation": those that read the same activations may share their input side. Scope "layers": those of one
+    kind and shape may share the side that its layers have in common. Without probe numbers (`halves` None) or with side
+    "none" there are no groups: a plain LoRA plan.
     """
     chosen = set(select(matrices, settings))
-    by_kind: dict[tuple[str, tuple[int, int]], list[MatrixNumbers]] = {}
-    for matrix in matrices:
-        if matrix.name in chosen:
-            by_kind.setdefault((matrix.kind, matrix.shape), []).append(matrix)
-    groups: list[Group] = []
+    selected = [matrix for matrix in matrices if matrix.name in chosen]
+    found: list[_Found] = []
     kinds: list[KindNumbers] = []
-    starts: dict[str, Tensor] = {}
     planned: dict[str, PlannedMatrix] = {}
-    for (kind, shape), members in by_kind.items():
-        label = kind if sum(k == kind for k, _ in by_kind) == 1 else f"{kind}[{shape[0]}x{shape[1]}]"
+    for label, members in _by_kind(selected).items():
         measured = _measure_kind(members, settings.rank)
-        numbers, found = _group_kind(label, members, measured, settings)
+        numbers = _kind_numbers(label, members, measured, settings)
         kinds.append(numbers)
-        for one in found:
-            groups.append(one.group)
-            starts[one.group.name] = one.start
-        planned |= _planned_kind(members, measured, found)
+        planned |= _planned_kind(members, measured)
+        if measured is not None and numbers.side is not None:
+            side = measured.sides[numbers.side]
+            similarity = measured.cosines if settings.criterion == "cosine" else side.retention
+            found += _find_groups(label, members, numbers.side, side, similarity, settings)
+    if settings.scope == "activation" and settings.side != "none":
+        for label, sets in _by_activation(selected).items():
+            numbers, groups = _group_readers(label, sets, settings)
+            kinds.append(numbers)
+            found += groups
+    for one in found:
+        for name, share in zip(one.group.members, one.kept, strict=True):
+            planned[name] = replace(planned[name], group=one.group.name, kept_shared=share)
+    starts = {one.group.name: one.start for one in found}
+    for matrix in selected:
+        if settings.side != "none" and matrix.halves is not None and planned[matrix.name].group is None:
+            starts[matrix.name] = _measure_side([matrix], "input", settings.rank).start([0])
+            planned[matrix.name] = replace(planned[matrix.name], start="spectral")
     everything = tuple(planned.get(m.name) or _described(m, selected=False) for m in matrices)
-    return Plan(model, settings, everything, tuple(groups), tuple(kinds), estimator, starts=starts)
+    groups = tuple(one.group for one in found)
+    return Plan(model, settings, everything, groups, tuple(kinds), estimator, starts=starts)
+
+
+def _by_kind(matrices: Sequence[MatrixNumbers]) -> dict[str, list[MatrixNumbers]]:
+    """Kinds with their shape, which the label names where a kind has several: only equal shapes compare."""
+    found: dict[tuple[str, tuple[int, int]], list[MatrixNumbers]] = {}
+    for matrix in matrices:
+        found.setdefault((matrix.kind, matrix.shape), []).append(matrix)
+    shapes = Counter(kind for kind, _ in found)
+    return {
+        kind if shapes[kind] == 1 else f"{kind}[{shape[0]}x{shape[1]}]": members
+        for (kind, shape), members in found.items()
+    }
+
+
+def _by_activation(matrices: Sequence[MatrixNumbers]) -> dict[str, list[list[MatrixNumbers]]]:
+    """Joined kinds -> the sets of two or more that read the same activations."""
+    sets: dict[str, list[MatrixNumbers]] = {}
+    for matrix in matrices:
+        if matrix.activation is not None and matrix.halves is not None:
+            sets.setdefault(matrix.activation, []).append(matrix)
+    found: dict[str, list[list[MatrixNumbers]]] = {}
+    for members in sets.values():
+        if len(members) > 1:
+            found.setdefault(_joined([matrix.kind for matrix in members]), []).append(members)
+    return found
+
+
+def _joined(kinds: Sequence[str]) -> str:
+    """
+    >>> _joined(["layers.*.attention.query", "layers.*.attention.key"])
+    'layers.*.attention.query+key'
+    """
+    first, *others = kinds
+    parent = first.rpartition(".")[0] + "."
+    return "+".join([first, *(other.removeprefix(parent) for other in others)])
+
+
+@dataclass(frozen=True)
+class _SideMeasures:
+    """The probe's numbers on one side of matrices of equal width there, each the mean of fitting on either half and
+    looking at the other."""
+
+    rank: int
+    sketches: list[Halves]
+    rows: list[Halves]
+    own: list[float]
+    retention: np.ndarray
+
+    def kept_together(self, indices: Sequence[int]) -> list[float]:
+        """Per matrix of `indices`: held-out energy kept by the basis shared by all of them."""
+        kept = [0.0] * len(indices)
+        for fit, held_out in ((0, 1), (1, 0)):
+            shared = shared_basis([self.rows[i][fit] for i in indices], self.rank)
+            for position, i in enumerate(indices):
+                kept[position] += energy_kept(shared, self.sketches[i][held_out]) / 2
+        return kept
+
+    def shares_together(self, indices: Sequence[int]) -> list[float]:
+        """The same over what their own bases keep."""
+        return [k / max(self.own[i], 1e-12) for k, i in zip(self.kept_together(indices), indices, strict=True)]
+
+    def start(self, indices: Sequence[int]) -> Tensor:
+        return shared_basis([half for i in indices for half in self.rows[i]], self.rank)
+
+
+def _measure_side(members: Sequence[MatrixNumbers], side: Side, rank: int) -> _SideMeasures:
+    loud = equalised([half.side(side) for matrix in members for half in _halves(matrix)])
+    sketches = list(zip(loud[::2], loud[1::2], strict=True))
+    one, two = [first for first, _ in sketches], [second for _, second in sketches]
+    own = [(energy_kept(leading_basis(a, rank), b) + energy_kept(leading_basis(b, rank), a)) / 2 for a, b in sketches]
+    retention = ((pairwise_retention(one, two, rank) + pairwise_retention(two, one, rank)) / 2).numpy()
+    rows = [(leading_rows(a, rank), leading_rows(b, rank)) for a, b in sketches]
+    return _SideMeasures(rank, sketches, rows, own, retention)
 
 
 @dataclass(frozen=True)
 class _KindMeasures:
     """The probe's numbers on one kind's layers, or nothing where the probe did not run."""
 
-    sketches: dict[Side, list[Halves]]
-    rows: dict[Side, list[Halves]]
-    own: dict[Side, list[float]]
-    together: dict[Side, list[float]]
-    retention: dict[Side, np.ndarray]
+    sides: dict[Side, _SideMeasures]
     cosines: np.ndarray
     other_half: list[float]
 
@@ -227,126 +316,107 @@ def _halves(matrix: MatrixNumbers) -> tuple[Sketch, Sketch]:
 
 
 def _measure_kind(members: Sequence[MatrixNumbers], rank: int) -> _KindMeasures | None:
-    """Every number is the mean of fitting on either half and looking at the other."""
     if any(matrix.halves is None for matrix in members):
         return None
     first, second = ([_halves(matrix)[index] for matrix in members] for index in (0, 1))
-    own: dict[Side, list[float]] = {}
-    retention: dict[Side, np.ndarray] = {}
-    for side in SIDES:
-        one, two = [s.side(side) for s in first], [s.side(side) for s in second]
-        own[side] = [
-            (energy_kept(leading_basis(a, rank), b) + energy_kept(leading_basis(b, rank), a)) / 2
-            for a, b in zip(one, two, strict=True)
-        ]
-        retention[side] = ((pairwise_retention(one, two, rank) + pairwise_retention(two, one, rank)) / 2).numpy()
+    sides: dict[Side, _SideMeasures] = {side: _measure_side(members, side, rank) for side in SIDES}
     between = ((cosines(first) + cosines(second)) / 2).numpy()
-    sketches: dict[Side, list[Halves]] = {
-        side: [(one.side(side), two.side(side)) for one, two in zip(first, second, strict=True)] for side in SIDES
-    }
-    rows: dict[Side, list[Halves]] = {
-        side: [(leading_rows(one, rank), leading_rows(two, rank)) for one, two in pairs]
-        for side, pairs in sketches.items()
-    }
-    together: dict[Side, list[float]] = {
-        side: _kept_together(rows[side], sketches[side], range(len(members)), rank) for side in SIDES
-    }
-    other_half = cosines(first, second).tolist()
-    return _KindMeasures(sketches, rows, own, together, retention, between, other_half)
+    return _KindMeasures(sides, between, cosines(first, second).tolist())
 
 
-def _kept_together(
-    rows: Sequence[Halves], sketches: Sequence[Halves], indices: Sequence[int], rank: int
-) -> list[float]:
-    """Per layer of `indices`: held-out energy kept by the basis shared by all of them, the mean of fitting on either
-    half."""
-    kept = [0.0] * len(indices)
-    for fit, held_out in ((0, 1), (1, 0)):
-        shared = shared_basis([rows[i][fit] for i in indices], rank)
-        for position, i in enumerate(indices):
-            kept[position] += energy_kept(shared, sketches[i][held_out]) / 2
-    return kept
+def _kind_numbers(
+    label: str, members: Sequence[MatrixNumbers], measured: _KindMeasures | None, settings: PlanSettings
+) -> KindNumbers:
+    if measured is None or len(members) < 2:
+        return KindNumbers(label, len(members), None)
+    everyone = range(len(members))
+    mean = {side: _mean_of_pairs([one.retention]) for side, one in measured.sides.items()}
+    by_all: dict[Side, float] = {
+        side: float(np.mean(one.shares_together(everyone))) for side, one in measured.sides.items()
+    }
+    return KindNumbers(
+        kind=label,
+        num_layers=len(members),
+        side=_choose_side(settings.side, by_all) if settings.scope == "layers" else None,
+        retention_input=mean["input"],
+        retention_output=mean["output"],
+        retention_all_input=by_all["input"],
+        retention_all_output=by_all["output"],
+        cosine_mean=_mean_of_pairs([measured.cosines]),
+        cosine_max=float(np.max(_pairs(measured.cosines))),
+        cosine_other_half=float(np.mean(measured.other_half)),
+    )
+
+
+def _pairs(table: np.ndarray) -> np.ndarray:
+    return table[np.triu_indices(len(table), 1)]
+
+
+def _mean_of_pairs(tables: Sequence[np.ndarray]) -> float:
+    return float(np.mean(np.concatenate([_pairs(table) for table in tables])))
+
+
+def _group_readers(
+    label: str, sets: Sequence[Sequence[MatrixNumbers]], settings: PlanSettings
+) -> tuple[KindNumbers, list[_Found]]:
+    """What the readers of the same activations have in common, and their groups."""
+    measured = [_measure_side(members, "input", settings.rank) for members in sets]
+    numbers = KindNumbers(
+        kind=label,
+        num_layers=len(sets),
+        side="input",
+        retention_input=_mean_of_pairs([one.retention for one in measured]),
+        retention_all_input=float(np.mean([one.shares_together(range(len(one.own))) for one in measured])),
+    )
+    found: list[_Found] = []
+    for members, one in zip(sets, measured, strict=True):
+        found += _find_groups(label, members, "input", one, one.retention, settings, first=len(found))
+    return numbers, found
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A group, its members' indices, the held-out energy that its basis keeps of each, and its start."""
+    """A group, the held-out energy that its basis keeps of each member, and its start."""
 
-    indices: list[int]
     group: Group
     kept: list[float]
     start: Tensor
 
 
-def _group_kind(
-    label: str, members: Sequence[MatrixNumbers], measured: _KindMeasures | None, settings: PlanSettings
-) -> tuple[KindNumbers, list[_Found]]:
-    """The kind's common numbers, and its groups of two or more."""
-    if measured is None or len(members) < 2:
-        return KindNumbers(label, len(members), None), []
-    pairs = list(combinations(range(len(members)), 2))
-    mean: dict[Side, float] = {
-        side: float(np.mean([table[pair] for pair in pairs])) for side, table in measured.retention.items()
-    }
-    by_all: dict[Side, float] = {
-        side: float(np.mean([k / max(o, 1e-12) for k, o in zip(kept, measured.own[side], strict=True)]))
-        for side, kept in measured.together.items()
-    }
-    numbers = KindNumbers(
-        kind=label,
-        num_layers=len(members),
-        side=_choose_side(settings.side, by_all),
-        retention_input=mean["input"],
-        retention_output=mean["output"],
-        retention_all_input=by_all["input"],
-        retention_all_output=by_all["output"],
-        cosine_mean=float(np.mean([measured.cosines[pair] for pair in pairs])),
-        cosine_max=float(np.max([measured.cosines[pair] for pair in pairs])),
-        cosine_other_half=float(np.mean(measured.other_half)),
-    )
-    side = numbers.side
-    if side is None:
-        return numbers, []
+def _find_groups(
+    label: str,
+    members: Sequence[MatrixNumbers],
+    side: Side,
+    measured: _SideMeasures,
+    similarity: np.ndarray,
+    settings: PlanSettings,
+    first: int = 0,
+) -> list[_Found]:
+    """Groups of two or more, numbered from `first`."""
     snr_db = [0.0 if matrix.snr_db is None else matrix.snr_db for matrix in members]
     threshold, tolerance = settings.threshold, settings.snr_tolerance_db
-    match settings.criterion:
-        case "subspace":
-            similarity = measured.retention[side]
-        case "cosine":
-            similarity = measured.cosines
-        case "snr":
-            similarity, threshold = np.ones_like(measured.cosines), 1.0
-            tolerance = SNR_TOLERANCE_DB if tolerance is None else tolerance
-    rank = settings.rank
-    sketches, rows = measured.sketches[side], measured.rows[side]
-
-    def kept_together(indices: Sequence[int]) -> list[float]:
-        return _kept_together(rows, sketches, indices, rank)
-
-    def retention_together(indices: Sequence[int], kept: Sequence[float]) -> float:
-        return min(k / max(measured.own[side][i], 1e-12) for k, i in zip(kept, indices, strict=True))
+    if settings.criterion == "snr":
+        similarity, threshold = np.ones_like(similarity), 1.0
+        tolerance = SNR_TOLERANCE_DB if tolerance is None else tolerance
 
     def accept(indices: list[int]) -> bool:
-        return settings.criterion != "subspace" or (
-            retention_together(indices, kept_together(indices)) >= settings.threshold
-        )
+        return settings.criterion != "subspace" or min(measured.shares_together(indices)) >= settings.threshold
 
     found = []
     for indices in group_layers(similarity, threshold, snr_db, tolerance, settings.max_group_size, accept):
         if len(indices) > 1:
-            levels, kept = [snr_db[i] for i in indices], kept_together(indices)
+            levels = [snr_db[i] for i in indices]
             group = Group(
-                name=f"{label}/{side}/{len(found)}",
+                name=f"{label}/{side}/{first + len(found)}",
                 kind=label,
                 side=side,
                 members=tuple(members[i].name for i in indices),
                 similarity=min(float(similarity[pair]) for pair in combinations(indices, 2)),
-                joint_retention=retention_together(indices, kept),
+                joint_retention=min(measured.shares_together(indices)),
                 snr_spread_db=max(levels) - min(levels),
             )
-            start = shared_basis([half for i in indices for half in rows[i]], rank)
-            found.append(_Found(indices, group, kept, start))
-    return numbers, found
+            found.append(_Found(group, measured.kept_together(indices), measured.start(indices)))
+    return found
 
 
 def _choose_side(side: str, retention_by_all: Mapping[Side, float]) -> Side | None:
@@ -360,9 +430,7 @@ def _choose_side(side: str, retention_by_all: Mapping[Side, float]) -> Side | No
             return max(SIDES, key=lambda candidate: retention_by_all[candidate])
 
 
-def _planned_kind(
-    members: Sequence[MatrixNumbers], measured: _KindMeasures | None, found: Sequence[_Found]
-) -> dict[str, PlannedMatrix]:
+def _planned_kind(members: Sequence[MatrixNumbers], measured: _KindMeasures | None) -> dict[str, PlannedMatrix]:
     planned = {}
     for i, matrix in enumerate(members):
         numbers = {}
@@ -370,12 +438,9 @@ def _planned_kind(
             numbers = {
                 "gradient_energy": sum(squared_norm(half) for half in _halves(matrix)) / 2,
                 "cosine_other_half": measured.other_half[i],
-                "kept_own": Energy(measured.own["input"][i], measured.own["output"][i]),
+                "kept_own": Energy(measured.sides["input"].own[i], measured.sides["output"].own[i]),
             }
         planned[matrix.name] = _described(matrix, selected=True, **numbers)
-    for one in found:
-        for name, share in zip(one.group.members, one.kept, strict=True):
-            planned[name] = replace(planned[name], group=one.group.name, kept_shared=share)
     return planned
 
 

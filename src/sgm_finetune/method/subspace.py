@@ -105,6 +105,19 @@ def normalised(sketch: Tensor) -> Tensor:
     return sketch / norm if norm > 0 else sketch
 
 
+def equalised(sketches: Sequence[Tensor]) -> list[Tensor]:
+    """Sketches (k x d) that may share a basis, each of unit norm and with its channels (columns) divided by their root
+    mean square over all of them (eq. 11b); float64. Channels below a millionth of the mean square are not made louder.
+
+    >>> [s.round(decimals=2).tolist() for s in equalised([torch.tensor([[3.0, 0.1], [3.0, -0.1]])])]
+    [[[0.5, 0.5], [0.5, -0.5]]]
+    """
+    wide = [normalised(sketch.double()) for sketch in sketches]
+    squares = torch.stack([sketch.square().mean(0) for sketch in wide]).mean(0)
+    floor = (1e-6 * squares.mean()).clamp_min(torch.finfo(torch.float64).tiny)
+    return [normalised(sketch * (squares + floor).rsqrt()) for sketch in wide]
+
+
 def energy_kept(basis: Tensor, sketch: Tensor) -> float:
     """Share of a gradient's energy inside `basis` (eq. 11): ‖SQ‖² / ‖S‖², in [0, 1].
 

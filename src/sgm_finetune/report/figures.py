@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -28,7 +29,7 @@ from sgm_finetune.method.spectrum import MatrixScan
 GROUP_COLOURS = (
     "#4477aa", "#ee7733", "#228833", "#aa3377", "#ccbb44", "#33a8c7", "#cc3311", "#8866cc", "#997755", "#009988",
 )  # fmt: skip
-"""Of the groups of one kind, in turn; each cell also has its group's number."""
+"""Of the groups of one column or row, in turn; each cell also has its group's number."""
 
 SNR_COLOURS = "viridis"
 
@@ -62,13 +63,14 @@ def grid_of(matrices: Sequence[Matrix], kinds: Sequence[str] | None = None) -> G
 
 
 def group_numbers(plan: Plan) -> dict[str, int]:
-    """Group name -> its number within its column of the grid, from 0."""
-    column = {matrix.name: matrix.kind for matrix in plan.matrices}
-    counts: dict[str, int] = {}
+    """Group name -> its number, from 0, within its column of the grid (scope "layers") or its row ("activation")."""
+    place = {m.name: m.kind if plan.settings.scope == "layers" else m.layer for m in plan.matrices}
+    counts: Counter[str | int | None] = Counter()
     numbers = {}
     for group in plan.groups:
-        kind = column[group.members[0]]
-        numbers[group.name] = counts[kind] = counts.get(kind, -1) + 1
+        where = place[group.members[0]]
+        numbers[group.name] = counts[where]
+        counts[where] += 1
     return numbers
 
 
@@ -86,7 +88,7 @@ def groups_figure(plan: Plan) -> Markup:
             return group_colour(number), str(number)
         return (_ALONE if matrix.selected else "none"), ""
 
-    return _grid_figure(grid_of(plan.matrices), "groups", "Which layers of each kind share a factor", look)
+    return _grid_figure(grid_of(plan.matrices), "groups", "Which matrices share a factor", look)
 
 
 def snr_range(plan: Plan) -> tuple[float, float] | None:

@@ -233,7 +233,7 @@ def _why_no_groups(plan: Plan) -> str:
         return "Merging was off or not possible, so every matrix has its own two factors: plain LoRA."
     settings = plan.settings
     return (
-        f"No two layers passed the criterion “{settings.criterion}” at threshold {settings.threshold:g}, "
+        f"No two matrices passed the criterion “{settings.criterion}” at threshold {settings.threshold:g}, "
         "so every matrix has its own two factors: plain LoRA."
     )
 
