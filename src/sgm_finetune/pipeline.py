@@ -405,7 +405,8 @@ def describe_plan(plan: Plan) -> str:
         sides = ", ".join(f"{counts[side]} share their {side} side" for side in SIDES if counts[side])
         parts.append(f"{merged} of them in {len(plan.groups)} groups ({sides})")
     else:
-        parts.append("no groups: plain LoRA")
+        spectral = any(matrix.start == "spectral" for matrix in plan.selected)
+        parts.append("no groups: " + ("LoRA started at its gradients' spectra" if spectral else "plain LoRA"))
     trainable, plain = adapter_parameters(plan)
     parts.append(f"{trainable / 1e6:.2f} M adapter parameters instead of {plain / 1e6:.2f} M")
     return " · ".join(parts)

@@ -193,8 +193,8 @@ def build_plan(
     """The plan that follows from the numbers (docs/method.md section 3): select, choose sides, group, start.
 
     Scope "activation": those that read the same activations may share their input side. Scope "layers": those of one
-    kind and shape may share the side that its layers have in common. Without probe numbers (`halves` None) or with side
-    "none" there are no groups: a plain LoRA plan.
+    kind and shape may share the side that its layers have in common. What has no group starts lora_A at its own basis.
+    Without probe numbers (`halves` None) or with side "none" there are neither groups nor starts: a plain LoRA plan.
     """
     chosen = set(select(matrices, settings))
     selected = [matrix for matrix in matrices if matrix.name in chosen]

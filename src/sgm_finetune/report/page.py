@@ -230,11 +230,11 @@ def _why_no_groups(plan: Plan) -> str:
     if plan.groups:
         return ""
     if not any(kind.side for kind in plan.kinds):
-        return "Merging was off or not possible, so every matrix has its own two factors: plain LoRA."
+        return "Merging was off or not possible, so every matrix has its own two factors, as in plain LoRA."
     settings = plan.settings
     return (
         f"No two matrices passed the criterion “{settings.criterion}” at threshold {settings.threshold:g}, "
-        "so every matrix has its own two factors: plain LoRA."
+        "so every matrix has its own two factors, as in plain LoRA."
     )
 
 
