@@ -36,7 +36,7 @@ from sgm_finetune.config import DEFAULT_RATES, Config, parse_config, set_overrid
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, adapter_parameters
 from sgm_finetune.method.spectrum import Scan
-from sgm_finetune.method.subspace import SIDES, equalised, leading_rows, shared_basis
+from sgm_finetune.method.subspace import SIDES, spectral_basis
 from sgm_finetune.models import linear_layers, matrix_shape
 from sgm_finetune.pipeline import Clock, Materials, make_plan, probe_batches, scan_model
 from sgm_finetune.voice import Voice
@@ -349,8 +349,8 @@ def restarted(plan: Plan, groups: Iterable[Group], probed: Probe) -> Plan:
     rank = plan.settings.rank
     starts = {name: start for name, start in plan.starts.items() if name in probed.shapes}  # of matrices
     for group in groups:
-        halves = equalised([half.side(group.side) for name in group.members for half in probed.halves[name]])
-        starts[group.name] = shared_basis([leading_rows(half, rank) for half in halves], rank)
+        halves = [half.side(group.side) for name in group.members for half in probed.halves[name]]
+        starts[group.name] = spectral_basis(halves, rank)
     return replace(plan, groups=groups, starts=starts)
 
 

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sgm_finetune.errors import UserError
-from sgm_finetune.method.plan import Group, Plan
-from sgm_finetune.method.subspace import Side
+from sgm_finetune.method.plan import Plan
+from sgm_finetune.method.subspace import Side, width
 from sgm_finetune.models import linear_layers, matrix_shape, ready_for_backward
 
 ADAPTER = "default"
-_FACTORS = {"input": "lora_A", "output": "lora_B"}
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan) -> PeftModel:
@@ -24,8 +23,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PeftModel:
     A shared factor, and lora_A of a matrix without a group, starts at its spectral basis (eq. 15) where the plan says
     so, the other factors at zero, so that the model's output does not change; the rest starts as in PEFT (a plan
     without groups and spectral starts *is* plain PEFT LoRA, bit for bit). Any trainer that trains PEFT models trains
-    this one.
-    Raises UserError when the plan does not fit the model, or lacks a start.
+    this one. Raises UserError when the plan does not fit the model, or lacks a start.
     """
     check_plan(model, plan)
     check_starts(plan)
@@ -53,7 +51,7 @@ def tie(model: PeftModel, plan: Plan) -> None:
     loaded into a model built from the files alone."""
     layers = lora_layers(model)
     for group in plan.groups:
-        owner, *others = (_factor(layers, name, group) for name in group.members)
+        owner, *others = (_factors(layers[name], group.side)[0] for name in group.members)
         for other in others:
             other.weight = owner.weight
 
@@ -61,7 +59,10 @@ def tie(model: PeftModel, plan: Plan) -> None:
 def shared_factors(model: PeftModel, plan: Plan) -> dict[str, list[nn.Parameter]]:
     """Group name -> the members' shared factor, as each member holds it (equal objects when tied)."""
     layers = lora_layers(model)
-    return {g.name: [_factor(layers, name, g).weight for name in g.members] for g in plan.groups}  # type: ignore
+    return {
+        group.name: [_factors(layers[name], group.side)[0].weight for name in group.members]  # type: ignore[misc]
+        for group in plan.groups
+    }
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
@@ -91,8 +92,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             if name in seen:
                 raise UserError(f"`{name}` is in two groups of the plan: `{seen[name]}` and `{group.name}`")
             seen[name] = group.name
-        axis = 1 if group.side == "input" else 0
-        widths = {selected[name].shape[axis] for name in group.members}
+        widths = {width(selected[name].shape, group.side) for name in group.members}
         if len(widths) > 1:
             raise UserError(
                 f"Group `{group.name}` of the plan mixes {group.side} widths {sorted(widths)}; only equal ones share"
@@ -103,15 +103,15 @@ def check_starts(plan: Plan) -> None:
     """Raises UserError unless every group and matrix that starts at a spectrum has one of the right shape."""
     for group in plan.groups:
         if group.start == "spectral":
-            rows, cols = plan.shape_of(group.members[0])
-            _check_start(plan, f"group `{group.name}`", group.name, cols if group.side == "input" else rows)
+            expected = width(plan.shape_of(group.members[0]), group.side)
+            _check_start(plan, f"group `{group.name}`", group.name, expected)
     for matrix in plan.selected:
         if matrix.group is None and matrix.start == "spectral":
             _check_start(plan, f"`{matrix.name}`", matrix.name, matrix.shape[1])
 
 
-def _check_start(plan: Plan, what: str, name: str, width: int) -> None:
-    start, expected = plan.starts.get(name), (width, plan.settings.rank)
+def _check_start(plan: Plan, what: str, name: str, length: int) -> None:
+    start, expected = plan.starts.get(name), (length, plan.settings.rank)
     if start is None:
         raise UserError(
             f'The plan\'s tensors hold no spectral start for {what}; write "start": "random" for it, '
@@ -124,30 +124,30 @@ def _check_start(plan: Plan, what: str, name: str, width: int) -> None:
         )
 
 
+@torch.no_grad()
 def _start(model: PeftModel, plan: Plan) -> None:
     """Eq. 15: the r directions of a group's shared factor, or of a lone matrix's lora_A, are its spectral basis, each
     scaled to 1/√3, the length that PEFT's own start gives a row of lora_A on average; the other factor is zero."""
     layers = lora_layers(model)
     for group in plan.groups:
         for name in group.members:
-            shared, own = _factors(layers[name], group.side)
             if group.start == "spectral":
-                _start_at(plan.starts[group.name], shared, own, group.side)
+                _start_at(plan.starts[group.name], layers[name], group.side)
             elif group.side == "output":
                 # PEFT starts lora_B at zero: a shared random lora_B needs the mirrored start
-                with torch.no_grad():
-                    nn.init.kaiming_uniform_(shared.T, a=math.sqrt(5))
-                    own.zero_()
+                shared, own = _factors(layers[name], group.side)
+                nn.init.kaiming_uniform_(shared.weight.T, a=math.sqrt(5))
+                own.weight.zero_()
     for matrix in plan.selected:
         if matrix.group is None and matrix.start == "spectral":
-            _start_at(plan.starts[matrix.name], *_factors(layers[matrix.name], "input"), "input")
+            _start_at(plan.starts[matrix.name], layers[matrix.name], "input")
 
 
-@torch.no_grad()
-def _start_at(basis: Tensor, factor: Tensor, other: Tensor, side: Side) -> None:
-    scaled = basis.to(factor) / math.sqrt(3)
-    factor.copy_(scaled.T if side == "input" else scaled)
-    other.zero_()
+def _start_at(basis: Tensor, layer: nn.Module, side: Side) -> None:
+    factor, other = _factors(layer, side)
+    scaled = basis.to(factor.weight) / math.sqrt(3)
+    factor.weight.copy_(scaled.T if side == "input" else scaled)
+    other.weight.zero_()
 
 
 def lora_layers(model: PeftModel) -> dict[str, nn.Module]:
@@ -159,14 +159,10 @@ def lora_layers(model: PeftModel) -> dict[str, nn.Module]:
     }
 
 
-def _factor(layers: dict[str, nn.Module], name: str, group: Group) -> nn.Linear:
-    return getattr(layers[name], _FACTORS[group.side])[ADAPTER]
-
-
-def _factors(layer: nn.Module, side: Side) -> tuple[Tensor, Tensor]:
-    """The weights of the factor on `side` and of the other one."""
-    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight  # type: ignore[index]
-    return (a, b) if side == "input" else (b, a)
+def _factors(layer: nn.Module, side: Side) -> tuple[nn.Linear, nn.Linear]:
+    """The factor on `side`, and the other one."""
+    a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]  # type: ignore[index]
+    return (a, b) if side == "input" else (b, a)  # type: ignore[return-value]
 
 
 def task_type(model: nn.Module) -> TaskType | None:

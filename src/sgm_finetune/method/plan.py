@@ -25,7 +25,9 @@ from sgm_finetune.method.subspace import (
     leading_rows,
     pairwise_retention,
     shared_basis,
+    spectral_basis,
     squared_norm,
+    width,
 )
 
 Halves = tuple[Tensor, Tensor]  # of one layer and side, from the two halves of the batches
@@ -171,8 +173,7 @@ def adapter_parameters(plan: Plan) -> tuple[int, int]:
     plain = sum(rank * sum(matrix.shape) for matrix in plan.selected)
     saved = 0
     for group in plan.groups:
-        rows, cols = plan.shape_of(group.members[0])
-        saved += rank * (cols if group.side == "input" else rows) * (len(group.members) - 1)
+        saved += rank * width(plan.shape_of(group.members[0]), group.side) * (len(group.members) - 1)
     return plain - saved, plain
 
 
@@ -221,7 +222,7 @@ def build_plan(
     starts = {one.group.name: one.start for one in found}
     for matrix in selected:
         if settings.side != "none" and matrix.halves is not None and planned[matrix.name].group is None:
-            starts[matrix.name] = _measure_side([matrix], "input", settings.rank).start([0])
+            starts[matrix.name] = spectral_basis([half.input for half in matrix.halves], settings.rank)
             planned[matrix.name] = replace(planned[matrix.name], start="spectral")
     everything = tuple(planned.get(m.name) or _described(m, selected=False) for m in matrices)
     groups = tuple(one.group for one in found)
@@ -283,9 +284,13 @@ class _SideMeasures:
                 kept[position] += energy_kept(shared, self.sketches[i][held_out]) / 2
         return kept
 
-    def shares_together(self, indices: Sequence[int]) -> list[float]:
-        """The same over what their own bases keep."""
-        return [k / max(self.own[i], 1e-12) for k, i in zip(self.kept_together(indices), indices, strict=True)]
+    def relative(self, kept: Sequence[float], indices: Sequence[int]) -> list[float]:
+        """What `kept_together(indices)` says over what their own bases keep."""
+        return [k / max(self.own[i], 1e-12) for k, i in zip(kept, indices, strict=True)]
+
+    def shares_of_all(self) -> list[float]:
+        everyone = range(len(self.own))
+        return self.relative(self.kept_together(everyone), everyone)
 
     def start(self, indices: Sequence[int]) -> Tensor:
         return shared_basis([half for i in indices for half in self.rows[i]], self.rank)
@@ -329,11 +334,8 @@ def _kind_numbers(
 ) -> KindNumbers:
     if measured is None or len(members) < 2:
         return KindNumbers(label, len(members), None)
-    everyone = range(len(members))
     mean = {side: _mean_of_pairs([one.retention]) for side, one in measured.sides.items()}
-    by_all: dict[Side, float] = {
-        side: float(np.mean(one.shares_together(everyone))) for side, one in measured.sides.items()
-    }
+    by_all: dict[Side, float] = {side: float(np.mean(one.shares_of_all())) for side, one in measured.sides.items()}
     return KindNumbers(
         kind=label,
         num_layers=len(members),
@@ -366,7 +368,7 @@ def _group_readers(
         num_layers=len(sets),
         side="input",
         retention_input=_mean_of_pairs([one.retention for one in measured]),
-        retention_all_input=float(np.mean([one.shares_together(range(len(one.own))) for one in measured])),
+        retention_all_input=float(np.mean([one.shares_of_all() for one in measured])),
     )
     found: list[_Found] = []
     for members, one in zip(sets, measured, strict=True):
@@ -399,23 +401,28 @@ def _find_groups(
         similarity, threshold = np.ones_like(similarity), 1.0
         tolerance = SNR_TOLERANCE_DB if tolerance is None else tolerance
 
+    def joint_retention(kept: Sequence[float], indices: Sequence[int]) -> float:
+        return min(measured.relative(kept, indices))
+
     def accept(indices: list[int]) -> bool:
-        return settings.criterion != "subspace" or min(measured.shares_together(indices)) >= settings.threshold
+        return settings.criterion != "subspace" or (
+            joint_retention(measured.kept_together(indices), indices) >= settings.threshold
+        )
 
     found = []
     for indices in group_layers(similarity, threshold, snr_db, tolerance, settings.max_group_size, accept):
         if len(indices) > 1:
-            levels = [snr_db[i] for i in indices]
+            levels, kept = [snr_db[i] for i in indices], measured.kept_together(indices)
             group = Group(
                 name=f"{label}/{side}/{first + len(found)}",
                 kind=label,
                 side=side,
                 members=tuple(members[i].name for i in indices),
                 similarity=min(float(similarity[pair]) for pair in combinations(indices, 2)),
-                joint_retention=min(measured.shares_together(indices)),
+                joint_retention=joint_retention(kept, indices),
                 snr_spread_db=max(levels) - min(levels),
             )
-            found.append(_Found(group, measured.kept_together(indices), measured.start(indices)))
+            found.append(_Found(group, kept, measured.start(indices)))
     return found
 
 

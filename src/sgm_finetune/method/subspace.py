@@ -99,6 +99,16 @@ def shared_basis(rows: Sequence[Tensor], rank: int) -> Tensor:
     return leading_basis(torch.cat(list(rows)), rank)
 
 
+def spectral_basis(sketches: Sequence[Tensor], rank: int) -> Tensor:
+    """Q (d x rank) for matrices that share one, from their sketches with equal channels (eq. 11b, 12)."""
+    return shared_basis([leading_rows(sketch, rank) for sketch in equalised(sketches)], rank)
+
+
+def width(shape: tuple[int, int], side: Side) -> int:
+    """Of a matrix (d_out, d_in) on that side: the length of its basis vectors."""
+    return shape[1] if side == "input" else shape[0]
+
+
 def normalised(sketch: Tensor) -> Tensor:
     """The sketch over its Frobenius norm; zeros stay zeros."""
     norm = torch.linalg.vector_norm(sketch)
