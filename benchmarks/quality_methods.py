@@ -36,7 +36,15 @@ from sgm_finetune.config import DEFAULT_RATES, Config, parse_config, set_overrid
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, adapter_parameters
 from sgm_finetune.method.spectrum import Scan
-from sgm_finetune.method.subspace import SIDES, spectral_basis
+from sgm_finetune.method.subspace import (
+    SIDES,
+    energy_kept,
+    equalised,
+    leading_basis,
+    leading_rows,
+    shared_basis,
+    spectral_basis,
+)
 from sgm_finetune.models import linear_layers, matrix_shape
 from sgm_finetune.pipeline import Clock, Materials, make_plan, probe_batches, scan_model
 from sgm_finetune.voice import Voice
@@ -75,6 +83,8 @@ class Adapted:
     rank: int | None
     seconds: float = 0.0
     """Of measuring, before the first step."""
+    energy_retained: float | None = None
+    """Of a plan (`energy_retained`)."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +263,8 @@ def merged(
             rank = base.config.adapter.rank
             plan = planned(rank) if share is None else largest_within(planned, share * base.budget, rank)
         model = apply_plan(base.model, plan)  # type: ignore[arg-type]
-        return Adapted(model, adamw(model), plan.settings.rank, seconds + clock.seconds["plan"])
+        retained = energy_retained(plan, probed)
+        return Adapted(model, adamw(model), plan.settings.rank, seconds + clock.seconds["plan"], retained)
 
     return Method(name, rates, adapt)
 
@@ -279,6 +290,22 @@ def measured(base: Base) -> tuple[Scan, Probe, float]:
         torch.save((scanned, probed, clock.seconds["measure"]), unfinished)
         unfinished.replace(path)
     return scanned, probed, clock.seconds["measure"]
+
+
+def energy_retained(plan: Plan, probed: Probe) -> float:
+    """Held-out gradient energy that the groups' bases keep over what their members' own bases keep (eq. 14b): the mean
+    over all adapted matrices, 1 for one without a group."""
+    rank, shares = plan.settings.rank, dict.fromkeys((matrix.name for matrix in plan.selected), 1.0)
+    for group in plan.groups:
+        loud = equalised([half.side(group.side) for name in group.members for half in probed.halves[name]])
+        halves = loud[::2], loud[1::2]
+        together, own = torch.zeros(len(group.members)), torch.zeros(len(group.members))
+        for fit, held_out in (halves, halves[::-1]):
+            shared = shared_basis([leading_rows(sketch, rank) for sketch in fit], rank)
+            together += torch.tensor([energy_kept(shared, sketch) for sketch in held_out])
+            own += torch.tensor([energy_kept(leading_basis(a, rank), b) for a, b in zip(fit, held_out, strict=True)])
+        shares |= zip(group.members, (together / own).tolist(), strict=True)
+    return sum(shares.values()) / len(shares)
 
 
 def at_threshold(threshold: float) -> Method:
@@ -352,6 +379,15 @@ def restarted(plan: Plan, groups: Iterable[Group], probed: Probe) -> Plan:
         halves = [half.side(group.side) for name in group.members for half in probed.halves[name]]
         starts[group.name] = spectral_basis(halves, rank)
     return replace(plan, groups=groups, starts=starts)
+
+
+def apart(plan: Plan, probed: Probe, seed: int) -> Plan:
+    """Control: nothing is shared, and every lora_A starts at its own spectral basis."""
+    matrices = tuple(replace(m, group=None, kept_shared=None, start="spectral") for m in plan.matrices)
+    starts = {
+        m.name: spectral_basis([half.input for half in probed.halves[m.name]], plan.settings.rank) for m in matrices
+    }
+    return replace(plan, groups=(), matrices=matrices, starts=starts)
 
 
 def random_start(plan: Plan, probed: Probe, seed: int) -> Plan:
@@ -432,7 +468,7 @@ METHODS = {
             "RandLoRA", (5e-4, 1.5e-3, 4e-3),
             lambda r, t: RandLoraConfig(r=r, randlora_alpha=20 * r, target_modules=t), falling=True,
         ),
-        peft_method("MiSS", (3e-4, 6e-4, 1.2e-3), lambda r, t: MissConfig(r=r, target_modules=t)),
+        peft_method("MiSS", (1e-4, 3e-4, 6e-4), lambda r, t: MissConfig(r=r, target_modules=t)),
         peft_method("HiRA", (1.5e-3, 5e-3, 1.5e-2), lambda r, t: HiraConfig(r=r, target_modules=t)),
         peft_method("PSOFT", (5e-4, 1.5e-3, 5e-3), lambda r, t: PsoftConfig(r=r, psoft_alpha=r, target_modules=t)),
         peft_method(
@@ -442,6 +478,7 @@ METHODS = {
         SGM,
         descending(SGM, "SGM", SPECTRAL),
         descending(LORA, "LoRA, our step", SPECTRAL),
+        descending(merged("", (), change=apart), "SGM, nothing shared", SPECTRAL),
         descending(merged("", (), change=random_members), "SGM, random groups", SPECTRAL),
         descending(merged("", (), change=random_start), "SGM, random start", SPECTRAL),
         ACROSS_LAYERS,

@@ -80,6 +80,7 @@ def train_once(task_name: str, method_name: str, rate: float, seed: int, threads
         "optimizer_bytes": state_bytes(optimizers, adapter),
         "adapter_file_bytes": adapter_file(adapted.model),
         "measuring_seconds": round(adapted.seconds, 1),
+        "energy_retained": adapted.energy_retained and round(adapted.energy_retained, 4),
         "seconds_per_step": round(statistics.median(seconds), 4) if seconds else None,
         "train_loss": round(statistics.fmean(losses[-20:]), 4) if losses else None,
         part: evaluate(adapted.model, getattr(materials, part).dataset, materials),

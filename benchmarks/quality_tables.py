@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from quality_methods import THRESHOLDS
 
+RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parent.parent / "docs"
 REFERENCE = "LoRA"
 SIZES = ("", ", equal bytes", ", a third of the bytes", ", an eighth of the parameters")
@@ -25,8 +27,9 @@ SECTIONS = {
         "LoRA", "SGM, AdamW", "SGM, across layers, AdamW", "LoRA, our step", "SGM", "SGM, across layers",
     ),
     "Controls of merging": (
-        "SGM", "SGM, random groups", "SGM, random start", "LoRA, our step", "SGM, across layers",
-        "SGM, across layers, random groups", "SGM, across layers, wrong side", "SGM, one group a kind",
+        "SGM", "SGM, nothing shared", "SGM, random groups", "SGM, random start", "LoRA, our step",
+        "SGM, across layers", "SGM, across layers, random groups", "SGM, across layers, wrong side",
+        "SGM, one group a kind",
     ),
     "Threshold of merging across layers, one rank": tuple(f"threshold {t:g}" for t in THRESHOLDS),
     "Controls of selection": (
@@ -108,6 +111,29 @@ def table(methods: Iterable[str], finished: dict[str, Finished]) -> str | None:
     return "\n".join([HEADER, *rows]) if len(rows) > 1 else None
 
 
+COST_HEADER = "| method | seconds per step | of LoRA's | measuring, s | peak resident, GiB |\n|---|---|---|---|---|"
+
+
+def cost_table(finished: dict[str, Finished], speeds: dict[str, dict]) -> str | None:
+    """What runs cost in time (`speeds`: rows of --speed) and memory. None with fewer than two methods."""
+    wanted = [*SECTIONS["All methods"], "LoRA, our step"]
+    rows = []
+    for done in (finished[method] for method in wanted if method in finished and finished[method].one["steps"]):
+        speed = speeds.get(done.method)
+        seconds = [f"{speed['seconds_per_step']:.2f}", f"{speed['ratio_to_lora']:.2f}"] if speed else ["–", "–"]
+        measuring = statistics.median(run["measuring_seconds"] for run in done.runs.values())
+        peak = max(run["peak_resident_bytes"] for run in done.runs.values()) / 2**30
+        rows.append(f"| {done.method} | {' | '.join(seconds)} | {measuring or '–'} | {peak:.2f} |")
+    return "\n".join([COST_HEADER, *rows]) if len(rows) > 1 else None
+
+
+def recorded_speeds(task: str) -> dict[str, dict]:
+    """Method -> its row of the latest `--speed` run that has it."""
+    path = RESULTS / "quality_speed.json"
+    records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return {row["method"]: row for record in records for row in record["rows"] if row["task"] == task}
+
+
 def best_rate(losses: dict[float, float]) -> float:
     """The learning rate (rate -> validation loss) of the lowest loss; one that is not finite is the highest."""
     return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
@@ -182,20 +208,22 @@ def picture(task: str, finished: dict[str, Finished], path: Path) -> None:
 
 
 def threshold_picture(task: str, finished: dict[str, Finished], path: Path) -> bool:
-    """Test loss and trained parameters against merge.threshold at one rank; False where fewer than three were run."""
+    """Test loss against the held-out energy that merged bases keep, at one rank, a point a threshold; False where
+    fewer than three were run."""
     studied = {float(m.split()[1]): done for m, done in finished.items() if m.startswith("threshold ")}
     if len(studied) < 3:
         return False
-    levels = sorted(studied)
-    losses = [studied[threshold].numbers("loss") for threshold in levels]
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    means, errors = [statistics.fmean(one) for one in losses], [standard_error(one) for one in losses]
-    axes.errorbar(range(len(levels)), means, yerr=errors, fmt="o-", capsize=3, color="tab:blue")
-    parameters = [f"{t:g}\n{studied[t].one['trained_parameters'] / 1e6:.2f} M" for t in levels]
-    axes.set_xticks(range(len(levels)), parameters)
-    axes.set_xlabel("merge.threshold (−1: one group a kind), and what is trained at the same rank")
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for threshold, done in sorted(studied.items()):
+        losses = done.numbers("loss")
+        place = 100 * statistics.fmean(run["energy_retained"] for run in done.runs.values()), statistics.fmean(losses)
+        axes.errorbar(*place, yerr=standard_error(losses), fmt="o", capsize=3, color="tab:blue")
+        label = f"{threshold:g}, {done.one['trained_parameters'] / 1e6:.2f} M"
+        axes.annotate(label, place, xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.15)
+    axes.set_xlabel("held-out gradient energy kept, % of what own bases keep")
     axes.set_ylabel("test loss")
-    axes.set_title(f"{task}: threshold of merging")
+    axes.set_title(f"{task}: merge.threshold between layers, and what is trained")
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
     return True
@@ -216,7 +244,10 @@ Columns: *trained*, adapter parameters without a new classification head; *train
 of their optimizer's states; *file*, what `save_pretrained` writes of the adapter (shared factors are written once for
 each layer, so that any PEFT loads them); *rate*, the learning rate chosen, with a star where it is the smallest or
 largest of the three tried; *minus LoRA*, the mean of the differences at equal seeds; *right*, accuracy, or the share of
-answers that greedy decoding gives to the letter. ± is the standard error over seeds.
+answers that greedy decoding gives to the letter. ± is the standard error over seeds. *Time and memory*: seconds per
+step are medians of interleaved repeats, with the machine to themselves (`--speed`,
+[benchmarks/results/quality_speed.json](../benchmarks/results/quality_speed.json)); *measuring*, scan, probe and plan of
+a run; *peak resident*, the most of any run, data and evaluation included.
 """
 
 
@@ -227,6 +258,7 @@ def write_page(
     for name, task in tasks.items():
         finished = finished_runs(runs, name, rates, tuning_seed)
         sections = [(title, table(methods, finished)) for title, methods in SECTIONS.items()]
+        sections.append(("Time and memory", cost_table(finished, recorded_speeds(name))))
         if not any(body for _, body in sections):
             continue
         parts.append(f"## {name}\n\n{described(task, finished)}\n")

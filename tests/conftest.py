@@ -97,18 +97,22 @@ def llama_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def bert_folder(tmp_path_factory) -> Path:
-    """A pico BERT encoder without a head, as sentence encoders are published."""
+def make_bert(**changes):
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(2)
+    settings = {
+        "vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
+    }  # fmt: skip
+    return BertModel(BertConfig(**{**settings, **changes}))
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory) -> Path:
+    """A pico BERT encoder without a head, as sentence encoders are published."""
     folder = tmp_path_factory.mktemp("models") / "pico-bert"
-    config = BertConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
+    make_bert().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
