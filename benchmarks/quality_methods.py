@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import (
@@ -236,32 +237,41 @@ def descending(method: Method, name: str, rates: Rates) -> Method:
 
 
 Change = Callable[[Plan, Probe, int], Plan]
+T = TypeVar("T")
+
+
+def as_planned(plan: Plan, probed: Probe, seed: int) -> Plan:
+    return plan
 
 
 def merged(
     name: str,
     rates: Rates,
     *overrides: str,
-    change: Change = lambda plan, probed, seed: plan,
+    change: Change = as_planned,
     share: float | None = 1.0,
 ) -> Method:
     """SGM: scan, probe, plan, apply. The plan may be changed (a control), by the run's seed; its rank is the largest
-    with which it trains at most `share` of the budget (None: plain LoRA's rank)."""
+    with which it trains at most `share` of the budget (None: plain LoRA's rank). The change must not move the rank with
+    the seed."""
 
     def adapt(base: Base) -> Adapted:
-        scanned, probed, seconds = measured(base)
+        (scanned, probed), seconds = measured(base)
+
+        def planned(rank: int) -> Plan:
+            config = base.with_overrides(
+                f"adapter.rank={rank}", f"adapter.alpha={2 * rank}", f"probe.sketch_size={sketch_size(base)}",
+                *overrides,
+            )  # fmt: skip
+            return change(make_plan(scanned, probed, config), probed, base.seed)
+
+        rank = base.config.adapter.rank
+        if share is not None:
+            key = f"rank-{share}-{change.__name__}-{'-'.join(overrides)}"
+            rank = remembered(base, key, lambda: largest_within(planned, share * base.budget, rank))
         clock = Clock()
         with clock.time("plan"):
-
-            def planned(rank: int) -> Plan:
-                config = base.with_overrides(
-                    f"adapter.rank={rank}", f"adapter.alpha={2 * rank}", f"probe.sketch_size={sketch_size(base)}",
-                    *overrides,
-                )  # fmt: skip
-                return change(make_plan(scanned, probed, config), probed, base.seed)
-
-            rank = base.config.adapter.rank
-            plan = planned(rank) if share is None else largest_within(planned, share * base.budget, rank)
+            plan = planned(rank)
         model = apply_plan(base.model, plan)  # type: ignore[arg-type]
         retained = energy_retained(plan, probed)
         return Adapted(model, adamw(model), plan.settings.rank, seconds + clock.seconds["plan"], retained)
@@ -273,23 +283,32 @@ def sketch_size(base: Base) -> int:
     return max(48, 3 * base.config.adapter.rank)
 
 
-def measured(base: Base) -> tuple[Scan, Probe, float]:
-    """Scan and probe, and the seconds that they took; once for all runs of a benchmark that measure the same."""
+def remembered(base: Base, what: str, make: Callable[[], T]) -> T:
+    """What `make` returns; once for all runs of a benchmark that ask for the same of the same base."""
     shared = os.environ.get(MEASUREMENTS)
-    head_seed = base.seed if base.config.model.task == "sequence-classification" else "any"  # a new head is random
-    path = Path(shared) / f"{base.name}-{head_seed}.pt" if shared else None
-    if path is not None and path.exists():
-        return torch.load(path, weights_only=False)
-    clock = Clock()
-    with clock.time("measure"):
-        scanned = scan_model(base.config, base.materials.folder, base.voice, Clock())
-        batches = probe_batches(base.config, base.materials)
-        probed = probe(base.model, batches, sketch_size=sketch_size(base), seed=base.config.probe.seed)
-    if path is not None:
+    if not shared:
+        return make()
+    head = base.seed if base.config.model.task == "sequence-classification" else "any"  # a new head is random
+    path = Path(shared) / f"{base.name}-{head}-{what}.pt"
+    if not path.exists():
         unfinished = path.with_suffix(f".{os.getpid()}")
-        torch.save((scanned, probed, clock.seconds["measure"]), unfinished)
+        torch.save(make(), unfinished)
         unfinished.replace(path)
-    return scanned, probed, clock.seconds["measure"]
+    return torch.load(path, weights_only=False)
+
+
+def measured(base: Base) -> tuple[tuple[Scan, Probe], float]:
+    """Scan and probe, and the seconds that they took."""
+
+    def measure() -> tuple[tuple[Scan, Probe], float]:
+        clock = Clock()
+        with clock.time("measure"):
+            scanned = scan_model(base.config, base.materials.folder, base.voice, Clock())
+            batches = probe_batches(base.config, base.materials)
+            probed = probe(base.model, batches, sketch_size=sketch_size(base), seed=base.config.probe.seed)
+        return (scanned, probed), clock.seconds["measure"]
+
+    return remembered(base, "measured", measure)
 
 
 def energy_retained(plan: Plan, probed: Probe) -> float:
@@ -314,15 +333,14 @@ def at_threshold(threshold: float) -> Method:
     return descending(method, f"threshold {threshold:g}", (DEFAULT_RATES["spectral"],))
 
 
-def largest_within(planned: Callable[[int], Plan], budget: float, rank: int) -> Plan:
-    """The plan of the largest rank within the budget, sought from what it allows if groups stay those of `rank`:
-    they change with the rank."""
+def largest_within(planned: Callable[[int], Plan], budget: float, rank: int) -> int:
+    """The largest rank within the budget, sought from what `rank` allows if groups stay: they change with it."""
     rank = max(1, int(rank * budget / adapter_parameters(planned(rank))[0]))
-    while adapter_parameters(plan := planned(rank))[0] > budget and rank > 1:
+    while adapter_parameters(planned(rank))[0] > budget and rank > 1:
         rank -= 1
-    while adapter_parameters(larger := planned(rank + 1))[0] <= budget:
-        rank, plan = rank + 1, larger
-    return plan
+    while adapter_parameters(planned(rank + 1))[0] <= budget:
+        rank += 1
+    return rank
 
 
 def at_shares(share: float, name: str) -> list[Method]:
@@ -468,7 +486,7 @@ METHODS = {
             "RandLoRA", (5e-4, 1.5e-3, 4e-3),
             lambda r, t: RandLoraConfig(r=r, randlora_alpha=20 * r, target_modules=t), falling=True,
         ),
-        peft_method("MiSS", (1e-4, 3e-4, 6e-4), lambda r, t: MissConfig(r=r, target_modules=t)),
+        peft_method("MiSS", (1e-4, 3e-4, 6e-4, 1.2e-3), lambda r, t: MissConfig(r=r, target_modules=t)),
         peft_method("HiRA", (1.5e-3, 5e-3, 1.5e-2), lambda r, t: HiraConfig(r=r, target_modules=t)),
         peft_method("PSOFT", (5e-4, 1.5e-3, 5e-3), lambda r, t: PsoftConfig(r=r, psoft_alpha=r, target_modules=t)),
         peft_method(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -78,20 +79,32 @@ def mean_error(values: list[float], form: str) -> str:
     return f"{mean} ± {format(standard_error(values), form.lstrip('+'))}" if len(values) > 1 else mean
 
 
+def essentials(done: Finished | None, reference: Finished | None) -> list[str]:
+    """MiB trained and kept by the optimizer, test loss, and its paired difference to the reference."""
+    if done is None:
+        return ["–", "–", "–"]
+    paired = done.paired(reference) if reference and reference is not done else []
+    return [
+        f"{done.state_bytes / 2**20:.2f}" if done.one["steps"] else "–",
+        mean_error(done.numbers("loss"), ".4f"),
+        mean_error(paired, "+.4f") if paired else "–",
+    ]
+
+
 def row(done: Finished, reference: Finished | None) -> str:
     one = done.one
     trained = bool(one["steps"])
-    paired = done.paired(reference) if reference and reference is not done else []
     stored = one["adapter_file_bytes"]
+    state, loss, paired = essentials(done, reference)
     cells = [
         done.method,
         f"{one['trained_parameters'] / 1e6:.3f} M" if trained else "–",
-        f"{done.state_bytes / 2**20:.2f}" if trained else "–",
+        state,
         f"{stored / 2**20:.2f}" if stored else "–",
         str(one["rank"] or "–"),
         f"{done.rate:g}{'*' if done.at_edge else ''}" if trained else "–",
-        mean_error(done.numbers("loss"), ".4f"),
-        mean_error(paired, "+.4f") if paired else "–",
+        loss,
+        paired,
         f"{mean_error([100 * right for right in done.numbers('right')], '.1f')} %",
         str(len(done.runs)),
     ]
@@ -109,6 +122,24 @@ def table(methods: Iterable[str], finished: dict[str, Finished]) -> str | None:
     """None with fewer than two rows."""
     rows = [row(finished[m], finished.get(REFERENCE)) for m in methods if m in finished]
     return "\n".join([HEADER, *rows]) if len(rows) > 1 else None
+
+
+HEADLINE_TASKS = "sentiment", "summaries"
+HEADLINE = (
+    "untouched", "LoRA", "rsLoRA", "LoRA+", "VeRA", "Lily", "MiSS", "LoRA, our step", "SGM",
+    "LoRA, our step, a third of the bytes", "SGM, a third of the bytes",
+)  # fmt: skip
+
+
+def headline(finished: dict[str, dict[str, Finished]]) -> str:
+    """The one table that README shows; `finished`: task -> method -> its runs."""
+    titles = [f"{task}: MiB | test loss | minus LoRA" for task in finished]
+    lines = [f"| method | {' | '.join(titles)} |", f"|---|{'---|' * (3 * len(titles))}"]
+    for method in HEADLINE:
+        if any(method in methods for methods in finished.values()):
+            parts = [essentials(methods.get(method), methods.get(REFERENCE)) for methods in finished.values()]
+            lines.append(f"| {' | '.join([method, *itertools.chain(*parts)])} |")
+    return "\n".join(lines)
 
 
 COST_HEADER = "| method | seconds per step | of LoRA's | measuring, s | peak resident, GiB |\n|---|---|---|---|---|"
@@ -235,15 +266,16 @@ Made by `python benchmarks/quality.py` from [benchmarks/results/quality.jsonl](.
 do not edit.
 
 Every method adapts all linear layers inside the blocks of the same base model (the controls of selection: half of
-them), on the same batches, for as many steps. Three learning rates are tried with a seed of their own, the validation
-loss decides, and only then other seeds are trained and measured on test data. Warm-up over 6 % of the steps, then a
-linear fall to zero; gradients clipped to norm 1; AdamW without weight decay where nothing else is said. Rank: the
-largest whose trained adapter parameters stay within the task's budget, plain LoRA's.
+them), on the same batches, for as many steps. Three learning rates (MiSS: four, its best ones lie far apart) are tried
+with a seed of their own, the validation loss decides, and only then other seeds are trained and measured on test data.
+Warm-up over 6 % of the steps, then a linear fall to zero; gradients clipped to norm 1; AdamW without weight decay where
+nothing else is said. Rank: the largest whose trained adapter parameters stay within the task's budget, plain LoRA's;
+VeRA's is 256, as its authors have it.
 
 Columns: *trained*, adapter parameters without a new classification head; *trained + optimizer*, their bytes and those
 of their optimizer's states; *file*, what `save_pretrained` writes of the adapter (shared factors are written once for
 each layer, so that any PEFT loads them); *rate*, the learning rate chosen, with a star where it is the smallest or
-largest of the three tried; *minus LoRA*, the mean of the differences at equal seeds; *right*, accuracy, or the share of
+largest of those tried; *minus LoRA*, the mean of the differences at equal seeds; *right*, accuracy, or the share of
 answers that greedy decoding gives to the letter. ± is the standard error over seeds. *Time and memory*: seconds per
 step are medians of interleaved repeats, with the machine to themselves (`--speed`,
 [benchmarks/results/quality_speed.json](../benchmarks/results/quality_speed.json)); *measuring*, scan, probe and plan of
@@ -254,9 +286,10 @@ a run; *peak resident*, the most of any run, data and evaluation included.
 def write_page(
     runs: list[dict], tasks: dict, rates: dict[str, tuple[float, ...]], tuning_seed: int, folder: Path = DOCS
 ) -> None:
-    parts = [INTRODUCTION]
+    every = {name: finished_runs(runs, name, rates, tuning_seed) for name in tasks}
+    parts = [INTRODUCTION, f"## In short\n\n{headline({name: every[name] for name in HEADLINE_TASKS})}\n"]
     for name, task in tasks.items():
-        finished = finished_runs(runs, name, rates, tuning_seed)
+        finished = every[name]
         sections = [(title, table(methods, finished)) for title, methods in SECTIONS.items()]
         sections.append(("Time and memory", cost_table(finished, recorded_speeds(name))))
         if not any(body for _, body in sections):
