@@ -477,7 +477,7 @@ METHODS = {
             lambda r, t: lora(r, t, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()),
             prepare=lora_ga_gradient,
         ),
-        peft_method("VeRA", (5e-3, 1.5e-2, 4e-2), lambda r, t: VeraConfig(r=r, target_modules=t), fixed=256),
+        peft_method("VeRA", (5e-3, 1.5e-2, 4e-2, 0.1), lambda r, t: VeraConfig(r=r, target_modules=t), fixed=256),
         peft_method(
             "Lily", (5e-4, 1.5e-3, 4e-3),
             lambda r, t: LilyConfig(r=r, target_modules=t, stride_A=3, num_B=3, scaling=2.0),

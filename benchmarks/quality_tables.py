@@ -266,7 +266,7 @@ Made by `python benchmarks/quality.py` from [benchmarks/results/quality.jsonl](.
 do not edit.
 
 Every method adapts all linear layers inside the blocks of the same base model (the controls of selection: half of
-them), on the same batches, for as many steps. Three learning rates (MiSS: four, its best ones lie far apart) are tried
+them), on the same batches, for as many steps. Three learning rates (MiSS, VeRA: four, to reach their best) are tried
 with a seed of their own, the validation loss decides, and only then other seeds are trained and measured on test data.
 Warm-up over 6 % of the steps, then a linear fall to zero; gradients clipped to norm 1; AdamW without weight decay where
 nothing else is said. Rank: the largest whose trained adapter parameters stay within the task's budget, plain LoRA's;
