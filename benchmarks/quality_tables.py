@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from quality_methods import THRESHOLDS
 
 RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
 REFERENCE = "LoRA"
 SIZES = ("", ", equal bytes", ", a third of the bytes", ", an eighth of the parameters")
 
@@ -124,6 +124,8 @@ def table(methods: Iterable[str], finished: dict[str, Finished]) -> str | None:
     return "\n".join([HEADER, *rows]) if len(rows) > 1 else None
 
 
+MARK = "<!-- python benchmarks/quality.py --tables -->"
+"""In README.md, before and after its table."""
 HEADLINE_TASKS = "sentiment", "summaries"
 HEADLINE = (
     "untouched", "LoRA", "rsLoRA", "LoRA+", "VeRA", "Lily", "MiSS", "LoRA, our step", "SGM",
@@ -226,8 +228,9 @@ def picture(task: str, finished: dict[str, Finished], path: Path) -> None:
         place = done.state_bytes / 2**20, statistics.fmean(losses)
         ours = done.method.startswith("SGM") or "our step" in done.method
         axes.errorbar(*place, yerr=standard_error(losses), fmt="o", capsize=3, color="tab:blue" if ours else "tab:gray")
+        label, below = done.method.replace("a third of the bytes", "⅓ of the bytes"), done.method.startswith("SGM")
         axes.annotate(
-            done.method, place, xytext=(6, 4), textcoords="offset points", fontsize=8,
+            label, place, xytext=(6, -11 if below else 4), textcoords="offset points", fontsize=8,
             color="tab:blue" if ours else "black",
         )  # fmt: skip
     axes.margins(x=0.15)
@@ -284,10 +287,13 @@ a run; *peak resident*, the most of any run, data and evaluation included.
 
 
 def write_page(
-    runs: list[dict], tasks: dict, rates: dict[str, tuple[float, ...]], tuning_seed: int, folder: Path = DOCS
+    runs: list[dict], tasks: dict, rates: dict[str, tuple[float, ...]], tuning_seed: int, root: Path = ROOT
 ) -> None:
+    """docs/results.md, its pictures, and the first table of README.md, in `root`."""
+    folder = root / "docs"
     every = {name: finished_runs(runs, name, rates, tuning_seed) for name in tasks}
-    parts = [INTRODUCTION, f"## In short\n\n{headline({name: every[name] for name in HEADLINE_TASKS})}\n"]
+    short = headline({name: every[name] for name in HEADLINE_TASKS})
+    parts = [INTRODUCTION, f"## In short\n\n{short}\n"]
     for name, task in tasks.items():
         finished = every[name]
         sections = [(title, table(methods, finished)) for title, methods in SECTIONS.items()]
@@ -307,6 +313,9 @@ def write_page(
         if tried := tries(runs, name, rates, tuning_seed):
             parts.append(f"### {name}: Learning rates tried\n\n{tried}\n")
     (folder / "results.md").write_text("\n".join(parts), encoding="utf-8")
+    readme = root / "README.md"
+    before, first, rest = readme.read_text(encoding="utf-8").partition(f"{MARK}\n")
+    readme.write_text(f"{before}{first}{short}\n{rest[rest.index(MARK) :]}", encoding="utf-8")
 
 
 def described(task, finished: dict[str, Finished]) -> str:
