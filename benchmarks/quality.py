@@ -24,7 +24,8 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,37 @@ def run_missing(task: str, method: str, rate: float, seed: int, threads: int, ru
     return run
 
 
-def run_method(task: str, method: str, rates: tuple[float, ...], seeds: int, threads: int, runs: list[dict]) -> None:
-    """The tries, then the seeds with the rate of the lowest validation loss."""
+def run_method(task: str, method: str, rates: tuple[float, ...], seeds: int, submit: Callable[..., Future]) -> None:
+    """The tries, then the seeds with the rate of the lowest validation loss; `submit(task, method, rate, seed)`."""
     from quality_tables import best_rate
 
-    tried = {rate: run_missing(task, method, rate, TUNING_SEED, threads, runs)["validation"]["loss"] for rate in rates}
-    for seed in range(seeds):
-        run_missing(task, method, best_rate(tried), seed, threads, runs)
+    tries = {rate: submit(task, method, rate, TUNING_SEED) for rate in rates}
+    best = best_rate({rate: run.result()["validation"]["loss"] for rate, run in tries.items()})
+    for run in [submit(task, method, best, seed) for seed in range(seeds)]:
+        run.result()
+
+
+def run_all(tasks: list[str], rates: dict[str, tuple[float, ...]], options: argparse.Namespace) -> None:
+    """What is missing of all tasks and methods (-> their rates), `options.jobs` runs at a time, method by method. The
+    first run that fails stops the rest."""
+    runs = recorded()
+    with ThreadPoolExecutor(options.jobs) as workers, ThreadPoolExecutor(options.jobs + 1) as methods:
+
+        def submit(task: str, method: str, rate: float, seed: int) -> Future:
+            return workers.submit(run_missing, task, method, rate, seed, options.threads, runs)
+
+        waiting = [
+            methods.submit(run_method, task, method, tried, options.seeds, submit)
+            for task in tasks
+            for method, tried in rates.items()
+        ]
+        try:
+            for one in as_completed(waiting):
+                one.result()
+        except BaseException:
+            methods.shutdown(wait=False, cancel_futures=True)
+            workers.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def compare_speed(tasks: list[str], methods: list[str], threads: int, repeats: int = 3) -> None:
@@ -140,18 +165,12 @@ def main() -> None:
     from quality_methods import MEASUREMENTS, METHODS
     from quality_tables import write_page
 
-    runs = recorded()
+    rates = {name: method.rates for name, method in METHODS.items()}
     if not options.tables:
-        with tempfile.TemporaryDirectory() as shared, ThreadPoolExecutor(options.jobs) as pool:
+        with tempfile.TemporaryDirectory() as shared:
             os.environ[MEASUREMENTS] = shared
-            waiting = [
-                pool.submit(run_method, task, method, METHODS[method].rates, options.seeds, options.threads, runs)
-                for task in options.tasks
-                for method in options.methods
-            ]
-            for one in waiting:
-                one.result()
-    write_page(runs, TASKS, {name: method.rates for name, method in METHODS.items()}, TUNING_SEED)
+            run_all(options.tasks, {method: rates[method] for method in options.methods}, options)
+    write_page(recorded(), TASKS, rates, TUNING_SEED)
 
 
 if __name__ == "__main__":
