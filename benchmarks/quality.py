@@ -27,9 +27,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quality_tasks import TASKS, TUNING_SEED
+
+if TYPE_CHECKING:
+    from quality_methods import Method
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -86,19 +89,21 @@ def run_missing(task: str, method: str, rate: float, seed: int, threads: int, ru
     return run
 
 
-def run_method(task: str, method: str, rates: tuple[float, ...], seeds: int, submit: Callable[..., Future]) -> None:
-    """The tries, then the seeds with the rate of the lowest validation loss; `submit(task, method, rate, seed)`."""
+def run_method(task: str, method: Method, seeds: int, submit: Callable[..., Future]) -> None:
+    """The tries, then the seeds with the rate of the lowest validation loss and with the method's default rate;
+    `submit(task, method, rate, seed)`."""
     from quality_tables import best_rate
 
-    tries = {rate: submit(task, method, rate, TUNING_SEED) for rate in rates}
+    tries = {rate: submit(task, method.name, rate, TUNING_SEED) for rate in method.rates}
     best = best_rate({rate: run.result()["validation"]["loss"] for rate, run in tries.items()})
-    for run in [submit(task, method, best, seed) for seed in range(seeds)]:
+    tested = dict.fromkeys([best] if method.default is None else [best, method.default])
+    for run in [submit(task, method.name, rate, seed) for rate in tested for seed in range(seeds)]:
         run.result()
 
 
-def run_all(tasks: list[str], rates: dict[str, tuple[float, ...]], options: argparse.Namespace) -> None:
-    """What is missing of all tasks and methods (-> their rates), `options.jobs` runs at a time, method by method. The
-    first run that fails stops the rest."""
+def run_all(tasks: list[str], chosen: list[Method], options: argparse.Namespace) -> None:
+    """What is missing of all tasks and methods, `options.jobs` runs at a time, method by method. The first run that
+    fails stops the rest."""
     runs = recorded()
     with ThreadPoolExecutor(options.jobs) as workers, ThreadPoolExecutor(options.jobs + 1) as methods:
 
@@ -106,9 +111,7 @@ def run_all(tasks: list[str], rates: dict[str, tuple[float, ...]], options: argp
             return workers.submit(run_missing, task, method, rate, seed, options.threads, runs)
 
         waiting = [
-            methods.submit(run_method, task, method, tried, options.seeds, submit)
-            for task in tasks
-            for method, tried in rates.items()
+            methods.submit(run_method, task, method, options.seeds, submit) for task in tasks for method in chosen
         ]
         try:
             for one in as_completed(waiting):
@@ -165,12 +168,11 @@ def main() -> None:
     from quality_methods import MEASUREMENTS, METHODS
     from quality_tables import write_page
 
-    rates = {name: method.rates for name, method in METHODS.items()}
     if not options.tables:
         with tempfile.TemporaryDirectory() as shared:
             os.environ[MEASUREMENTS] = shared
-            run_all(options.tasks, {method: rates[method] for method in options.methods}, options)
-    write_page(recorded(), TASKS, rates, TUNING_SEED)
+            run_all(options.tasks, [METHODS[name] for name in options.methods], options)
+    write_page(recorded(), TASKS, METHODS, TUNING_SEED)
 
 
 if __name__ == "__main__":

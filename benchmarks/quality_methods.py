@@ -95,6 +95,8 @@ class Method:
     name: str
     rates: Rates
     adapt: Callable[[Base], Adapted]
+    default: float | None = None
+    """The rate that its users get who tune nothing: measured on test data even where it is not the best."""
 
 
 def budget_of(model: nn.Module, rank: int) -> int:
@@ -233,7 +235,7 @@ def descending(method: Method, name: str, rates: Rates) -> Method:
         pairs = factor_pairs(made.model)  # type: ignore[arg-type]
         return replace(made, optimizers=lambda rate: [FactorDescent(pairs, lr=rate)])
 
-    return Method(name, rates, adapt)
+    return Method(name, rates, adapt, DEFAULT_RATES["spectral"])
 
 
 Change = Callable[[Plan, Probe, int], Plan]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from quality_methods import THRESHOLDS
+from quality_methods import THRESHOLDS, Method
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
@@ -37,6 +37,11 @@ SECTIONS = {
         "LoRA", "LoRA, highest SNR", "LoRA, random half", "LoRA, lowest SNR", "LoRA, published SNR",
     ),
 }  # fmt: skip
+
+SPECTRAL_FORMS = (
+    "SGM", "SGM, nothing shared", "SGM, random start", "LoRA, our step",
+    "SGM, a third of the bytes", "LoRA, our step, a third of the bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,9 @@ HEADER = (
 )
 
 
-def table(methods: Iterable[str], finished: dict[str, Finished]) -> str | None:
+def table(methods: Iterable[str], finished: dict[str, Finished], reference: Finished | None) -> str | None:
     """None with fewer than two rows."""
-    rows = [row(finished[m], finished.get(REFERENCE)) for m in methods if m in finished]
+    rows = [row(finished[m], reference) for m in methods if m in finished]
     return "\n".join([HEADER, *rows]) if len(rows) > 1 else None
 
 
@@ -205,6 +210,20 @@ def finished_runs(
     return done
 
 
+def at_default_rates(runs: list[dict], task: str, methods: dict[str, Method]) -> dict[str, Finished]:
+    """The methods that have a default learning rate, with their test runs at it."""
+    done = {}
+    for name, method in methods.items():
+        tests = {
+            run["seed"]: run
+            for run in runs
+            if "test" in run and (run["task"], run["method"], run["rate"]) == (task, name, method.default)
+        }
+        if tests:
+            done[name] = Finished(name, method.default or 0.0, False, dict(sorted(tests.items())))
+    return done
+
+
 def tries(runs: list[dict], task: str, rates: dict[str, tuple[float, ...]], tuning_seed: int) -> str | None:
     """Validation loss of every learning rate tried, the chosen one in bold."""
     rows = []
@@ -279,24 +298,28 @@ Columns: *trained*, adapter parameters without a new classification head; *train
 of their optimizer's states; *file*, what `save_pretrained` writes of the adapter (shared factors are written once for
 each layer, so that any PEFT loads them); *rate*, the learning rate chosen, with a star where it is the smallest or
 largest of those tried; *minus LoRA*, the mean of the differences at equal seeds; *right*, accuracy, or the share of
-answers that greedy decoding gives to the letter. ± is the standard error over seeds. *Time and memory*: seconds per
-step are medians of interleaved repeats, with the machine to themselves (`--speed`,
+answers that greedy decoding gives to the letter. ± is the standard error over seeds.
+
+*At the default learning rate*: what those get who tune nothing; LoRA, with which they are compared, is tuned. *Time and
+memory*: seconds per step are medians of interleaved repeats, with the machine to themselves (`--speed`,
 [benchmarks/results/quality_speed.json](../benchmarks/results/quality_speed.json)); *measuring*, scan, probe and plan of
 a run; *peak resident*, the most of any run, data and evaluation included.
 """
 
 
-def write_page(
-    runs: list[dict], tasks: dict, rates: dict[str, tuple[float, ...]], tuning_seed: int, root: Path = ROOT
-) -> None:
+def write_page(runs: list[dict], tasks: dict, methods: dict[str, Method], tuning_seed: int, root: Path = ROOT) -> None:
     """docs/results.md, its pictures, and the first table of README.md, in `root`."""
     folder = root / "docs"
+    rates = {name: method.rates for name, method in methods.items()}
     every = {name: finished_runs(runs, name, rates, tuning_seed) for name in tasks}
     short = headline({name: every[name] for name in HEADLINE_TASKS})
     parts = [INTRODUCTION, f"## In short\n\n{short}\n"]
     for name, task in tasks.items():
         finished = every[name]
-        sections = [(title, table(methods, finished)) for title, methods in SECTIONS.items()]
+        reference = finished.get(REFERENCE)
+        sections = [(title, table(names, finished, reference)) for title, names in SECTIONS.items()]
+        untuned = at_default_rates(runs, name, methods)
+        sections.append(("At the default learning rate", table(SPECTRAL_FORMS, untuned, reference)))
         sections.append(("Time and memory", cost_table(finished, recorded_speeds(name))))
         if not any(body for _, body in sections):
             continue

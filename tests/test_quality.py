@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,9 @@ def benchmark(monkeypatch):
 
 def test_the_results_page_is_made_from_the_results(benchmark, tmp_path):
     quality, methods, tables, tasks = benchmark
-    rates = {name: method.rates for name, method in methods.METHODS.items()}
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_bytes((ROOT / "README.md").read_bytes())
-    tables.write_page(quality.recorded(), tasks.TASKS, rates, quality.TUNING_SEED, tmp_path)
+    tables.write_page(quality.recorded(), tasks.TASKS, methods.METHODS, quality.TUNING_SEED, tmp_path)
     for name in ("docs/results.md", "README.md"):
         made, kept = ((root / name).read_text("utf-8") for root in (tmp_path, ROOT))
         assert made == kept, "python benchmarks/quality.py --tables"
@@ -49,6 +49,22 @@ def test_a_method_is_in_a_table_only_with_all_of_its_tries(benchmark):
     assert tables.finished_runs(tried, "t", {"m": (1.0, 2.0, 3.0)}, 100) == {}
     (done,) = tables.finished_runs([*tried, run(3.0, 100, validation=0.7)], "t", {"m": (1.0, 2.0, 3.0)}, 100).values()
     assert (done.rate, done.at_edge, done.numbers("loss")) == (2.0, False, [0.6])
+
+
+@pytest.mark.parametrize(("default", "tested"), [(None, [2.0]), (2.0, [2.0]), (3.0, [2.0, 3.0])])
+def test_the_best_rate_is_tested_and_the_default_one(benchmark, default, tested):
+    quality, methods, _, _ = benchmark
+    asked = []
+
+    def submit(task, method, rate, seed):
+        asked.append((rate, seed))
+        done = Future()
+        done.set_result({"validation": {"loss": abs(rate - 2.0)}})
+        return done
+
+    method = methods.Method("m", (1.0, 2.0, 3.0), lambda base: base, default)
+    quality.run_method("t", method, 2, submit)
+    assert asked == [(rate, 100) for rate in method.rates] + [(rate, seed) for rate in tested for seed in (0, 1)]
 
 
 def test_differences_are_taken_at_equal_seeds(benchmark):
