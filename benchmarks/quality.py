@@ -4,8 +4,9 @@
     python benchmarks/quality.py --tables             docs/results.md from what there is
     python benchmarks/quality.py --tasks topics --methods LoRA SGM --seeds 5
 
-For each task and method three learning rates are tried with a seed of their own and the validation loss decides; then
-`--seeds` (3) other seeds are trained with it and measured on the test data (benchmarks/quality_run.py says how).
+For each task and method three or four learning rates are tried with a seed of their own and the validation loss
+decides; then `--seeds` (3) other seeds are trained with it, and with the method's default rate where it has one, and
+measured on the test data (benchmarks/quality_run.py says how).
 
 Each run is a process of its own and is appended to benchmarks/results/quality.jsonl when it is done, with versions,
 seed and command, so that an interrupted benchmark goes on where it stopped. `--jobs` (2) run side by side, with

@@ -189,6 +189,13 @@ def validation_losses(
     return {rate: losses[rate] for rate in rates if rate in losses}
 
 
+def tests_at(runs: list[dict], task: str, method: str, rate: float, tuning_seed: int) -> dict[int, dict]:
+    """Seed -> run on test data, of all seeds but that of tuning."""
+    wanted = (task, method, rate)
+    found = {r["seed"]: r for r in runs if (r["task"], r["method"], r["rate"]) == wanted and r["seed"] != tuning_seed}
+    return dict(sorted(found.items()))
+
+
 def finished_runs(
     runs: list[dict], task: str, rates: dict[str, tuple[float, ...]], tuning_seed: int
 ) -> dict[str, Finished]:
@@ -199,29 +206,18 @@ def finished_runs(
         if len(losses) < len(tried):
             continue
         rate = best_rate(losses)
-        tests = {
-            run["seed"]: run
-            for run in runs
-            if (run["task"], run["method"], run["rate"]) == (task, method, rate) and run["seed"] != tuning_seed
-        }
+        tests = tests_at(runs, task, method, rate, tuning_seed)
         if tests:
             edge = len(tried) > 1 and rate in (min(tried), max(tried))
-            done[method] = Finished(method, rate, edge, dict(sorted(tests.items())))
+            done[method] = Finished(method, rate, edge, tests)
     return done
 
 
-def at_default_rates(runs: list[dict], task: str, methods: dict[str, Method]) -> dict[str, Finished]:
+def at_default_rates(runs: list[dict], task: str, methods: dict[str, Method], tuning_seed: int) -> dict[str, Finished]:
     """The methods that have a default learning rate, with their test runs at it."""
-    done = {}
-    for name, method in methods.items():
-        tests = {
-            run["seed"]: run
-            for run in runs
-            if "test" in run and (run["task"], run["method"], run["rate"]) == (task, name, method.default)
-        }
-        if tests:
-            done[name] = Finished(name, method.default or 0.0, False, dict(sorted(tests.items())))
-    return done
+    rates = {name: method.default for name, method in methods.items() if method.default is not None}
+    tested = {name: tests_at(runs, task, name, rate, tuning_seed) for name, rate in rates.items()}
+    return {name: Finished(name, rates[name], False, tests) for name, tests in tested.items() if tests}
 
 
 def tries(runs: list[dict], task: str, rates: dict[str, tuple[float, ...]], tuning_seed: int) -> str | None:
@@ -248,9 +244,10 @@ def picture(task: str, finished: dict[str, Finished], path: Path) -> None:
         ours = done.method.startswith("SGM") or "our step" in done.method
         axes.errorbar(*place, yerr=standard_error(losses), fmt="o", capsize=3, color="tab:blue" if ours else "tab:gray")
         label, below = done.method.replace("a third of the bytes", "⅓ of the bytes"), done.method.startswith("SGM")
+        left = done.method in ("SGM, across layers", "MiSS")  # where others are near
         axes.annotate(
-            label, place, xytext=(6, -11 if below else 4), textcoords="offset points", fontsize=8,
-            color="tab:blue" if ours else "black",
+            label, place, xytext=(-6 if left else 6, -11 if below else 4), textcoords="offset points", fontsize=8,
+            ha="right" if left else "left", color="tab:blue" if ours else "black",
         )  # fmt: skip
     axes.margins(x=0.15)
     axes.set_xlabel("trained parameters and optimizer state, MiB")
@@ -318,7 +315,7 @@ def write_page(runs: list[dict], tasks: dict, methods: dict[str, Method], tuning
         finished = every[name]
         reference = finished.get(REFERENCE)
         sections = [(title, table(names, finished, reference)) for title, names in SECTIONS.items()]
-        untuned = at_default_rates(runs, name, methods)
+        untuned = at_default_rates(runs, name, methods, tuning_seed)
         sections.append(("At the default learning rate", table(SPECTRAL_FORMS, untuned, reference)))
         sections.append(("Time and memory", cost_table(finished, recorded_speeds(name))))
         if not any(body for _, body in sections):
