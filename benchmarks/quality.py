@@ -46,8 +46,8 @@ CPU_METHODS = (
     "untouched", "LoRA", "rsLoRA", "LoRA+", "VeRA", "Lily", "MiSS", "SGM", "SGM, AdamW", "LoRA, our step",
     "SGM, a third of the bytes", "LoRA, our step, a third of the bytes",
     "SGM, nothing shared", "SGM, random groups", "SGM, random start", "SGM, across layers",
-    "SGM, across layers, wrong side", "SGM, across layers, random groups", "SGM, one group a kind",
-    "LoRA, highest SNR", "LoRA, random half", "LoRA, lowest SNR", "LoRA, published SNR",
+    "SGM, across layers, wrong side", "SGM, across layers, random groups", "SGM, one group a kind", "SGM, fast step",
+    "LoRA, highest SNR", "LoRA, upper half", "LoRA, random half", "LoRA, lowest SNR", "LoRA, published SNR",
 )  # fmt: skip
 
 _appending = threading.Lock()

@@ -33,7 +33,11 @@ from torch import nn
 
 from sgm_finetune.adapters.apply import apply_plan, task_type
 from sgm_finetune.adapters.descent import FactorDescent, factor_pairs
+from sgm_finetune.adapters.forward import use_fast_step
+from sgm_finetune.attention import recompute_attention
 from sgm_finetune.config import DEFAULT_RATES, Config, parse_config, set_overrides
+from sgm_finetune.head_loss import HeadLoss, head_loss
+from sgm_finetune.materials import Materials, probe_batches
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, adapter_parameters
 from sgm_finetune.method.spectrum import Scan
@@ -46,8 +50,9 @@ from sgm_finetune.method.subspace import (
     shared_basis,
     spectral_basis,
 )
-from sgm_finetune.models import linear_layers, matrix_shape
-from sgm_finetune.pipeline import Clock, Materials, make_plan, probe_batches, scan_model
+from sgm_finetune.models import adaptable, has_gpu
+from sgm_finetune.pipeline import Clock, scan_model
+from sgm_finetune.planning import make_plan
 from sgm_finetune.voice import Voice
 
 MEASUREMENTS = "SGM_QUALITY_MEASUREMENTS"
@@ -86,6 +91,8 @@ class Adapted:
     """Of measuring, before the first step."""
     energy_retained: float | None = None
     """Of a plan (`energy_retained`)."""
+    head_loss: HeadLoss | None = None
+    """Where the loss is had in parts."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ class Method:
 
 def budget_of(model: nn.Module, rank: int) -> int:
     """Parameters of plain LoRA on every linear layer."""
-    return sum(rank * sum(matrix_shape(layer)) for layer in linear_layers(model).values())
+    return sum(rank * sum(matrix.shape) for matrix in adaptable(model).values())
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -125,7 +132,7 @@ def peft_method(
     fixed: int | None = None,
     falling: bool = False,
     prepare: Callable[[Base, PeftConfig], None] | None = None,
-    choose: Callable[[Base], list[str]] = lambda base: list(linear_layers(base.model)),
+    choose: Callable[[Base], list[str]] = lambda base: list(adaptable(base.model)),
     share: float = 1.0,
 ) -> Method:
     """`settings(rank, layers)`; a `fixed` rank is not fitted to `share` of the budget; `falling`: a larger one trains
@@ -154,15 +161,15 @@ def shape_count(model: nn.Module, settings: PeftConfig) -> int:
     """Adapter parameters that a configuration would train, on a copy of the layers without weights."""
     with torch.device("meta"):
         skeleton = nn.ModuleDict()
-        for name, layer in linear_layers(model).items():
-            rows, cols = matrix_shape(layer)
+        for name, matrix in adaptable(model).items():
+            rows, cols = matrix.shape
             place = skeleton
             *parents, leaf = name.split(".")
             for parent in parents:
                 if parent not in place:
                     place[parent] = nn.ModuleDict()
                 place = place[parent]  # type: ignore[assignment]
-            place[leaf] = nn.Linear(cols, rows, bias=layer.bias is not None)
+            place[leaf] = nn.Linear(cols, rows, bias=matrix.module.bias is not None)
         adapted = get_peft_model(skeleton, settings)  # type: ignore[arg-type]
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
@@ -236,6 +243,25 @@ def descending(method: Method, name: str, rates: Rates) -> Method:
         return replace(made, optimizers=lambda rate: [FactorDescent(pairs, lr=rate)])
 
     return Method(name, rates, adapt, DEFAULT_RATES["spectral"])
+
+
+def fast(method: Method, name: str) -> Method:
+    """The same, its steps computed as by training.step=fast."""
+
+    def adapt(base: Base) -> Adapted:
+        if not has_gpu():
+            recompute_attention(base.model, first_batch(base))  # type: ignore[arg-type]
+        made = method.adapt(base)
+        if slow := use_fast_step(made.model):  # type: ignore[arg-type]
+            raise ValueError(f"{name}: PEFT's forward in {slow}")
+        language = base.config.model.task == "causal-lm"
+        return replace(made, head_loss=head_loss(made.model, first_batch(base)) if language else None)
+
+    return Method(name, method.rates, adapt, method.default)
+
+
+def first_batch(base: Base) -> dict[str, torch.Tensor]:
+    return base.materials.collate([base.materials.train.dataset[i] for i in range(2)])
 
 
 Change = Callable[[Plan, Probe, int], Plan]
@@ -449,6 +475,10 @@ def lowest_snr(matrices: list[PlannedMatrix], seed: int) -> list[PlannedMatrix]:
     return sorted(matrices, key=ratio)
 
 
+def nearest_to_the_output(matrices: list[PlannedMatrix], seed: int) -> list[PlannedMatrix]:
+    return sorted(matrices, key=lambda matrix: -(matrix.layer or 0))
+
+
 def at_random(matrices: list[PlannedMatrix], seed: int) -> list[PlannedMatrix]:
     kind = matrices[0].kind
     return random.Random(f"{seed} {kind}").sample(matrices, len(matrices))
@@ -497,6 +527,7 @@ METHODS = {
         ),
         SGM,
         descending(SGM, "SGM", SPECTRAL),
+        fast(descending(SGM, "", SPECTRAL), "SGM, fast step"),
         descending(LORA, "LoRA, our step", SPECTRAL),
         descending(merged("", (), change=apart), "SGM, nothing shared", SPECTRAL),
         descending(merged("", (), change=random_members), "SGM, random groups", SPECTRAL),
@@ -512,6 +543,7 @@ METHODS = {
         *at_rank_share(0.25, "a quarter of the rank"),
         *at_rank_share(4.0, "four times the rank"),
         peft_method("LoRA, highest SNR", ADAMW, lora, choose=half_of_the_layers(highest_snr)),
+        peft_method("LoRA, upper half", ADAMW, lora, choose=half_of_the_layers(nearest_to_the_output)),
         peft_method("LoRA, random half", ADAMW, lora, choose=half_of_the_layers(at_random)),
         peft_method("LoRA, lowest SNR", ADAMW, lora, choose=half_of_the_layers(lowest_snr)),
         peft_method(

@@ -32,8 +32,9 @@ from transformers.utils import logging
 from sgm_finetune.adapters.descent import HEAD_RATE
 from sgm_finetune.config import load_config
 from sgm_finetune.evaluation import by_length
-from sgm_finetune.models import linear_layers
-from sgm_finetune.pipeline import Materials, load_base, prepare
+from sgm_finetune.materials import Materials, prepare
+from sgm_finetune.models import adaptable
+from sgm_finetune.pipeline import load_base
 from sgm_finetune.trainer import LengthGroupedSampler
 from sgm_finetune.voice import Voice
 
@@ -48,7 +49,7 @@ def load(task: Task, seed: int) -> Base:
         settings = [*task.configuration(Path(scratch)), f"adapter.rank={task.rank}", f"training.seed={seed}"]
         config = load_config(None, settings)
         materials = prepare(config, voice)
-    model = load_base(config, materials)
+    model, _ = load_base(config, materials)
     return Base(task.name, config, materials, model, voice, budget_of(model, task.rank), seed)
 
 
@@ -56,11 +57,11 @@ def train_once(task_name: str, method_name: str, rate: float, seed: int, threads
     """One whole run. The tuning seed is measured on validation data, every other one on test data."""
     torch.set_num_threads(threads)
     task, base = TASKS[task_name], load(TASKS[task_name], seed)
-    materials, num_layers = base.materials, len(linear_layers(base.model))
+    materials, num_layers = base.materials, len(adaptable(base.model))
     torch.manual_seed(seed)
     adapted = METHODS[method_name].adapt(base)
     optimizers = optimizers_of(adapted, rate)
-    losses, seconds = train(adapted.model, optimizers, base, task) if optimizers else ([], [])
+    losses, seconds = train(adapted, optimizers, base, task) if optimizers else ([], [])
     part = "validation" if seed == TUNING_SEED else "test"
     adapter = adapter_only(adapted.model)
     device = next(adapted.model.parameters()).device
@@ -109,11 +110,11 @@ def time_steps(task_name: str, method_name: str, threads: int, num_steps: int = 
     torch.manual_seed(0)
     adapted = method.adapt(base)
     optimizers = optimizers_of(adapted, method.rates[0])
-    return statistics.median(train(adapted.model, optimizers, base, replace(task, num_steps=num_steps))[1][2:])
+    return statistics.median(train(adapted, optimizers, base, replace(task, num_steps=num_steps))[1][2:])
 
 
 def train(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], base: Base, task: Task
+    adapted: Adapted, optimizers: list[torch.optim.Optimizer], base: Base, task: Task
 ) -> tuple[list[float], list[float]]:
     """Loss and seconds of every step; ends early at a loss that is not finite."""
     warmup = max(1, round(WARMUP * task.num_steps))
@@ -122,14 +123,14 @@ def train(
         return min((step + 1) / warmup, (task.num_steps - step) / (task.num_steps - warmup + 1))
 
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, share) for optimizer in optimizers]
+    model = adapted.model
     trained = [p for p in model.parameters() if p.requires_grad]
     losses: list[float] = []
     seconds: list[float] = []
     model.train()
     for batch in islice(batches(base.materials, task.batch_size, base.seed), task.num_steps):
         started = time.perf_counter()
-        logits, targets = predictions(model, batch)
-        loss = nn.functional.cross_entropy(logits, targets)
+        loss = mean_loss(adapted, batch)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
@@ -154,6 +155,15 @@ def batches(materials: Materials, batch_size: int, seed: int) -> Iterator[dict[s
         for at in range(0, len(order), batch_size):
             yield materials.collate([dataset[i] for i in order[at : at + batch_size]])
         epoch += 1
+
+
+def mean_loss(adapted: Adapted, batch: dict[str, Tensor]) -> Tensor:
+    if adapted.head_loss is None:
+        return nn.functional.cross_entropy(*predictions(adapted.model, batch))
+    device = next(adapted.model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    total, count = adapted.head_loss(adapted.model, batch, batch.pop("labels"))
+    return total / count
 
 
 def predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

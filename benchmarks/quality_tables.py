@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 REFERENCE = "LoRA"
 SIZES = ("", ", equal bytes", ", a third of the bytes", ", an eighth of the parameters")
 
+THRESHOLD = "Threshold of merging across layers, one rank"
 SECTIONS = {
     "All methods": (
         "untouched", "all weights", "LoRA", "rsLoRA", "LoRA+", "DoRA", "PiSSA", "LoRA-GA", "VeRA", "Lily", "RandLoRA",
@@ -27,16 +28,20 @@ SECTIONS = {
     "What the step does, and what merging does": (
         "LoRA", "SGM, AdamW", "SGM, across layers, AdamW", "LoRA, our step", "SGM", "SGM, across layers",
     ),
+    "The same steps, computed fast": ("SGM", "SGM, fast step"),
     "Controls of merging": (
         "SGM", "SGM, nothing shared", "SGM, random groups", "SGM, random start", "LoRA, our step",
         "SGM, across layers", "SGM, across layers, random groups", "SGM, across layers, wrong side",
         "SGM, one group a kind",
     ),
-    "Threshold of merging across layers, one rank": tuple(f"threshold {t:g}" for t in THRESHOLDS),
+    THRESHOLD: tuple(f"threshold {t:g}" for t in THRESHOLDS),
     "Controls of selection": (
-        "LoRA", "LoRA, highest SNR", "LoRA, random half", "LoRA, lowest SNR", "LoRA, published SNR",
+        "LoRA", "LoRA, highest SNR", "LoRA, upper half", "LoRA, random half", "LoRA, lowest SNR", "LoRA, published SNR",
     ),
 }  # fmt: skip
+
+COMPARED_WITH = {"Controls of merging": "SGM", "The same steps, computed fast": "SGM", THRESHOLD: "threshold 1"}
+"""Section -> the method whose loss is subtracted, where it is not `REFERENCE`."""
 
 SPECTRAL_FORMS = (
     "SGM", "SGM, nothing shared", "SGM, random start", "LoRA, our step",
@@ -117,7 +122,7 @@ def row(done: Finished, reference: Finished | None) -> str:
 
 
 HEADER = (
-    "| method | trained | trained + optimizer, MiB | file, MiB | rank | rate | test loss | minus LoRA, paired "
+    "| method | trained | trained + optimizer, MiB | file, MiB | rank | rate | test loss | minus {reference}, paired "
     "| right | seeds |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
 )
@@ -126,7 +131,8 @@ HEADER = (
 def table(methods: Iterable[str], finished: dict[str, Finished], reference: Finished | None) -> str | None:
     """None with fewer than two rows."""
     rows = [row(finished[m], reference) for m in methods if m in finished]
-    return "\n".join([HEADER, *rows]) if len(rows) > 1 else None
+    header = HEADER.format(reference=reference.method if reference else REFERENCE)
+    return "\n".join([header, *rows]) if len(rows) > 1 else None
 
 
 MARK = "<!-- python benchmarks/quality.py --tables -->"
@@ -244,7 +250,7 @@ def picture(task: str, finished: dict[str, Finished], path: Path) -> None:
         ours = done.method.startswith("SGM") or "our step" in done.method
         axes.errorbar(*place, yerr=standard_error(losses), fmt="o", capsize=3, color="tab:blue" if ours else "tab:gray")
         label, below = done.method.replace("a third of the bytes", "⅓ of the bytes"), done.method.startswith("SGM")
-        left = done.method in ("SGM, across layers", "MiSS")  # where others are near
+        left = done.method in ("SGM, across layers", "MiSS", "Lily")  # where others are near
         axes.annotate(
             label, place, xytext=(-6 if left else 6, -11 if below else 4), textcoords="offset points", fontsize=8,
             ha="right" if left else "left", color="tab:blue" if ours else "black",
@@ -264,13 +270,16 @@ def threshold_picture(task: str, finished: dict[str, Finished], path: Path) -> b
     if len(studied) < 3:
         return False
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for threshold, done in sorted(studied.items()):
+    for number, (threshold, done) in enumerate(sorted(studied.items())):
         losses = done.numbers("loss")
         place = 100 * statistics.fmean(run["energy_retained"] for run in done.runs.values()), statistics.fmean(losses)
         axes.errorbar(*place, yerr=standard_error(losses), fmt="o", capsize=3, color="tab:blue")
         label = f"{threshold:g}, {done.one['trained_parameters'] / 1e6:.2f} M"
-        axes.annotate(label, place, xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axes.margins(x=0.15)
+        below = number % 2 == 1  # neighbours may be near
+        end = place[1] + standard_error(losses) * (-1 if below else 1)
+        offset = {"xytext": (0, -12 if below else 4), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        axes.annotate(label, (place[0], end), **offset)  # type: ignore[arg-type]
+    axes.margins(x=0.15, y=0.12)
     axes.set_xlabel("held-out gradient energy kept, % of what own bases keep")
     axes.set_ylabel("test loss")
     axes.set_title(f"{task}: merge.threshold between layers, and what is trained")
@@ -294,8 +303,8 @@ VeRA's is 256, as its authors have it.
 Columns: *trained*, adapter parameters without a new classification head; *trained + optimizer*, their bytes and those
 of their optimizer's states; *file*, what `save_pretrained` writes of the adapter (shared factors are written once for
 each layer, so that any PEFT loads them); *rate*, the learning rate chosen, with a star where it is the smallest or
-largest of those tried; *minus LoRA*, the mean of the differences at equal seeds; *right*, accuracy, or the share of
-answers that greedy decoding gives to the letter. ± is the standard error over seeds.
+largest of those tried; *minus LoRA* (or another), the mean of the differences at equal seeds; *right*, accuracy, or the
+share of answers that greedy decoding gives to the letter. ± is the standard error over seeds.
 
 *At the default learning rate*: what those get who tune nothing; LoRA, with which they are compared, is tuned. *Time and
 memory*: seconds per step are medians of interleaved repeats, with the machine to themselves (`--speed`,
@@ -314,7 +323,10 @@ def write_page(runs: list[dict], tasks: dict, methods: dict[str, Method], tuning
     for name, task in tasks.items():
         finished = every[name]
         reference = finished.get(REFERENCE)
-        sections = [(title, table(names, finished, reference)) for title, names in SECTIONS.items()]
+        sections = [
+            (title, table(names, finished, finished.get(COMPARED_WITH.get(title, REFERENCE))))
+            for title, names in SECTIONS.items()
+        ]
         untuned = at_default_rates(runs, name, methods, tuning_seed)
         sections.append(("At the default learning rate", table(SPECTRAL_FORMS, untuned, reference)))
         sections.append(("Time and memory", cost_table(finished, recorded_speeds(name))))

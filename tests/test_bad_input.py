@@ -82,6 +82,10 @@ def other_architecture(folder: Path, name: str) -> Path:
     return folder
 
 
+def own_code(folder: Path) -> Path:
+    return with_config(folder, model_type="abacus", auto_map={"AutoConfig": "abacus.AbacusConfig"})
+
+
 def with_nan(folder: Path) -> Path:
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -138,6 +142,12 @@ CONFIGURATION: list[Row] = [
     ("two rules of selection", lambda p: ["selection.top_fraction=0.5", "selection.snr_threshold=1"], ["not both"]),
     ("a sketch smaller than the rank", lambda p: ["adapter.rank=16"], ["sketch_size=12", "raise probe.sketch_size"]),
     ("micro-batches that do not divide", lambda p: ["training.micro_batch_size=5"], ["micro_batch_size=5"]),
+    ("depth without a fraction", lambda p: ["selection.prefer_depth=true"], ["prefer_depth", "selection.top_fraction"]),
+    ("a budget that is no size", lambda p: ["memory.budget=much"], ["memory.budget", "'much'"]),
+    ("a budget of nothing", lambda p: ["memory.budget=1KiB"], ["`memory.budget`", "1048576"]),
+    ("a budget below the weights", lambda p: ["memory.budget=20MiB"], ["is not enough", "model.quantization=nf4"]),
+    ("pages without a GPU", lambda p: ["training.optimizer=paged_adamw_8bit"], ["GPU", "take adamw_8bit"]),
+    ("a rank beyond the width", lambda p: ["adapter.rank=40", "probe.sketch_size=40"], ["40", "32 directions of"]),
     ("no key=value", lambda p: ["training.epochs"], ["`training.epochs`", "write for example training.epochs=1"]),
     ("no configuration file", lambda p: ["--config", str(p.folder / "x.yaml")], ["x.yaml", "--config"]),
     ("a file that is no YAML", lambda p: ["--config", str(p.file("b.yaml", "a: [1"))], ["b.yaml", "not YAML"]),
@@ -150,7 +160,7 @@ DATA: list[Row] = [
     ("no data", lambda p: ["data.train="], ["No data", "data.train=FILE"]),
     ("no such file", lambda p: [f"data.train={p.folder / 'x.csv'}"], ["x.csv", "does not exist"]),
     ("a folder for a file", lambda p: [f"data.train={p.folder}"], ["is a folder", "data.name"]),
-    ("an unknown ending", lambda p: [f"data.train={p.file('x.doc', 'a')}"], ["`.doc`", "data.format"]),
+    ("an unknown ending", lambda p: [f"data.train={p.file('x.doc', 'a')}"], ["`.doc`", "data.file_type"]),
     ("an empty file", lambda p: [f"data.train={p.file('x.csv', '')}"], ["x.csv", "no rows"]),
     ("a header and no rows", lambda p: [f"data.train={p.file('x.csv', 'text,label')}"], ["x.csv", "no rows"]),
     ("an empty test file", lambda p: [f"data.test={p.file('x.csv', 'text,label')}"], ["x.csv", "no rows"]),
@@ -178,6 +188,112 @@ DATA: list[Row] = [
         ["100 % of", "data.max_length=8", "Raise data.max_length"],
     ),
     ("more tokens than positions", lambda p: [f"model.name={p.bert}", "data.max_length=65"], ["65", "64 positions"]),
+]
+
+LM, TAGS, SEQ2SEQ = "model.task=causal-lm", "model.task=token-classification", "model.task=seq2seq-lm"
+
+
+def lines(place: Place, *objects: dict[str, Any], name: str = "x.jsonl") -> str:
+    return f"data.train={place.file(name, *map(json.dumps, objects))}"
+
+
+def says(role: Any, content: Any = "hello") -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content}]}
+
+
+TASKS: list[Row] = [
+    (
+        "a conversation without an answer",
+        lambda p: [LM, lines(p, says("user"))],
+        ["row 1", "no answer of the assistant"],
+    ),
+    ("an unknown speaker", lambda p: [LM, lines(p, says("robot"))], ["message 1 is by 'robot'", "known: system, user"]),
+    ("a message that is a number", lambda p: [LM, lines(p, says("assistant", 7))], ["message 1", "content 7, no text"]),
+    ("a conversation that is text", lambda p: [LM, lines(p, {"messages": "hi"})], ["'hi', no list of messages"]),
+    ("an empty conversation", lambda p: [LM, lines(p, {"messages": []})], ["[], no list of messages"]),
+    (
+        "a format without its columns",
+        lambda p: [LM, "data.format=alpaca", lines(p, {"prompt": "a", "completion": "b"})],
+        ["no column `instruction`", "(has: prompt, completion)", "data.columns="],
+    ),
+    ("a format for classes", lambda p: ["data.format=chat"], ["data.format=chat", "model.task=causal-lm"]),
+    (
+        "columns of two formats",
+        lambda p: [LM, "data.columns={prompt: text, output: label}"],
+        ["belong to different formats"],
+    ),
+    ("a role that the task lacks", lambda p: ["data.columns={source: text}"], ["role `source`", "takes text, label"]),
+    (
+        "an instruction without an output",
+        lambda p: [LM, lines(p, {"instruction": "a", "output": ""})],
+        ["`output` is empty"],
+    ),
+    (
+        "chat without a template",
+        lambda p: [LM, lines(p, *(says("assistant", f"{i}") for i in range(30)))],
+        ["chat template"],
+    ),
+    (
+        "as many words as tags",
+        lambda p: [TAGS, lines(p, {"tokens": ["a", "b"], "tags": ["O"]})],
+        ["2 words", "1 `tags`"],
+    ),
+    (
+        "words that are text",
+        lambda p: [TAGS, lines(p, {"tokens": "a b", "tags": ["O"]})],
+        ["`tokens` is 'a b'", "list of"],
+    ),
+    ("a blank word", lambda p: [TAGS, lines(p, {"tokens": [" "], "tags": ["O"]})], ["row 1: `tokens`", "write words"]),
+    (
+        "a word without its tag in a CoNLL file",
+        lambda p: [TAGS, f"data.train={p.file('x.conll', 'U.N. B-ORG', 'official')}"],
+        ["line 2 has 1 field(s), the first word 2", "its tag last"],
+    ),
+    (
+        "a decoder for pairs",
+        lambda p: [SEQ2SEQ, "data.columns={source: text, target: label}"],
+        ["model.task=seq2seq-lm", "llama", "choose another task"],
+    ),
+    (
+        "pairs of other names",
+        lambda p: [LM, "data.columns={prompt: text}"],
+        ["no column `completion`", "data.columns="],
+    ),
+    (
+        "numbers that are words",
+        lambda p: ["data.label_kind=number", f"data.train={p.file('x.csv', 'text,label', 'a,1.5', 'b,many')}"],
+        ["row 2", "'many', no number"],
+    ),
+    (
+        "numbers that may be classes",
+        lambda p: [f"data.train={p.file('x.csv', 'text,label', 'a,1.0', 'b,2.0')}"],
+        ["a class or a number", "data.label_kind=class or data.label_kind=number"],
+    ),
+    (
+        "sets of classes that are numbers",
+        lambda p: ["data.label_kind=classes", lines(p, {"text": "a", "label": 3})],
+        ["`label` is 3, no list", "[] for none"],
+    ),
+    ("packed reviews", lambda p: ["data.packing=true"], ["data.packing=true", "completion and chat"]),
+    ("a stream of unknown length", lambda p: ["data.streaming=true"], ["data.num_train", "how many rows to take"]),
+    (
+        "a stream of text",
+        lambda p: [LM, f"data.train={p.file('x.txt', REVIEWS)}", *STREAM],
+        ["x.txt cannot be streamed", "known: csv"],
+    ),
+    ("a stream of what is small", lambda p: ["data.name=imdb", "data.train=", *STREAM], ["imdb is read whole"]),
+    ("a harness for classes", lambda p: ["evaluation.harness=[arc_easy]"], ["evaluation.harness", "leave it out"]),
+    ("the same column twice", lambda p: ["data.columns={text: label}"], ["the same column `label`"]),
+]
+STREAM = ["data.streaming=true", "data.num_train=8", "data.num_validation=2", "data.num_test=2"]
+
+SCALE: list[Row] = [
+    ("pieces for one process", lambda p: ["training.shard=true"], ["training.shard=true", "torchrun"]),
+    (
+        "a model's own code",
+        lambda p: [f"model.name={own_code(p.model())}"],
+        ["model.trust_remote_code=true", "read it"],
+    ),
 ]
 
 MODEL: list[Row] = [
@@ -422,7 +538,7 @@ def refused(arguments: list[str], parts: list[str], place: Place, capfd) -> None
     assert tree(place.folder) == before
 
 
-@rows(CONFIGURATION + DATA + MODEL + PLAN + OUTPUT)
+@rows(CONFIGURATION + DATA + TASKS + SCALE + MODEL + PLAN + OUTPUT)
 def test_finetune_refuses_in_one_line_and_writes_nothing(build, parts, place, reviews, capfd):
     empty = place.file("empty.yaml", "")
     defaults = pico(place.llama, reviews, place.output)

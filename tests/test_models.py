@@ -13,8 +13,8 @@ from sgm_finetune.config import ModelConfig
 from sgm_finetune.errors import UserError
 from sgm_finetune.model_folder import local_folder
 from sgm_finetune.models import (
+    adaptable,
     check_model,
-    linear_layers,
     load_model,
     load_tokenizer,
     matrix_shape,
@@ -23,23 +23,23 @@ from sgm_finetune.models import (
 
 def test_linear_layers_come_in_the_models_order_without_heads_and_embeddings():
     model = make_model()
-    found = list(linear_layers(model))
+    found = list(adaptable(model))
     order = [name for name, _ in model.named_modules()]
     assert found == sorted(found, key=order.index)
     assert len(found) == 4 * 7
     assert "score" not in found
     names = ["model.layers.3.mlp.up_proj", "model.layers.0.self_attn.q_proj"]
-    assert list(linear_layers(model, names)) == names[::-1]
+    assert list(adaptable(model, names)) == names[::-1]
 
 
 def test_a_layer_that_there_is_not_is_named_with_those_there_are():
     with pytest.raises(UserError, match=r"`q_prj`; this LlamaForSequenceClassification has .*q_proj"):
-        linear_layers(make_model(), ["q_prj"])
+        adaptable(make_model(), ["q_prj"])
 
 
 def test_a_model_without_numbered_blocks_cannot_be_adapted():
     with pytest.raises(UserError, match="Bilinear has no linear layers"):
-        linear_layers(torch.nn.Bilinear(2, 2, 2))
+        adaptable(torch.nn.Bilinear(2, 2, 2))
 
 
 def test_a_shape_is_rows_and_columns_also_of_gpt2s_transposed_layers():
@@ -53,7 +53,7 @@ def test_a_gpt2s_layers_are_found():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=10, n_positions=16))
-    kinds = [name.partition(".h.0.")[2] for name in linear_layers(model) if ".h.0." in name]
+    kinds = [name.partition(".h.0.")[2] for name in adaptable(model) if ".h.0." in name]
     assert kinds == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
 
@@ -62,7 +62,8 @@ def test_a_new_head_follows_the_seed_and_the_labels(llama_folder):
     for _ in range(2):
         torch.manual_seed(7)
         config = ModelConfig(name=str(llama_folder), dtype="float32")
-        model = load_model(config, llama_folder, ("bad", "fair", "good"), pad_token_id=0)
+        model, new = load_model(config, llama_folder, ("bad", "fair", "good"), pad_token_id=0)
+        assert new == ("score",)
         heads.append(model.score.weight)
         assert not model.training
     assert torch.equal(*heads)
@@ -113,7 +114,8 @@ def test_the_embedded_gguf_file_becomes_a_plain_folder_that_knows_france(tmp_pat
 
     config = ModelConfig(name="smollm2-135m-instruct", task="causal-lm")
     check_model(config, folder, 2048)
-    model, tokenizer = load_model(config, folder), load_tokenizer(folder)
+    (model, new), tokenizer = load_model(config, folder), load_tokenizer(folder)
+    assert new == ()
     assert model.dtype == torch.bfloat16
     batch = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():

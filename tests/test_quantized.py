@@ -16,7 +16,7 @@ from sgm_finetune.config import ModelConfig
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.method.plan import Plan, PlanSettings, build_plan
 from sgm_finetune.model_folder import local_folder
-from sgm_finetune.models import linear_layers, load_model, load_tokenizer, ready_for_backward
+from sgm_finetune.models import adaptable, load_model, load_tokenizer, ready_for_backward
 
 pytest.importorskip("bitsandbytes")
 
@@ -53,7 +53,7 @@ def folder(tmp_path_factory) -> Path:
 def four_bit(folder: Path, task: str = "causal-lm", labels: tuple[str, ...] = (), dtype: str = "auto"):
     torch.manual_seed(4)  # of a new head
     config = ModelConfig(name=str(folder), task=task, quantization="nf4", dtype=dtype)
-    return load_model(config, folder, labels, pad_token_id=0)
+    return load_model(config, folder, labels, pad_token_id=0)[0]
 
 
 def four_bit_of_others(folder: Path):
@@ -120,7 +120,7 @@ def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def weight_bytes(model) -> dict[str, bytes]:
-    return {n: layer.weight.data.view(torch.uint8).numpy().tobytes() for n, layer in linear_layers(model).items()}
+    return {n: m.module.weight.data.view(torch.uint8).numpy().tobytes() for n, m in adaptable(model).items()}
 
 
 def prepared(folder: Path, origin: str, batch):
@@ -175,7 +175,7 @@ def test_heads_and_embeddings_are_not_quantised(folder):
 
     model = four_bit(folder, "sequence-classification", ("bad", "good"))
     assert not isinstance(model.score, Linear4bit)
-    assert all(isinstance(layer, Linear4bit) for layer in linear_layers(model).values())
+    assert all(isinstance(matrix.module, Linear4bit) for matrix in adaptable(model).values())
     assert not isinstance(four_bit(folder).lm_head, Linear4bit)
 
 

@@ -108,7 +108,7 @@ def test_results_alone_give_the_heat_map(llama_folder, tmp_path, capfd):
 def test_a_stopped_scan_says_how_far_it_came_and_goes_on_there(tmp_path):
     draw = torch.Generator().manual_seed(0)
     save_file(
-        {f"h.{i}.fc.weight": torch.randn(1200, 1200, generator=draw) for i in range(12)}, tmp_path / "m.safetensors"
+        {f"h.{i}.fc.weight": torch.randn(1000, 1000, generator=draw) for i in range(30)}, tmp_path / "m.safetensors"
     )
     cache, output = tmp_path / "cache", tmp_path / "scan.json"
     listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also in a background job
@@ -122,10 +122,10 @@ def test_a_stopped_scan_says_how_far_it_came_and_goes_on_there(tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert re.fullmatch(r"Interrupted after \d+ of 12 matrices; the same command goes on there\n", error)
+    assert re.fullmatch(r"Interrupted after \d+ of 30 matrices; the same command goes on there\n", error)
     assert not output.exists()
     kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
-    assert 2 <= len(kept) < 12
+    assert 2 <= len(kept) < 30
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert len(load_scan(output).matrices) == len(list(cache.rglob("*.safetensors"))) == 12
+    assert len(load_scan(output).matrices) == len(list(cache.rglob("*.safetensors"))) == 30
     assert {path: path.stat().st_mtime_ns for path in kept} == kept

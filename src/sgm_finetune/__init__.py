@@ -17,21 +17,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sgm_finetune.adapters.apply import apply_plan, tie
     from sgm_finetune.adapters.descent import create_optimizer
+    from sgm_finetune.adapters.forward import use_fast_step
     from sgm_finetune.adapters.plan_file import load_plan, save_plan
     from sgm_finetune.config import Config, load_config
     from sgm_finetune.errors import UserError
     from sgm_finetune.measure.probe import probe
     from sgm_finetune.measure.scan import scan
-    from sgm_finetune.pipeline import make_plan
+    from sgm_finetune.planning import make_plan
     from sgm_finetune.trainer import SGMTrainer
 
 _HOMES = {
     "scan": "measure.scan",
     "probe": "measure.probe",
-    "make_plan": "pipeline",
+    "make_plan": "planning",
     "apply_plan": "adapters.apply",
     "tie": "adapters.apply",
     "create_optimizer": "adapters.descent",
+    "use_fast_step": "adapters.forward",
     "load_plan": "adapters.plan_file",
     "save_plan": "adapters.plan_file",
     "Config": "config",
@@ -53,6 +55,7 @@ __all__ = [
     "save_plan",
     "scan",
     "tie",
+    "use_fast_step",
 ]
 
 

@@ -99,6 +99,49 @@ def plan(
 
 
 @app.command()
+def estimate(
+    config_file: Annotated[
+        str | None, typer.Argument(help="YAML file, instead of --config; or a key=value.", metavar="[config.yaml]")
+    ] = None,
+    overrides: Overrides = None,
+    config: ConfigPath = Path("config.yaml"),
+    as_json: AsJson = False,
+) -> None:
+    """Memory, disk and time that a run will need, from its configuration and data; no weights are loaded.
+
+    Example: sgm estimate configs/smollm2-chat.yaml training.batch_size=8 memory.budget=2GiB
+    """
+    given = [*([config_file] if config_file else []), *(overrides or [])]
+    if given and "=" not in given[0]:
+        config = Path(given.pop(0))
+    settings = load_config(config, given)
+    from sgm_finetune import pipeline
+
+    needed = pipeline.estimate_for(settings, _console(as_json))
+    if as_json:
+        print(json.dumps(needed.to_dict()))
+
+
+@app.command()
+def data(
+    overrides: Overrides = None,
+    config: ConfigPath = Path("config.yaml"),
+    examples: Annotated[int, typer.Option("--examples", "-n", min=0, help="How many to show.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Show training examples as the model will see them (what the loss does not count is dimmed), and their lengths.
+
+    Example: sgm data data.train=chats.jsonl model.task=causal-lm data.max_length=1024
+    """
+    settings = load_config(config, overrides or [])
+    from sgm_finetune.preview import preview
+
+    shown = preview(settings, _console(as_json), examples)
+    if as_json:
+        print(json.dumps(shown))
+
+
+@app.command()
 def scan(
     model: Annotated[
         str,
@@ -205,7 +248,32 @@ def main(arguments: list[str] | None = None) -> None:
         _fail("Interrupted", 130)
     except BrokenPipeError:
         os._exit(1)
+    except RuntimeError as error:
+        if not _peer_is_gone(error):
+            raise
+        line = (
+            f"process {os.environ['RANK']}: another process of this run has ended (if it said nothing, the system may "
+            "have ended it for want of memory); continue from the last checkpoint with training.resume=true\n"
+        )
+        os.write(2, line.encode())  # in one piece, beside those of the other processes
+        os._exit(2)  # nothing is left to be taken down together
     sys.exit(0)
+
+
+def _peer_is_gone(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because another process no longer answers."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return False
+    from torch.distributed import DistNetworkError
+
+    words = (
+        "connection closed by peer",
+        "connection reset",
+        "broken pipe",
+        "connection refused",
+        "remote process exited",
+    )
+    return isinstance(error, DistNetworkError) or any(word in str(error).lower() for word in words)
 
 
 def _fail(line: str, status: int) -> None:

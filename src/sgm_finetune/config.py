@@ -6,6 +6,7 @@ A leaf of the import graph: nothing of the package but `errors` is imported here
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -16,13 +17,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from sgm_finetune.errors import UserError
 
-Task = Literal["causal-lm", "sequence-classification"]
+Task = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq-lm"]
+Role = Literal[
+    "text", "text_pair", "label", "prompt", "completion", "messages", "instruction", "input", "output", "source",
+    "target", "tokens", "tags",
+]  # fmt: skip
+LabelKind = Literal["class", "classes", "number"]
 Quantization = Literal["none", "nf4", "int8"]
 Criterion = Literal["subspace", "cosine", "snr"]
 Scope = Literal["activation", "layers"]
 Side = Literal["input", "output"]
-Optimizer = Literal["spectral", "adamw"]
-DEFAULT_RATES: dict[Optimizer, float] = {"spectral": 0.0125, "adamw": 1e-3}
+Optimizer = Literal["spectral", "adamw", "adamw_8bit", "paged_adamw_8bit"]
+DEFAULT_RATES: dict[Optimizer, float] = {"spectral": 0.0125, **dict.fromkeys(typing.get_args(Optimizer)[1:], 1e-3)}
 
 
 def _number(value: Any) -> Any:
@@ -37,6 +43,24 @@ def _number(value: Any) -> Any:
     return value
 
 
+_UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+
+
+def _bytes(value: Any) -> Any:
+    """A number of bytes for a size with its unit.
+
+    >>> _bytes("8GiB"), _bytes("1.5 gb"), _bytes("much")
+    (8589934592, 1500000000, 'much')
+    """
+    if isinstance(value, str) and (found := re.fullmatch(r"\s*([\d.]+)\s*([kmgt]i?b)\s*", value.lower())):
+        try:
+            return int(float(found[1]) * _UNITS[found[2]])
+        except ValueError:
+            return value
+    return value
+
+
+Size = Annotated[int, BeforeValidator(_bytes)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_number)]  # `2e3` and `200.0` are whole numbers too
 
@@ -56,23 +80,35 @@ class ModelConfig(_Section):
     """Floating-point type of the base. auto: bfloat16 under quantisation, else the type the weights are stored in."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model. Read it first."""
 
 
 class DataConfig(_Section):
     name: str | None = None
-    """`rotten-tomatoes`, `imdb`, `jane-austen`, or a hub data set id. Or give files below."""
+    """`rotten-tomatoes`, `imdb`, `xsum`, `conll-sample`, `jane-austen`, or a hub data set id. Or give files below."""
     train: str | None = None
-    """Training file: .csv .tsv .json .jsonl .parquet .txt."""
+    """Training file: .csv .tsv .json .jsonl .parquet .txt .conll."""
     validation: str | None = None
     """Validation file; without one, `validation_fraction` of the training data is split off."""
     test: str | None = None
     """Test file; without one, `test_fraction` of the training data is split off."""
-    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "text"] = "auto"
-    """File format; auto goes by the file's ending."""
-    columns: dict[Literal["text", "label", "prompt", "completion"], str] = {}
+    file_type: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "text", "conll"] = "auto"
+    """auto: by the file's ending."""
+    format: Literal["auto", "text", "completion", "chat", "sharegpt", "alpaca"] = "auto"
+    """How a row of language-modelling data is written. text: running text. completion: prompt and completion.
+    chat: messages with role and content. sharegpt: the same with from and value. alpaca: instruction, input, output.
+    auto: by the columns that are there, and said."""
+    columns: dict[Role, str] = {}
     """Which column plays which role, e.g. {text: review, label: stars}. A role's own name is the default."""
+    label_kind: Literal["auto", "class", "classes", "number"] = "auto"
+    """What a label of sequence classification is: one class, any number of classes (a list, or in CSV names divided by
+    commas), or a number to predict. auto: lists are classes, fractional numbers numbers, all else is one class."""
     max_length: Whole = Field(default=256, ge=8, le=1_048_576)
     """Longest sequence in tokens; longer ones are cut."""
+    packing: bool = False
+    """Fill sequences of `max_length` with several training examples each (completion and chat; running text always is).
+    Every example sees itself alone, which is checked on the model. `training.batch_size` then counts full sequences."""
     num_train: Whole | None = Field(default=None, ge=1)
     """Use at most this many training examples (null: all)."""
     num_validation: Whole | None = Field(default=None, ge=1)
@@ -83,6 +119,9 @@ class DataConfig(_Section):
     """Share split off for validation where no validation data is given."""
     test_fraction: Real = Field(default=0.15, gt=0, lt=0.5)
     """Share split off for testing where no test data is given."""
+    streaming: bool = False
+    """Read no more rows than `num_train`, `num_validation` and `num_test` say, from a seeded shuffle of the stream: for
+    files, folders and hub data sets that do not fit."""
     seed: Whole = Field(default=0, ge=0, lt=2**32)
     """Seed of the split and of the choice of examples. Separate from `training.seed`, so seeds share one test set."""
 
@@ -92,6 +131,9 @@ class DataConfig(_Section):
             raise ValueError("give data.name or data.train, not both")
         if self.name is not None and self.validation is not None:
             raise ValueError("data.validation goes with data.train, not with data.name")
+        counts = {f"data.num_{split}": getattr(self, f"num_{split}") for split in ("train", "validation", "test")}
+        if self.streaming and (uncounted := [key for key, count in counts.items() if count is None]):
+            raise ValueError(f"data.streaming=true needs {' and '.join(uncounted)}: how many rows to take")
         return self
 
 
@@ -108,11 +150,16 @@ class SelectionConfig(_Section):
     """Train this share of each kind of matrix, highest SNR first (null: all of them)."""
     snr_threshold: Real | None = Field(default=None, ge=0)
     """Train the matrices whose SNR (energy ratio, not dB) is at least this. Excludes `top_fraction`."""
+    prefer_depth: bool = False
+    """With `top_fraction`: the matrices nearest to the output, not those of the highest SNR. The backward pass ends at
+    the lowest that is trained, and keeps nothing below it; what that costs in loss is not measured yet."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
         if self.top_fraction is not None and self.snr_threshold is not None:
             raise ValueError("give selection.top_fraction or selection.snr_threshold, not both")
+        if self.prefer_depth and self.top_fraction is None:
+            raise ValueError("selection.prefer_depth says which selection.top_fraction to train; give both")
         return self
 
 
@@ -170,11 +217,21 @@ class TrainingConfig(_Section):
     """Examples per optimizer step, over all processes together."""
     micro_batch_size: Whole | None = Field(default=None, ge=1)
     """Examples per forward pass of one process; gradients are accumulated (null: batch_size / processes)."""
+    shard: bool = False
+    """Shard the frozen base over the processes of the run (FSDP2) instead of holding it in each."""
+    step: Literal["fast", "peft"] = "fast"
+    """How a step is computed. fast: a layer's update is added to its output in place, in the base's type, x Aᵀ once for
+    all that share A, and a language model's loss needs no logits of a whole batch (docs/method.md 8). peft: PEFT's and
+    Transformers' own code. fast takes PEFT's code for what it cannot do, and says so."""
+    checkpointing: bool = False
+    """Keep what a block reads, and compute the block again in the backward pass: less memory, more time."""
     eval_batch_size: Whole = Field(default=32, ge=1)
     """Examples per forward pass in evaluation."""
     optimizer: Optimizer = "spectral"
     """The step for the factors. spectral: descent in the spectral norm of the weights' change (docs/method.md 6), with
-    about half of AdamW's state; a new classification head then learns by AdamW at 1e-3. adamw: AdamW for everything."""
+    about half of AdamW's state; a new classification head then learns by AdamW at 1e-3. adamw: AdamW for everything.
+    adamw_8bit: the same with a state of a quarter, by bitsandbytes; paged_adamw_8bit: that state in the host's memory
+    where a GPU's does not hold it."""
     learning_rate: Real | None = Field(default=None, gt=0, le=10)
     """Peak learning rate. spectral: the norm of a step's change of a weight matrix, from RMS to RMS, whatever the rank
     and the model (null: 0.0125); adamw: AdamW's (null: 1e-3)."""
@@ -208,6 +265,23 @@ class TrainingConfig(_Section):
         return self
 
 
+class EvaluationConfig(_Section):
+    num_generated: Whole = Field(default=32, ge=0)
+    """Test examples to which answers are generated, before and after, where the data has answers (completion, chat,
+    pairs): for exact match, ROUGE-L and BLEU. 0: none."""
+    harness: list[str] = []
+    """Tasks of lm-evaluation-harness to run before and after, by name or as .yaml files (an extra: pip install
+    'sgm-finetune[harness]')."""
+    harness_limit: Whole | None = Field(default=None, ge=1)
+    """Examples of each of them (null: all)."""
+
+
+class MemoryConfig(_Section):
+    budget: Size | None = Field(default=None, ge=2**20)
+    """Most memory of one process, e.g. 8GiB: of the GPU where there is one, else resident. Batches, checkpointing, rank
+    and layers are then chosen to fit, and what was given up is said (null: as configured)."""
+
+
 class OutputConfig(_Section):
     dir: str = "output"
     """Folder of the results."""
@@ -226,6 +300,8 @@ class Config(_Section):
     merge: MergeConfig = MergeConfig()
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    memory: MemoryConfig = MemoryConfig()
     output: OutputConfig = OutputConfig()
     plan: str | None = None
     """A plan.json of an earlier run to use instead of measuring again."""

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from sgm_finetune.config import ModelConfig
+from sgm_finetune.config import LabelKind, ModelConfig
 from sgm_finetune.errors import UserError
-
-HEADS = ("score", "classifier", "lm_head")
-"""Output layers: never quantised; a new classification head is trained whole."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,12 +47,10 @@ def device_for(local_rank: int = 0) -> torch.device:
 def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
     """What can be known before the weights are loaded: a readable config, an architecture that fits the task,
     positions for `max_length` tokens, bitsandbytes where quantisation is asked for. Raises UserError."""
-    try:
-        described = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from None
+    described = _described(config, folder)
     known = _AUTO[config.task]._model_mapping  # type: ignore[attr-defined]
-    if type(described) not in known:
+    remote = _AUTO[config.task].__name__ in (getattr(described, "auto_map", None) or {})
+    if type(described) not in known and not remote:
         raise UserError(
             f"model.task={config.task} does not fit model.name={config.name}, a {described.model_type}; "
             f"choose another task or model"
@@ -70,6 +72,22 @@ def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
             raise UserError(f"{config.name} is quantised already; take model.quantization=none")
 
 
+def _described(config: ModelConfig, folder: Path) -> PreTrainedConfig:
+    """config.json; UserError where it cannot be read, or needs code that `model.trust_remote_code` does not allow."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "auto_map" in values and not config.trust_remote_code and values.get("model_type") not in CONFIG_MAPPING:
+            raise UserError(
+                f"model.name={config.name} brings Python code of its own, which is not run unless you say "
+                "model.trust_remote_code=true; read it first"
+            )
+        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / 'config.json'} is no JSON: {error}; get the model's files again") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from None
+
+
 def _num_positions(described: PreTrainedConfig) -> int | None:
     """The longest sequence that the model was made for, where its config says so."""
     text = described.get_text_config()
@@ -82,13 +100,24 @@ def _num_positions(described: PreTrainedConfig) -> int | None:
 _AUTO: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,
     "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
 }
+_PROBLEMS: dict[LabelKind, str] = {
+    "class": "single_label_classification",
+    "classes": "multi_label_classification",
+    "number": "regression",
+}
+"""Transformers' names for what a label is."""
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, config: ModelConfig | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the right, with a padding token (its end-of-text token where it has none)."""
+    config = config or ModelConfig()
+    # a word in a list of words is one inside a sentence
+    words: dict[str, Any] = {"add_prefix_space": True} if config.task == "token-classification" else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **words)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{folder} has no usable tokenizer; put tokenizer.json and tokenizer_config.json there "
@@ -106,45 +135,147 @@ def load_model(
     labels: tuple[str, ...] = (),
     pad_token_id: int | None = None,
     device: torch.device | None = None,
-) -> PreTrainedModel:
-    """The base model, in eval mode, quantised as asked, ready for backward passes; a new head for `labels`.
+    label_kind: LabelKind | None = None,
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The base model, in eval mode, quantised as asked, ready for backward passes; and the names of its modules that
+    are not in its files: a new head, for `labels`, or for a number (`label_kind`).
 
-    dtype "auto": bfloat16 under quantisation (the fastest 4-bit path on CPUs too), else the stored type. A new
-    head starts from torch's global random state. Raises UserError for weights that cannot be read.
+    dtype "auto": bfloat16 under quantisation (the fastest 4-bit path on CPUs too), else the stored type. A new head
+    starts from torch's global random state; one of another size than the stored one is new. What lies outside the
+    numbered blocks is not quantised. Raises UserError for weights that cannot be read, or are not those of the model.
     """
     device = device or device_for()
-    settings: dict[str, Any] = {"device_map": {"": device}}
-    if device.type == "cpu":  # torch's fused attention is the slower one in bfloat16 backward passes (docs/LOG.md)
-        settings["attn_implementation"] = "eager"
-    quantised = config.quantization != "none"
+    settings: dict[str, Any] = {"device_map": {"": device}, "attn_implementation": _attention()}
     chosen = _DTYPES.get(config.dtype)
+    quantised = config.quantization != "none"
     dtype = chosen or (torch.bfloat16 if quantised else "auto")
-    described = AutoConfig.from_pretrained(folder)
-    if labels:
-        described.num_labels = len(labels)
-        described.id2label = dict(enumerate(labels))
-        described.label2id = {label: i for i, label in enumerate(labels)}
-        described.problem_type = "single_label_classification"
-    if pad_token_id is not None:
-        described.pad_token_id = pad_token_id
-    if quantised:
-        settings["quantization_config"] = _quantization(config, chosen or torch.bfloat16)
+    described = _settled(config, folder, labels, pad_token_id, label_kind)
+    if labels or label_kind == "number":
+        settings["ignore_mismatched_sizes"] = True  # of a head for other labels
+    auto, trusted = _AUTO[config.task], config.trust_remote_code
     try:
-        model = _AUTO[config.task].from_pretrained(folder, config=described, dtype=dtype, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if quantised:
+            with torch.device("meta"):
+                skeleton = auto.from_config(described, trust_remote_code=trusted)
+            settings["quantization_config"] = _quantization(config, chosen or torch.bfloat16, _outside_blocks(skeleton))
+        model, outcome = auto.from_pretrained(
+            folder, config=described, dtype=dtype, trust_remote_code=trusted, output_loading_info=True, **settings
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise UserError(f"model.name={config.name} cannot be loaded: {_first_line(error)}") from None
     ready_for_backward(model)
-    return model.eval()
+    if quantised and device.type == "cpu":  # embeddings and norms hold the whole file in memory, whose views they are
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.clone()
+    absent = {*outcome["missing_keys"], *(key for key, *_ in outcome["mismatched_keys"])}
+    return model.eval(), _new_modules(model, absent, config.name)
 
 
-def _quantization(config: ModelConfig, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def _attention() -> str | None:
+    """torch's fused attention is the slower one in bfloat16 backward passes on a CPU (docs/LOG.md)."""
+    return None if has_gpu() else "eager"
+
+
+def _settled(
+    config: ModelConfig, folder: Path, labels: tuple[str, ...], pad_token_id: int | None, label_kind: LabelKind | None
+) -> PreTrainedConfig:
+    """The model's configuration for the task's labels."""
+    described = _described(config, folder)
+    if labels or label_kind == "number":
+        names = labels or ("number",)
+        described.num_labels = len(names)
+        described.id2label = dict(enumerate(names))
+        described.label2id = {label: i for i, label in enumerate(names)}
+        if label_kind is not None:
+            described.problem_type = _PROBLEMS[label_kind]  # type: ignore[assignment]
+    if pad_token_id is not None:
+        described.pad_token_id = pad_token_id
+    if hasattr(text := described.get_text_config(), "use_cache"):
+        text.use_cache = False  # of keys and values, which generation alone has use for
+    return described
+
+
+def skeleton(
+    config: ModelConfig,
+    folder: Path,
+    labels: tuple[str, ...] = (),
+    pad_token_id: int | None = None,
+    label_kind: LabelKind | None = None,
+) -> PreTrainedModel:
+    """What `load_model` would load, on device "meta": shapes, types and code without numbers. Quantised layers are
+    stand-ins that need what bitsandbytes' need (`stand_ins.py`)."""
+    from sgm_finetune.stand_ins import FUSED_ATTENTION, stand_in
+
+    quantised = config.quantization != "none"
+    described = _settled(config, folder, labels, pad_token_id, label_kind)
+    stored = getattr(described, "dtype", None) or torch.float32
+    dtype = _DTYPES.get(config.dtype) or (torch.bfloat16 if quantised else stored)
+    with torch.device("meta"):
+        model = _AUTO[config.task].from_config(
+            described, dtype=dtype, attn_implementation=_attention(), trust_remote_code=config.trust_remote_code
+        )
+        if getattr(model.config.get_text_config(), "_attn_implementation", None) == "sdpa":
+            model.set_attn_implementation(FUSED_ATTENTION)
+        if quantised:
+            for name, module in list(model.named_modules()):
+                if type(module) is nn.Linear and block_of(name) is not None:
+                    parent, _, leaf = name.rpartition(".")
+                    setattr(model.get_submodule(parent), leaf, stand_in(module, config.quantization))
+    if quantised:
+        setattr(model, "is_loaded_in_4bit" if config.quantization == "nf4" else "is_loaded_in_8bit", True)
+    return model.eval().requires_grad_(False)
+
+
+def check_checkpointing(model: PreTrainedModel) -> None:
+    """Raises UserError where Transformers cannot compute the model's blocks again."""
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"training.checkpointing=true is not possible with a {type(model).__name__}; take "
+            "training.checkpointing=false"
+        )
+
+
+def _outside_blocks(model: nn.Module) -> list[str]:
+    """Linear layers outside numbered blocks: heads, poolers."""
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and block_of(n) is None]
+
+
+def block_of(name: str) -> str | None:
+    """The numbered block that a module or parameter lies in.
+
+    >>> block_of("model.layers.3.mlp.up_proj"), block_of("lm_head")
+    ('model.layers.3', None)
+    """
+    parts = name.split(".")
+    number = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+    return None if number is None else ".".join(parts[: number + 1])
+
+
+def _new_modules(model: nn.Module, absent: Collection[str], what: str) -> tuple[str, ...]:
+    """The outermost modules whose parameters are all `absent` from the files; what a head cannot be raises."""
+    parameters = [name for name, _ in model.named_parameters()]
+    found: dict[str, None] = {}
+    for name in parameters:
+        if name not in absent:
+            continue
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if block_of(name) is not None or isinstance(owner, nn.Embedding):
+            raise UserError(f"model.name={what}: its files lack `{name}`, or hold it in another shape; get them again")
+        parts = name.split(".")[:-1]
+        outer = (".".join(parts[: n + 1]) for n in range(len(parts)))
+        found[next(o for o in outer if all(p in absent for p in parameters if p.startswith(f"{o}.")))] = None
+    return tuple(found)
+
+
+def _quantization(config: ModelConfig, compute_dtype: torch.dtype, unquantised: list[str]) -> BitsAndBytesConfig:
     if config.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(HEADS))
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantised)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=list(HEADS),
+        llm_int8_skip_modules=unquantised,
     )
 
 
@@ -169,14 +300,33 @@ def ready_for_backward(model: nn.Module) -> None:
                     state.absmax = state.absmax.T.reshape(-1).float()
 
 
-def linear_layers(model: nn.Module, names: Collection[str] | None = None) -> dict[str, nn.Module]:
-    """Name -> linear layer, in `named_modules()` order: `names`, or all inside numbered layers (no heads, no
-    embeddings). Raises UserError for a name that is no linear layer of the model."""
-    found: dict[str, nn.Module] = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and name
-    }
+@dataclass(frozen=True)
+class Matrix:
+    """A weight that can be adapted: a linear layer's, or a stack of one matrix for each expert."""
+
+    module: nn.Module
+    shape: tuple[int, int]
+    """(d_out, d_in), of one expert."""
+    num_experts: int | None = None
+    """None: a linear layer."""
+    parameter: str = "weight"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether each expert's matrix is stored as d_in x d_out."""
+        return bool(getattr(self.module, "is_transposed", False))
+
+
+def adaptable(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Matrix]:
+    """Name -> weight, in `named_modules()` order: `names`, or all inside numbered layers (no heads, no embeddings).
+
+    A linear layer has its module's name, a stack of experts its parameter's: `model.layers.0.mlp.experts.down_proj`.
+    Raises UserError for a name that is no such weight of the model.
+    """
+    beyond = set(out_of_reach(model))
+    found = {name: matrix for name, matrix in _all_matrices(model).items() if name not in beyond}
     if names is None:
-        inside = {n: m for n, m in found.items() if any(p.isdigit() for p in n.split("."))}
+        inside = {name: matrix for name, matrix in found.items() if block_of(name) is not None}
         if not inside:
             raise UserError(
                 f"{type(model).__name__} has no linear layers inside numbered blocks; nothing can be adapted"
@@ -187,7 +337,64 @@ def linear_layers(model: nn.Module, names: Collection[str] | None = None) -> dic
         kinds = sorted({name.rpartition(".")[2] for name in found})
         raise UserError(f"No linear layer is called `{missing[0]}`; this {type(model).__name__} has {', '.join(kinds)}")
     wanted = set(names)
-    return {name: module for name, module in found.items() if name in wanted}
+    return {name: matrix for name, matrix in found.items() if name in wanted}
+
+
+def _all_matrices(model: nn.Module) -> dict[str, Matrix]:
+    return {
+        name: matrix
+        for module_name, module in model.named_modules()
+        for name, matrix in _matrices_of(module_name, module)
+        if name
+    }
+
+
+def _matrices_of(name: str, module: nn.Module) -> Iterator[tuple[str, Matrix]]:
+    if isinstance(module, nn.Linear | Conv1D):
+        if min(shape := matrix_shape(module)) > 1:  # one row is no matrix
+            yield name, Matrix(module, shape)
+    elif isinstance(getattr(module, "num_experts", None), int):
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and parameter.is_floating_point():
+                num_experts, rows, cols = parameter.shape
+                shape = (cols, rows) if getattr(module, "is_transposed", False) else (rows, cols)
+                yield f"{name}.{leaf}", Matrix(module, shape, num_experts, leaf)
+
+
+def out_of_reach(model: nn.Module) -> list[str]:
+    """Linear layers beside experts that PEFT takes for these, so that they cannot be adapted: it reads a target
+    `...shared_expert.gate_proj` as the name by which the experts of that model type are stored, and adapts these."""
+    stored = {
+        leaf
+        for conversion in _conversions(model)
+        if isinstance(conversion, WeightConverter)
+        for pattern in conversion.source_patterns
+        if ".experts.*." in f".{pattern}" and (leaf := pattern.removesuffix(".weight").rpartition(".")[2])
+    }
+    if not stored:
+        return []
+    return [name for name in _all_matrices(model) if name.rpartition(".")[2] in stored and ".experts." not in name]
+
+
+def _conversions(model: nn.Module) -> list[Any]:
+    return list(get_model_conversion_mapping(model)) if isinstance(model, PreTrainedModel) else []
+
+
+def stored_to_model_names(model: nn.Module) -> Callable[[str], str]:
+    """A function from the name of a parameter in the model's files to its name in `model`: many experts' matrices have
+    the name of one stack, and a bare encoder's files lack the task model's prefix. It can be pickled."""
+    conversions = _conversions(model)
+    return partial(
+        _model_name,
+        renamings=[c for c in conversions if isinstance(c, WeightRenaming)],
+        converters=[c for c in conversions if isinstance(c, WeightConverter)],
+        prefix=getattr(model, "base_model_prefix", None) or None,
+        known={name: True for name, _ in model.named_parameters(remove_duplicate=False)},
+    )
+
+
+def _model_name(stored: str, renamings: list, converters: list, prefix: str | None, known: dict[str, bool]) -> str:
+    return rename_source_key(stored, renamings, converters, prefix, known)[0]
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:

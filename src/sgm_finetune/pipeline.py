@@ -6,29 +6,28 @@ import json
 import os
 import platform
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, TrainerState
 
 from sgm_finetune.adapters.apply import apply_plan, check_plan, check_starts
 from sgm_finetune.adapters.plan_file import load_plan, save_plan
+from sgm_finetune.adapters.shard import Sharded, reduce_factors_only, shard_base
 from sgm_finetune.config import Config, load_config, parse_config, set_overrides
-from sgm_finetune.data import DataSplits, Encoded, collator, encode, load_splits
 from sgm_finetune.errors import UserError
-from sgm_finetune.evaluation import evaluate_model
+from sgm_finetune.estimate_table import describe_estimate, estimate_table
+from sgm_finetune.estimation import Estimate, PredictionError, estimate
+from sgm_finetune.evaluation import check_packing, describe_metrics, evaluate_model
 from sgm_finetune.export import (
     PTH,
     RESULTS,
@@ -40,43 +39,30 @@ from sgm_finetune.export import (
     save_pth,
     write_config,
 )
-from sgm_finetune.files import write_json, write_text
+from sgm_finetune.fast_step import prepare_adapters, prepare_base
+from sgm_finetune.files import disk_free, write_json, write_text
+from sgm_finetune.fitting import as_begun, check_fits, fit, gib
+from sgm_finetune.generation import answer_metrics, generate_answers, has_answers, questions
+from sgm_finetune.harness import harness_metrics
+from sgm_finetune.head_loss import HeadLoss
+from sgm_finetune.launch import check_launch, follow_launcher, in_pieces, processes, whole_factors
+from sgm_finetune.materials import Materials, prepare, probe_batches
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.measure.scan import scan
 from sgm_finetune.measure.scan_formats import load_scan
-from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings, adapter_parameters, build_plan
-from sgm_finetune.method.spectrum import Scan, by_parameter
-from sgm_finetune.method.subspace import SIDES
-from sgm_finetune.model_folder import local_folder
-from sgm_finetune.models import (
-    check_model,
-    device_for,
-    linear_layers,
-    load_model,
-    load_tokenizer,
-    matrix_shape,
-)
+from sgm_finetune.memory import memory_within_reach, peak_memory, release_memory
+from sgm_finetune.method.plan import Plan, adapter_parameters
+from sgm_finetune.method.spectrum import Scan
+from sgm_finetune.models import adaptable, check_checkpointing, device_for, load_model, out_of_reach
+from sgm_finetune.planning import describe_plan, make_plan, remarks
 from sgm_finetune.report.page import render_report
 from sgm_finetune.report.scan_table import scan_summary
-from sgm_finetune.trainer import last_whole_checkpoint, peak_memory, train, training_arguments
+from sgm_finetune.trainer import check_optimizer, last_whole_checkpoint, train, training_arguments
 from sgm_finetune.voice import Voice
 
 
 class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
     """Training was stopped by a signal; a checkpoint holds everything up to then."""
-
-
-@dataclass(frozen=True)
-class Materials:
-    """What is known before the model is loaded."""
-
-    folder: Path
-    tokenizer: PreTrainedTokenizerBase
-    splits: DataSplits
-    train: Encoded
-    validation: Encoded
-    test: Encoded
-    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -100,37 +86,49 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
     """
     started = time.perf_counter()
     voice, clock = _voice(console), Clock()
+    config = follow_launcher(config)
     output = Path(config.output.dir)
+    if config.training.resume and (output / "config.yaml").is_file():
+        config = as_begun(config, load_config(output / "config.yaml"))
     checkpoint = _claim_output(config, output)
+    check_optimizer(config)
+    check_launch(config, processes().num_processes, checkpoint)
     given_plan = _given_plan(config, output, checkpoint)
     materials = prepare(config, voice)
+    config, needed = _within_memory(config, materials, given_plan, voice, resumed=checkpoint is not None)
     datasets = (materials.train.dataset, materials.validation.dataset)
-    arguments = training_arguments(config, output / "checkpoints", len(datasets[0]), _state().num_processes)
     scanned = scan_model(config, materials.folder, voice, clock) if given_plan is None else None
-    model = load_base(config, materials)
+    model, new_modules = load_base(config, materials, voice)
+    check_packing(model, materials.train.dataset)
+    if config.training.checkpointing:
+        check_checkpointing(model)
     if given_plan is not None:
         check_plan(model, given_plan)  # before the minutes of evaluation and not after them
         check_starts(given_plan)
-    test = _evaluator(config, materials, voice, clock)
+    head_loss = _prepare_base(config, model, new_modules, materials, voice)
+    test = _evaluator(config, materials, voice, clock, head_loss)
     if checkpoint is not None and given_plan is not None:
         measured = _earlier(output, given_plan, clock)
     else:
-        before = _on_main(lambda: test(model, "before"))
-        plan, probed = given_plan, None
+        before = _agreed(config, lambda: test(model, "before"))
+        plan, numbers = given_plan, None
         if plan is None:
-            plan, probed = _on_main(lambda: measure(config, model, scanned, materials, voice, clock))
-        measured = Measured(plan, before, _probe_numbers(probed))
-    adapted, parameters = _adapt(config, model, measured.plan, voice)
+            plan, numbers = _agreed(config, lambda: measure(config, model, scanned, materials, voice, clock, head_loss))
+        measured = Measured(plan, before, numbers)
+    adapted, parameters = _adapt(config, model, measured.plan, new_modules, voice)
+    # not before: they tell Transformers of DeepSpeed, which would have the base partitioned as it is loaded
+    arguments = training_arguments(config, output / "checkpoints", len(datasets[0]), processes().num_processes)
     if dry_run:
         voice.say("dry run", f"{arguments.max_steps} steps of {config.training.batch_size} would follow")
         return {**parameters, "steps": arguments.max_steps}
-    if checkpoint is None and _state().is_main_process:
+    if checkpoint is None and processes().is_main_process:
         _begin(config, output, measured, clock)
-    _state().wait_for_everyone()
+    processes().wait_for_everyone()
     with clock.time("train"):
         trainer, stopped_by = train(
-            adapted, measured.plan, config, datasets, materials.collate, arguments, voice.console, checkpoint
+            adapted, measured.plan, config, datasets, materials.collate, arguments, voice.console, head_loss, checkpoint
         )
+    release_memory()
     state = trainer.state
     if stopped_by is not None:
         raise Interrupted(
@@ -138,7 +136,7 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
             "continue with training.resume=true"
         )
     voice.say("train", _describe_training(state, clock.seconds["train"]))
-    after = _on_main(lambda: test(adapted, "after"))
+    after = _agreed(config, lambda: test(adapted, "after"))
     clock.seconds["total"] = time.perf_counter() - started
     metrics = {
         "model": config.model.name,
@@ -150,6 +148,7 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
         **parameters,
         "seconds": {name: round(clock.seconds.get(name, 0.0), 3) for name in (*_STEPS, "total")},
         "peak_memory_bytes": peak_memory(),
+        "predicted": needed and needed.to_dict(),
         "optimizer": config.training.optimizer,
         "learning_rate": config.training.peak_learning_rate,
         "steps": state.global_step,
@@ -158,10 +157,13 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
         "probe": measured.probe,
         "environment": environment(),
     }
-    if _state().is_main_process:
-        _save(config, adapted, measured.plan, materials, metrics, state.log_history, output)
-        voice.say("saved", f"{output / PTH}, {output / 'adapter'}/, {output / 'report.html'}")
-    _state().wait_for_everyone()
+    with whole_factors(adapted):
+        if processes().is_main_process:
+            _save(config, adapted, measured.plan, materials, metrics, state.log_history, output)
+        processes().wait_for_everyone()
+    if needed is not None:
+        voice.say("memory", _describe_peak(needed.peak_bytes, metrics["peak_memory_bytes"]))
+    voice.say("saved", f"{output / PTH}, {output / 'adapter'}/, {output / 'report.html'}")
     return metrics
 
 
@@ -172,6 +174,54 @@ class Measured:
     plan: Plan
     before: dict[str, Any]
     probe: dict[str, Any] | None
+
+
+def _estimated(config: Config, materials: Materials, plan: Plan | None, voice: Voice) -> tuple[Config, Estimate]:
+    """The configuration that fits into `memory.budget`, else as it is, and what it will need."""
+    if config.memory.budget is None:
+        return config, estimate(config, materials, plan)
+    budget = min(config.memory.budget, memory_within_reach())
+    fitted = fit(config, materials, budget, plan)
+    if fitted.given_up:
+        voice.say("memory", f"to fit into {gib(budget)}: {', '.join(fitted.given_up)}")
+    return fitted.config, fitted.estimate
+
+
+def _within_memory(
+    config: Config, materials: Materials, plan: Plan | None, voice: Voice, resumed: bool = False
+) -> tuple[Config, Estimate | None]:
+    """`_estimated` by the first process (as it began, where it is resumed), and None where what it needs cannot be
+    told and no budget asks for it. Raises UserError where that is more than there is."""
+
+    def decided() -> tuple[Config, Estimate | None, int]:
+        reach = memory_within_reach()
+        try:
+            if resumed:
+                return config, estimate(config, materials, plan), reach
+            return *_estimated(config, materials, plan, voice), reach
+        except PredictionError as error:
+            if config.memory.budget is not None:
+                raise
+            voice.say("memory", str(error))
+            return config, None, reach
+
+    config, needed, reach = _on_main(decided)
+    release_memory()
+    if needed is None:
+        return config, None
+    check_fits(needed, reach, config)
+    voice.say("memory", describe_estimate(needed, reach))
+    free = disk_free(Path(config.output.dir))
+    if needed.disk_bytes > free:
+        raise UserError(
+            f"output.dir={config.output.dir} will take about {needed.disk_bytes / 2**20:,.0f} MiB, and its disk has "
+            f"{free / 2**20:,.0f} MiB free; make room, or name a folder on another disk"
+        )
+    return config, needed
+
+
+def _describe_peak(predicted: int, measured: int) -> str:
+    return f"{gib(measured)} at most, predicted {gib(predicted)} ({predicted / measured - 1:+.0%})"
 
 
 def _begin(config: Config, output: Path, measured: Measured, clock: Clock) -> None:
@@ -191,15 +241,44 @@ def _earlier(output: Path, plan: Plan, clock: Clock) -> Measured:
     return Measured(plan, progress["before"], progress["probe"])
 
 
-def _adapt(config: Config, model: PreTrainedModel, plan: Plan, voice: Voice) -> tuple[PeftModel, dict[str, int]]:
+def _adapt(
+    config: Config, model: PreTrainedModel, plan: Plan, new_modules: Sequence[str], voice: Voice
+) -> tuple[PeftModel, dict[str, int]]:
     """The merged model, and its number of trainable parameters beside plain LoRA's."""
     _tell_plan(plan, voice)
     set_seed(config.training.seed)
-    adapted = apply_plan(model, plan)
+    adapted = apply_plan(model, plan, new_modules)
     total = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     trainable, plain = adapter_parameters(plan)
     voice.say("apply", _describe_parameters(total, trainable, plain))
+    _prepare_adapters(config, adapted, voice)
+    if config.training.shard:
+        reduce_factors_only(adapted)
     return adapted, {"trainable_parameters": total, "plain_lora_parameters": total - trainable + plain}
+
+
+def _prepare_base(
+    config: Config, model: PreTrainedModel, new_modules: Sequence[str], materials: Materials, voice: Voice
+) -> HeadLoss | None:
+    dataset = materials.train.dataset
+    first = materials.collate([dataset[i] for i in range(min(2, len(dataset)))])
+    head_loss, said = prepare_base(config, model, new_modules, first)
+    for line in said:
+        voice.say("", line)
+    return head_loss
+
+
+def _prepare_adapters(config: Config, adapted: PeftModel, voice: Voice) -> None:
+    if slow := prepare_adapters(config, adapted):
+        voice.say("", f"by PEFT's own forward: {_some(slow)}")
+
+
+def _describe_sharding(sharded: Sharded) -> str:
+    here, whole = sharded.here / 2**20, sharded.whole / 2**20
+    return (
+        f"{sharded.num_blocks} blocks over {processes().num_processes} processes: {here:,.1f} MiB in each instead of "
+        f"{whole:,.1f}"
+    )
 
 
 def _describe_training(state: TrainerState, seconds: float) -> str:
@@ -216,10 +295,25 @@ def make_plan_for(config: Config, console: Console) -> Plan:
     """scan -> probe -> plan, without training: what `sgm plan` writes."""
     voice, clock = _voice(console), Clock()
     materials = prepare(config, voice)
+    if config.memory.budget is not None:
+        config, _ = _within_memory(config, materials, None, voice)
     scanned = scan_model(config, materials.folder, voice, clock)
-    plan, _ = measure(config, load_base(config, materials), scanned, materials, voice, clock)
+    model, new_modules = load_base(config, materials, voice)
+    head_loss = _prepare_base(config, model, new_modules, materials, voice)
+    plan, _ = measure(config, model, scanned, materials, voice, clock, head_loss)
     _tell_plan(plan, voice)
     return plan
+
+
+def estimate_for(config: Config, console: Console) -> Estimate:
+    """What `sgm estimate` prints: the memory, disk and time of the run that `config` describes; nothing is loaded."""
+    voice = _voice(console)
+    check_optimizer(config)
+    materials = prepare(config, voice)
+    plan = load_plan(config.plan) if config.plan is not None else None
+    _, needed = _estimated(config, materials, plan, voice)
+    console.print(estimate_table(needed, memory_within_reach()))
+    return needed
 
 
 def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict[str, Any]:
@@ -231,7 +325,7 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     path = Path(config.output.dir) / PTH
     content = load_pth(path)
     values = pth_config(content).model_dump(mode="json")
-    config = parse_config(values, str(path), set_overrides(values, overrides))
+    config = follow_launcher(parse_config(values, str(path), set_overrides(values, overrides)))
     materials = prepare(config, voice)
     labels = tuple(content["labels"])
     if materials.splits.labels != labels:
@@ -239,27 +333,12 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
             f"The data has the labels {list(materials.splits.labels)}, {path} was trained with {list(labels)}; "
             "choose other test data"
         )
-    model = attach_adapter(load_base(config, materials), content, path)
-    metrics = _evaluator(config, materials, voice, clock)(model, "test")
+    base, new_modules = load_base(config, materials, voice)
+    head_loss = _prepare_base(config, base, new_modules, materials, voice)
+    model = attach_adapter(base, content, path)
+    _prepare_adapters(config, model, voice)
+    metrics = _evaluator(config, materials, voice, clock, head_loss)(model, "test")
     return {"model": config.model.name, "data": materials.splits.description, **metrics}
-
-
-def prepare(config: Config, voice: Voice) -> Materials:
-    """Everything that can be checked without the model's weights: files, columns, labels, lengths, the tokenizer."""
-    splits = load_splits(config.data, config.model.task)
-    with _state().main_process_first():  # one process converts or downloads, the others find it done
-        folder = local_folder(config.model.name, config.model.revision, lambda line: voice.say("model", line))
-    check_model(config.model, folder, config.data.max_length)
-    tokenizer = load_tokenizer(folder)
-    encoded = {
-        name: encode(getattr(splits, name), tokenizer, config.model.task, config.data.max_length)
-        for name in ("train", "validation", "test")
-    }
-    cut = sum(part.num_truncated for part in encoded.values())
-    dropped = sum(part.num_dropped for part in encoded.values())
-    losses = [f"{cut:,} cut to {config.data.max_length} tokens"] * bool(cut) + [f"{dropped:,} dropped"] * bool(dropped)
-    voice.say("data", " · ".join([splits.description, *losses]))
-    return Materials(folder, tokenizer, splits, **encoded, collate=collator(tokenizer, config.model.task, 8))
 
 
 def scan_model(config: Config, folder: Path, voice: Voice, clock: Clock) -> Scan:
@@ -278,21 +357,40 @@ def scan_model(config: Config, folder: Path, voice: Voice, clock: Clock) -> Scan
     return scanned
 
 
-def load_base(config: Config, materials: Materials) -> PreTrainedModel:
+def load_base(
+    config: Config, materials: Materials, voice: Voice | None = None
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The base model, in pieces over the processes where that is asked for, and its modules that are new."""
+    device = device_for(processes().local_process_index)
+    shard = config.training.shard and processes().num_processes > 1
     set_seed(config.training.seed)  # a new classification head is random
-    return load_model(
+    model, new_modules = load_model(
         config.model,
         materials.folder,
         materials.splits.labels,
         materials.tokenizer.pad_token_id,  # type: ignore[arg-type]  # one token's id
-        device_for(_state().local_process_index),
+        torch.device("cpu") if shard else device,
+        materials.splits.label_kind,
     )
+    if shard:
+        sharded = shard_base(model, device, new_modules)
+        if voice is not None:
+            voice.say("shard", _describe_sharding(sharded))
+    release_memory()
+    return model, new_modules
 
 
 def measure(
-    config: Config, model: PreTrainedModel, scanned: Scan | None, materials: Materials, voice: Voice, clock: Clock
-) -> tuple[Plan, Probe | None]:
-    """The probe (unless nothing is to be merged) and the plan that follows."""
+    config: Config,
+    model: PreTrainedModel,
+    scanned: Scan | None,
+    materials: Materials,
+    voice: Voice,
+    clock: Clock,
+    head_loss: HeadLoss | None = None,
+) -> tuple[Plan, dict[str, Any] | None]:
+    """The plan that follows from the probe, and what is told of the probe (None: nothing is to be merged, and there is
+    none); its sketches are let go."""
     probed = None
     if config.merge.side != "none":
         with clock.time("probe"), voice.bar("probe") as progress:
@@ -302,6 +400,7 @@ def measure(
                 sketch_size=config.probe.sketch_size,
                 seed=config.probe.seed,
                 progress=progress,
+                mean_loss=head_loss and head_loss.mean,
             )
         voice.say(
             "probe",
@@ -311,132 +410,26 @@ def measure(
     else:
         voice.say("probe", "not needed: merge.side=none")
     assert scanned is not None
+    release_memory()
     plan = make_plan(scanned, probed, config, model)
-    if missing := len(linear_layers(model)) - len(plan.matrices):
-        voice.say("", f"not in the scan, so not trained: {missing} of the model's matrices")
-    return plan, probed
+    if beyond := out_of_reach(model):
+        voice.say("", f"not told from experts by PEFT, so not trained: {_some(beyond)}")
+    if probed is not None and probed.unused:
+        voice.say("", f"not in the loss, so not trained: {_some(probed.unused)}")
+    measured = adaptable(model) if probed is None else probed.shapes
+    if missing := [name for name in measured if name not in {matrix.name for matrix in plan.matrices}]:
+        voice.say("", f"not in the scan, so not trained: {_some(missing)}")
+    return plan, _probe_numbers(probed)
 
 
-def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Module | None = None) -> Plan:
-    """The plan that follows from a scan and a probe (None: nothing is merged). Data: print it, edit it, save it.
-
-    Planned are the matrices that both measured; without a probe those of `model`'s linear layers that were scanned.
-    """
-    if probed is not None:
-        shapes = dict(probed.shapes)
-    elif model is not None:
-        shapes = {name: matrix_shape(layer) for name, layer in linear_layers(model).items()}
-    else:
-        shapes = {matrix.name: matrix.shape for matrix in by_parameter(scanned) if matrix.layer is not None}
-    by_name = _match_names(scanned, shapes)
-    numbers = [
-        MatrixNumbers(
-            name=name,
-            kind=found.kind,
-            layer=found.layer,
-            shape=shape,
-            snr=found.snr,
-            snr_db=found.snr_db,
-            signal_rank=found.signal_rank,
-            halves=probed.halves[name] if probed is not None else None,
-            activation=probed.activations[name] if probed is not None else None,
-        )
-        for name, shape in shapes.items()
-        if (found := by_name.get(name)) is not None
-    ]
-    if not numbers:
-        raise UserError(
-            f"The scan of {scanned.model} and the model have no matrix in common; scan the model's own files"
-        )
-    merge, selection, adapter = config.merge, config.selection, config.adapter
-    settings = PlanSettings(
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        scope=merge.scope,
-        criterion=merge.criterion,
-        side=merge.side if probed is not None else "none",
-        threshold=merge.threshold,
-        snr_tolerance_db=merge.snr_tolerance_db,
-        max_group_size=merge.max_group_size,
-        top_fraction=selection.top_fraction,
-        snr_threshold=selection.snr_threshold,
-    )
-    return build_plan(config.model.name, numbers, settings, scanned.estimator)
-
-
-def _match_names(scanned: Scan, shapes: dict[str, tuple[int, int]]) -> dict[str, Any]:
-    """Module name -> scanned matrix. Files of a bare encoder lack the task model's prefix (`bert.`), and the other
-    way round: names are matched whole, else by the longest common ending that is unique."""
-    modules = by_parameter(scanned)
-    by_name = {matrix.name: matrix for matrix in modules}
-    matched = {}
-    for name in shapes:
-        if name in by_name:
-            matched[name] = by_name[name]
-            continue
-        endings = [m for m in modules if name.endswith(f".{m.name}") or m.name.endswith(f".{name}")]
-        if len(endings) == 1:
-            matched[name] = endings[0]
-    return matched
-
-
-def probe_batches(config: Config, materials: Materials) -> list[dict[str, torch.Tensor]]:
-    """The first batches of a seeded permutation of the training data."""
-    dataset = materials.train.dataset
-    wanted = config.probe.num_batches * config.probe.batch_size
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.probe.seed)).tolist()[:wanted]
-    size = max(1, min(config.probe.batch_size, len(order) // 2))
-    batches = [order[at : at + size] for at in range(0, len(order), size)]
-    return [materials.collate([dataset[i] for i in batch]) for batch in batches]
+def _some(names: Sequence[str]) -> str:
+    return f"{names[0]}" if len(names) == 1 else f"{len(names)} matrices ({names[0]}, ...)"
 
 
 def _tell_plan(plan: Plan, voice: Voice) -> None:
     voice.say("plan", describe_plan(plan))
     for remark in remarks(plan):
         voice.say("", remark)
-
-
-def describe_plan(plan: Plan) -> str:
-    merged = sum(len(group.members) for group in plan.groups)
-    parts = [f"{len(plan.selected)} of {len(plan.matrices)} matrices"]
-    if plan.groups:
-        counts = Counter(group.side for group in plan.groups)
-        sides = ", ".join(f"{counts[side]} share their {side} side" for side in SIDES if counts[side])
-        parts.append(f"{merged} of them in {len(plan.groups)} groups ({sides})")
-    else:
-        spectral = any(matrix.start == "spectral" for matrix in plan.selected)
-        parts.append("no groups: " + ("LoRA started at its gradients' spectra" if spectral else "plain LoRA"))
-    trainable, plain = adapter_parameters(plan)
-    parts.append(f"{trainable / 1e6:.2f} M adapter parameters instead of {plain / 1e6:.2f} M")
-    return " · ".join(parts)
-
-
-def remarks(plan: Plan) -> list[str]:
-    """What a person should know about the plan: a criterion that found nothing says so, with its numbers."""
-    settings = plan.settings
-    kinds = [kind for kind in plan.kinds if kind.side is not None]
-    if plan.groups or settings.side == "none":
-        return []
-    if not kinds:
-        return ["no two of them read the same activations"] * (settings.scope == "activation")
-    match settings.criterion:
-        case "cosine":
-            best = max(kinds, key=lambda kind: kind.cosine_max or -1.0)
-            ceiling = sum(kind.cosine_other_half or 0.0 for kind in kinds) / len(kinds)
-            return [
-                f"merge.criterion=cosine found nothing: no two layers reach {settings.threshold}; the closest pair, in "
-                f"{best.kind}, has {best.cosine_max:.2f} (a layer with itself on other data: {ceiling:.2f} on average)"
-            ]
-        case "subspace":
-            best = max(kinds, key=lambda k: max(k.retention_input or 0.0, k.retention_output or 0.0))
-            return [
-                f"merge.criterion=subspace found nothing at merge.threshold={settings.threshold}; {best.kind} keeps "
-                f"{max(best.retention_input or 0.0, best.retention_output or 0.0):.2f} on average of all pairs"
-            ]
-        case "snr":
-            who = "layers of a kind" if settings.scope == "layers" else "readers of the same activations"
-            return [f"merge.criterion=snr found nothing: no two {who} are within the tolerance"]
 
 
 def environment() -> dict[str, str]:
@@ -479,6 +472,10 @@ def _claim_output(config: Config, output: Path) -> Path | None:
     return None
 
 
+_FREE = ("training.resume", "training.shard", "output.dir", "output.overwrite", "plan")
+"""What may change when a run is resumed."""
+
+
 def _same_run(config: Config, output: Path) -> None:
     """A resumed run must be the run that was interrupted: every key that shapes the result is equal."""
     earlier = load_config(output / "config.yaml").model_dump(mode="json")
@@ -488,7 +485,7 @@ def _same_run(config: Config, output: Path) -> None:
         if isinstance(values, dict):
             pairs = {f"{section}.{key}": (earlier[section].get(key), value) for key, value in values.items()}
         for key, (old, new) in pairs.items():
-            if old != new and key not in ("training.resume", "output.dir", "output.overwrite", "plan"):
+            if old != new and key not in _FREE:
                 raise UserError(
                     f"training.resume=true: `{key}` is {new!r} now and was {old!r} when the run began; "
                     "use the same value, or start a new run"
@@ -502,7 +499,7 @@ def _given_plan(config: Config, output: Path, checkpoint: Path | None) -> Plan |
 
 
 def _evaluator(
-    config: Config, materials: Materials, voice: Voice, clock: Clock
+    config: Config, materials: Materials, voice: Voice, clock: Clock, head_loss: HeadLoss | None
 ) -> Callable[[nn.Module, str], dict[str, Any]]:
     def test(model: nn.Module, when: str) -> dict[str, Any]:
         with clock.time("evaluate"), voice.bar(when) as progress:
@@ -514,27 +511,50 @@ def _evaluator(
                 config.training.eval_batch_size,
                 materials.splits.labels,
                 progress,
+                head_loss,
             )
+            metrics |= _answers(config, materials, model, progress)
+            if asked := config.evaluation.harness:
+                size, limit = config.training.eval_batch_size, config.evaluation.harness_limit
+                metrics["harness"] = harness_metrics(model, materials.tokenizer, asked, size, limit)
+        release_memory()
         voice.say(when, describe_metrics(metrics))
+        for name, numbers in metrics.get("harness", {}).items():
+            voice.say("", " · ".join([name, *(f"{key} {value:.4f}" for key, value in numbers.items())]))
         return metrics
 
     return test
 
 
-def describe_metrics(metrics: dict[str, Any]) -> str:
-    if "accuracy" in metrics:
-        return (
-            f"accuracy {metrics['accuracy']:.4f} (majority class {metrics['majority_accuracy']:.4f}) · macro-F1 "
-            f"{metrics['macro_f1']:.4f} · loss {metrics['loss']:.4f} · {metrics['num_examples']:,} test examples"
-        )
-    return (
-        f"perplexity {metrics['perplexity']:.3f} · loss {metrics['loss']:.4f} · {metrics['num_tokens']:,} test tokens"
-    )
+def _answers(config: Config, materials: Materials, model: nn.Module, progress: Callable[..., None]) -> dict[str, Any]:
+    """Metrics of generated answers, and the first few of them; nothing where the data has none."""
+    dataset, task, tokenizer = materials.test.dataset, config.model.task, materials.tokenizer
+    number = min(config.evaluation.num_generated, len(dataset))
+    if not number or not has_answers(dataset, task):
+        return {}
+    asked = questions(dataset, range(number), task)
+    answers = generate_answers(model, asked, tokenizer, task, config.training.eval_batch_size, progress)
+    texts = [
+        [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in (q.prompt, q.answer)] for q in asked
+    ]
+    samples = [
+        {"prompt": prompt, "reference": reference, "answer": answer}
+        for (prompt, reference), answer in zip(texts[:_SAMPLES], answers, strict=False)
+    ]
+    found = answer_metrics(answers, [reference for _, reference in texts])
+    return {**found, "num_generated": number, "samples": samples}
+
+
+_SAMPLES = 8
 
 
 def _describe_parameters(total: int, trainable: int, plain: int) -> str:
     head = f" (and {total - trainable:,} of a new head)" if total > trainable else ""
-    return f"PEFT LoRA: {trainable:,} trainable adapter parameters{head}; without sharing {plain:,}"
+    line = f"PEFT LoRA: {trainable:,} trainable adapter parameters{head}; without sharing {plain:,}"
+    if processes().num_processes > 1:  # gradients are float32
+        reduced, unshared = (4 * size / 2**20 for size in (total, total - trainable + plain))
+        line += f" · gradients of {reduced:,.2f} MiB reduced a step, {unshared:,.2f} without sharing"
+    return line
 
 
 def _probe_numbers(probed: Probe | None) -> dict[str, Any] | None:
@@ -556,17 +576,20 @@ def _save(
 
 def _voice(console: Console) -> Voice:
     """Only the first process speaks."""
-    return Voice(console if _state().is_main_process else Console(quiet=True))
+    return Voice(console if processes().is_main_process else Console(quiet=True))
 
 
-def _state() -> PartialState:
-    """The processes of this run; one alone, or those that torchrun or accelerate started."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
+def _agreed(config: Config, measured: Callable[[], Any]) -> Any:
+    """What is measured on the model, as the first process found it; on a model in pieces all compute it together."""
+    if not in_pieces(config):
+        return _on_main(measured)
+    found = measured()
+    return _on_main(lambda: found)
 
 
 def _on_main(measured: Callable[[], Any]) -> Any:
     """What the first process measures, on every process."""
-    result = [measured() if _state().is_main_process else None]
-    if _state().num_processes > 1:
+    result = [measured() if processes().is_main_process else None]
+    if processes().num_processes > 1:
         broadcast_object_list(result)
     return result[0]

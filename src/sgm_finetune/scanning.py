@@ -103,6 +103,7 @@ def _measured(model: str, estimator: Estimator, control: bool, fresh: bool, voic
             progress(done, total)
 
         try:
+            told[1] = len(matrix_names(model, estimator))  # results come in order: many may be kept and none told yet
             return scan(model, estimator=estimator, control=control, fresh=fresh, progress=tell)
         except KeyboardInterrupt:
             so_far = f" after {told[0]} of {told[1]} matrices; the same command goes on there" if told[1] else ""

@@ -6,6 +6,7 @@ A merged model trains as well under the plain `Trainer` or TRL's `SFTTrainer`.
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import sys
 import time
@@ -34,10 +35,13 @@ from sgm_finetune.adapters.apply import tie
 from sgm_finetune.adapters.descent import create_optimizer
 from sgm_finetune.config import Config, Task
 from sgm_finetune.errors import UserError
-from sgm_finetune.evaluation import by_length, sum_losses
+from sgm_finetune.evaluation import by_length, sum_losses, summed_loss
+from sgm_finetune.head_loss import HeadLoss
+from sgm_finetune.memory import peak_memory
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.models import has_gpu
 
+_OWN_LOSS: tuple[Task, ...] = ("token-classification", "seq2seq-lm")
 _WINDOW = 16  # batches within which examples are sorted by length
 
 
@@ -83,21 +87,47 @@ class SGMTrainer(Trainer):
         plan: Plan | None = None,
         task: Task | None = None,
         global_batch_size: int | None = None,
+        head_loss: HeadLoss | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self.head_loss = head_loss
+        self._epoch = SamplerEpoch()
+        self.add_callback(self._epoch)
         self.plan, self.global_batch_size = plan, global_batch_size
         self.task: Task | None = task
         if task == "sequence-classification":
             # one label an example: micro-batches of equal size average, whether the model takes num_items or not
             self.model_accepts_loss_kwargs = False
+        elif task in _OWN_LOSS or head_loss is not None:
+            self.model_accepts_loss_kwargs = True  # so that labels are counted over the whole batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.global_batch_size is None or "input_ids" not in getattr(dataset, "column_names", ()):
             return super()._get_train_sampler(train_dataset)
         lengths = [len(ids) for ids in dataset["input_ids"]]  # type: ignore[index]
-        return LengthGroupedSampler(lengths, self.global_batch_size, self.args.seed)
+        self._epoch.sampler = LengthGroupedSampler(lengths, self.global_batch_size, self.args.seed)
+        return self._epoch.sampler
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """With a `head_loss`, and of tasks whose models average over a micro-batch: the sum over the labels that the
+        whole batch has."""
+        outputs: Any = None
+        if num_items_in_batch is not None and self.head_loss is not None:
+            batch = {key: value for key, value in inputs.items() if key != "labels"}
+            total, _ = self.head_loss(model, batch, inputs["labels"])
+        elif num_items_in_batch is not None and self.task in _OWN_LOSS:
+            outputs = model(**inputs)
+            total, _ = summed_loss(outputs.logits, inputs["labels"], self.task)  # type: ignore[arg-type]
+        else:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = total / num_items_in_batch
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -108,7 +138,11 @@ class SGMTrainer(Trainer):
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         model: Any = self.model
         share = by_length(dataset)[self.args.process_index :: self.args.world_size]
-        losses = sum_losses(model, dataset, share, self.data_collator, self.task, self.args.per_device_eval_batch_size)
+        size, largest_share = self.args.per_device_eval_batch_size, -(-len(dataset) // self.args.world_size)
+        losses = sum_losses(
+            model, dataset, share, self.data_collator, self.task, size, num_batches=-(-largest_share // size),
+            head_loss=self.head_loss,
+        )  # fmt: skip
         total, count = _sum_over_processes(losses.total, float(losses.count))
         metrics = {f"{metric_key_prefix}_loss": total / count}
         self.log(metrics)
@@ -122,21 +156,29 @@ class SGMTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
+def divided_batch(config: Config, world_size: int) -> tuple[int, int]:
+    """(examples in a micro-batch, micro-batches of each process in a step). Raises UserError where the batch cannot be
+    divided over the processes."""
+    batch = config.training.batch_size
+    micro = config.training.micro_batch_size or max(1, batch // world_size)
+    if batch % (micro * world_size):
+        raise UserError(
+            f"training.batch_size={batch} cannot be divided into micro-batches of {micro} on {world_size} processes; "
+            "choose multiples"
+        )
+    return micro, batch // (micro * world_size)
+
+
 def training_arguments(config: Config, checkpoints: Path, num_train: int, world_size: int) -> TrainingArguments:
     """Transformers' arguments for the run. Raises UserError where the batch cannot be divided over the processes."""
     training = config.training
-    micro = training.micro_batch_size or max(1, training.batch_size // world_size)
-    if training.batch_size % (micro * world_size):
-        raise UserError(
-            f"training.batch_size={training.batch_size} cannot be divided into micro-batches of {micro} on "
-            f"{world_size} processes; choose multiples"
-        )
+    micro, num_micro = divided_batch(config, world_size)
     steps = num_steps(config, num_train)
     every = training.eval_steps or max(1, -(-steps // 4))
     return TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=training.batch_size // (micro * world_size),
+        gradient_accumulation_steps=num_micro,
         per_device_eval_batch_size=training.eval_batch_size,
         max_steps=steps,
         learning_rate=training.peak_learning_rate,
@@ -144,9 +186,12 @@ def training_arguments(config: Config, checkpoints: Path, num_train: int, world_
         warmup_steps=round(training.warmup_fraction * steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
+        **_OPTIMIZERS.get(training.optimizer, {}),
+        activation_checkpointing=training.checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if training.checkpointing else None,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="all" if config.data.packing else "non_padding",
         restore_callback_states_from_checkpoint=True,
         eval_strategy="steps",
         eval_steps=every,
@@ -170,6 +215,21 @@ def training_arguments(config: Config, checkpoints: Path, num_train: int, world_
     )
 
 
+_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw_8bit": {"optim": "adamw_bnb_8bit"}, "paged_adamw_8bit": {"optim": "paged_adamw_8bit"},
+}  # fmt: skip
+"""Our names for what Trainer makes by another."""
+
+
+def check_optimizer(config: Config) -> None:
+    """Raises UserError for one that this machine has not."""
+    name = config.training.optimizer
+    if "8bit" in name and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"training.optimizer={name} needs bitsandbytes; pip install bitsandbytes, or take adamw")
+    if name.startswith("paged") and not has_gpu():
+        raise UserError(f"training.optimizer={name} is for GPUs, and there is none here; take adamw_8bit")
+
+
 def num_steps(config: Config, num_train: int) -> int:
     """Optimizer steps of the run: `training.max_steps`, or as many as the epochs hold."""
     if config.training.max_steps is not None:
@@ -185,6 +245,7 @@ def train(
     collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
     arguments: TrainingArguments,
     console: Console,
+    head_loss: HeadLoss | None = None,
     resume_from: Path | None = None,
 ) -> tuple[SGMTrainer, str | None]:
     """Trains on `datasets` = (train, validation); the model holds the best checkpoint's weights afterwards.
@@ -211,6 +272,7 @@ def train(
         plan=plan,
         task=config.model.task,
         global_batch_size=config.training.batch_size,
+        head_loss=head_loss,
     )
     trainer.remove_callback(PrinterCallback)
     with interruption:
@@ -222,6 +284,17 @@ def last_whole_checkpoint(checkpoints: Path) -> Path | None:
     """The newest checkpoint that was completely written (its trainer state is written last), or None."""
     found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     return next((path for path in found if (path / "trainer_state.json").is_file()), None)
+
+
+class SamplerEpoch(TrainerCallback):
+    """Tells the sampler its epoch. The data loader does not reach it when several processes resume within an epoch."""
+
+    def __init__(self) -> None:
+        self.sampler: LengthGroupedSampler | None = None
+
+    def on_epoch_begin(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        if self.sampler is not None:
+            self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
 
 class NonFiniteLoss(TrainerCallback):
@@ -257,19 +330,20 @@ class Interruption(TrainerCallback):
         if self.signal_name is not None:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
-        if _rank() == 0:
-            print(f"{self.signal_name}: finishing this step and saving a checkpoint", file=sys.stderr, flush=True)
+        if not torch.distributed.is_initialized():  # else perhaps there will be no end of this step
+            self._say()
+
+    def _say(self) -> None:
+        print(f"{self.signal_name}: finishing this step and saving a checkpoint", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if _any_process(self.signal_name is not None) and state.global_step < state.max_steps:
+            if torch.distributed.is_initialized() and state.is_world_process_zero:
+                self._say()
             self.signal_name = self.signal_name or "signal on another process"
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
         return control
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _any_process(flag: bool) -> bool:
@@ -335,13 +409,3 @@ class TrainingBar(TrainerCallback):
     def on_train_end(self, args, state: TrainerState, control, **kwargs: Any) -> None:
         if self.progress is not None:
             self.progress.stop()
-
-
-def peak_memory() -> int:
-    """Bytes: the most that this process has held: on the GPU where there is one, else resident."""
-    if has_gpu():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)

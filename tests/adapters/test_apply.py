@@ -36,7 +36,7 @@ def logits(model, batch):
 
 
 def train_steps(model, batches, num_steps=20):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     model.train()
     for step in range(num_steps):
         model(**batches[step % len(batches)]).loss.backward()
@@ -89,7 +89,7 @@ def test_members_are_equal_after_training_and_the_loss_falls(share):
         assert all(torch.equal(factors[0], factor) for factor in factors[1:])
         start = factors[0].T if share != "output" else factors[0]
         assert not torch.allclose(start * 3**0.5, plan.starts[name], atol=1e-4)
-    assert float(adapted(**batches[0]).loss.detach()) < 0.7 * first
+    assert float(adapted(**batches[0]).loss.detach()) < 0.1 * first
 
 
 @pytest.mark.parametrize("share", SHARES)

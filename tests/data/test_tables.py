@@ -46,6 +46,17 @@ def test_a_field_may_be_longer_than_the_csv_module_allows_by_default(tmp_path: P
     assert len(columns_of(tmp_path / "r.csv")["text"][0]) == 200_000
 
 
+@pytest.mark.parametrize("separator", [" ", "\t"])
+def test_conll_files_are_sentences_of_words_and_their_last_column(tmp_path: Path, separator: str) -> None:
+    rows = ["-DOCSTART- -X- -X- O", "", "U.N. NNP I-NP B-ORG", "# NN I-NP O", "1 CD I-NP O", "", "", "! . O O"]
+    lines = [row.replace(" ", separator) for row in rows]
+    (tmp_path / "r.conll").write_text("\r\n".join(["# id 7 domain=en", *lines[:-1], "# a note", lines[-1]]))
+    assert columns_of(tmp_path / "r.conll") == {
+        "tokens": [["U.N.", "#", "1"], ["!"]],
+        "tags": [["B-ORG", "O", "O"], ["O"]],
+    }
+
+
 def test_parquet_keeps_class_names_and_reads_categories(tmp_path: Path) -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     made = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
@@ -73,7 +84,14 @@ def test_parquet_keeps_class_names_and_reads_categories(tmp_path: Path) -> None:
         ("r.jsonl", '{"text": "a"}\n17\n', "line 2 is no JSON object"),
         ("r.parquet", "text,label\n", "is no Parquet file"),
         ("r.txt", " \n\n ", "r.txt has no rows"),
-        ("r.xlsx", "", "unknown ending `.xlsx` (known: .csv .tsv .json .jsonl .parquet .txt); say data.format"),
+        ("r.conll", "-DOCSTART- -X- O\n\n", "r.conll has no rows"),
+        ("r.conll", "U.N. NNP B-ORG\nofficial O\n", "line 2 has 2 field(s), the first word 3; write the word first"),
+        ("r.conll", "hello\n", "line 1 has 1 field(s)"),
+        (
+            "r.xlsx",
+            "",
+            "unknown ending `.xlsx` (known: .csv .tsv .json .jsonl .parquet .txt .conll); say data.file_type",
+        ),
     ],
 )
 def test_a_malformed_file_is_refused_in_one_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:

@@ -11,7 +11,7 @@ from conftest import make_batches, make_model
 from sgm_finetune.errors import UserError
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.method.subspace import test_matrix
-from sgm_finetune.models import linear_layers
+from sgm_finetune.models import adaptable
 
 
 def true_gradients(model, batches):
@@ -20,7 +20,7 @@ def true_gradients(model, batches):
     model.zero_grad()
     for batch in batches:
         model(**batch).loss.backward()
-    return {name: layer.weight.grad.clone() for name, layer in linear_layers(model).items()}
+    return {name: matrix.module.weight.grad.clone() for name, matrix in adaptable(model).items()}
 
 
 @pytest.mark.parametrize("task", ["sequence-classification", "causal-lm"])
@@ -190,15 +190,46 @@ def test_one_batch_is_refused():
         probe(make_model(), make_batches(1))
 
 
-def test_a_layer_without_gradient_is_named():
-    class Detached(torch.nn.Linear):
-        def forward(self, x):
-            return super().forward(x).detach()
+class Detour(torch.nn.Module):
+    """The layer that the loss does not see."""
 
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.spare = torch.nn.Linear(64, 8)
+
+    def forward(self, x):
+        self.spare(x)
+        return self.layer(x)
+
+
+def test_a_layer_that_the_loss_does_not_use_is_left_out_and_listed():
     model = make_model()
-    model.model.layers[3].mlp.up_proj = Detached(64, 128, bias=False)
-    with pytest.raises(UserError, match=r"model\.layers\.3\.mlp\.up_proj"):
-        probe(model, make_batches())
+    model.model.layers[3].mlp.up_proj = Detour(model.model.layers[3].mlp.up_proj)
+    probed = probe(model, make_batches())
+    assert probed.unused == ("model.layers.3.mlp.up_proj.spare",)
+    assert "model.layers.3.mlp.up_proj.layer" in probed.shapes
+    assert not {*probed.unused} & {*probed.shapes, *probed.halves, *probed.activations}
+    with pytest.raises(UserError, match=r"model\.layers\.3\.mlp\.up_proj\.spare.* no gradient"):
+        probe(model, make_batches(), names=list(probed.unused))
+
+
+def test_a_gradient_begins_at_what_reads_no_embedding():
+    """DeBERTa projects a table of relative positions, which no gradient reaches from below."""
+    from transformers import DebertaConfig, DebertaForSequenceClassification
+
+    config = DebertaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=32,
+        relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=0, position_biased_input=False,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model, batches = DebertaForSequenceClassification(config).eval(), make_batches()
+    probed = probe(model, batches, sketch_size=6)
+    assert probed.unused == ()
+    name = "deberta.encoder.layer.1.attention.self.pos_proj"
+    truth = true_gradients(model, batches[::2])[name]
+    expected = test_matrix(32, 6, probed.halves[name][0].seed).double().T @ truth
+    torch.testing.assert_close(probed.halves[name][0].input.double(), expected, rtol=1e-3, atol=1e-6)
 
 
 def test_an_unknown_layer_is_named():

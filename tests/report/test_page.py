@@ -112,6 +112,7 @@ def classification_metrics(labels: tuple[str, ...] = ("negative", "positive")) -
         "plain_lora_parameters": 4_884_480,
         "seconds": {"scan": 3.91, "probe": 41.2, "train": 312.7, "evaluate": 38.1, "total": 402.4},
         "peak_memory_bytes": 2_913_400_000,
+        "predicted": {"peak_bytes": 2_700_000_000},
         "steps": 240,
         "best_step": 180,
         "tokens_per_second": 1873.4,
@@ -214,12 +215,16 @@ def test_before_and_after_stand_first():
 def test_the_confusion_matrix_is_shown_with_its_classes():
     text = read(render()).text
     assert "negative 451 85 % 82 15 % 533 positive 53 10 % 480 90 % 533" in text
+    assert "A row holds the examples of one true class" in text
+    metrics = classification_metrics()
+    metrics["after"] |= {"num_words": 1066}
+    assert "A row holds the words of one true class" in read(render(metrics)).text
 
 
 def test_the_numbers_of_plan_and_training_are_shown():
     text = read(render()).text
     for words in (
-        "3,009,152", "4,884,480 (38 % fewer)", "Time: train 5 min 13 s", "Peak memory 2.7 GiB",
+        "3,009,152", "4,884,480 (38 % fewer)", "Time: train 5 min 13 s", "Peak memory 2.7 GiB (predicted: 2.5 GiB)",
         "Training tokens per second 1,873", "q_proj 30 input 0.95 0.44 0.00 0.11", "python src/evaluate.py",
         "PeftModel.from_pretrained", '"output/adapter"', "Optimizer, peak learning rate spectral, 0.0125",
         "torch 2.13.0",

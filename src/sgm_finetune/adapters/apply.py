@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sgm_finetune.errors import UserError
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.method.subspace import Side, width
-from sgm_finetune.models import linear_layers, matrix_shape, ready_for_backward
+from sgm_finetune.models import adaptable, ready_for_backward
 
 ADAPTER = "default"
 
 
-def apply_plan(model: PreTrainedModel, plan: Plan) -> PeftModel:
+def apply_plan(model: PreTrainedModel, plan: Plan, new_modules: Sequence[str] = ()) -> PeftModel:
     """A PeftModel that trains what `plan` selects; the members of a group hold one and the same shared factor.
+    `new_modules` are trained and saved whole, as PEFT's `modules_to_save`.
 
     A shared factor, and lora_A of a matrix without a group, starts at its spectral basis (eq. 15) where the plan says
     so, the other factors at zero, so that the model's output does not change; the rest starts as in PEFT (a plan
@@ -28,19 +33,23 @@ def apply_plan(model: PreTrainedModel, plan: Plan) -> PeftModel:
     check_plan(model, plan)
     check_starts(plan)
     ready_for_backward(model)
-    names = [matrix.name for matrix in plan.selected]
+    stacks = [matrix.name for matrix in plan.selected if matrix.num_experts is not None]
+    layers = [matrix.name for matrix in plan.selected if matrix.num_experts is None]
+    there = adaptable(model)
     config = LoraConfig(
         r=plan.settings.rank,
         lora_alpha=plan.settings.alpha,  # type: ignore[arg-type]  # PEFT scales by any number
         lora_dropout=plan.settings.dropout,
-        target_modules=names,
+        target_modules=layers,
+        target_parameters=stacks or None,
         task_type=task_type(model),
-        fan_in_fan_out=False,
+        modules_to_save=list(new_modules) or None,
+        fan_in_fan_out=any(isinstance(there[name].module, Conv1D) for name in layers),  # else PEFT warns, and does it
     )
     adapted = get_peft_model(model, config)
-    reached = {name.removeprefix("base_model.model.") for name in lora_layers(adapted)}
-    if reached != set(names):
-        raise AssertionError(f"PEFT adapted other layers than planned: {sorted(reached ^ set(names))[:3]}")
+    reached = set(lora_layers(adapted)) ^ {matrix.name for matrix in plan.selected}
+    if reached:
+        raise AssertionError(f"PEFT adapted other layers than planned: {sorted(reached)[:3]}")
     _start(adapted, plan)
     tie(adapted, plan)
     return adapted  # type: ignore[return-value]
@@ -67,21 +76,27 @@ def shared_factors(model: PeftModel, plan: Plan) -> dict[str, list[nn.Parameter]
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raises UserError unless every planned matrix exists in `model` with its shape and every group can be built."""
-    layers = linear_layers(model)
+    there = adaptable(model)
     what = type(model).__name__
     if not plan.selected:
         raise UserError("The plan selects no matrix; lower selection.snr_threshold or raise selection.top_fraction")
     for matrix in plan.matrices:
-        if matrix.name not in layers:
+        if matrix.name not in there:
             raise UserError(
                 f"The plan was made for another model ({plan.model}): this {what} has no `{matrix.name}`; "
                 "make a new one with `sgm plan`"
             )
-        shape = matrix_shape(layers[matrix.name])
-        if shape != tuple(matrix.shape):
+        found = there[matrix.name]
+        if (found.shape, found.num_experts) != (tuple(matrix.shape), matrix.num_experts):
             raise UserError(
-                f"The plan was made for another model ({plan.model}): `{matrix.name}` is {matrix.shape[0]}x"
-                f"{matrix.shape[1]} there and {shape[0]}x{shape[1]} here; make a new one with `sgm plan`"
+                f"The plan was made for another model ({plan.model}): `{matrix.name}` is "
+                f"{_size(matrix.shape, matrix.num_experts)} there and {_size(found.shape, found.num_experts)} here; "
+                "make a new one with `sgm plan`"
+            )
+        if matrix.selected and matrix.num_experts is not None and plan.settings.dropout > 0:
+            raise UserError(
+                f"adapter.dropout={plan.settings.dropout} is not possible with experts (`{matrix.name}`), whose inputs "
+                "PEFT does not see; take adapter.dropout=0"
             )
     selected = {matrix.name: matrix for matrix in plan.selected}
     seen: dict[str, str] = {}
@@ -91,12 +106,18 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 raise UserError(f"Group `{group.name}` of the plan holds `{name}`, which the plan does not select")
             if name in seen:
                 raise UserError(f"`{name}` is in two groups of the plan: `{seen[name]}` and `{group.name}`")
+            if selected[name].num_experts is not None:
+                raise UserError(f"Group `{group.name}` of the plan holds the experts `{name}`; experts share nothing")
             seen[name] = group.name
         widths = {width(selected[name].shape, group.side) for name in group.members}
         if len(widths) > 1:
             raise UserError(
                 f"Group `{group.name}` of the plan mixes {group.side} widths {sorted(widths)}; only equal ones share"
             )
+
+
+def _size(shape: tuple[int, int], num_experts: int | None) -> str:
+    return "x".join(map(str, shape if num_experts is None else (num_experts, *shape)))
 
 
 def check_starts(plan: Plan) -> None:
@@ -146,17 +167,34 @@ def _start(model: PeftModel, plan: Plan) -> None:
 def _start_at(basis: Tensor, layer: nn.Module, side: Side) -> None:
     factor, other = _factors(layer, side)
     scaled = basis.to(factor.weight) / math.sqrt(3)
-    factor.weight.copy_(scaled.T if side == "input" else scaled)
+    # a stack's lora_A is its experts' one below another
+    factor.weight.copy_(scaled.T.repeat(num_experts(layer), 1) if side == "input" else scaled)
     other.weight.zero_()
 
 
 def lora_layers(model: PeftModel) -> dict[str, nn.Module]:
-    """Name in the base model -> LoRA layer, in named_modules() order."""
+    """Name in the base model -> LoRA layer, in named_modules() order. A stack's is named like its parameter; where a
+    module has several, PEFT's wrappers lie one in another."""
     return {
-        name.removeprefix("base_model.model."): module
+        _base_name(name, module): module
         for name, module in model.named_modules()
         if hasattr(module, "lora_A") and hasattr(module, "base_layer")
     }
+
+
+def _base_name(name: str, layer: nn.Module) -> str:
+    """
+    >>> _base_name("base_model.model.layers.0.mlp.fc", nn.Module())
+    'layers.0.mlp.fc'
+    """
+    plain = ".".join(part for part in name.removeprefix("base_model.model.").split(".") if part != "base_layer")
+    return f"{plain}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else plain
+
+
+def num_experts(layer: nn.Module) -> int:
+    """How many pairs of factors a LoRA layer holds: lora_A is (experts·r) x d_in, expert by expert; lora_B is
+    d_out x (r·experts), direction by direction."""
+    return layer.num_experts if isinstance(layer, ParamWrapper) else 1
 
 
 def _factors(layer: nn.Module, side: Side) -> tuple[nn.Linear, nn.Linear]:
@@ -166,10 +204,18 @@ def _factors(layer: nn.Module, side: Side) -> tuple[nn.Linear, nn.Linear]:
 
 
 def task_type(model: nn.Module) -> TaskType | None:
-    """PEFT's task type, which decides that a new classification head is trained and saved whole."""
+    """PEFT's task type, which decides that a classification head is trained and saved whole. None where the model does
+    not take `inputs_embeds`, which PEFT passes on for a task: then new modules alone are."""
+    taken = inspect.signature(model.forward).parameters
+    if "inputs_embeds" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        return None
     endings = {
         "ForCausalLM": TaskType.CAUSAL_LM,
         "LMHeadModel": TaskType.CAUSAL_LM,
         "ForSequenceClassification": TaskType.SEQ_CLS,
+        "ForTokenClassification": TaskType.TOKEN_CLS,
     }
-    return next((task for ending, task in endings.items() if type(model).__name__.endswith(ending)), None)
+    found = next((task for ending, task in endings.items() if type(model).__name__.endswith(ending)), None)
+    if found is None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return TaskType.SEQ_2_SEQ_LM
+    return found

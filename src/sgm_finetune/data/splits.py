@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import datasets
 import numpy as np
 
-from sgm_finetune.config import DataConfig, Task
+from sgm_finetune.config import DataConfig, LabelKind, Task
 from sgm_finetune.data import columns
 from sgm_finetune.data.sources import Source, Split, open_source
+from sgm_finetune.data.tables import Table
 from sgm_finetune.errors import UserError
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
-Rows = dict[str, list]  # column -> values: text, label | text | prompt, completion
+Rows = dict[str, list]  # column -> values; those of DataSplits
 
 
 @dataclass(frozen=True)
 class DataSplits:
-    """Three disjoint data sets with the columns text, label | text | prompt, completion."""
+    """Three disjoint data sets. Columns, by layout: labelled: text, label (and text_pair); tagged: tokens, tags; pairs:
+    source, target; completion: prompt, completion; chat: messages (ShareGPT's and Alpaca's rows too); text: text."""
 
     train: datasets.Dataset
     """In a seeded order of which every beginning is stratified, so the first batches represent all."""
@@ -29,9 +34,11 @@ class DataSplits:
     test: datasets.Dataset
     """In the order of the source."""
     labels: tuple[str, ...]
-    """Class names in id order; () for language modelling."""
+    """Class or tag names in id order; () where there are none."""
     description: str
-    """One line: where from, sizes, duplicates dropped, for classification the majority's share."""
+    """One line: where from, sizes, duplicates dropped, what the labels are, or the format."""
+    label_kind: LabelKind | None = None
+    """What the labels of sequence classification are: an id, a vector of 0 and 1, or a number."""
 
 
 def load_splits(config: DataConfig, task: Task) -> DataSplits:
@@ -46,10 +53,10 @@ def load_splits(config: DataConfig, task: Task) -> DataSplits:
 
 def split_source(source: Source, config: DataConfig, task: Task) -> DataSplits:
     """`load_splits` of a source that is already open."""
-    rows, labels, notes = _normalise(source, config, task)
+    rows, labels, kind, notes = _normalise(source, config, task)
     rows, dropped = drop_duplicates(rows)
     rows = _split_off(source, rows, config)
-    for index, label in enumerate(labels):
+    for index, label in enumerate(labels if kind == "class" else ()):
         here = sum(split["label"].count(index) for split in rows.values())
         if here and index not in rows["train"]["label"]:
             raise UserError(
@@ -63,11 +70,10 @@ def split_source(source: Source, config: DataConfig, task: Task) -> DataSplits:
         order = _order(rows[split], config.seed, number)[:wanted]
         chosen[split] = _take(rows[split], order if split == "train" else np.sort(order))
         sizes.append(f"{len(order):,} {split}" if len(order) == total else f"{len(order):,} of {total:,} {split}")
-    facts = [*sizes]
-    if labels:
-        facts += [f"{len(labels)} classes", f"majority {_majority_share(chosen):.2f}"]
-    description = f"{source.name}: {', '.join([*facts, *dropped, *notes])}"
-    return DataSplits(*(_dataset(chosen[split]) for split in SPLITS), labels=labels, description=description)
+    facts = [*sizes, *_facts(chosen, labels, kind), *dropped, *notes]
+    description = f"{source.name}: {', '.join(facts)}"
+    train, validation, test = (_dataset(chosen[split]) for split in SPLITS)
+    return DataSplits(train, validation, test, labels, description, kind)
 
 
 def drop_duplicates(rows: dict[Split, Rows]) -> tuple[dict[Split, Rows], list[str]]:
@@ -123,38 +129,85 @@ def stratified_order(labels: Sequence[int], generator: np.random.Generator) -> n
     return shuffled[np.argsort(position, kind="stable")]
 
 
-def _normalise(source: Source, config: DataConfig, task: Task) -> tuple[dict[Split, Rows], tuple[str, ...], list[str]]:
-    """Rows of each split that the source has, the class names, and notes for the description."""
+def _normalise(
+    source: Source, config: DataConfig, task: Task
+) -> tuple[dict[Split, Rows], tuple[str, ...], LabelKind | None, list[str]]:
+    """Rows of each split that the source has, the class names, what a label is, and notes for the description."""
     train = source.tables["train"]
-    roles = columns.choose_roles(train, config.columns, task)
+    layout = columns.choose_layout(train, config.columns, task, config.format)
     rows: dict[Split, Rows] = {}
-    names: tuple[str, ...] = ()
+    labels = _Labels()
     notes: list[str] = []
     num_empty = 0
     for split, table in source.tables.items():  # train first: it defines the classes
-        column = columns.find_columns(table, roles, config.columns)
+        column = columns.find_columns(table, layout, config.columns)
         if "label" in column and split != "train" and columns.is_unlabelled(table, column["label"]):
             notes.append(f"{table.name} has no labels and is not used")
             continue
-        texts: Rows = {
-            role: columns.read_texts(table, column[role], may_be_empty=task == "causal-lm" and role != "completion")
-            for role in roles
-            if role != "label"
-        }
+        texts = _read_rows(layout.name, table, column)
         if "label" in column:
-            labels = columns.read_labels(table, column["label"])
-            names = names or columns.class_names(table, column["label"], labels)
-            texts["label"] = columns.label_ids(table, split, labels, names)
-        if roles == ("text",):
+            texts["label"] = labels.read(table, column["label"], split, config.label_kind)
+        if "tags" in column:
+            texts["tags"] = labels.as_tags(table, column["tags"], split, texts["tags"])
+        if layout.roles == ("text",):
             filled = [index for index, text in enumerate(texts["text"]) if text.strip()]
             num_empty += _num_rows(texts) - len(filled)
             texts = _take(texts, filled)
         if not _num_rows(texts):
             raise UserError(f"{table.name} ({split}) has no text in it")
         rows[split] = texts
+    if task == "causal-lm" and not train.is_running_text:
+        there = columns.find_columns(train, layout, config.columns)
+        notes.append(f"format {layout.name} ({', '.join(f'`{name}`' for name in there.values())})")
     if num_empty:
         notes.append(f"{num_empty:,} empty texts dropped")
-    return rows, names, notes
+    return rows, labels.names, labels.kind, notes
+
+
+def _read_rows(layout: str, table: Table, column: dict[columns.Role, str]) -> Rows:
+    """The rows as they are written, but for labels."""
+    match layout:
+        case "chat" | "sharegpt":
+            return {"messages": columns.read_conversations(table, column["messages"])}
+        case "alpaca":
+            what, answers = (columns.read_texts(table, column[role], False) for role in ("instruction", "output"))
+            given = columns.read_inputs(table, column["input"]) if "input" in column else [""] * len(what)
+            return {"messages": columns.instructions(what, given, answers)}
+        case "tagged":
+            tokens, tags = columns.read_tagged(table, column["tokens"], column["tags"])
+            return {"tokens": tokens, "tags": tags}
+    may_be_empty = ("prompt", "text") if layout in ("completion", "text") else ()
+    return {
+        role: columns.read_texts(table, name, may_be_empty=role in may_be_empty)
+        for role, name in column.items()
+        if role != "label"
+    }
+
+
+class _Labels:
+    """Labels and tags as numbers; what they are is found in the training data, which is read first."""
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.kind: LabelKind | None = None
+
+    def read(self, table: Table, column: str, split: Split, asked: str) -> list:
+        self.kind = self.kind or columns.label_kind(table, column, asked)
+        match self.kind:
+            case "number":
+                return columns.read_numbers(table, column)
+            case "classes":
+                sets = columns.read_label_sets(table, column)
+                self.names = self.names or columns.class_names(table, column, list(itertools.chain(*sets)), len(sets))
+                return columns.label_vectors(table, split, sets, self.names)
+            case "class":
+                labels = columns.read_labels(table, column)
+                self.names = self.names or columns.class_names(table, column, labels)
+                return columns.label_ids(table, split, labels, self.names)
+
+    def as_tags(self, table: Table, column: str, split: Split, tags: list[list[str]]) -> list[list[int]]:
+        self.names = self.names or columns.class_names(table, column, list(itertools.chain(*tags)))
+        return [columns.label_ids(table, split, row, self.names) for row in tags]
 
 
 def _split_off(source: Source, rows: dict[Split, Rows], config: DataConfig) -> dict[Split, Rows]:
@@ -166,7 +219,7 @@ def _split_off(source: Source, rows: dict[Split, Rows], config: DataConfig) -> d
     fractions: dict[Split, float] = {"test": config.test_fraction, "validation": config.validation_fraction}
     for split, fraction in fractions.items():
         if split not in rows:
-            size = max(1, int(fraction * total))
+            size = source.sizes.get(split, max(1, int(fraction * total)))
             rows[split], order = _take(train, np.sort(order[:size])), order[size:]
     rows["train"] = _take(train, np.sort(order))
     for split in SPLITS:
@@ -190,12 +243,18 @@ def _why_empty(source: Source, split: Split, total: int) -> str:
 
 def _keys(rows: Rows) -> list[str]:
     """What makes two rows the same: all their texts, up to case and white space."""
-    texts = zip(*(values for role, values in rows.items() if role != "label"), strict=True)
-    return ["\0".join(" ".join(text.casefold().split()) for text in parts) for parts in texts]
+    texts = zip(*(values for role, values in rows.items() if role not in ("label", "tags")), strict=True)
+    return ["\0".join(" ".join(_text(value).casefold().split()) for value in parts) for parts in texts]
+
+
+def _text(value: str | list) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _order(rows: Rows, seed: int, purpose: int) -> np.ndarray:
     labels = rows.get("label") or [0] * _num_rows(rows)
+    if labels and not isinstance(labels[0], int):  # sets of classes, numbers: in any order
+        labels = [0] * len(labels)
     return stratified_order(labels, np.random.default_rng([seed, purpose]))
 
 
@@ -207,12 +266,44 @@ def _num_rows(rows: Rows) -> int:
     return len(next(iter(rows.values())))
 
 
-def _majority_share(rows: dict[Split, Rows]) -> float:
-    """Test accuracy of always answering the most frequent class of the training data."""
-    majority = np.bincount(rows["train"]["label"]).argmax()
-    return float(np.mean(np.asarray(rows["test"]["label"]) == majority))
+def _facts(rows: dict[Split, Rows], labels: tuple[str, ...], kind: LabelKind | None) -> list[str]:
+    """What there is to predict, in words."""
+    match kind:
+        case "class":
+            majority = np.bincount(rows["train"]["label"]).argmax()
+            share = float(np.mean(np.asarray(rows["test"]["label"]) == majority))
+            return [f"{len(labels)} classes", f"majority {share:.2f}"]
+        case "classes":
+            vectors = np.asarray(rows["train"]["label"])
+            return [f"{len(labels)} classes", f"{vectors.sum(1).mean():.2f} a row on average"]
+        case "number":
+            numbers = np.asarray(rows["train"]["label"])
+            return [f"numbers {numbers.min():g} to {numbers.max():g}, standard deviation {numbers.std():.3g}"]
+    if labels:
+        counts = Counter(itertools.chain(*rows["train"]["tags"]))
+        (most, count), *_ = counts.most_common(1)
+        return [f"{len(labels)} tags", f"{labels[most]} {count / counts.total():.2f} of the words"]
+    return []
+
+
+_FEATURES = {
+    "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
+    "tokens": datasets.List(datasets.Value("string")),
+    "tags": datasets.List(datasets.Value("int64")),
+}
 
 
 def _dataset(rows: Rows) -> datasets.Dataset:
-    features = datasets.Features({role: datasets.Value("int64" if role == "label" else "string") for role in rows})
+    features = datasets.Features({role: _FEATURES.get(role) or _feature(role, values) for role, values in rows.items()})
     return datasets.Dataset.from_dict(rows, features=features)
+
+
+def _feature(role: str, values: list) -> datasets.Value | datasets.List:
+    if role != "label":
+        return datasets.Value("string")
+    match values[0]:
+        case int():
+            return datasets.Value("int64")
+        case float():
+            return datasets.Value("float32")
+    return datasets.List(datasets.Value("float32"))

@@ -21,7 +21,7 @@ from datasets.table import InMemoryTable
 
 from sgm_finetune.errors import UserError
 
-Format = Literal["csv", "tsv", "json", "jsonl", "parquet", "text"]
+Format = Literal["csv", "tsv", "json", "jsonl", "parquet", "text", "conll"]
 
 ENDINGS: dict[str, Format] = {
     ".csv": "csv",
@@ -30,6 +30,7 @@ ENDINGS: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".parquet": "parquet",
     ".txt": "text",
+    ".conll": "conll",
 }
 PASSAGE_LENGTH = 2000
 """Characters; a passage of running text has between one and two times as many."""
@@ -45,7 +46,7 @@ class Table:
     """How messages call it: the file's name, or `imdb (test)`."""
     columns: Mapping[str, Sequence[Any]]
     class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Columns whose integers stand for these names (`datasets.ClassLabel`)."""
+    """Columns whose integers, or lists of them, stand for these names (`datasets.ClassLabel`)."""
     is_running_text: bool = False
     """The rows are passages of running text, in the one column `text`."""
 
@@ -56,8 +57,8 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def read_file(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> Table:
-    """The table in a file; `key` is the configuration key that named it, for messages."""
+def type_of(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> Format:
+    """The type of a file that is there: `format`, or what its ending says; `key` named it, for messages."""
     if path.is_dir():
         raise UserError(f"{key}={path} is a folder; name a file, or give a data set's folder as data.name")
     if not path.is_file():
@@ -65,8 +66,14 @@ def read_file(path: Path, key: str, format: Format | Literal["auto"] = "auto") -
     if format == "auto":
         if path.suffix.lower() not in ENDINGS:
             known = " ".join(ENDINGS)
-            raise UserError(f"{key}={path}: unknown ending `{path.suffix}` (known: {known}); say data.format")
-        format = ENDINGS[path.suffix.lower()]
+            raise UserError(f"{key}={path}: unknown ending `{path.suffix}` (known: {known}); say data.file_type")
+        return ENDINGS[path.suffix.lower()]
+    return format
+
+
+def read_file(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> Table:
+    """The table in a file; `key` is the configuration key that named it, for messages."""
+    format = type_of(path, key, format)
     try:
         match format:
             case "csv":
@@ -79,6 +86,8 @@ def read_file(path: Path, key: str, format: Format | Literal["auto"] = "auto") -
                 table = _read_parquet(path)
             case "text":
                 table = running_text(path.name, [path.read_text(encoding="utf-8-sig")])
+            case "conll":
+                table = _read_conll(path)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(f"{path} is not UTF-8: byte 0x{byte:02x} at {error.start}; save it as UTF-8") from None
@@ -91,12 +100,18 @@ def read_file(path: Path, key: str, format: Format | Literal["auto"] = "auto") -
 
 def table_of(name: str, dataset: datasets.Dataset) -> Table:
     """The table of a `datasets.Dataset`; its columns are read when they are used."""
-    features = dataset.features
-    return Table(
-        name,
-        {column: dataset[column] for column in dataset.column_names},
-        {column: f.names for column, f in features.items() if isinstance(f, datasets.ClassLabel)},
-    )
+    return Table(name, {column: dataset[column] for column in dataset.column_names}, class_names(dataset.features))
+
+
+def class_names(features: Mapping[str, Any] | None) -> dict[str, Sequence[str]]:
+    """Column -> names, of those that hold class labels or lists of them."""
+    found = {}
+    for column, feature in (features or {}).items():
+        if isinstance(feature, datasets.List):
+            feature = feature.feature
+        if isinstance(feature, datasets.ClassLabel):
+            found[column] = feature.names
+    return found
 
 
 def running_text(name: str, documents: Sequence[str]) -> Table:
@@ -204,3 +219,25 @@ def _read_parquet(path: Path) -> Table:
             decoded = arrow.column(index).cast(column.type.value_type)
             arrow = arrow.set_column(index, column.name, decoded)
     return table_of(path.name, datasets.Dataset(InMemoryTable(arrow)))
+
+
+def _read_conll(path: Path) -> Table:
+    """CoNLL-2003's columns: a word a line, its first field the word and its last the tag; an empty line after each
+    sentence. `-DOCSTART-` lines, and those before a sentence that begin with `# `, are none."""
+    sentences: list[list[tuple[str, str]]] = [[]]
+    width = 0
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        fields = line.strip().split("\t") if "\t" in line else line.split()
+        if not line.strip() or fields[0] == "-DOCSTART-":
+            sentences.append([])
+        elif sentences[-1] or not line.startswith("# "):
+            width = width or len(fields)
+            if len(fields) != width or width < 2:
+                raise UserError(
+                    f"{path} line {number} has {len(fields)} field(s), the first word {width}; write the word first, "
+                    "its tag last on every line, an empty line after each sentence"
+                )
+            sentences[-1].append((fields[0], fields[-1]))
+    found = [sentence for sentence in sentences if sentence]
+    columns = {name: [[word[at] for word in words] for words in found] for at, name in enumerate(("tokens", "tags"))}
+    return Table(path.name, columns)

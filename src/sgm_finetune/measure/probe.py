@@ -1,6 +1,7 @@
 """The probe: both sides of every matrix's gradient, from a few batches and hooks (docs/method.md section 2).
 
-It works on a frozen, also a 4-bit, base; it forms no weight gradient; and it leaves the model as it found it.
+It works on a frozen, also a 4-bit, base; it forms no weight gradient but that of one stack of experts at a time; and it
+leaves the model as it found it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sgm_finetune.errors import UserError
-from sgm_finetune.method.subspace import Sketch, sketch_batch, test_matrix
-from sgm_finetune.models import linear_layers, matrix_shape, ready_for_backward
+from sgm_finetune.method.subspace import Sketch, sketch_batch, sketch_stack, test_matrix
+from sgm_finetune.models import Matrix, adaptable, ready_for_backward, stored_to_model_names
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,20 @@ class Probe:
     """What the gradients of two disjoint halves of the batches look like, and what it cost to know."""
 
     halves: Mapping[str, tuple[Sketch, Sketch]]
-    """Module name -> sketches of the gradient's sum over the even and over the odd batches; float32, on the CPU."""
+    """Module name -> sketches of the gradient's sum over the even and over the odd batches; float32, on the CPU.
+
+    A stack of experts is sketched as the one matrix that its experts make: one below another on the input side, side by
+    side on the output side."""
     shapes: Mapping[str, tuple[int, int]]
-    """Module name -> (d_out, d_in)."""
+    """Module name -> (d_out, d_in), of one expert."""
+    num_experts: Mapping[str, int]
+    """Name of a stack of experts -> their number."""
     activations: Mapping[str, str]
     """Module name -> the first module, itself included, that read the same activations."""
+    unused: tuple[str, ...]
+    """Modules that the loss does not depend on, in these batches: not measured."""
+    model_name: Callable[[str], str]
+    """From the name of a parameter in the model's files to its name in the model."""
     loss: float
     """Mean loss of the batches."""
     num_batches: int
@@ -44,10 +54,11 @@ class Probe:
 class _Recorder:
     """Collects one half's sketches; alive between entering and leaving the hooks."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int]], size: int, seed: int):
-        self.shapes, self.size, self.seed = shapes, size, seed
+    def __init__(self, matrices: Mapping[str, Matrix], size: int, seed: int):
+        self.matrices, self.size, self.seed = matrices, size, seed
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.omegas: dict[tuple[int, torch.device], Tensor] = {}
+        self.rooms: dict[torch.device, Mapping[str, tuple[Tensor, Tensor]]] = {}
         self.held_bytes = self.peak_bytes = 0
         self.read: dict[str, list[tuple[int, int]]] = {}  # name -> (batch, number) of every activation that it read
         self.num_batches = 0
@@ -62,10 +73,15 @@ class _Recorder:
             self.omegas[dim, device] = test_matrix(dim, self.size, self.seed).to(device)
         return self.omegas[dim, device]
 
-    def forward_hook(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def forward_hook(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
+        """Notes what the layer reads, and waits for the gradient of what it gives. Nothing below the first layers
+        needs one, so that it begins at them: what reads the embeddings, or a table of positions."""
         del module
-        if not (isinstance(output, Tensor) and output.requires_grad):
-            return
+        if not isinstance(output, Tensor) or not torch.is_grad_enabled():
+            return None
+        begins = not output.requires_grad
+        if begins:
+            output = output.detach().requires_grad_().clone()
         x = args[0].detach()
         # its own as long as it is held, until the backward pass
         number = self.numbers.setdefault((x.data_ptr(), x._version, x.shape, x.stride()), len(self.numbers))
@@ -73,19 +89,47 @@ class _Recorder:
         self.held_bytes += x.numel() * x.element_size()
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
         output.register_hook(partial(self.add, name, x))
+        return output if begins else None
 
     def add(self, name: str, x: Tensor, delta: Tensor) -> None:
         self.held_bytes -= x.numel() * x.element_size()
-        rows, cols = self.shapes[name]
+        rows, cols = self.matrices[name].shape
         x, delta = x.reshape(-1, cols).float(), delta.detach().reshape(-1, rows).float()
-        parts = sketch_batch(x, delta, self.omega(rows, x.device), self.omega(cols, x.device))
-        before = self.sums.get(name)
-        self.sums[name] = parts if before is None else (before[0].add_(parts[0]), before[1].add_(parts[1]))
+        self._sum(name, sketch_batch(x, delta, self.omega(rows, x.device), self.omega(cols, x.device)))
+
+    def add_experts(self, name: str, parameter: Tensor) -> None:
+        """The whole stack's gradient, taken as soon as it is complete, and dropped."""
+        matrix, gradient = self.matrices[name], parameter.grad
+        parameter.grad = None
+        assert gradient is not None
+        assert matrix.num_experts is not None
+        if matrix.transposed:
+            gradient = gradient.mT
+        rows, cols = matrix.shape
+        below = self.omega(matrix.num_experts * rows, gradient.device).view(matrix.num_experts, rows, -1)
+        beside = self.omega(matrix.num_experts * cols, gradient.device).view(matrix.num_experts, cols, -1)
+        self._sum(name, sketch_stack(gradient, below, beside))
+
+    def _sum(self, name: str, parts: tuple[Tensor, Tensor]) -> None:
+        if name in self.sums:
+            for before, part in zip(self.sums[name], parts, strict=True):
+                before.add_(part)
+        else:
+            rooms = self._room(parts[0].device)[name]
+            self.sums[name] = (rooms[0].copy_(parts[0]), rooms[1].copy_(parts[1]))
+
+    def _room(self, device: torch.device) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Where the sums of all matrices lie: in one piece. Each by itself they would lie between the activations of
+        the first batch, and keep the allocator from giving that memory to larger ones later (docs/LOG.md)."""
+        if device not in self.rooms:
+            sizes = [side for matrix in self.matrices.values() for side in (matrix.shape[1], matrix.shape[0])]
+            parts = torch.empty(self.size * sum(sizes), device=device).split([self.size * side for side in sizes])
+            sides = [part.view(self.size, side) for part, side in zip(parts, sizes, strict=True)]
+            self.rooms[device] = dict(zip(self.matrices, zip(sides[::2], sides[1::2], strict=True), strict=True))
+        return self.rooms[device]
 
     def sketch(self, name: str) -> Sketch:
-        sides = self.sums.get(name)
-        if sides is None:
-            raise UserError(f"`{name}` received no gradient in the probe; leave it out, or check that the loss uses it")
+        sides = self.sums[name]
         if not all(bool(torch.isfinite(side).all()) for side in sides):
             raise UserError(f"The gradient of `{name}` is not finite; try model.dtype=float32")
         return Sketch(sides[0].cpu(), sides[1].cpu(), self.seed)
@@ -99,40 +143,54 @@ def probe(
     sketch_size: int = 48,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    mean_loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] | None = None,
 ) -> Probe:
-    """The gradient sketches of the linear layers `names` (None: all inside numbered layers) of `model`.
+    """The gradient sketches of the weights `names` (None: all inside numbered layers) of `model`.
 
     Even batches make the first half, odd ones the second; the halves use independent test matrices, so that what one
     half's subspace keeps of the other is not flattered. Each batch is a dict of tensors that gives `model(**batch)` a
-    loss. Raises UserError for fewer than two batches, a missing or non-finite loss, a layer that the loss does not use.
+    loss, or `mean_loss(model, batch)` one. Layers that the loss does not use are left out, and listed; one of `names`
+    raises UserError, as do fewer than two batches and a missing or non-finite loss.
     """
     if len(batches) < 2:
         raise UserError(f"The probe needs at least two batches, one for each half; it was given {len(batches)}")
-    layers = linear_layers(model, names)
-    shapes = {name: matrix_shape(layer) for name, layer in layers.items()}
-    recorders = [_Recorder(shapes, sketch_size, 2 * seed + half) for half in (0, 1)]
+    matrices = adaptable(model, names)
+    recorders = [_Recorder(matrices, sketch_size, 2 * seed + half) for half in (0, 1)]
     device = next(model.parameters()).device
     started, losses, num_tokens = time.perf_counter(), [], 0
-    with _measuring(model):
+    with _measuring(model, matrices):
         for index, batch in enumerate(batches):
             batch = {key: value.to(device) for key, value in batch.items()}
             recorders[index % 2].begin_batch()
-            with _hooked(layers, recorders[index % 2]):
-                loss = _loss(model, batch)
-                loss.backward()
+            with _hooked(matrices, recorders[index % 2]):
+                loss = _loss(model, batch) if mean_loss is None else mean_loss(model, batch)
+                if not bool(torch.isfinite(loss)):
+                    raise UserError(f"The loss of a probe batch is {float(loss.detach())}; try model.dtype=float32")
+                if loss.requires_grad:  # not where it uses none of the layers
+                    loss.backward()
             losses.append(float(loss.detach()))
+            del loss  # its graph, and with it what the layers have read, would be there during the next batch
             num_tokens += (
                 int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
             )
             progress(index + 1, len(batches))
-        first, second = recorders
-        halves = {name: (first.sketch(name), second.sketch(name)) for name in layers}
+    first, second = recorders
+    used = [name for name in matrices if name in first.sums and name in second.sums]
+    unused = tuple(name for name in matrices if name not in used)
+    if unused and (names is not None or not used):
+        raise UserError(
+            f"`{unused[0]}` received no gradient in the probe; leave it out, or check that the loss uses it"
+        )
+    halves = {name: (first.sketch(name), second.sketch(name)) for name in used}
     tensors = [t for recorder in recorders for pair in recorder.sums.values() for t in pair]
     tensors += [omega for recorder in recorders for omega in recorder.omegas.values()]
     return Probe(
         halves=halves,
-        shapes=shapes,
-        activations=_first_readers(layers, [recorder.read for recorder in recorders]),
+        shapes={name: matrices[name].shape for name in used},
+        num_experts={name: number for name in used if (number := matrices[name].num_experts) is not None},
+        activations=_first_readers(used, [recorder.read for recorder in recorders]),
+        unused=unused,
+        model_name=stored_to_model_names(model),
         loss=sum(losses) / len(losses),
         num_batches=len(batches),
         num_tokens=num_tokens,
@@ -142,10 +200,29 @@ def probe(
     )
 
 
+@contextmanager
+def following(model: nn.Module, sketch_size: int, seed: int) -> Iterator[Callable[[], int]]:
+    """The probe's hooks on a model without numbers (device "meta"), for one batch: what it needs can be followed
+    (`footprint.py`). Gives a function that tells the bytes of sketches and test vectors."""
+    matrices = adaptable(model)
+    recorder = _Recorder(matrices, sketch_size, seed)
+    recorder.begin_batch()
+
+    def num_bytes() -> int:
+        tensors = [*(t for pair in recorder.sums.values() for t in pair), *recorder.omegas.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    with _measuring(model, matrices), _hooked(matrices, recorder):
+        yield num_bytes
+
+
 def _first_readers(names: Iterable[str], reads: Sequence[Mapping[str, list[tuple[int, int]]]]) -> dict[str, str]:
-    """Name -> the first of those that read the same activations as it, in all batches."""
+    """Name -> the first of those that read the same activations as it, in all batches (a stack of experts: itself)."""
     first: dict[tuple, str] = {}
-    return {name: first.setdefault(tuple(tuple(read[name]) for read in reads), name) for name in names}
+    return {
+        name: first.setdefault(tuple(tuple(read.get(name, [name])) for read in reads), name)  # type: ignore[arg-type]
+        for name in names
+    }
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -153,24 +230,25 @@ def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     loss = getattr(model(**batch, **extra), "loss", None)
     if loss is None:
         raise UserError(f"The model gave no loss for a batch of {', '.join(batch)}; the batches need labels")
-    if not bool(torch.isfinite(loss)):
-        raise UserError(f"The loss of a probe batch is {float(loss.detach())}; try model.dtype=float32")
     return loss
 
 
 @contextmanager
-def _hooked(layers: Mapping[str, nn.Module], recorder: _Recorder) -> Iterator[None]:
-    handles = [layer.register_forward_hook(partial(recorder.forward_hook, name)) for name, layer in layers.items()]
-    try:
+def _hooked(matrices: Mapping[str, Matrix], recorder: _Recorder) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, matrix in matrices.items():
+            if matrix.num_experts is None:
+                hook = matrix.module.register_forward_hook(partial(recorder.forward_hook, name))
+            else:
+                parameter = matrix.module.get_parameter(matrix.parameter)
+                hook = parameter.register_post_accumulate_grad_hook(partial(recorder.add_experts, name))
+            stack.callback(hook.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
-def _measuring(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode with every parameter frozen and gradients flowing from its embeddings; then as before.
+def _measuring(model: nn.Module, matrices: Mapping[str, Matrix]) -> Iterator[None]:
+    """The model in eval mode with every parameter frozen but the stacks of experts; then as before.
 
     Restored also after an exception: parameters' requires_grad, each module's mode, hooks, torch's random state.
     """
@@ -184,9 +262,9 @@ def _measuring(model: nn.Module) -> Iterator[None]:
             model.eval()
             for parameter in required:
                 parameter.requires_grad_(False)
-            stack.callback(
-                model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_(True)).remove  # type: ignore[operator]
-            )
+            for matrix in matrices.values():
+                if matrix.num_experts is not None:
+                    matrix.module.get_parameter(matrix.parameter).requires_grad_(True)
             yield
         finally:
             for parameter, wanted in required.items():

@@ -24,7 +24,7 @@ from sgm_finetune.measure.remembered import content_key, recall, remember
 from sgm_finetune.measure.weights import StoredMatrix, stored_matrices
 from sgm_finetune.method.singular_values import Spectrum, exact_bfloat16_products, spectra
 from sgm_finetune.method.snr import Estimator, SpectrumStatistics, signal_to_noise
-from sgm_finetune.method.spectrum import Control, MatrixScan, Scan
+from sgm_finetune.method.spectrum import Control, MatrixScan, Scan, kind_of, layer_of, module_of
 from sgm_finetune.model_folder import local_folder
 
 _WORKERS = 2  # matrices in memory; each has its share of the threads
@@ -85,24 +85,6 @@ def matrix_names(model: str | Path, estimator: Estimator = "mp") -> list[str]:
     return [matrix.name for matrix in _choose(model, None, split_fused=estimator == "mp")]
 
 
-def layer_of(name: str) -> int | None:
-    """The first number among a module name's dotted parts.
-
-    >>> layer_of("model.layers.3.self_attn.q_proj"), layer_of("lm_head"), layer_of("experts[7.up]")
-    (3, None, None)
-    """
-    return next((int(part) for part in module_of(name).split(".") if part.isdecimal()), None)
-
-
-def kind_of(name: str) -> str:
-    """The name with every number among its parts replaced by `*`.
-
-    >>> kind_of("model.layers.3.mlp.experts.7.up_proj"), kind_of("layers.3.mlp.experts.gate_up_proj[7.up]")
-    ('model.layers.*.mlp.experts.*.up_proj', 'layers.*.mlp.experts.gate_up_proj[*.up]')
-    """
-    return re.sub(r"(?<![^.\[])\d+(?![^.\]])", "*", name)
-
-
 def _choose(model: str | Path, names: Collection[str] | None, split_fused: bool) -> list[StoredMatrix]:
     """The matrices to scan, by layer number; all refused before the first is read."""
     path = model if Path(model).expanduser().exists() else local_folder(str(model))
@@ -118,15 +100,6 @@ def _choose(model: str | Path, names: Collection[str] | None, split_fused: bool)
                 raise UserError(f"{model} has no weight matrix {name}{hint}")
         stored = {name: m for name, m in stored.items() if name in names or module_of(name) in names}
     return [stored[name] for name in sorted(stored, key=_reading_order)]
-
-
-def module_of(name: str) -> str:
-    """The name without the part.
-
-    >>> module_of("h.0.attn.c_attn[q]")
-    'h.0.attn.c_attn'
-    """
-    return name.split("[")[0]
 
 
 def _reading_order(name: str) -> list[tuple[int, int, str]]:

@@ -11,10 +11,9 @@ from typing import Any
 
 from sgm_finetune.errors import UserError
 from sgm_finetune.files import write_text
-from sgm_finetune.measure.scan import layer_of
 from sgm_finetune.method.selection import KindChoice, choose_per_kind, ties
 from sgm_finetune.method.snr import Estimator, ratio_decibels
-from sgm_finetune.method.spectrum import MatrixScan, Scan, by_parameter
+from sgm_finetune.method.spectrum import MatrixScan, Scan, by_parameter, layer_of
 
 _REMEDY = (
     "MODEL is a model (a folder, a .safetensors, .bin or .gguf file, a hub id), the JSON that "

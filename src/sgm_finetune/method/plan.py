@@ -49,6 +49,7 @@ class PlanSettings:
     max_group_size: int | None = None
     top_fraction: float | None = None
     snr_threshold: float | None = None
+    prefer_depth: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class MatrixNumbers:
     halves: tuple[Sketch, Sketch] | None = None
     activation: str | None = None
     """Name of the first matrix that reads the same activations."""
+    num_experts: int | None = None
+    """Of a stack of experts, whose `shape` is that of one; `halves` are sketches of the one matrix that they make."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class PlannedMatrix:
     selected: bool
     group: str | None = None
     start: Literal["spectral", "random"] = "random"
-    """Where lora_A of a matrix without a group starts: its own gradient's spectrum, or PEFT's default."""
+    """Where lora_A of a matrix without a group starts: its own gradient's spectrum (of a stack of experts: the one of
+    all of them), or PEFT's default."""
     snr: float | None = None
     """Signal energy / noise energy; null: not scanned, or infinite under the published estimator."""
     snr_db: float | None = None
@@ -101,6 +105,8 @@ class PlannedMatrix:
     """By a basis of its own."""
     kept_shared: float | None = None
     """By the group's basis, on the group's side."""
+    num_experts: int | None = None
+    """Of a stack of experts, each with its own two factors; `shape` is that of one. null: a linear layer."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,7 @@ def adapter_parameters(plan: Plan) -> tuple[int, int]:
     """(trainable adapter parameters of the plan, the same without any sharing): r·(d_in + d_out) a matrix, less what
     groups share: r·d of the shared side for each member but the first."""
     rank = plan.settings.rank
-    plain = sum(rank * sum(matrix.shape) for matrix in plan.selected)
+    plain = sum(rank * sum(matrix.shape) * (matrix.num_experts or 1) for matrix in plan.selected)
     saved = 0
     for group in plan.groups:
         saved += rank * width(plan.shape_of(group.members[0]), group.side) * (len(group.members) - 1)
@@ -178,9 +184,13 @@ def adapter_parameters(plan: Plan) -> tuple[int, int]:
 
 
 def select(matrices: Sequence[MatrixNumbers], settings: PlanSettings) -> list[str]:
-    """Names of the matrices that are trained, in order: by SNR (top fraction per kind, or threshold), else all."""
+    """Names of the matrices that are trained, in order: the top fraction per kind by SNR or by depth, those above a
+    threshold of SNR, else all."""
     if settings.top_fraction is None and settings.snr_threshold is None:
         return [matrix.name for matrix in matrices]
+    if settings.prefer_depth and settings.top_fraction is not None:
+        depths = {matrix.name: float(-1 if matrix.layer is None else matrix.layer) for matrix in matrices}
+        return top_fraction_per_kind(depths, {m.name: m.kind for m in matrices}, settings.top_fraction)
     snrs = {matrix.name: math.inf if matrix.snr is None else matrix.snr for matrix in matrices}
     if settings.top_fraction is not None:
         return top_fraction_per_kind(snrs, {m.name: m.kind for m in matrices}, settings.top_fraction)
@@ -194,7 +204,8 @@ def build_plan(
     """The plan that follows from the numbers (docs/method.md section 3): select, choose sides, group, start.
 
     Scope "activation": those that read the same activations may share their input side. Scope "layers": those of one
-    kind and shape may share the side that its layers have in common. What has no group starts lora_A at its own basis.
+    kind and shape may share the side that its layers have in common. Stacks of experts share nothing. What has no group
+    starts lora_A at its own basis.
     Without probe numbers (`halves` None) or with side "none" there are neither groups nor starts: a plain LoRA plan.
     """
     chosen = set(select(matrices, settings))
@@ -209,7 +220,10 @@ def build_plan(
         planned |= _planned_kind(members, measured)
         if measured is not None and numbers.side is not None:
             side = measured.sides[numbers.side]
-            similarity = measured.cosines if settings.criterion == "cosine" else side.retention
+            similarity = side.retention
+            if settings.criterion == "cosine":
+                assert measured.cosines is not None
+                similarity = measured.cosines
             found += _find_groups(label, members, numbers.side, side, similarity, settings)
     if settings.scope == "activation" and settings.side != "none":
         for label, sets in _by_activation(selected).items():
@@ -311,8 +325,9 @@ class _KindMeasures:
     """The probe's numbers on one kind's layers, or nothing where the probe did not run."""
 
     sides: dict[Side, _SideMeasures]
-    cosines: np.ndarray
-    other_half: list[float]
+    cosines: np.ndarray | None
+    """None for stacks of experts, whose sketches are of another matrix than one expert's."""
+    other_half: list[float] | None
 
 
 def _halves(matrix: MatrixNumbers) -> tuple[Sketch, Sketch]:
@@ -325,6 +340,8 @@ def _measure_kind(members: Sequence[MatrixNumbers], rank: int) -> _KindMeasures 
         return None
     first, second = ([_halves(matrix)[index] for matrix in members] for index in (0, 1))
     sides: dict[Side, _SideMeasures] = {side: _measure_side(members, side, rank) for side in SIDES}
+    if members[0].num_experts is not None:
+        return _KindMeasures(sides, None, None)
     between = ((cosines(first) + cosines(second)) / 2).numpy()
     return _KindMeasures(sides, between, cosines(first, second).tolist())
 
@@ -334,19 +351,20 @@ def _kind_numbers(
 ) -> KindNumbers:
     if measured is None or len(members) < 2:
         return KindNumbers(label, len(members), None)
+    stacked = members[0].num_experts is not None
     mean = {side: _mean_of_pairs([one.retention]) for side, one in measured.sides.items()}
     by_all: dict[Side, float] = {side: float(np.mean(one.shares_of_all())) for side, one in measured.sides.items()}
     return KindNumbers(
         kind=label,
         num_layers=len(members),
-        side=_choose_side(settings.side, by_all) if settings.scope == "layers" else None,
+        side=_choose_side(settings.side, by_all) if settings.scope == "layers" and not stacked else None,
         retention_input=mean["input"],
         retention_output=mean["output"],
         retention_all_input=by_all["input"],
         retention_all_output=by_all["output"],
-        cosine_mean=_mean_of_pairs([measured.cosines]),
-        cosine_max=float(np.max(_pairs(measured.cosines))),
-        cosine_other_half=float(np.mean(measured.other_half)),
+        cosine_mean=None if measured.cosines is None else _mean_of_pairs([measured.cosines]),
+        cosine_max=None if measured.cosines is None else float(np.max(_pairs(measured.cosines))),
+        cosine_other_half=None if measured.other_half is None else float(np.mean(measured.other_half)),
     )
 
 
@@ -444,7 +462,7 @@ def _planned_kind(members: Sequence[MatrixNumbers], measured: _KindMeasures | No
         if measured is not None:
             numbers = {
                 "gradient_energy": sum(squared_norm(half) for half in _halves(matrix)) / 2,
-                "cosine_other_half": measured.other_half[i],
+                "cosine_other_half": None if measured.other_half is None else measured.other_half[i],
                 "kept_own": Energy(measured.sides["input"].own[i], measured.sides["output"].own[i]),
             }
         planned[matrix.name] = _described(matrix, selected=True, **numbers)
@@ -460,6 +478,7 @@ def _described(matrix: MatrixNumbers, selected: bool, **numbers) -> PlannedMatri
         kind=matrix.kind,
         layer=matrix.layer,
         shape=matrix.shape,
+        num_experts=matrix.num_experts,
         selected=selected,
         snr=finite(matrix.snr),
         snr_db=None if matrix.snr == 0 else finite(matrix.snr_db),

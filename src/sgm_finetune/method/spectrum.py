@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sgm_finetune.method.snr import NO_SIGNAL_DB, Estimator, ratio_decibels
+
+
+def module_of(name: str) -> str:
+    """The name without the part.
+
+    >>> module_of("h.0.attn.c_attn[q]")
+    'h.0.attn.c_attn'
+    """
+    return name.split("[")[0]
+
+
+def layer_of(name: str) -> int | None:
+    """First number among the parts of a matrix's name.
+
+    >>> layer_of("model.layers.3.self_attn.q_proj"), layer_of("lm_head"), layer_of("experts[7.up]")
+    (3, None, None)
+    """
+    return next((int(part) for part in module_of(name).split(".") if part.isdecimal()), None)
+
+
+def kind_of(name: str) -> str:
+    """The name with every number among its parts replaced by `*`.
+
+    >>> kind_of("model.layers.3.mlp.experts.7.up_proj"), kind_of("layers.3.mlp.experts.gate_up_proj[7.up]")
+    ('model.layers.*.mlp.experts.*.up_proj', 'layers.*.mlp.experts.gate_up_proj[*.up]')
+    """
+    return re.sub(r"(?<![^.\[])\d+(?![^.\]])", "*", name)
 
 
 @dataclass(frozen=True)
@@ -108,22 +136,29 @@ class Scan:
         return cls(str(values["model"]), estimator, tuple(MatrixScan.from_dict(m) for m in values["matrices"]))
 
 
-def by_parameter(scan: Scan) -> tuple[MatrixScan, ...]:
-    """One entry per stored parameter, in the order of their first parts; what has no parts comes back unchanged.
+def by_parameter(scan: Scan, model_name: Callable[[str], str] = lambda stored: stored) -> tuple[MatrixScan, ...]:
+    """One entry per parameter, in the order of their first parts; what has no parts comes back unchanged.
 
-    The parts of one parameter (the q, k and v of a fused matrix; the experts of a stack) become one entry that is named
-    like its module: energies of signal and noise summed, and so SNR = signal/noise; ranks summed; σ the root mean
-    square over all entries; the largest edge. Under "spectrum", whose ratio is none of energies, the SNR is the mean
-    (infinite if one is). Shape: rows added where the parts agree in columns, else columns added where they agree in
-    rows, else the first part's.
+    The parameters are the stored ones, or those of a model that calls the stored ones by `model_name` and may hold
+    several as one: a stack of experts. The parts of one parameter (the q, k and v of a fused matrix; the experts of a
+    stack) become one entry that is named like its module: energies of signal and noise summed, and so SNR =
+    signal/noise; ranks summed; σ the root mean square over all entries; the largest edge. Under "spectrum", whose ratio
+    is none of energies, the SNR is the mean (infinite if one is). Shape: rows added where the parts agree in columns,
+    else columns added where they agree in rows, else the first part's.
     """
     groups: dict[str, list[MatrixScan]] = {}
     for matrix in scan.matrices:
-        groups.setdefault(matrix.parameter, []).append(matrix)
-    return tuple(
-        parts[0] if len(parts) == 1 and "[" not in parts[0].name else _united(parts, scan.estimator)
-        for parts in groups.values()
-    )
+        groups.setdefault(model_name(matrix.parameter), []).append(matrix)
+    return tuple(_named(parameter, parts, scan.estimator) for parameter, parts in groups.items())
+
+
+def _named(parameter: str, parts: Sequence[MatrixScan], estimator: Estimator) -> MatrixScan:
+    """The entry of one parameter, called as the model calls it."""
+    whole = parts[0] if len(parts) == 1 and "[" not in parts[0].name else _united(parts, estimator)
+    if parameter == parts[0].parameter and whole is parts[0]:
+        return whole
+    name = parameter.removesuffix(".weight")
+    return replace(whole, name=name, kind=kind_of(name), layer=layer_of(name))
 
 
 def _united(parts: Sequence[MatrixScan], estimator: Estimator) -> MatrixScan:
@@ -139,8 +174,6 @@ def _united(parts: Sequence[MatrixScan], estimator: Estimator) -> MatrixScan:
         control = Control(sum(control.signal_rank for _, control in controls), ratio_decibels(shuffled))
     return replace(
         first,
-        name=first.parameter.removesuffix(".weight"),
-        kind=first.kind.partition("[")[0],
         shape=_united_shape([part.shape for part in parts]),
         sigma=math.sqrt(sum(n * part.sigma**2 for n, part in zip(sizes, parts, strict=True)) / max(1, sum(sizes))),
         edge=max(part.edge for part in parts),

@@ -53,6 +53,19 @@ def sketch_batch(x: Tensor, delta: Tensor, omega_out: Tensor, omega_in: Tensor) 
     return (delta @ omega_out).T @ x, (x @ omega_in).T @ delta
 
 
+def sketch_stack(gradients: Tensor, omega_below: Tensor, omega_beside: Tensor) -> tuple[Tensor, Tensor]:
+    """A sketch's two sides (eq. 9b) of the gradients G_e (experts x d_out x d_in) of a stack of experts, each side
+    as if they were one matrix: Σ ΩₑᵀGₑ of [G₁; G₂; ...] and Σ (GₑΩ'ₑ)ᵀ of [G₁ G₂ ...].
+
+    `omega_below` is experts x d_out x k, `omega_beside` experts x d_in x k. float32.
+    """
+    gradients = gradients.float()
+    return (
+        torch.einsum("eok,eoi->ki", omega_below, gradients),
+        torch.einsum("eoi,eik->ko", gradients, omega_beside),
+    )
+
+
 def squared_norm(sketch: Sketch) -> float:
     """Unbiased estimate of ‖G‖²_F (eq. 10): the mean of ‖S‖²_F / k over both sides, in float64."""
     parts = [side.double().square().sum() / side.shape[0] for side in (sketch.input, sketch.output)]

@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any, NamedTuple, TypeGuard
 
@@ -14,7 +15,8 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from sgm_finetune.config import Config
+from sgm_finetune.config import Config, Task
+from sgm_finetune.evaluation import MEASURES, Measure
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.report import figures
 
@@ -56,23 +58,33 @@ def render_report(*, config: Config, plan: Plan, metrics: dict[str, Any], histor
 
 
 def headlines(metrics: Mapping[str, Any]) -> list[Headline]:
-    """What a reader wants first: accuracy, macro-F1 and loss, or perplexity and loss."""
+    """What a reader wants first: the task's measures, in the order of `MEASURES`."""
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
+    found = []
+    for measure in MEASURES:
+        if measure.key in {**before, **after}:
+            squared = measure.key == "loss" and "r2" in after
+            found.append(_headline(replace(measure, unit="squared error") if squared else measure, before, after))
+    for task, numbers in after.get("harness", {}).items():
+        earlier = before.get("harness", {}).get(task, {})
+        found += [_headline(Measure(key, f"{task}: {key}"), earlier, numbers) for key in numbers]
+    return found
 
-    def headline(name: str, key: str, digits: int, higher_is_better: bool, note: str = "") -> Headline:
-        old, new = before.get(key), after.get(key)
-        change, better = "", None
-        if _finite(old) and _finite(new):
-            difference = round(new, digits) - round(old, digits)
-            change = ("+" if difference > 0 else "") + decimal(difference, digits)
-            better = None if round(difference, digits) == 0 else (difference > 0) == higher_is_better
-        return Headline(name, decimal(old, digits), decimal(new, digits), change, better, note)
 
-    loss = headline("Loss", "loss", 3, False, "nats; lower is better")
-    if metrics["task"] == "causal-lm":
-        return [headline("Perplexity", "perplexity", 2, False, "lower is better"), loss]
-    majority = f"always naming the most frequent class: {decimal(after.get('majority_accuracy'), 3)}"
-    return [headline("Accuracy", "accuracy", 3, True, majority), headline("Macro-F1", "macro_f1", 3, True), loss]
+def _headline(measure: Measure, before: Mapping[str, Any], after: Mapping[str, Any]) -> Headline:
+    old, new, digits = before.get(measure.key), after.get(measure.key), max(1, measure.digits - 1)
+    change, better = "", None
+    if _finite(old) and _finite(new):
+        difference = round(new, digits) - round(old, digits)
+        change = ("+" if difference > 0 else "") + decimal(difference, digits)
+        better = None if round(difference, digits) == 0 else (difference > 0) == measure.higher_is_better
+    notes = [measure.unit] if measure.unit else []
+    if measure.baseline is not None:
+        notes.append(f"always naming the most frequent class: {decimal(after.get(measure.baseline), digits)}")
+    if not measure.higher_is_better:
+        notes.append("lower is better")
+    name = measure.name[0].upper() + measure.name[1:]
+    return Headline(name, decimal(old, digits), decimal(new, digits), change, better, "; ".join(notes))
 
 
 def commands(config: Config) -> list[str]:
@@ -81,14 +93,21 @@ def commands(config: Config) -> list[str]:
     return ["python src/evaluate.py" + ("" if folder == "output" else f" {shlex.quote(f'output.dir={folder}')}")]
 
 
+_AUTO_CLASSES: dict[Task, str] = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+}
+
+
 def python_snippet(config: Config, metrics: Mapping[str, Any]) -> str:
     """Lines of Python that load the adapter with PEFT alone, on the base in full precision."""
     model = config.model
     adapter = json.dumps(f"{config.output.dir.rstrip('/')}/adapter", ensure_ascii=False)
-    auto, arguments = "AutoModelForCausalLM", ""
-    if model.task == "sequence-classification":
-        auto = "AutoModelForSequenceClassification"
-        arguments = f", num_labels={len(metrics['labels'])}, pad_token_id=tokenizer.pad_token_id"
+    auto, arguments = _AUTO_CLASSES[model.task], ""
+    if model.task in ("sequence-classification", "token-classification"):
+        arguments = f", num_labels={len(metrics['labels']) or 1}, pad_token_id=tokenizer.pad_token_id"
     if model.revision is not None:
         arguments += f", revision={json.dumps(model.revision)}"
     name = json.dumps(model.name, ensure_ascii=False)
@@ -181,11 +200,17 @@ def _results(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "headlines": headlines(metrics),
         "test_size": " · ".join(sizes),
         "confusion": rows,
+        "counted": "words" if "num_words" in after else "examples",
         "confusion_folded": len(rows) > MANY_CLASSES,
     }
 
 
-_SIZES = (("num_examples", "test examples"), ("num_tokens", "predicted tokens"))
+_SIZES = (
+    ("num_examples", "test examples"),
+    ("num_words", "words"),
+    ("num_tokens", "predicted tokens"),
+    ("num_generated", "generated answers"),
+)
 
 
 def _training(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,208 @@
+"""A training step beside PEFT's: tokens per second, and memory above the loaded model, on a CPU.
+
+    python benchmarks/step.py                    # bfloat16 and NF4
+    python benchmarks/step.py --repeats 9 --quantization none
+
+SmolLM2-135M, batches of 4 x 256 tokens, LoRA of rank 16 on every linear layer. One process for each way to compute the
+step; they take turns, step by step, while the others wait. Peak memory: the most that was resident, above what was
+after loading (Linux). Printed, as the table of docs/results.md, and appended to benchmarks/results/step.json.
+
+    PEFT                PEFT's LoRA, Transformers' loss and its default attention (sdpa), AdamW
+    PEFT, eager attention   the same with what SGM asks for on a CPU
+    fast, eager attention   the update in place, the loss in parts; AdamW
+    fast                training.step=fast: attention computed again, too
+    fast, shared        the same, q, k, v and gate, up sharing A
+    fast, spectral      the same as "fast, shared" with spectral descent: what SGM trains
+    frozen              the base alone, forward and backward to its embeddings: what no adapter can beat with its loss
+    frozen, in parts    the same with the loss in parts
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recording import append_run, process_memory, processor
+
+WAYS = (
+    "PEFT",
+    "PEFT, eager attention",
+    "fast, eager attention",
+    "fast",
+    "fast, shared",
+    "fast, spectral",
+    "frozen",
+    "frozen, in parts",
+)
+RANK, BATCH, LENGTH = 16, 4, 256
+THREADS = 2
+READERS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+_MODEL = "smollm2-135m-instruct"
+
+
+def mean_loss(model: Any, batch: dict[str, Any], labels: Any, in_parts: Any) -> Any:
+    """The model's own, or by its `HeadLoss`."""
+    if in_parts is None:
+        return model(**batch, labels=labels).loss
+    total, count = in_parts(model, batch, labels)
+    return total / count
+
+
+def prepare(way: str, quantization: str) -> Callable[[], float]:
+    """The step as a function that returns its loss."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from sgm_finetune.adapters.apply import lora_layers
+    from sgm_finetune.adapters.descent import create_optimizer
+    from sgm_finetune.adapters.forward import use_fast_step
+    from sgm_finetune.attention import recompute_attention
+    from sgm_finetune.config import ModelConfig
+    from sgm_finetune.head_loss import head_loss
+    from sgm_finetune.model_folder import local_folder
+    from sgm_finetune.models import adaptable, block_of, load_model
+
+    torch.set_num_threads(THREADS)
+    config = ModelConfig(name=_MODEL, task="causal-lm", quantization=quantization, dtype="bfloat16")  # type: ignore[arg-type]
+    base, _ = load_model(config, local_folder(_MODEL))
+    base.requires_grad_(False)
+    if way == "PEFT":
+        base.set_attn_implementation("sdpa")
+    names = list(adaptable(base))
+    torch.manual_seed(0)
+    ids = torch.randint(0, base.config.vocab_size, (BATCH, LENGTH))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if way.startswith("frozen"):
+        in_parts = head_loss(base, batch) if way.endswith("in parts") else None
+        base.train()
+
+        def frozen() -> float:
+            embedded = {"inputs_embeds": base.get_input_embeddings()(ids).requires_grad_()}
+            loss = mean_loss(base, embedded, ids, in_parts)
+            loss.backward()
+            return float(loss.detach())
+
+        return frozen
+    fast = way.startswith("fast")
+    if fast and way != "fast, eager attention" and not recompute_attention(base, batch):
+        raise SystemExit("Attention cannot be recomputed")
+    model: Any = get_peft_model(
+        base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, task_type="CAUSAL_LM")
+    )
+    if way in ("fast, shared", "fast, spectral"):
+        layers = lora_layers(model)
+        for block in dict.fromkeys(block_of(name) for name in names):
+            for kinds in READERS:
+                first, *others = (layers[f"{block}.{kind}"] for kind in kinds)
+                for other in others:
+                    other.lora_A["default"].weight = first.lora_A["default"].weight  # type: ignore[index, union-attr]
+    if fast and (slow := use_fast_step(model)):
+        raise SystemExit(f"{len(slow)} layers keep PEFT's forward")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = create_optimizer(model, lr=0.0125) if way == "fast, spectral" else torch.optim.AdamW(trained, lr=1e-4)
+    in_parts = head_loss(model, batch) if fast else None
+    if fast and in_parts is None:
+        raise SystemExit("The loss cannot be had in parts")
+    model.train()
+
+    def step() -> float:
+        loss = mean_loss(model, batch, ids, in_parts)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def work(way: str, quantization: str) -> None:
+    """One of the processes: a line of stdin is a step, whose seconds and loss are a line of stdout."""
+    step = prepare(way, quantization)
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    loaded = process_memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    print("{}", flush=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        loss = step()
+        seconds = time.perf_counter() - started
+        print(json.dumps({"seconds": seconds, "loss": loss, "peak_mib": process_memory("VmHWM") - loaded}), flush=True)
+
+
+def measure(quantization: str, repeats: int) -> list[dict]:
+    workers = {
+        way: subprocess.Popen(
+            [sys.executable, __file__, "--work", way, "--quantization", quantization],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )
+        for way in WAYS
+    }  # fmt: skip
+    said: dict[str, list[dict]] = {way: [] for way in WAYS}
+    for worker in workers.values():  # all are loaded
+        read(worker)
+    for _ in range(repeats + 1):
+        for way, worker in workers.items():
+            assert worker.stdin is not None
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+            said[way].append(read(worker))
+    for worker in workers.values():
+        worker.communicate()
+    rows = []
+    for way, steps in said.items():
+        rows.append(
+            {
+                "quantization": quantization,
+                "way": way,
+                "tokens_per_second": round(BATCH * LENGTH / statistics.median(s["seconds"] for s in steps[1:]), 1),
+                "peak_mib": round(steps[-1]["peak_mib"]),
+                "losses": [round(s["loss"], 4) for s in steps],
+            }
+        )
+        against = rows[0]
+        print(
+            f"| {quantization} | {way} | {rows[-1]['tokens_per_second']:.0f} | "
+            f"{rows[-1]['tokens_per_second'] / against['tokens_per_second']:.2f} | {rows[-1]['peak_mib']:,} | "
+            f"{rows[-1]['peak_mib'] / against['peak_mib']:.2f} |",
+            flush=True,
+        )
+    return rows
+
+
+def read(worker: subprocess.Popen) -> dict:
+    assert worker.stdout is not None
+    line = worker.stdout.readline()
+    if not line:
+        raise SystemExit(f"{worker.args} ended")
+    return json.loads(line)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quantization", nargs="+", default=["none", "nf4"])
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.work:
+        work(asked.work, asked.quantization[0])
+        return
+    started = time.perf_counter()
+    rows = [row for quantization in asked.quantization for row in measure(quantization, asked.repeats)]
+    command = f"python benchmarks/step.py --repeats {asked.repeats} --quantization {' '.join(asked.quantization)}"
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    append_run("step", command, started, rows, packages, threads=THREADS, **processor())
+
+
+if __name__ == "__main__":
+    main()

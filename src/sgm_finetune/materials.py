@@ -1,0 +1,80 @@
+"""What a run knows before its model is loaded: the data, encoded, and the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from sgm_finetune.config import Config
+from sgm_finetune.data import DataSplits, Encoded, collator, encode, load_splits, pack
+from sgm_finetune.errors import UserError
+from sgm_finetune.generation import has_answers
+from sgm_finetune.harness import check_harness
+from sgm_finetune.launch import processes
+from sgm_finetune.model_folder import local_folder
+from sgm_finetune.models import check_model, load_tokenizer
+from sgm_finetune.trainer import divided_batch
+from sgm_finetune.voice import Voice
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What is known before the model is loaded."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    splits: DataSplits
+    train: Encoded
+    validation: Encoded
+    test: Encoded
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+
+
+def prepare(config: Config, voice: Voice) -> Materials:
+    """Everything that can be checked without the model's weights: files, columns, labels, lengths, the tokenizer."""
+    check_harness(config.evaluation.harness, config.model.task)
+    splits = load_splits(config.data, config.model.task)
+    with processes().main_process_first():  # one process converts or downloads, the others find it done
+        folder = local_folder(config.model.name, config.model.revision, lambda line: voice.say("model", line))
+    check_model(config.model, folder, config.data.max_length)
+    tokenizer = load_tokenizer(folder, config.model)
+    encoded = {
+        name: encode(getattr(splits, name), tokenizer, config.model.task, config.data.max_length)
+        for name in ("train", "validation", "test")
+    }
+    if config.data.packing:
+        if not has_answers(encoded["train"].dataset, config.model.task) or config.model.task != "causal-lm":
+            raise UserError("data.packing=true is for completion and chat data; running text is packed without it")
+        encoded["train"] = pack(encoded["train"], config.data.max_length)
+    cut = sum(part.num_truncated for part in encoded.values())
+    dropped = sum(part.num_dropped for part in encoded.values())
+    divided = sum(part.num_divided for part in encoded.values())
+    notes = [f"{cut:,} cut to {config.data.max_length} tokens"] * bool(cut)
+    notes += [f"{dropped:,} dropped that have nothing to learn within {config.data.max_length}"] * bool(dropped)
+    if packed := encoded["train"].num_packed:
+        notes.append(f"{packed:,} examples packed into {len(encoded['train'].dataset):,} sequences")
+    notes += [f"{divided:,} conversations divided into one example an answer"] * bool(divided)
+    voice.say("data", " · ".join([splits.description, *notes]))
+    return Materials(folder, tokenizer, splits, **encoded, collate=collator(tokenizer, config.model.task, 8))
+
+
+def probe_batch_size(config: Config, num_train: int) -> int:
+    """Examples per probe batch: no more than a micro-batch of the training, and half of what there is at most."""
+    micro, _ = divided_batch(config, processes().num_processes)
+    wanted = min(config.probe.num_batches * config.probe.batch_size, num_train)
+    return max(1, min(config.probe.batch_size, micro, wanted // 2))
+
+
+def probe_batches(config: Config, materials: Materials) -> list[dict[str, torch.Tensor]]:
+    """The first batches of a seeded permutation of the training data."""
+    dataset = materials.train.dataset
+    wanted = config.probe.num_batches * config.probe.batch_size
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.probe.seed)).tolist()[:wanted]
+    size = probe_batch_size(config, len(dataset))
+    batches = [order[at : at + size] for at in range(0, len(order), size)]
+    return [materials.collate([dataset[i] for i in batch]) for batch in batches]

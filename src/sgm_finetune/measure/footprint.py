@@ -1,0 +1,110 @@
+"""What a computation needs, found without computing: tensors of device "meta" have shapes and no numbers.
+
+The code that will run is run on them, and every operation's new tensors are followed until they are freed. What a
+kernel allocates and frees within itself is not seen, but for those listed here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+_aten = torch.ops.aten
+_WORKSPACES = {_aten.logsumexp.default: 1.0}
+"""Operation -> bytes that its CPU kernel holds within, in units of its first argument."""
+
+
+class Footprint(TorchDispatchMode):
+    """A context manager. `peak`: most bytes of tensors made within it that were alive at a time; `now`: those alive;
+    `flops`: of matrix products; `traffic`: bytes that all operations read and wrote. `known` tensors do not count.
+
+    Nothing can be read from tensors without numbers: a number that is asked for is 1 (a mask hides nothing), and a
+    boolean index selects `num_selected` rows. `wide_at_peak`: bytes at the peak of tensors whose last dimension is
+    `width`.
+
+    >>> with Footprint() as footprint:
+    ...     a = torch.zeros(256, 256, device="meta")
+    ...     b = (a @ a).sum()
+    >>> footprint.peak, footprint.flops
+    (524292, 33554432)
+    """
+
+    def __init__(self, known: Iterable[Tensor] = (), num_selected: int = 0, width: int = -1):
+        super().__init__()
+        self.now = self.peak = self.flops = self.traffic = 0
+        self.num_selected, self.width = num_selected, width
+        self.wide = self.wide_at_peak = 0
+        # a storage without numbers has no address: its object stands for it, as long as it lives
+        self._alive: dict[int, Any] = {s._cdata: s for s in (tensor.untyped_storage() for tensor in known)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _aten._local_scalar_dense.default and args[0].is_meta:
+            return 1
+        if func is _aten.index.Tensor and args[0].is_meta and _selects(args[1]):
+            mask = args[1][0]
+            made = torch.empty(self.num_selected, *args[0].shape[mask.dim() :], dtype=args[0].dtype, device="meta")
+        elif func is _aten.unique_consecutive.default and args[0].is_meta:  # all are alike
+            made = tuple(torch.empty(1, dtype=args[0].dtype, device="meta") for _ in range(3))
+        elif func is _aten._grouped_mm.default and args[0].is_meta:  # of every type, as its CPU kernel
+            made = _grouped_product(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
+        else:
+            made = func(*args, **kwargs)
+        outputs = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
+        for tensor in outputs:
+            self._follow(tensor)
+        if not _is_view(func):
+            inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            self.traffic += sum(x.numel() * x.element_size() for x in (*inputs, *outputs))
+            if (formula := flop_registry.get(func._overloadpacket)) is not None:
+                self.flops += formula(*args, **kwargs, out_val=made)
+            if func in _WORKSPACES:
+                within = int(_WORKSPACES[func] * args[0].numel() * args[0].element_size())
+                self._note(within, within if args[0].shape[-1] == self.width else 0)
+        return made
+
+    def _note(self, more: int = 0, more_wide: int = 0) -> None:
+        if self.now + more > self.peak:
+            self.peak, self.wide_at_peak = self.now + more, self.wide + more_wide
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        wide = size if tensor.dim() and tensor.shape[-1] == self.width else 0
+
+        def freed(_: Any) -> None:
+            self.now -= size
+            self.wide -= wide
+            self._alive.pop(key, None)
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.wide += wide
+        self._note()
+
+
+def _grouped_product(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
+    """Rows in groups that end there, each with a matrix of its own; of two matrices, one product a group."""
+    if b.dim() == 3:
+        return torch.empty(*a.shape[:-1], b.shape[-1], dtype=a.dtype, device="meta")
+    return torch.empty(1 if ends is None else len(ends), a.shape[0], b.shape[1], dtype=a.dtype, device="meta")
+
+
+def _selects(indices: Any) -> bool:
+    return len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operation only looks at its argument in another way."""
+    returned = func._schema.returns
+    return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write

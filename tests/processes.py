@@ -1,0 +1,66 @@
+"""What several tests of whole runs ask: runs by several processes, and whether two runs are one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+ANOTHER_ORDER = 1e-4
+"""Tolerance for float32 sums in another order, over 20 steps."""
+
+
+def training_log(output: Path) -> list[dict]:
+    newest = max((output / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    return json.loads((newest / "trainer_state.json").read_text())["log_history"]
+
+
+def losses(output: Path, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in training_log(output) if name in entry]
+
+
+def adapter(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(*arguments: str, processes: int = 2) -> str:
+    """What it said."""
+    return run_processes(torchrun_command(processes, *arguments))
+
+
+def run_processes(arguments: list[str]) -> str:
+    """What they said; all have to succeed."""
+    done = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def torchrun_command(processes: int, *arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*launcher, *arguments]
+
+
+def assert_one_run(one: Path, two: Path) -> None:
+    """The same losses at every step, and the same adapter, up to the order of float32 sums."""
+    for name in ("loss", "eval_loss", "grad_norm"):
+        left, right = torch.tensor(losses(one, name)), torch.tensor(losses(two, name))
+        torch.testing.assert_close(left, right, atol=ANOTHER_ORDER, rtol=ANOTHER_ORDER)
+    left, right = adapter(one), adapter(two)
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=ANOTHER_ORDER, rtol=ANOTHER_ORDER)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()

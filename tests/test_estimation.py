@@ -1,0 +1,173 @@
+"""What a run is said to need before it: parts that can be counted by hand, budgets that are kept, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+
+from sgm_finetune import pipeline
+from sgm_finetune.cli import main
+from sgm_finetune.config import Config, load_config
+from sgm_finetune.errors import UserError
+from sgm_finetune.estimation import Estimate, estimate
+from sgm_finetune.fitting import as_begun, check_fits, fit
+from sgm_finetune.materials import Materials, prepare
+from sgm_finetune.models import adaptable, load_model, skeleton
+from sgm_finetune.stand_ins import stored_bytes
+from sgm_finetune.voice import Voice
+
+QUIET = Voice(Console(quiet=True))
+
+
+@pytest.fixture
+def described(llama_folder: Path, reviews: Path, tmp_path: Path) -> list[str]:
+    return [
+        f"model.name={llama_folder}", f"data.train={reviews}", "data.max_length=24", "training.batch_size=16",
+        "probe.num_batches=4", "probe.sketch_size=12", "adapter.rank=4", "training.max_steps=5",
+        "training.eval_batch_size=8", f"output.dir={tmp_path / 'out'}",
+    ]  # fmt: skip
+
+
+def made(described: list[str], *more: str) -> tuple[Config, Materials]:
+    config = load_config(None, [*described, *more])
+    return config, prepare(config, QUIET)
+
+
+def predicted(described: list[str], *more: str) -> Estimate:
+    return estimate(*made(described, *more))
+
+
+def test_weights_adapters_and_optimizer_are_what_the_run_holds(described) -> None:
+    config, materials = made(described, "merge.side=none", "training.optimizer=adamw")
+    needed = estimate(config, materials)
+    model, new = load_model(config.model, materials.folder, materials.splits.labels, 0)
+    assert needed.weights_bytes == sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    plain = get_peft_model(
+        model, LoraConfig(r=4, target_modules=list(adaptable(model)), task_type="SEQ_CLS", modules_to_save=list(new))
+    )
+    trained = sum(p.numel() for p in plain.parameters() if p.requires_grad)
+    assert needed.trainable_parameters == trained
+    assert needed.adapter_bytes == needed.gradient_bytes == 4 * trained
+    assert needed.optimizer_bytes == 8 * trained
+    assert needed.steps == 5
+    assert needed.micro_batch_size == 16
+
+
+def test_what_costs_memory_is_said_to(described) -> None:
+    least = predicted(described)
+    assert predicted(described, "training.batch_size=32").activation_bytes > 1.8 * least.activation_bytes
+    assert predicted(described, "training.checkpointing=true").activation_bytes < least.activation_bytes
+    assert predicted(described, "training.step=peft").activation_bytes > least.activation_bytes
+    assert predicted(described, "training.optimizer=adamw").optimizer_bytes > 1.5 * least.optimizer_bytes
+    assert predicted(described, "training.optimizer=adamw_8bit").optimizer_bytes <= 2 * least.optimizer_bytes
+    assert predicted(described, "merge.side=none").trainable_parameters > least.trainable_parameters
+    assert predicted(described, "adapter.rank=8").trainable_parameters > 1.5 * least.trainable_parameters
+    upper = ("selection.top_fraction=0.25", "selection.prefer_depth=true")
+    spread = predicted(described, upper[0])
+    assert predicted(described, *upper).activation_bytes < spread.activation_bytes
+    assert predicted(described, *upper).trainable_parameters <= spread.trainable_parameters
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_skeleton_weighs_what_bitsandbytes_holds(described, quantization) -> None:
+    config, materials = made(described, f"model.quantization={quantization}")
+    labels = materials.splits.labels
+    hollow = skeleton(config.model, materials.folder, labels, 0)
+    model, _ = load_model(config.model, materials.folder, labels, 0)
+    held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        held += 4 * state.absmax.numel() if state is not None else 0
+        scales = getattr(getattr(module, "weight", None), "SCB", None)
+        held += 4 * scales.numel() if isinstance(scales, torch.Tensor) else 0
+    assert stored_bytes(hollow) == pytest.approx(held, rel=0.01)
+    assert estimate(config, materials).weights_bytes == stored_bytes(hollow)
+
+
+def test_a_budget_changes_the_least_costly_first_and_is_kept(described, monkeypatch) -> None:
+    monkeypatch.setattr("sgm_finetune.estimation.held_memory", lambda: 0)  # which is another at every call
+    config, materials = made(described, "training.batch_size=32", "training.eval_batch_size=64", "data.max_length=24")
+    whole = estimate(config, materials)
+    floor = whole.process_bytes + whole.weights_bytes
+    assert fit(config, materials, 2 * whole.peak_bytes).given_up == ()
+    seen: list[str] = []
+    for share in (0.6, 0.3, 0.15, 0.05):
+        budget = floor + int(share * (whole.firm_bytes - floor))
+        try:
+            fitted = fit(config, materials, budget)
+        except UserError:
+            break
+        assert fitted.estimate.firm_bytes <= budget
+        assert fitted.config.training.batch_size == 32
+        seen = [line.partition("=")[0] for line in fitted.given_up]
+        if "adapter.rank" in seen:  # not before what costs no quality
+            assert "training.checkpointing" in seen
+        if "training.checkpointing" in seen:
+            assert fitted.config.training.micro_batch_size == 1
+    assert {"training.micro_batch_size", "training.eval_batch_size", "probe.batch_size"} <= set(seen)
+
+
+def test_what_is_not_enough_is_said_with_a_remedy(described) -> None:
+    config, materials = made(described)
+    with pytest.raises(UserError, match=r"memory.budget=0.01 GiB is not enough: .*model.quantization=nf4"):
+        fit(config, materials, 10 * 2**20)
+    needed = estimate(config, materials)
+    with pytest.raises(UserError, match=r"with all else as small as it gets.*model.quantization=nf4"):
+        fit(config, materials, needed.process_bytes + needed.weights_bytes + 2**19)
+    with pytest.raises(UserError, match=r"needs about .* within reach .*model.quantization=nf4"):
+        check_fits(needed, needed.weights_bytes, config)
+    with pytest.raises(UserError, match=r"memory.budget=\d+\.\dGiB finds what fits"):
+        check_fits(needed, needed.firm_bytes - 1, config)
+    check_fits(needed, needed.firm_bytes, config)
+
+
+def test_a_run_stops_before_anything_is_loaded_where_it_cannot_fit(described, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "memory_within_reach", lambda: 50 * 2**20)
+    monkeypatch.setattr(pipeline, "load_base", lambda *arguments: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"0\.05 GiB are within reach"):
+        pipeline.finetune(load_config(None, described), Console(quiet=True))
+    monkeypatch.undo()
+    monkeypatch.setattr(pipeline, "disk_free", lambda folder: 1000)
+    monkeypatch.setattr(pipeline, "load_base", lambda *arguments: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="its disk has 0 MiB free"):
+        pipeline.finetune(load_config(None, described), Console(quiet=True))
+
+
+def test_a_run_within_a_budget_says_what_it_gave_up_and_goes_on_so(described, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sgm_finetune.estimation.held_memory", lambda: 0)
+    config, materials = made(described, "training.batch_size=32", "training.eval_batch_size=64")
+    whole = estimate(config, materials)
+    step = whole.phases["step"]
+    budget = step - (step - whole.process_bytes - whole.weights_bytes) // 4
+    console = Console(width=250)
+    asked = [*described, "training.batch_size=32", "training.eval_batch_size=64", f"memory.budget={budget}"]
+    metrics = pipeline.finetune(load_config(None, asked), console)
+    said = capsys.readouterr().out
+    assert "to fit into" in said
+    assert "training.micro_batch_size=" in said
+    assert metrics["predicted"]["peak_bytes"] > 0
+    assert "predicted" in said.splitlines()[-2]
+    begun = load_config(tmp_path / "out" / "config.yaml")
+    assert as_begun(load_config(None, asked), begun) == begun
+
+
+def test_the_command_prints_parts_phases_and_one_object(described, capsys, tmp_path) -> None:
+    (tmp_path / "run.yaml").write_text("training: {batch_size: 8}\n")
+    for arguments in (
+        [*described, "--config", str(tmp_path / "run.yaml"), "--json"],
+        [str(tmp_path / "run.yaml"), *described, "--json"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["estimate", *arguments])
+        assert ended.value.code == 0
+        printed = capsys.readouterr()
+        found = json.loads(printed.out)
+        assert found["peak_bytes"] == max(found["phases"].values())
+        assert "activations" in printed.err
+        assert "training" in printed.err
+    assert not (tmp_path / "out").exists()

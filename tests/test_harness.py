@@ -1,0 +1,80 @@
+"""lm-evaluation-harness on a model that is being fine-tuned."""
+
+from __future__ import annotations
+
+import json
+import random
+from io import StringIO
+
+import pytest
+from conftest import BAD, GOOD, OTHER
+from rich.console import Console
+
+from sgm_finetune import harness, pipeline
+from sgm_finetune.config import load_config
+from sgm_finetune.errors import UserError
+
+TASK = """
+task: pico-verdict
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{film}}}}"
+doc_to_choice: ["good", "bad"]
+doc_to_target: verdict
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+def film(number: int) -> str:
+    """Good where the number is even."""
+    chooser = random.Random(number)
+    words = chooser.choices((GOOD, BAD)[number % 2], k=3) + chooser.choices(OTHER, k=4)
+    chooser.shuffle(words)
+    return " ".join(words)
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A task of ours in lm-eval's format: whether the words before are good or bad."""
+    rows = [{"film": film(n), "verdict": n % 2} for n in range(200, 220)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "pico.yaml"
+    path.write_text(TASK.format(data=tmp_path / "rows.jsonl"))
+    return path
+
+
+@pytest.mark.slow
+def test_a_task_is_run_before_and_after(task, settings, tmp_path):
+    rows = [{"prompt": film(n), "completion": (" good", " bad")[n % 2]} for n in range(180)]
+    path = tmp_path / "verdicts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = StringIO()
+    overrides = [*settings, "model.task=causal-lm", f"data.train={path}", f"evaluation.harness=[{task}]"]
+    overrides += ["training.max_steps=60", "evaluation.num_generated=8"]
+    metrics = pipeline.finetune(load_config(None, overrides), Console(file=said, width=200))
+    assert metrics["before"]["harness"]["pico-verdict"]["acc"] < 0.8
+    assert metrics["after"]["harness"]["pico-verdict"]["acc"] > 0.9
+    assert metrics["after"]["exact_match"] > 0.7
+    assert "pico-verdict · acc " in said.getvalue()
+    assert "Pico-verdict: acc" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_task_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(UserError, match="knows no task `pico-nonsense`"):
+        harness.check_harness(["pico-nonsense"], "causal-lm")
+
+
+def test_what_cannot_be_run_is_refused_at_once(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"does not go with model\.task=sequence-classification"):
+        harness.check_harness(["arc_easy"], "sequence-classification")
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs lm-eval; pip install 'sgm-finetune\[harness\]'"):
+        harness.check_harness(["arc_easy"], "causal-lm")
+    harness.check_harness([], "sequence-classification")

@@ -1,0 +1,87 @@
+"""`sgm data` shows what the model will see."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+
+import pytest
+from architectures import save_pico
+from rich.console import Console
+
+from sgm_finetune.cli import main
+from sgm_finetune.config import load_config
+from sgm_finetune.preview import preview
+
+
+@pytest.fixture
+def rows(tmp_path):
+    def write(*rows: dict) -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps({**row, "number": n}) + "\n" for n in range(12) for row in rows))
+        return f"data.train={path}"
+
+    return write
+
+
+def shown(overrides: list[str], **options) -> tuple[dict, str]:
+    words = StringIO()
+    found = preview(load_config(None, overrides), Console(file=words, width=160, **options), 1)
+    return found, words.getvalue()
+
+
+def test_what_the_loss_does_not_count_is_dimmed_or_outside_of_brackets(rows, tmp_path):
+    model = f"model.name={save_pico('llama', tmp_path / 'model')}"
+    path = tmp_path / "r.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"film the {'a ' * n}", "completion": "good"}) + "\n" for n in range(12))
+    )
+    overrides = [model, "model.task=causal-lm", f"data.train={path}"]
+    found, plain = shown(overrides)
+    (example,) = found["examples"]
+    assert example["parts"][-1] == ["good <eos>", True]
+    assert "⟦good <eos>⟧" in plain
+    _, coloured = shown(overrides, force_terminal=True, color_system="standard", _environ={})
+    assert "\x1b[2m" in coloured
+    assert "⟦" not in coloured
+    assert found["tokens"]["train"]["examples"] == 10
+    assert found["tokens"]["train"]["longest"] >= found["tokens"]["train"]["median"] >= 4
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "row", "part"),
+    [
+        ("bert", "sequence-classification", {"label": ["a", "b"]}, "→ a, b"),
+        ("bert", "sequence-classification", {"label": 1.5}, "→ 1.5"),
+        ("bert", "sequence-classification", {"label": "a"}, "→ a"),
+        ("bart", "seq2seq-lm", {"target": "good"}, "→ good <eos>"),
+    ],
+)
+def test_what_is_to_be_predicted_stands_below(name, task, row, part, tmp_path):
+    column = "source" if task == "seq2seq-lm" else "text"
+    other = (
+        {"label": ["b"]} if isinstance(row.get("label"), list) else {"label": 0.5} if row.get("label") == 1.5 else {}
+    )
+    other = other or ({"label": "b"} if "label" in row else {"target": "bad"})
+    lines = [{column: f"film {'the ' * n}", **(row if n != 3 else other)} for n in range(16)]
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    overrides = [f"model.name={save_pico(name, tmp_path / name)}", f"model.task={task}", f"data.train={path}"]
+    words = StringIO()
+    preview(load_config(None, overrides), Console(file=words, width=160), 16)
+    assert part in words.getvalue()
+
+
+def test_the_command_prints_json_alone_and_leaves_nothing(tmp_path, reviews, capfd, monkeypatch):
+    (tmp_path / "config.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    model = save_pico("bert", tmp_path / "model")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as caught:
+        main(["data", "--json", "-n", "2", f"model.name={model}", f"data.train={reviews}"])
+    assert caught.value.code == 0
+    found = json.loads(capfd.readouterr().out)
+    assert len(found["examples"]) == 2
+    assert {example["label"] for example in found["examples"]} <= {"good", "bad"}
+    assert found["num_truncated"] == {"train": 0, "validation": 0, "test": 0}
+    assert sorted(tmp_path.rglob("*")) == before
