@@ -167,7 +167,7 @@ class ProbeConfig(_Section):
     num_batches: Whole = Field(default=8, ge=2, le=10_000)
     """Batches measured, in two disjoint halves; more of them, less noise."""
     batch_size: Whole = Field(default=8, ge=1)
-    """Examples per probe batch."""
+    """Examples per probe batch; computed in pieces of half of a micro-batch of the training at most."""
     sketch_size: Whole = Field(default=48, ge=4, le=4096)
     """Test vectors of each range finder; at least adapter.rank. Bytes held: 8 x this x (rows + columns), a matrix."""
     seed: Whole = Field(default=0, ge=0, lt=2**32)

@@ -20,13 +20,12 @@ from transformers import PreTrainedModel
 
 from sgm_finetune.adapters.apply import apply_plan, check_plan
 from sgm_finetune.config import Config
-from sgm_finetune.data.encoding import IGNORED
 from sgm_finetune.errors import UserError
-from sgm_finetune.evaluation import longest_first, summed_loss
+from sgm_finetune.evaluation import longest_first, num_predictions, summed_loss
 from sgm_finetune.fast_step import prepare_adapters, prepare_base
 from sgm_finetune.generation import answer_limit, has_answers, questions
 from sgm_finetune.launch import processes
-from sgm_finetune.materials import Materials, probe_batches
+from sgm_finetune.materials import Materials, probe_batches, probe_pieces
 from sgm_finetune.measure.footprint import Footprint
 from sgm_finetune.measure.probe import following
 from sgm_finetune.memory import held_memory, release_memory
@@ -152,7 +151,7 @@ class _Estimator:
         answered = self._once(("answers", batch), lambda: self._answered(self.model))
         probed, sketches = _Work(), 0
         if probing:
-            probed, sketches = self._once(("probe", str(self.config.probe), self.micro), self._probed)
+            probed, sketches = self._once(("probe", self.micro, training.checkpointing), self._probed)
         adapted = self._adapted(plan or self._once(("plan", *adapters), self._assumed_plan))
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         state = self._optimizer_state(adapted)
@@ -237,8 +236,7 @@ class _Estimator:
         return self._described(self.materials.collate([dataset[i] for i in largest]))
 
     def _described(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-        labels = batch["labels"]
-        predicted = int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
+        predicted = num_predictions(batch["labels"], self.config.model.task)
         return {name: tensor.to("meta") for name, tensor in batch.items()}, max(1, predicted)
 
     @contextmanager
@@ -291,10 +289,10 @@ class _Estimator:
         return work
 
     def _probed(self) -> tuple[_Work, int]:
-        """One batch, and the bytes of all sketches."""
-        batch, predicted = self._described(
-            max(probe_batches(self.config, self.materials), key=lambda batch: batch["input_ids"].numel())
-        )
+        """The largest piece of a batch, and the bytes of all sketches."""
+        batches = probe_batches(self.config, self.materials)
+        pieces = [piece for batch in batches for piece, _ in probe_pieces(self.config, batch)]
+        batch, predicted = self._described(max(pieces, key=lambda piece: piece["input_ids"].numel()))
         work = _Work(tokens=batch["input_ids"].numel())
         with following(self.model, self.config.probe.sketch_size, self.config.probe.seed) as sketch_bytes:
             with self._followed(self.model, predicted, work):

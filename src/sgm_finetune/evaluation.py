@@ -76,6 +76,13 @@ def longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
+def num_predictions(labels: Tensor, task: Task) -> int:
+    """What a batch's mean loss is a mean over: examples, predicted tokens or tagged words."""
+    if task == "sequence-classification":
+        return len(labels)
+    return int(((labels[:, 1:] if task == "causal-lm" else labels) != IGNORED).sum())
+
+
 def summed_loss(logits: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, int]:
     """(sum, count): cross-entropy in nats over examples (one class), predicted tokens or tagged words; over examples
     the binary cross-entropy averaged over classes (labels: vectors), or the squared error (labels: numbers). float32.
@@ -83,18 +90,18 @@ def summed_loss(logits: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, int
     >>> summed_loss(torch.tensor([[2.0]]), torch.tensor([5.0]), "sequence-classification")
     (tensor(9.), 1)
     """
-    logits = logits.float()
+    logits, count = logits.float(), num_predictions(labels, task)
     if task == "sequence-classification":
         if labels.is_floating_point():
             if labels.dim() == 1:
-                return (logits.squeeze(-1) - labels).square().sum(), len(labels)
+                return (logits.squeeze(-1) - labels).square().sum(), count
             losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-            return losses.mean(-1).sum(), len(labels)
-        return nn.functional.cross_entropy(logits, labels, reduction="sum"), len(labels)
+            return losses.mean(-1).sum(), count
+        return nn.functional.cross_entropy(logits, labels, reduction="sum"), count
     if task == "causal-lm":
         logits, labels = logits[:, :-1], labels[:, 1:]
     total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total, int((labels != IGNORED).sum())
+    return total, count
 
 
 def _predicted(logits: Tensor, labels: Tensor, task: Task) -> list[Any]:

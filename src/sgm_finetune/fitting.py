@@ -8,12 +8,11 @@ from typing import Any
 from sgm_finetune.config import Config
 from sgm_finetune.errors import UserError
 from sgm_finetune.estimation import Estimate, estimate
-from sgm_finetune.materials import Materials, probe_batch_size
+from sgm_finetune.materials import Materials
 from sgm_finetune.method.plan import Plan
 
 FITTED = {
     "training": ("micro_batch_size", "eval_batch_size", "checkpointing"),
-    "probe": ("batch_size", "num_batches"),
     "adapter": ("rank", "alpha"),
     "selection": ("top_fraction", "prefer_depth"),
 }
@@ -43,7 +42,7 @@ class Fitted:
 def fit(config: Config, materials: Materials, budget: int, plan: Plan | None = None) -> Fitted:
     """Changes `config` until its predicted peak is within `budget` bytes, always in the phase that needs most.
 
-    A test, and the probe, take smaller batches: their results stay. A step takes smaller micro-batches (the same
+    A test takes smaller batches: its results stay. A step, and with it the probe, takes smaller micro-batches (the same
     gradient), then checkpointing (the same gradient, computed partly twice), then a smaller rank, then fewer layers,
     the ones nearest to the output; a given plan's rank and layers stay. Raises UserError where that is not enough.
     """
@@ -58,7 +57,7 @@ def fit(config: Config, materials: Materials, budget: int, plan: Plan | None = N
                 f"memory.budget={gib(budget)} is not enough: weights, libraries and data take {gib(fixed)} before "
                 f"anything is computed; {_remedy(config)}"
             )
-        smaller = _concession(found, needed, materials, plan)
+        smaller = _concession(found, needed, plan)
         if smaller is None:
             raise UserError(
                 f"memory.budget={gib(budget)} is not enough: {PHASES[needed.firm_phase]} needs "
@@ -76,15 +75,14 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:,.2f} GiB"
 
 
-def _concession(config: Config, needed: Estimate, materials: Materials, plan: Plan | None) -> Config | None:
-    training, probe = config.training, config.probe
+def _concession(config: Config, needed: Estimate, plan: Plan | None) -> Config | None:
+    training = config.training
     match needed.firm_phase:
         case "test" | "validate" | "test after" if training.eval_batch_size > 1:
             return _with(config, "training", eval_batch_size=training.eval_batch_size // 2)
-        case "probe" if (size := probe_batch_size(config, len(materials.train.dataset))) > 1:
-            examples = probe.num_batches * probe.batch_size
-            return _with(config, "probe", batch_size=size // 2, num_batches=-(-examples // (size // 2)))
         case "step":
+            return _smaller_step(config, needed, plan)
+        case "probe" if needed.micro_batch_size > 1:  # its pieces are of half of that
             return _smaller_step(config, needed, plan)
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from sgm_finetune.config import Config
 from sgm_finetune.data import DataSplits, Encoded, collator, encode, load_splits, pack
 from sgm_finetune.errors import UserError
+from sgm_finetune.evaluation import num_predictions
 from sgm_finetune.generation import has_answers
 from sgm_finetune.harness import check_harness
 from sgm_finetune.launch import processes
@@ -63,18 +64,21 @@ def prepare(config: Config, voice: Voice) -> Materials:
     return Materials(folder, tokenizer, splits, **encoded, collate=collator(tokenizer, config.model.task, 8))
 
 
-def probe_batch_size(config: Config, num_train: int) -> int:
-    """Examples per probe batch: no more than a micro-batch of the training, and half of what there is at most."""
-    micro, _ = divided_batch(config, processes().num_processes)
-    wanted = min(config.probe.num_batches * config.probe.batch_size, num_train)
-    return max(1, min(config.probe.batch_size, micro, wanted // 2))
-
-
 def probe_batches(config: Config, materials: Materials) -> list[dict[str, torch.Tensor]]:
     """The first batches of a seeded permutation of the training data."""
     dataset = materials.train.dataset
     wanted = config.probe.num_batches * config.probe.batch_size
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.probe.seed)).tolist()[:wanted]
-    size = probe_batch_size(config, len(dataset))
+    size = max(1, min(config.probe.batch_size, len(order) // 2))  # two batches at least
     batches = [order[at : at + size] for at in range(0, len(order), size)]
     return [materials.collate([dataset[i] for i in batch]) for batch in batches]
+
+
+def probe_pieces(config: Config, batch: Mapping[str, torch.Tensor]) -> list[tuple[dict[str, torch.Tensor], float]]:
+    """A probe batch in pieces that hold less than a step does, half of its micro-batch or, where that is checkpointed,
+    single examples; and each one's share of the predictions that the batch's loss is a mean of."""
+    micro, _ = divided_batch(config, processes().num_processes)
+    size = 1 if config.training.checkpointing else max(1, micro // 2)
+    pieces = [{k: x[at : at + size] for k, x in batch.items()} for at in range(0, len(batch["labels"]), size)]
+    counts = [num_predictions(piece["labels"], config.model.task) for piece in pieces]
+    return [(piece, count / sum(counts)) for piece, count in zip(pieces, counts, strict=True) if count]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from sgm_finetune.generation import answer_metrics, generate_answers, has_answer
 from sgm_finetune.harness import harness_metrics
 from sgm_finetune.head_loss import HeadLoss
 from sgm_finetune.launch import check_launch, follow_launcher, in_pieces, processes, whole_factors
-from sgm_finetune.materials import Materials, prepare, probe_batches
+from sgm_finetune.materials import Materials, prepare, probe_batches, probe_pieces
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.measure.scan import scan
 from sgm_finetune.measure.scan_formats import load_scan
@@ -401,6 +402,7 @@ def measure(
                 seed=config.probe.seed,
                 progress=progress,
                 mean_loss=head_loss and head_loss.mean,
+                pieces=partial(probe_pieces, config),
             )
         voice.say(
             "probe",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_batches, make_model
 
+from sgm_finetune.config import Config
+from sgm_finetune.data.encoding import IGNORED
 from sgm_finetune.errors import UserError
+from sgm_finetune.materials import probe_pieces
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.method.subspace import test_matrix
 from sgm_finetune.models import adaptable
@@ -38,6 +42,28 @@ def test_sketches_agree_with_the_gradients_that_autograd_forms(task):
             torch.testing.assert_close(sketch.input.double(), expected, rtol=1e-3, atol=1e-5)
             expected = (gradient @ test_matrix(cols, 6, sketch.seed).double()).T
             torch.testing.assert_close(sketch.output.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "causal-lm"])
+@pytest.mark.parametrize("training", [{"micro_batch_size": 2}, {"checkpointing": True}], ids=str)
+def test_a_batch_in_pieces_is_the_same_batch(task, training):
+    """Also where the pieces have unequal numbers of predictions, or none."""
+    batches = make_batches(task=task)
+    if task == "causal-lm":
+        for batch in batches:
+            batch["labels"] = batch["labels"].clone()
+            batch["labels"][0, 3:], batch["labels"][1] = IGNORED, IGNORED
+    config = Config.model_validate({"model": {"task": task}, "training": {"batch_size": 4, **training}})
+    whole = probe(make_model(task), batches, sketch_size=6)
+    divided = probe(make_model(task), batches, sketch_size=6, pieces=partial(probe_pieces, config))
+    assert divided.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert divided.activations == whole.activations
+    assert (divided.num_batches, divided.num_tokens) == (whole.num_batches, whole.num_tokens)
+    assert divided.activation_bytes < 0.5 * whole.activation_bytes
+    for name, halves in whole.halves.items():
+        for found, expected in zip(divided.halves[name], halves, strict=True):
+            torch.testing.assert_close(found.input, expected.input, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(found.output, expected.output, rtol=1e-3, atol=1e-6)
 
 
 def test_readers_of_the_same_activations_are_found():

@@ -144,13 +144,15 @@ def probe(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
     mean_loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] | None = None,
+    pieces: Callable[[Mapping[str, Tensor]], Iterable[tuple[Mapping[str, Tensor], float]]] = lambda batch: [(batch, 1)],
 ) -> Probe:
     """The gradient sketches of the weights `names` (None: all inside numbered layers) of `model`.
 
     Even batches make the first half, odd ones the second; the halves use independent test matrices, so that what one
     half's subspace keeps of the other is not flattered. Each batch is a dict of tensors that gives `model(**batch)` a
-    loss, or `mean_loss(model, batch)` one. Layers that the loss does not use are left out, and listed; one of `names`
-    raises UserError, as do fewer than two batches and a missing or non-finite loss.
+    loss, or `mean_loss(model, batch)` one. `pieces` divides a batch into what is computed at a time; its loss is the
+    sum of theirs, each times the number beside it. Layers that the loss does not use are left out, and listed; one of
+    `names` raises UserError, as do fewer than two batches and a missing or non-finite loss.
     """
     if len(batches) < 2:
         raise UserError(f"The probe needs at least two batches, one for each half; it was given {len(batches)}")
@@ -161,15 +163,17 @@ def probe(
     with _measuring(model, matrices):
         for index, batch in enumerate(batches):
             batch = {key: value.to(device) for key, value in batch.items()}
-            recorders[index % 2].begin_batch()
-            with _hooked(matrices, recorders[index % 2]):
-                loss = _loss(model, batch) if mean_loss is None else mean_loss(model, batch)
-                if not bool(torch.isfinite(loss)):
-                    raise UserError(f"The loss of a probe batch is {float(loss.detach())}; try model.dtype=float32")
-                if loss.requires_grad:  # not where it uses none of the layers
-                    loss.backward()
-            losses.append(float(loss.detach()))
-            del loss  # its graph, and with it what the layers have read, would be there during the next batch
+            losses.append(0.0)
+            for piece, share in pieces(batch):
+                recorders[index % 2].begin_batch()
+                with _hooked(matrices, recorders[index % 2]):
+                    loss = _loss(model, piece) if mean_loss is None else mean_loss(model, piece)
+                    if not bool(torch.isfinite(loss)):
+                        raise UserError(f"The loss of a probe batch is {float(loss.detach())}; try model.dtype=float32")
+                    if loss.requires_grad:  # not where it uses none of the layers
+                        (loss * share).backward()
+                losses[-1] += share * float(loss.detach())
+                del loss  # its graph, and with it what the layers have read, would be there during the next one
             num_tokens += (
                 int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
             )
