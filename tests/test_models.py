@@ -18,6 +18,7 @@ from sgm_finetune.models import (
     load_model,
     load_tokenizer,
     matrix_shape,
+    skeleton,
 )
 
 
@@ -70,6 +71,27 @@ def test_a_new_head_follows_the_seed_and_the_labels(llama_folder):
     assert heads[0].shape == (3, 64)
     assert model.config.id2label == {0: "bad", 1: "fair", 2: "good"}
     assert model.config.pad_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("has", "quantization", "asked", "expected"),
+    [
+        ("avx512_bf16", "nf4", "auto", torch.bfloat16),
+        ("avx2", "nf4", "auto", torch.float32),
+        ("avx2", "nf4", "bfloat16", torch.bfloat16),
+        ("avx2", "none", "auto", torch.float32),  # as stored
+        ("avx512_bf16", "none", "auto", torch.float32),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU multiplies bfloat16")
+def test_4_bits_are_computed_in_the_type_that_the_processor_multiplies(
+    llama_folder, monkeypatch, has, quantization, asked, expected
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False, has: True})
+    config = ModelConfig(name=str(llama_folder), task="causal-lm", quantization=quantization, dtype=asked)
+    for model in (load_model(config, llama_folder)[0], skeleton(config, llama_folder)):
+        assert model.dtype == expected
+        assert model.model.norm.weight.dtype == expected
 
 
 @pytest.mark.parametrize(

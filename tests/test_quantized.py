@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def four_bit(folder: Path, task: str = "causal-lm", labels: tuple[str, ...] = (), dtype: str = "auto"):
+def four_bit(folder: Path, task: str = "causal-lm", labels: tuple[str, ...] = (), dtype: str = "bfloat16"):
     torch.manual_seed(4)  # of a new head
     config = ModelConfig(name=str(folder), task=task, quantization="nf4", dtype=dtype)
     return load_model(config, folder, labels, pad_token_id=0)[0]

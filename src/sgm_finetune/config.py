@@ -77,7 +77,8 @@ class ModelConfig(_Section):
     quantization: Quantization = "none"
     """How the frozen base is held: none, nf4 (4 bit) or int8, both by bitsandbytes."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Floating-point type of the base. auto: bfloat16 under quantisation, else the type the weights are stored in."""
+    """Floating-point type of the base. auto: the type the weights are stored in; under
+    quantisation bfloat16, or float32 on a processor without instructions for it."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False

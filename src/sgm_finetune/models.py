@@ -140,15 +140,13 @@ def load_model(
     """The base model, in eval mode, quantised as asked, ready for backward passes; and the names of its modules that
     are not in its files: a new head, for `labels`, or for a number (`label_kind`).
 
-    dtype "auto": bfloat16 under quantisation (the fastest 4-bit path on CPUs too), else the stored type. A new head
+    dtype "auto": under quantisation what `multiplies_bfloat16` says, else the stored type. A new head
     starts from torch's global random state; one of another size than the stored one is new. What lies outside the
     numbered blocks is not quantised. Raises UserError for weights that cannot be read, or are not those of the model.
     """
     device = device or device_for()
     settings: dict[str, Any] = {"device_map": {"": device}, "attn_implementation": _attention()}
-    chosen = _DTYPES.get(config.dtype)
     quantised = config.quantization != "none"
-    dtype = chosen or (torch.bfloat16 if quantised else "auto")
     described = _settled(config, folder, labels, pad_token_id, label_kind)
     if labels or label_kind == "number":
         settings["ignore_mismatched_sizes"] = True  # of a head for other labels
@@ -157,9 +155,14 @@ def load_model(
         if quantised:
             with torch.device("meta"):
                 skeleton = auto.from_config(described, trust_remote_code=trusted)
-            settings["quantization_config"] = _quantization(config, chosen or torch.bfloat16, _outside_blocks(skeleton))
+            settings["quantization_config"] = _quantization(config, _outside_blocks(skeleton))
         model, outcome = auto.from_pretrained(
-            folder, config=described, dtype=dtype, trust_remote_code=trusted, output_loading_info=True, **settings
+            folder,
+            config=described,
+            dtype=_dtype(config) or "auto",
+            trust_remote_code=trusted,
+            output_loading_info=True,
+            **settings,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise UserError(f"model.name={config.name} cannot be loaded: {_first_line(error)}") from None
@@ -170,6 +173,19 @@ def load_model(
                 tensor.data = tensor.data.clone()
     absent = {*outcome["missing_keys"], *(key for key, *_ in outcome["mismatched_keys"])}
     return model.eval(), _new_modules(model, absent, config.name)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the GPU is one, or the processor has instructions for products of bfloat16 matrices (AVX-512 BF16, AMX,
+    Arm's BF16). Without them they take several times as long as those of float32 (docs/LOG.md)."""
+    return has_gpu() or any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+
+
+def _dtype(config: ModelConfig) -> torch.dtype | None:
+    """None: as stored."""
+    if config.dtype == "auto" and config.quantization != "none":
+        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    return _DTYPES.get(config.dtype)
 
 
 def _attention() -> str | None:
@@ -210,7 +226,7 @@ def skeleton(
     quantised = config.quantization != "none"
     described = _settled(config, folder, labels, pad_token_id, label_kind)
     stored = getattr(described, "dtype", None) or torch.float32
-    dtype = _DTYPES.get(config.dtype) or (torch.bfloat16 if quantised else stored)
+    dtype = _dtype(config) or stored
     with torch.device("meta"):
         model = _AUTO[config.task].from_config(
             described, dtype=dtype, attn_implementation=_attention(), trust_remote_code=config.trust_remote_code
@@ -268,13 +284,13 @@ def _new_modules(model: nn.Module, absent: Collection[str], what: str) -> tuple[
     return tuple(found)
 
 
-def _quantization(config: ModelConfig, compute_dtype: torch.dtype, unquantised: list[str]) -> BitsAndBytesConfig:
+def _quantization(config: ModelConfig, unquantised: list[str]) -> BitsAndBytesConfig:
     if config.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantised)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_compute_dtype=_dtype(config),
         llm_int8_skip_modules=unquantised,
     )
 

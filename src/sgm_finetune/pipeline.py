@@ -54,7 +54,14 @@ from sgm_finetune.measure.scan_formats import load_scan
 from sgm_finetune.memory import memory_within_reach, peak_memory, release_memory
 from sgm_finetune.method.plan import Plan, adapter_parameters
 from sgm_finetune.method.spectrum import Scan
-from sgm_finetune.models import adaptable, check_checkpointing, device_for, load_model, out_of_reach
+from sgm_finetune.models import (
+    adaptable,
+    check_checkpointing,
+    device_for,
+    load_model,
+    multiplies_bfloat16,
+    out_of_reach,
+)
 from sgm_finetune.planning import describe_plan, make_plan, remarks
 from sgm_finetune.report.page import render_report
 from sgm_finetune.report.scan_table import scan_summary
@@ -377,6 +384,11 @@ def load_base(
         sharded = shard_base(model, device, new_modules)
         if voice is not None:
             voice.say("shard", _describe_sharding(sharded))
+    if voice is not None and model.dtype == torch.bfloat16 and not multiplies_bfloat16():
+        more = sum(p.numel() * p.element_size() for p in model.parameters() if p.dtype == torch.bfloat16)
+        voice.say(
+            "", f"slow: this processor has no instructions for bfloat16; model.dtype=float32 takes {gib(more)} more"
+        )
     release_memory()
     return model, new_modules
 
