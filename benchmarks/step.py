@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                    # bfloat16 and NF4
     python benchmarks/step.py --repeats 9 --quantization none
+    python benchmarks/step.py --dtype float32    # for a processor without instructions for bfloat16
 
 SmolLM2-135M, batches of 4 x 256 tokens, LoRA of rank 16 on every linear layer. One process for each way to compute the
 step; they take turns, step by step, while the others wait. Peak memory: the most that was resident, above what was
@@ -57,7 +58,7 @@ def mean_loss(model: Any, batch: dict[str, Any], labels: Any, in_parts: Any) -> 
     return total / count
 
 
-def prepare(way: str, quantization: str) -> Callable[[], float]:
+def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
     """The step as a function that returns its loss."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -72,7 +73,7 @@ def prepare(way: str, quantization: str) -> Callable[[], float]:
     from sgm_finetune.models import adaptable, block_of, load_model
 
     torch.set_num_threads(THREADS)
-    config = ModelConfig(name=_MODEL, task="causal-lm", quantization=quantization, dtype="bfloat16")  # type: ignore[arg-type]
+    config = ModelConfig(name=_MODEL, task="causal-lm", quantization=quantization, dtype=dtype)  # type: ignore[arg-type]
     base, _ = load_model(config, local_folder(_MODEL))
     base.requires_grad_(False)
     if way == "PEFT":
@@ -124,9 +125,9 @@ def prepare(way: str, quantization: str) -> Callable[[], float]:
     return step
 
 
-def work(way: str, quantization: str) -> None:
+def work(way: str, quantization: str, dtype: str) -> None:
     """One of the processes: a line of stdin is a step, whose seconds and loss are a line of stdout."""
-    step = prepare(way, quantization)
+    step = prepare(way, quantization, dtype)
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -140,10 +141,10 @@ def work(way: str, quantization: str) -> None:
         print(json.dumps({"seconds": seconds, "loss": loss, "peak_mib": process_memory("VmHWM") - loaded}), flush=True)
 
 
-def measure(quantization: str, repeats: int) -> list[dict]:
+def measure(quantization: str, dtype: str, repeats: int) -> list[dict]:
     workers = {
         way: subprocess.Popen(
-            [sys.executable, __file__, "--work", way, "--quantization", quantization],
+            [sys.executable, __file__, "--work", way, "--quantization", quantization, "--dtype", dtype],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )
         for way in WAYS
@@ -164,6 +165,7 @@ def measure(quantization: str, repeats: int) -> list[dict]:
         rows.append(
             {
                 "quantization": quantization,
+                "dtype": dtype,
                 "way": way,
                 "tokens_per_second": round(BATCH * LENGTH / statistics.median(s["seconds"] for s in steps[1:]), 1),
                 "peak_mib": round(steps[-1]["peak_mib"]),
@@ -192,14 +194,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quantization", nargs="+", default=["none", "nf4"])
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.work:
-        work(asked.work, asked.quantization[0])
+        work(asked.work, asked.quantization[0], asked.dtype)
         return
     started = time.perf_counter()
-    rows = [row for quantization in asked.quantization for row in measure(quantization, asked.repeats)]
+    rows = [row for quantization in asked.quantization for row in measure(quantization, asked.dtype, asked.repeats)]
     command = f"python benchmarks/step.py --repeats {asked.repeats} --quantization {' '.join(asked.quantization)}"
+    command += f" --dtype {asked.dtype}"
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     append_run("step", command, started, rows, packages, threads=THREADS, **processor())
 

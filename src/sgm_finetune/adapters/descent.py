@@ -113,10 +113,12 @@ class FactorDescent(torch.optim.Optimizer):
             if factor.grad is not None:
                 key = (self.members[factor][0], self._experts(factor), factor.shape, self._unit(factor))
                 buckets.setdefault(key, []).append(factor)
+        # before anything is changed, and once: on a GPU each question waits for all that was asked of it before
+        norm = nn.utils.get_total_norm([f.grad for factors in buckets.values() for f in factors])  # type: ignore[misc]
+        if not torch.isfinite(norm):
+            raise UserError("A gradient is not finite; try a smaller training.learning_rate or model.dtype=float32")
         for (side, experts, _, unit), factors in buckets.items():
             gradients = torch.stack([laid(side, f.grad.float(), experts) for f in factors])  # type: ignore[union-attr]
-            if not torch.isfinite(gradients).all():  # before anything is changed
-                raise UserError("A gradient is not finite; try a smaller training.learning_rate or model.dtype=float32")
             step = group["lr"] * unit
             metric = torch.stack([self._metric(f, grams) for f in factors])
             own = torch.stack([self._gram(side, f, grams) for f in factors])
