@@ -29,11 +29,15 @@ def append_run(name: str, command: str, started: float, rows: Any, packages: tup
 
 
 def processor() -> dict:
-    """Its name, and whether it multiplies bfloat16 matrices by itself (AMX)."""
+    """Its name, whether it has units for bfloat16 matrices (AMX), and whether any instructions for them."""
     described = Path("/proc/cpuinfo")
     text = described.read_text() if described.exists() else ""
     name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
-    return {"processor": name or platform.machine(), "bfloat16_units": "amx_bf16" in text if text else None}
+    return {
+        "processor": name or platform.machine(),
+        "bfloat16_units": "amx_bf16" in text if text else None,
+        "bfloat16_instructions": "amx_bf16" in text or "avx512_bf16" in text if text else None,
+    }
 
 
 def process_memory(key: str) -> float:

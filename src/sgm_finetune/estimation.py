@@ -38,10 +38,9 @@ from sgm_finetune.trainer import LengthGroupedSampler, divided_batch, num_steps
 
 LIBRARIES_LATER = 80 * 2**20
 """Bytes of library code and tables that a run on a CPU loads after its model (docs/estimate.md)."""
-ALLOCATOR = {"probe": 1.44, "step": 1.29, "dequantised": 1.52, "test": 1.6}
+ALLOCATOR = {"probe": 1.44, "step": 1.29, "test": 1.6}
 """On a CPU: resident bytes for each byte of tensors that come and go, at their peak, since freed memory of the wrong
-size is not used again: in the probe, in a step, in one that dequantises weights, and in tests. Fitted
-(docs/estimate.md)."""
+size is not used again: in the probe, in a step and in tests. Fitted (docs/estimate.md)."""
 _T = TypeVar("_T")
 _EPOCHS_LOOKED_AT = 3
 _KEPT_CHECKPOINTS = 3
@@ -160,13 +159,12 @@ class _Estimator:
         tested_after = self._once(("test after", batch, *adapters), lambda: self._tested("test", adapted))
         answered_after = self._once(("answers after", batch, *adapters), lambda: self._answered(adapted))
         factors = 4 * trained
-        step = "step" if self.config.model.quantization == "none" else "dequantised"
         optimizing = factors + _optimizer_workspace(adapted)
         phases = {
             "load": held + self._loading(),
             "test": held + _resident(max(tested.peak, answered.peak), "test"),
             "probe": held + sketches + _resident(probed.peak - sketches // 2, "probe"),
-            "step": held + factors + state + _resident(max(stepped.peak, optimizing), step),
+            "step": held + factors + state + _resident(max(stepped.peak, optimizing), "step") + self._holes(),
             "validate": held + factors + state + _resident(validated.peak, "test"),
             "test after": held + factors + state + _resident(max(tested_after.peak, answered_after.peak), "test"),
         }
@@ -205,6 +203,12 @@ class _Estimator:
         num_blocks = len({layer_of(name) for name in adaptable(self.model)})
         inside = min(self.weights, blocks * self.weights // sum(p.numel() for p in self.model.parameters()))
         return self.process + self.weights - inside + inside // self.num_processes + inside // num_blocks
+
+    def _holes(self) -> int:
+        """What a step's dequantised weights leave between the activations: on a CPU, as much as they were."""
+        if self.config.model.quantization == "none" or has_gpu():
+            return 0
+        return sum(m.shape[0] * m.shape[1] for m in adaptable(self.model).values()) * self.model.dtype.itemsize
 
     def _loading(self) -> int:
         """Files that are read while what is made of them is there already: of weights that change their type."""
