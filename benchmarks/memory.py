@@ -5,8 +5,9 @@
     python benchmarks/memory.py --table      # the table of docs/estimate.md from what there is
 
 Each configuration is a whole run in a process of its own (test, probe, a few steps, validation, test), appended to
-benchmarks/results/memory.jsonl. Measured is the most that was resident (CPU) or allocated (GPU). The allocator's shares
-in the prediction were chosen with the first of these results in view (docs/estimate.md).
+benchmarks/results/memory.jsonl; each processor has a table of its own. Measured is the most that was resident (CPU) or
+allocated (GPU). The allocator's shares in the prediction were chosen with the first of these results in view
+(docs/estimate.md).
 """
 
 from __future__ import annotations
@@ -130,14 +131,18 @@ def append(row: dict) -> None:
     print(f"{row['configuration']}: {told}", flush=True)
 
 
-def recorded() -> dict[str, dict]:
-    """The last run of each configuration."""
+def recorded() -> dict[str, dict[str, dict]]:
+    """Processor -> configuration -> its last run there."""
     lines = FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []
-    return {row["configuration"]: row for row in map(json.loads, lines)}
+    found: dict[str, dict[str, dict]] = {}
+    for row in map(json.loads, lines):
+        found.setdefault(row["processor"], {})[row["configuration"]] = row
+    return found
 
 
-def table(rows: dict[str, dict]) -> str:
+def table(name: str, rows: dict[str, dict]) -> str:
     lines = [
+        f"{name}\n",
         "| configuration | most memory while | predicted, MiB | measured, MiB | off | time, predicted / measured |",
         "|---|---|---|---|---|---|",
     ]
@@ -162,14 +167,14 @@ def main() -> None:
     parser.add_argument("--predict", action="store_true", help="predict again what was measured")
     parser.add_argument("--only", nargs="+", help="these configurations, also where they are recorded")
     asked = parser.parse_args()
+    here = recorded().get(processor()["processor"], {})
     if asked.predict:
-        for row in recorded().values():
+        for row in here.values():
             append(predict_again(row))
     elif not asked.table:
-        done = recorded()
-        for name in asked.only or [name for name in CONFIGURATIONS if name not in done]:
+        for name in asked.only or [name for name in CONFIGURATIONS if name not in here]:
             append(measure(name))
-    print(table(recorded()))
+    print("\n\n".join(table(name, rows) for name, rows in recorded().items()))
 
 
 if __name__ == "__main__":

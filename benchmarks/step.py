@@ -24,11 +24,12 @@ import argparse
 import ctypes
 import gc
 import json
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +142,15 @@ def work(way: str, quantization: str, dtype: str) -> None:
         print(json.dumps({"seconds": seconds, "loss": loss, "peak_mib": process_memory("VmHWM") - loaded}), flush=True)
 
 
-def measure(quantization: str, dtype: str, repeats: int) -> list[dict]:
+def measure(quantization: str, dtype: str, repeats: int, ways: Sequence[str]) -> list[dict]:
     workers = {
         way: subprocess.Popen(
             [sys.executable, __file__, "--work", way, "--quantization", quantization, "--dtype", dtype],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )
-        for way in WAYS
+        for way in ways
     }  # fmt: skip
-    said: dict[str, list[dict]] = {way: [] for way in WAYS}
+    said: dict[str, list[dict]] = {way: [] for way in ways}
     for worker in workers.values():  # all are loaded
         read(worker)
     for _ in range(repeats + 1):
@@ -194,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quantization", nargs="+", default=["none", "nf4"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="all are in memory at a time")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -201,9 +203,13 @@ def main() -> None:
         work(asked.work, asked.quantization[0], asked.dtype)
         return
     started = time.perf_counter()
-    rows = [row for quantization in asked.quantization for row in measure(quantization, asked.dtype, asked.repeats)]
+    rows = [
+        row
+        for quantization in asked.quantization
+        for row in measure(quantization, asked.dtype, asked.repeats, asked.ways)
+    ]
     command = f"python benchmarks/step.py --repeats {asked.repeats} --quantization {' '.join(asked.quantization)}"
-    command += f" --dtype {asked.dtype}"
+    command += f" --dtype {asked.dtype}" + (f" --ways {shlex.join(asked.ways)}" if asked.ways != WAYS else "")
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     append_run("step", command, started, rows, packages, threads=THREADS, **processor())
 

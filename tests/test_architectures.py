@@ -141,7 +141,7 @@ def test_a_model_that_cannot_compute_in_its_type_says_what_to_try(tmp_path, rows
     config = load_config(
         None,
         [*overrides(save_pico("deberta", tmp_path / "m"), task, rows[task], tmp_path / "out"), "model.quantization=nf4",
-         "model.dtype=auto"],
+         "model.dtype=bfloat16"],
     )  # fmt: skip
     with pytest.raises(UserError, match=r"cannot compute in its type .*; try model\.dtype=float32"):
         pipeline.finetune(config, Console(file=StringIO()))

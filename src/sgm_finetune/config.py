@@ -153,7 +153,8 @@ class SelectionConfig(_Section):
     """Train the matrices whose SNR (energy ratio, not dB) is at least this. Excludes `top_fraction`."""
     prefer_depth: bool = False
     """With `top_fraction`: the matrices nearest to the output, not those of the highest SNR. The backward pass ends at
-    the lowest that is trained, and keeps nothing below it; what that costs in loss is not measured yet."""
+    the lowest that is trained, and keeps nothing below it. The upper half of MiniLM, at equal parameters, costs 0.012 ±
+    0.009 in loss (docs/results.md)."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
