@@ -185,6 +185,14 @@ def test_a_dry_run_goes_to_the_first_step_and_writes_nothing(command, settings, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU multiplies bfloat16")
+def test_a_processor_without_instructions_for_bfloat16_says_so(settings, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    for dtype, told in (("bfloat16", True), ("float32", False)):
+        pipeline.finetune(load_config(None, [*settings, f"model.dtype={dtype}"]), Console(width=200), dry_run=True)
+        assert ("model.dtype=float32 is faster" in capsys.readouterr().out) is told
+
+
 def test_overwrite_replaces_the_results_and_leaves_other_files(command, settings, tmp_path):
     settings = [*settings, "training.max_steps=2"]
     first = command("finetune", settings)

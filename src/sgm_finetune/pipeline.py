@@ -386,9 +386,7 @@ def load_base(
             voice.say("shard", _describe_sharding(sharded))
     if voice is not None and model.dtype == torch.bfloat16 and not multiplies_bfloat16():
         more = sum(p.numel() * p.element_size() for p in model.parameters() if p.dtype == torch.bfloat16)
-        voice.say(
-            "", f"slow: this processor has no instructions for bfloat16; model.dtype=float32 takes {gib(more)} more"
-        )
+        voice.say("", f"no instructions for bfloat16 here: model.dtype=float32 is faster, and takes {gib(more)} more")
     release_memory()
     return model, new_modules
 
