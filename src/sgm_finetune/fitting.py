@@ -55,7 +55,7 @@ def fit(config: Config, materials: Materials, budget: int, plan: Plan | None = N
         if (fixed := needed.weights_bytes + needed.process_bytes) > budget:
             raise UserError(
                 f"memory.budget={gib(budget)} is not enough: weights, libraries and data take {gib(fixed)} before "
-                f"anything is computed; {_remedy(config)}"
+                f"anything is computed; {_lighter(config)}"
             )
         smaller = _concession(found, needed, plan)
         if smaller is None:
@@ -123,9 +123,11 @@ def _written(value: Any) -> str:
 
 
 def _remedy(config: Config) -> str:
-    if config.model.quantization == "none":
-        return "try model.quantization=nf4, or a smaller data.max_length"
-    return "try a smaller data.max_length, or a smaller model"
+    return f"{_lighter(config)}, or a smaller data.max_length"
+
+
+def _lighter(config: Config) -> str:
+    return "try model.quantization=nf4" if config.model.quantization == "none" else "try a smaller model"
 
 
 def as_begun(config: Config, earlier: Config) -> Config:
@@ -142,7 +144,7 @@ def check_fits(needed: Estimate, within_reach: int, config: Config) -> None:
     if needed.firm_bytes <= within_reach:
         return
     fixed = needed.weights_bytes + needed.process_bytes
-    helps = f"memory.budget={within_reach / 2**30:.1f}GiB finds what fits" if fixed < within_reach else _remedy(config)
+    helps = f"memory.budget={within_reach / 2**30:.1f}GiB finds what fits" if fixed < within_reach else _lighter(config)
     raise UserError(
         f"This run needs about {gib(needed.firm_bytes)} of memory ({PHASES[needed.firm_phase]}), and "
         f"{gib(within_reach)} are within reach on this {needed.device}; {helps}"
