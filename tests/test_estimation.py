@@ -14,7 +14,7 @@ from sgm_finetune import pipeline
 from sgm_finetune.cli import main
 from sgm_finetune.config import Config, load_config
 from sgm_finetune.errors import UserError
-from sgm_finetune.estimation import Estimate, estimate
+from sgm_finetune.estimation import ALLOCATOR, Estimate, estimate
 from sgm_finetune.fitting import as_begun, check_fits, fit
 from sgm_finetune.materials import Materials, prepare
 from sgm_finetune.models import adaptable, load_model, skeleton
@@ -87,6 +87,17 @@ def test_a_quantised_skeleton_weighs_what_bitsandbytes_holds(described, quantiza
         held += 4 * scales.numel() if isinstance(scales, torch.Tensor) else 0
     assert stored_bytes(hollow) == pytest.approx(held, rel=0.01)
     assert estimate(config, materials).weights_bytes == stored_bytes(hollow)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's allocator is asked for what it allocates")
+def test_dequantised_weights_leave_holes_of_their_own_size(described, monkeypatch) -> None:
+    """Those of the base, whatever the adapters'."""
+    monkeypatch.setitem(ALLOCATOR, "step", 0.0)
+    config, materials = made(described, "model.quantization=nf4", "model.dtype=float32")
+    needed = estimate(config, materials)
+    base = adaptable(skeleton(config.model, materials.folder, materials.splits.labels, 0))
+    held = needed.process_bytes + needed.weights_bytes + needed.adapter_bytes + needed.optimizer_bytes
+    assert needed.phases["step"] - held == 4 * sum(m.shape[0] * m.shape[1] for m in base.values())
 
 
 def test_a_budget_changes_the_least_costly_first_and_is_kept(described, monkeypatch) -> None:

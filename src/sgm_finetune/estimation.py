@@ -127,6 +127,7 @@ class _Estimator:
     ):
         self.config, self.materials, self.model, self.process = config, materials, model, process
         self.followed = followed
+        self.matrices = adaptable(model)  # before adapters are, whose factors are linear layers too
         self.num_processes = processes().num_processes
         self.micro, self.num_micro = divided_batch(config, self.num_processes)
         self.vocabulary = getattr(model.config.get_text_config(), "vocab_size", -1)
@@ -138,10 +139,9 @@ class _Estimator:
             self.head_loss, _ = prepare_base(config, model, (), first)
 
     def run(self, plan: Plan | None) -> Estimate:
-        matrices = adaptable(self.model)
         if plan is None:
-            check_rank(self.config, {name: matrix.shape for name, matrix in matrices.items()})
-        if any(matrix.num_experts is not None for matrix in matrices.values()):
+            check_rank(self.config, {name: matrix.shape for name, matrix in self.matrices.items()})
+        if any(matrix.num_experts is not None for matrix in self.matrices.values()):
             raise PredictionError("What adapters on stacks of experts need cannot be predicted")
         held = self._held()
         training, probing = self.config.training, plan is None and self.config.merge.side != "none"
@@ -199,16 +199,18 @@ class _Estimator:
     def _held(self) -> int:
         if not (self.config.training.shard and self.num_processes > 1):
             return self.process + self.weights
-        blocks = sum(m.shape[0] * m.shape[1] for m in adaptable(self.model).values()) or 1
-        num_blocks = len({layer_of(name) for name in adaptable(self.model)})
-        inside = min(self.weights, blocks * self.weights // sum(p.numel() for p in self.model.parameters()))
+        num_blocks = len({layer_of(name) for name in self.matrices})
+        inside = min(self.weights, self._entries() * self.weights // sum(p.numel() for p in self.model.parameters()))
         return self.process + self.weights - inside + inside // self.num_processes + inside // num_blocks
 
     def _holes(self) -> int:
         """What a step's dequantised weights leave between the activations: on a CPU, as much as they were."""
         if self.config.model.quantization == "none" or has_gpu():
             return 0
-        return sum(m.shape[0] * m.shape[1] for m in adaptable(self.model).values()) * self.model.dtype.itemsize
+        return self._entries() * self.model.dtype.itemsize
+
+    def _entries(self) -> int:
+        return sum(rows * cols for rows, cols in (matrix.shape for matrix in self.matrices.values()))
 
     def _loading(self) -> int:
         """Files that are read while what is made of them is there already: of weights that change their type."""
@@ -321,7 +323,7 @@ class _Estimator:
         return tuple(name for name, _ in self.model.named_children() if name in ("classifier", "score"))
 
     def _assumed_plan(self) -> Plan:
-        config, matrices = self.config, adaptable(self.model)
+        config, matrices = self.config, self.matrices
         settings = PlanSettings(
             config.adapter.rank, config.adapter.alpha, config.adapter.dropout,
             top_fraction=config.selection.top_fraction, prefer_depth=config.selection.prefer_depth,

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from sgm_finetune.config import Task
 from sgm_finetune.data.encoding import IGNORED
+from sgm_finetune.evaluation import longest_first
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def generate_answers(
     special = set(tokenizer.all_special_ids)
     ends = sorted({q.answer[-1] for q in asked if q.answer[-1] in special} | {tokenizer.eos_token_id} - {None})
     limit = answer_limit(asked)
-    order = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt))
+    order = longest_first([len(question.prompt) for question in asked])
     answers: dict[int, str] = {}
     was_training = model.training
     model.eval()
