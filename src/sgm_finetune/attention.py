@@ -77,7 +77,7 @@ AttentionInterface.register(NAME, _forward)
 AttentionMaskInterface.register(NAME, eager_mask)
 
 
-def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Of tokens, not of padding, in float32; of a sequence where it has one for all."""
     logits: Tensor = model(**batch).logits.float()
     mask = batch.get("attention_mask")
@@ -98,10 +98,10 @@ def recompute_attention(model: PreTrainedModel, batch: dict[str, Tensor]) -> boo
     if any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")):
         return False
     model.eval()
-    expected = _logits(model, batch)
+    expected = logits_of(model, batch)
     try:
         model.set_attn_implementation(NAME)
-        found = _logits(model, batch)
+        found = logits_of(model, batch)
         same = config._attn_implementation == NAME and _near(found, expected)
     except (ValueError, TypeError, RuntimeError):  # NotImplementedError is one
         same = False

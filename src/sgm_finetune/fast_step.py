@@ -13,6 +13,7 @@ from sgm_finetune.attention import recompute_attention
 from sgm_finetune.config import Config
 from sgm_finetune.head_loss import HeadLoss, head_loss
 from sgm_finetune.launch import zero_stage
+from sgm_finetune.liger import use_liger
 from sgm_finetune.models import has_gpu
 
 _COLUMNS = 64
@@ -22,14 +23,18 @@ _COLUMNS = 64
 def prepare_base(
     config: Config, model: PreTrainedModel, new_modules: Sequence[str], batch: dict[str, Tensor]
 ) -> tuple[HeadLoss | None, list[str]]:
-    """Attention that keeps no probabilities (on a CPU), and the loss in parts (a causal language model's), where they
-    give what the model itself gives for the beginning of `batch`; the remarks say where they do not."""
+    """Attention that keeps no probabilities (on a CPU), Liger's kernels (on a GPU) and the loss in parts (a causal
+    language model's), where they give what the model itself gives for the beginning of `batch`; the remarks say where
+    they do not."""
     if config.training.step == "peft":
         return None, []
     remarks = []
     beginning = {name: x[:, :_COLUMNS] if x.dim() == 2 else x for name, x in batch.items()}
     beginning = {name: x.to(model.device) for name, x in beginning.items()}
-    if not has_gpu() and not recompute_attention(model, beginning):
+    if model.device.type == "cuda":
+        if (why := use_liger(model, beginning)) is not None:
+            remarks.append(f"norms, rotary embeddings and MLPs by Transformers' own code: {why}")
+    elif not has_gpu() and not recompute_attention(model, beginning):
         remarks.append("attention by Transformers' own code: this model's has dropout, or more to it than a mask")
     if config.model.task != "causal-lm":
         return None, remarks

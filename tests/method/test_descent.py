@@ -11,13 +11,18 @@ from sgm_finetune.method.descent import (
     channel_profile,
     descent_direction,
     inverse_root,
+    inverse_roots,
     partner_floor,
-    partner_root,
+    partner_metric,
     polar_factor,
 )
 
 EXACT = 1e-5  # float32 results of float64 arithmetic
 SEEDS = st.integers(0, 10**6)
+
+
+def partner_root(gram: torch.Tensor, floor: float) -> torch.Tensor:
+    return inverse_root(partner_metric(gram, floor))
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -100,3 +105,11 @@ def test_matrices_of_a_batch_are_what_they_are_alone():
 
 def test_a_step_of_length_zero_needs_no_floor():
     assert torch.equal(partner_floor(torch.tensor([0.0, 1.0]), step=0.0, trust=10.0), torch.zeros(2))
+
+
+def test_roots_of_many_batches_are_those_of_each():
+    factors = [gaussian(2, 3, 9), gaussian(5, 6, seed=1), gaussian(4, 1, 3, 8, seed=2)]
+    grams = [f @ f.mT for f in factors]
+    for found, gram in zip(inverse_roots(grams), grams, strict=True):
+        torch.testing.assert_close(found, inverse_root(gram))
+    assert inverse_roots([]) == []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -14,7 +14,13 @@ from torch.optim.adamw import adamw
 
 from sgm_finetune.adapters.apply import ADAPTER, lora_layers, num_experts
 from sgm_finetune.errors import UserError
-from sgm_finetune.method.descent import channel_profile, descent_direction, partner_floor, partner_root
+from sgm_finetune.method.descent import (
+    channel_profile,
+    descent_directions,
+    inverse_roots,
+    partner_floor,
+    partner_metric,
+)
 
 _CHANNEL_MEMORY = 0.95
 """Weight of the past in the running means of a factor's channels."""
@@ -92,6 +98,7 @@ class FactorDescent(torch.optim.Optimizer):
             groups.append({"params": list(others), "lr": others_lr})
         super().__init__(groups, {"momentum": momentum, "weight_decay": weight_decay})
         self.trust = trust
+        self._made_shares: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -106,39 +113,48 @@ class FactorDescent(torch.optim.Optimizer):
         return loss
 
     def _step_factors(self, group: dict[str, Any]) -> None:
-        grams: dict[nn.Parameter, Tensor] = {}
-        planned: list[tuple[nn.Parameter, Tensor]] = []
-        buckets: dict[tuple[str, int, torch.Size, float], list[nn.Parameter]] = {}
+        buckets: dict[_Bucket, list[nn.Parameter]] = {}
         for factor in group["params"]:
             if factor.grad is not None:
-                key = (self.members[factor][0], self._experts(factor), factor.shape, self._unit(factor))
-                buckets.setdefault(key, []).append(factor)
+                buckets.setdefault(self._bucket(factor), []).append(factor)
         # before anything is changed, and once: on a GPU each question waits for all that was asked of it before
         norm = nn.utils.get_total_norm([f.grad for factors in buckets.values() for f in factors])  # type: ignore[misc]
         if not torch.isfinite(norm):
             raise UserError("A gradient is not finite; try a smaller training.learning_rate or model.dtype=float32")
-        for (side, experts, _, unit), factors in buckets.items():
-            gradients = torch.stack([laid(side, f.grad.float(), experts) for f in factors])  # type: ignore[union-attr]
-            step = group["lr"] * unit
-            metric = torch.stack([self._metric(f, grams) for f in factors])
-            own = torch.stack([self._gram(side, f, grams) for f in factors])
-            root = partner_root(metric, partner_floor(_mean_square(own), step, self.trust))
-            moved = self._running("momentum", factors, gradients, group["momentum"])
+        grams = self._grams()
+        metrics = []
+        for bucket, factors in buckets.items():
+            own = torch.stack([grams[f] for f in factors])
+            floor = partner_floor(_mean_square(own), group["lr"] * bucket.unit, self.trust)
+            metrics.append(partner_metric(self._metric(factors, grams), floor))
+        directions = descent_directions(self._parts(buckets, inverse_roots(metrics), group["momentum"]))
+        # nothing is asked of the factors any more: both step from where both were
+        for (bucket, factors), steps in zip(buckets.items(), directions, strict=True):
+            steps *= group["lr"] * bucket.unit
+            if group["weight_decay"]:
+                torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(factors, [stored(bucket.side, step) for step in steps.unbind()])
+
+    def _parts(
+        self, buckets: dict[_Bucket, list[nn.Parameter]], roots: Sequence[Tensor], momentum: float
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(Nesterov's look ahead, S⁻¹, channels) of each bucket; the running means take this step's values in."""
+        for (bucket, factors), root in zip(buckets.items(), roots, strict=True):
+            gradients = torch.stack([laid(bucket.side, f.grad.float(), bucket.experts) for f in factors])  # type: ignore[union-attr]
+            moved = self._running("momentum", factors, gradients, momentum)
             channels = self._running("channels", factors, channel_profile(root @ gradients), _CHANNEL_MEMORY)
-            ahead = moved.lerp(gradients, 1 - group["momentum"])  # Nesterov's look ahead
-            steps = step * descent_direction(ahead, root, channels)
-            planned += [(f, stored(side, s)) for f, s in zip(factors, steps, strict=True)]
-        for factor, change in planned:  # both factors step from where both were
-            factor.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.to(factor.dtype))
+            yield moved.lerp_(gradients, 1 - momentum), root, channels
 
     def _running(self, name: str, factors: list[nn.Parameter], values: Tensor, memory: float) -> Tensor:
-        """The factors' running means of `values`, (n, ...), with this step's value in them."""
+        """The factors' running means of `values`, (n, ...), with this step's value in them; a copy."""
+        means = []
         for factor, value in zip(factors, values, strict=True):
             state = self.state[factor]
             if name not in state:
                 state[name] = torch.zeros_like(value)
-            state[name].lerp_(value, 1 - memory)
-        return torch.stack([self.state[factor][name] for factor in factors])
+            means.append(state[name])
+        torch._foreach_lerp_(means, list(values.unbind()), 1 - memory)
+        return torch.stack(means)
 
     def _step_others(self, group: dict[str, Any]) -> None:
         params = [p for p in group["params"] if p.grad is not None]
@@ -166,26 +182,51 @@ class FactorDescent(torch.optim.Optimizer):
             maximize=False,
         )
 
+    def _bucket(self, factor: nn.Parameter) -> _Bucket:
+        side, pairs = self.members[factor]
+        return _Bucket(side, pairs[0].num_experts, factor.shape, self._unit(factor), len(pairs))
+
     def _unit(self, factor: nn.Parameter) -> float:
         """The first member's; `_metric` measures the others in it."""
         return self.members[factor][1][0].unit
 
-    def _experts(self, factor: nn.Parameter) -> int:
-        return self.members[factor][1][0].num_experts
+    def _grams(self) -> dict[nn.Parameter, Tensor]:
+        """Every factor's A·Aᵀ or Bᵀ·B, experts x r x r."""
+        alike: dict[tuple[str, int, torch.Size], list[nn.Parameter]] = {}
+        for factor, (side, pairs) in self.members.items():
+            alike.setdefault((side, pairs[0].num_experts, factor.shape), []).append(factor)
+        grams: dict[nn.Parameter, Tensor] = {}
+        for (side, experts, _), factors in alike.items():
+            rows = torch.stack([laid(side, f.float(), experts) for f in factors])
+            grams.update(zip(factors, (rows @ rows.mT).unbind(), strict=True))
+        return grams
 
-    def _gram(self, side: str, factor: nn.Parameter, grams: dict[nn.Parameter, Tensor]) -> Tensor:
-        """A·Aᵀ or Bᵀ·B of each expert, computed once a step."""
-        if factor not in grams:
-            rows = laid(side, factor.float(), self._experts(factor))
-            grams[factor] = rows @ rows.mT
-        return grams[factor]
+    def _metric(self, factors: list[nn.Parameter], grams: dict[nn.Parameter, Tensor]) -> Tensor:
+        """Mean Gram matrix (n x experts x r x r) of each factor's partners, each in its own layer's unit."""
+        members = [self.members[f] for f in factors]
+        partners = [grams[pair.b if side == "a" else pair.a] for side, pairs in members for pair in pairs]
+        gram = torch.stack(partners).unflatten(0, (len(factors), -1))
+        if gram.shape[1] > 1:
+            gram = gram * self._shares(factors, gram.device)
+        return gram.mean(1)
 
-    def _metric(self, factor: nn.Parameter, grams: dict[nn.Parameter, Tensor]) -> Tensor:
-        """Mean Gram matrix (experts x r x r) of the factor's partners, each in its own layer's unit."""
-        side, pairs = self.members[factor]
-        partners = [self._gram("b", pair.b, grams) if side == "a" else self._gram("a", pair.a, grams) for pair in pairs]
-        shares = [(self._unit(factor) / pair.unit) ** 2 for pair in pairs]
-        return torch.stack([share * gram for share, gram in zip(shares, partners, strict=True)]).mean(0)
+    def _shares(self, factors: list[nn.Parameter], device: torch.device) -> Tensor:
+        """How much a member's change counts, (n, members, 1, 1, 1); made once: making it has a GPU wait."""
+        key = tuple(map(id, factors))
+        if key not in self._made_shares:
+            shares = [[(self._unit(f) / pair.unit) ** 2 for pair in self.members[f][1]] for f in factors]
+            self._made_shares[key] = torch.tensor(shares, dtype=torch.float32, device=device)[..., None, None, None]
+        return self._made_shares[key]
+
+
+class _Bucket(NamedTuple):
+    """What factors that step together have in common."""
+
+    side: str
+    experts: int
+    shape: torch.Size
+    unit: float
+    num_members: int
 
 
 def laid(side: str, factor: Tensor, experts: int = 1) -> Tensor:

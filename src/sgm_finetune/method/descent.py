@@ -6,6 +6,8 @@ laid with its r rows first (A: r x d_in; B transposed: r x d_out). All tensors m
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,17 @@ def inverse_root(gram: Tensor) -> Tensor:
     return ((vectors * roots.unsqueeze(-2)) @ vectors.mT).to(gram.dtype)
 
 
+def inverse_roots(grams: Sequence[Tensor]) -> list[Tensor]:
+    """`inverse_root` of batches of any number, those of equal r in one decomposition: each makes a GPU wait."""
+    found: list[Tensor] = [torch.empty(0)] * len(grams)
+    for rank in {gram.shape[-1] for gram in grams}:
+        places = [i for i, gram in enumerate(grams) if gram.shape[-1] == rank]
+        roots = inverse_root(torch.cat([grams[i].reshape(-1, rank, rank) for i in places]))
+        for i, root in zip(places, roots.split([grams[i].numel() // rank**2 for i in places]), strict=True):
+            found[i] = root.view(grams[i].shape)
+    return found
+
+
 def polar_factor(momentum: Tensor) -> Tensor:
     """(M·Mᵀ)^(-1/2)·M of (..., r, d): M with every singular value replaced by 1 (eq. 16), from the r x r Gram matrix in
     M's own precision. In float32 singular values below a thousandth of the largest stay 0.
@@ -33,15 +46,14 @@ def polar_factor(momentum: Tensor) -> Tensor:
     >>> polar_factor(torch.tensor([[0.0, 3.0], [-0.5, 0.0]])).tolist()
     [[0.0, 1.0], [-1.0, 0.0]]
     """
-    root, scaled = _polar_parts(momentum)
-    return root @ scaled
+    scaled = _of_unit_size(momentum)
+    return inverse_root(scaled @ scaled.mT) @ scaled
 
 
-def _polar_parts(momentum: Tensor) -> tuple[Tensor, Tensor]:
-    """(r x r, r x d) whose product is the polar factor; M over its norm, so that no square overflows or vanishes."""
+def _of_unit_size(momentum: Tensor) -> Tensor:
+    """M over its norm, so that no square overflows or vanishes."""
     size = torch.linalg.matrix_norm(momentum, keepdim=True).clamp_min(torch.finfo(momentum.dtype).tiny)
-    scaled = momentum / size
-    return inverse_root(scaled @ scaled.mT), scaled
+    return momentum / size
 
 
 def channel_profile(gradient: Tensor) -> Tensor:
@@ -55,21 +67,31 @@ def channel_profile(gradient: Tensor) -> Tensor:
     return torch.where(mean > 0, squares / mean.clamp_min(torch.finfo(mean.dtype).tiny), 1.0)
 
 
-def partner_root(partner_gram: Tensor, floor: Tensor | float) -> Tensor:
-    """S⁻¹ with S² = partner_gram + floor·I, (..., r, r)."""
+def partner_metric(partner_gram: Tensor, floor: Tensor | float) -> Tensor:
+    """S² = partner_gram + floor·I, (..., r, r), whose `inverse_root` is S⁻¹."""
     eye = torch.eye(partner_gram.shape[-1], dtype=partner_gram.dtype, device=partner_gram.device)
-    return inverse_root(partner_gram + floor * eye)
+    return partner_gram + floor * eye
 
 
-def descent_direction(momentum: Tensor, root: Tensor, channels: Tensor) -> Tensor:
-    """S⁻¹·polar(S⁻¹·M·C^(-1/2)) (eq. 17), (..., r, d): `root` is S⁻¹, `channels` (..., d) the diagonal of C.
+def descent_directions(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[Tensor]:
+    """S⁻¹·polar(S⁻¹·M·C^(-1/2)) (eq. 17), (..., r, d), of each of `parts` = (M, S⁻¹, C): C the diagonal, (..., d).
 
     With PᵀP = S² it is the D with ‖P·D‖₂ ≤ 1 that has the largest inner product with M·C^(-1/2): stepping along −D
     changes ΔW by at most the step in spectral norm, and by the same matrix however the product B·A is split into its
     factors.
     """
-    polar_root, scaled = _polar_parts(root @ momentum * (channels + _QUIETEST).rsqrt().unsqueeze(-2))
-    return root @ polar_root @ scaled  # r x r first
+    roots, scaled = [], []
+    for momentum, root, channels in parts:
+        roots.append(root)
+        scaled.append(_of_unit_size(root @ momentum * (channels + _QUIETEST).rsqrt().unsqueeze(-2)))
+    polar_roots = inverse_roots([rows @ rows.mT for rows in scaled])
+    for root, polar_root, rows in zip(roots, polar_roots, scaled, strict=True):
+        yield root @ polar_root @ rows  # r x r first
+
+
+def descent_direction(momentum: Tensor, root: Tensor, channels: Tensor) -> Tensor:
+    """The one of `descent_directions`."""
+    return next(descent_directions([(momentum, root, channels)]))
 
 
 def partner_floor(own: Tensor, step: float, trust: float) -> Tensor:

@@ -1,0 +1,416 @@
+"""A training step of an 8B model beside PEFT's on one GPU: tokens per second, and the most memory that was allocated.
+
+    python benchmarks/step_gpu.py                       # batches of 1, 2 and 8 x 2048 tokens, both kinds of blocks
+    python benchmarks/step_gpu.py --batches 2 --checkpointing on --repeats 9
+
+A Llama of 8B (random weights, made on the GPU) in NF4 with nested scales, LoRA of rank 16 on every linear layer. All
+ways are in one process and share the quantised weights; they take turns, step by step. Printed as the tables of
+docs/results.md, appended to benchmarks/results/step_gpu.json.
+
+    PEFT QLoRA          as PEFT documents it: prepare_model_for_kbit_training (norms, embeddings, head in float32),
+                        bfloat16 by autocast; fused AdamW, as all but "SGM"
+    PEFT, bfloat16      the same without these casts
+    PEFT, Liger         the same with Liger's kernels for norms, rotary, SwiGLU and loss
+    fast                training.step=fast without Liger
+    fast, Liger         with it: what training.step=fast is where Liger is installed
+    fast, compiled      instead of Liger, the blocks by torch.compile
+    SGM                 "fast, Liger", q, k, v and gate, up sharing A, spectral descent: what sgm trains
+    SGM, compiled       the same, the blocks by torch.compile instead of Liger
+    frozen              the base alone, forward and backward to its embeddings, with Liger and the loss in parts
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import gc
+import json
+import shlex
+import statistics
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from recording import append_run
+from step import READERS, mean_loss
+from torch import nn
+
+WAYS = (
+    "PEFT QLoRA",
+    "PEFT, bfloat16",
+    "PEFT, Liger",
+    "fast",
+    "fast, Liger",
+    "fast, compiled",
+    "SGM",
+    "SGM, compiled",
+    "frozen",
+)
+RANK, LENGTH = 16, 2048
+_WARM = 2
+"""Steps of each way before it is measured: kernels are made and chosen, memory is taken."""
+LLAMA_8B = {
+    "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}, "tie_word_embeddings": False,
+    "attention_bias": False, "use_cache": False,
+}  # fmt: skip
+
+
+def build(blocks: int) -> Any:
+    """The quantised base, its random weights drawn and packed on the GPU one after the other."""
+    import bitsandbytes as bnb
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": blocks})
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and ".layers." in name:
+            weight = torch.randn(module.out_features, module.in_features, dtype=torch.bfloat16, device="cuda") * 0.02
+            packed: Any = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+                device="meta",
+            )  # fmt: skip
+            packed.weight = bnb.nn.Params4bit(
+                weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=packed
+            ).to("cuda")
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, packed)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            made = torch.ones if parameter.dim() == 1 else torch.randn
+            filled = made(parameter.shape, dtype=torch.bfloat16, device="cuda") * (1 if parameter.dim() == 1 else 0.02)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(filled, requires_grad=False))
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).cuda()
+    model.is_loaded_in_4bit = True
+    return model.requires_grad_(False)
+
+
+def sharing_weights(model: Any, own_plain_weights: bool) -> Any:
+    """Modules of its own with the same weights (`own_plain_weights`: but for those that are not quantised)."""
+    kept = [p for p in model.parameters() if not (own_plain_weights and p.is_floating_point())]
+    return copy.deepcopy(model, {id(p): p for p in kept})
+
+
+class Way:
+    """One way to compute the step, over the shared base."""
+
+    def __init__(self, way: str, base: Any):
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from transformers.integrations.liger import apply_liger_kernel
+        from transformers.models.llama import modeling_llama
+
+        from sgm_finetune.adapters.apply import lora_layers
+        from sgm_finetune.adapters.descent import create_optimizer
+        from sgm_finetune.adapters.forward import use_fast_step
+        from sgm_finetune.head_loss import HeadLoss
+        from sgm_finetune.models import adaptable
+
+        self.way = way
+        model = sharing_weights(base, own_plain_weights=way == "PEFT QLoRA")
+        self.module, self.rotary = modeling_llama, modeling_llama.apply_rotary_pos_emb  # which Liger replaces for all
+        self.autocast = way == "PEFT QLoRA"
+        self.in_parts = None
+        peft = way.startswith("PEFT")
+        if way == "PEFT QLoRA":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if way in ("PEFT, Liger", "fast, Liger", "SGM", "frozen"):
+            before = self.rotary
+            apply_liger_kernel(model, {"fused_linear_cross_entropy": peft})
+            self.rotary, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, before
+        if not peft:
+            self.in_parts = HeadLoss(model.base_model, model.lm_head)
+        self.base = model
+        self.optimizer: Any = None
+        if way != "frozen":
+            torch.manual_seed(0)
+            names = list(adaptable(model))
+            model = get_peft_model(
+                model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, task_type="CAUSAL_LM")
+            )
+            if way.startswith("SGM"):
+                layers = lora_layers(model)  # type: ignore[arg-type]
+                for block in dict.fromkeys(name.rpartition(".")[0].rpartition(".")[0] for name in names):
+                    for kinds in READERS:
+                        first, *others = (layers[f"{block}.{kind}"] for kind in kinds)
+                        for other in others:
+                            other.lora_A["default"].weight = first.lora_A["default"].weight  # type: ignore
+            if not peft and (slow := use_fast_step(model)):  # type: ignore[arg-type]
+                raise SystemExit(f"{len(slow)} layers keep PEFT's forward")
+            trained = [p for p in model.parameters() if p.requires_grad]
+            self.optimizer = (
+                create_optimizer(model, lr=0.0125)  # type: ignore[arg-type]
+                if way.startswith("SGM")
+                else torch.optim.AdamW(trained, lr=1e-4, fused=True)
+            )
+        if way.endswith("compiled"):
+            torch._dynamo.config.recompile_limit = 64  # ways and kinds of blocks share their code
+            for layer in self.base.model.layers:
+                layer.compile()
+        self.model = model.train()
+        self.checkpointing = False
+
+    def resident(self) -> int:
+        """Bytes of its weights, scales, adapters and optimizer."""
+        found: dict[int, int] = {}
+
+        def note(tensors: Iterable[Any]) -> None:
+            for tensor in tensors:
+                if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+
+        note((*self.model.parameters(), *self.model.buffers()))
+        for parameter in self.model.parameters():
+            if (state := getattr(parameter, "quant_state", None)) is not None:
+                inner = state.state2
+                note((state.absmax, state.code, state.offset))
+                note((inner.absmax, inner.code) if inner is not None else ())
+        for state in self.optimizer.state.values() if self.optimizer is not None else ():
+            note(state.values())
+        return sum(found.values())
+
+    def checkpoint(self, on: bool) -> None:
+        if on and not self.checkpointing:
+            self.base.activation_checkpointing_enable({"use_reentrant": False})
+        elif self.checkpointing and not on:
+            self.base.activation_checkpointing_disable()
+        self.checkpointing = on
+
+    def loss(self, ids: torch.Tensor) -> torch.Tensor:
+        self.module.apply_rotary_pos_emb = self.rotary
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if self.way == "frozen":
+            inputs = {"inputs_embeds": self.base.get_input_embeddings()(ids).requires_grad_()}
+        with torch.autocast("cuda", torch.bfloat16) if self.autocast else contextlib.nullcontext():
+            return mean_loss(self.model, inputs, ids, self.in_parts)
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        loss = self.loss(ids)
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def timed(way: Way, ids: torch.Tensor) -> dict:
+    """Seconds, loss and MiB of one step; what other ways hold does not count."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    resident = way.resident()
+    started = time.perf_counter()
+    loss = way.step(ids)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    grown = torch.cuda.max_memory_allocated() - before
+    return {"seconds": seconds, "loss": float(loss), "peak": resident + grown, "resident": resident}
+
+
+def synchronisations(way: Way, ids: torch.Tensor) -> int:
+    """Times that a step makes the processor wait for the GPU."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            way.step(ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) for w in caught)
+
+
+def measure(ways: list[Way], batch: int, checkpointing: bool, repeats: int) -> list[dict]:
+    draw = torch.Generator().manual_seed(batch)
+    ids = torch.randint(0, LLAMA_8B["vocab_size"], (batch, LENGTH), generator=draw).cuda()  # type: ignore
+    found: dict[str, list[dict]] = {}
+    failed: dict[str, str] = {}
+    for turn in range(_WARM + repeats):
+        for way in ways:
+            if way.way in failed:
+                continue
+            way.checkpoint(checkpointing)
+            try:
+                taken = timed(way, ids)
+                if turn >= _WARM:
+                    found.setdefault(way.way, []).append(taken)
+            except torch.OutOfMemoryError:
+                failed[way.way] = "out of memory"
+            except Exception as error:  # the others go on, and the table says it
+                traceback.print_exc()
+                failed[way.way] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            if way.way in failed:
+                if way.optimizer is not None:
+                    way.optimizer.zero_grad()
+                gc.collect()
+                torch.cuda.empty_cache()
+    rows = []
+    for way in ways:
+        row: dict[str, Any] = {"way": way.way, "batch": batch, "length": LENGTH, "checkpointing": checkpointing}
+        if way.way in failed:
+            row["failed"] = failed[way.way]
+        else:
+            steps = found[way.way]
+            row |= {
+                "tokens_per_second": round(batch * LENGTH / statistics.median(s["seconds"] for s in steps), 1),
+                "seconds": [round(s["seconds"], 4) for s in steps],
+                "peak_gib": round(max(s["peak"] for s in steps) / 2**30, 3),
+                "resident_gib": round(steps[-1]["resident"] / 2**30, 3),
+                "losses": [round(s["loss"], 4) for s in steps],
+                "synchronisations": synchronisations(way, ids),
+            }
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        against = next((r for r in rows if r["way"] == "PEFT QLoRA" and same(r, row) and "failed" not in r), None)
+        place = f"| {row['batch']} × {row['length']} | {'yes' if row['checkpointing'] else 'no'} | {row['way']} |"
+        if "failed" in row:
+            lines.append(f"{place} {row['failed']} | | | |")
+            continue
+        speed, memory = (
+            (f"{row['tokens_per_second'] / against['tokens_per_second']:.2f}", f"{row['peak_gib'] / against['peak_gib']:.2f}")
+            if against
+            else ("", "")
+        )  # fmt: skip
+        lines.append(f"{place} {row['tokens_per_second']:,.0f} | {speed} | {row['peak_gib']:.2f} | {memory} |")
+    return "\n".join(lines)
+
+
+def same(one: dict, other: dict) -> bool:
+    return (one["batch"], one["checkpointing"]) == (other["batch"], other["checkpointing"])
+
+
+def gradient_differences(ways: list[Way]) -> dict[str, float]:
+    """‖g − g'‖/‖g'‖ over all adapters, g' PEFT's in bfloat16, with the same factors away from their start."""
+    ids = torch.randint(0, LLAMA_8B["vocab_size"], (1, 512), generator=torch.Generator().manual_seed(5)).cuda()  # type: ignore
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for way in ways:
+        if way.way == "frozen" or way.way.startswith("SGM"):
+            continue
+        way.checkpoint(False)
+        torch.manual_seed(1)
+        factors = {n: p for n, p in way.model.named_parameters() if p.requires_grad}
+        kept = {n: p.detach().clone() for n, p in factors.items()}
+        with torch.no_grad():
+            for p in factors.values():
+                p.copy_(torch.randn(p.shape, device="cuda") * 0.02)
+        way.loss(ids).backward()
+        found[way.way] = {n: p.grad for n, p in factors.items()}  # type: ignore
+        with torch.no_grad():
+            for n, p in factors.items():
+                p.grad = None
+                p.copy_(kept[n])
+    wanted = found.get("PEFT, bfloat16")
+    if wanted is None:
+        return {}
+    size = sum(float(g.double().square().sum()) for g in wanted.values()) ** 0.5
+    return {
+        way: round(sum(float((grads[n].double() - g.double()).square().sum()) for n, g in wanted.items()) ** 0.5 / size, 5)
+        for way, grads in found.items()
+    }  # fmt: skip
+
+
+def ceilings() -> dict[str, float]:
+    """What this card does: bfloat16 products of 8192² matrices, and copies, bytes read plus bytes written."""
+
+    def seconds(act: Callable[[], Any], repeats: int = 10) -> float:
+        for _ in range(3):
+            act()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            act()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - started) / repeats
+
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    source = torch.randn(2**29, device="cuda")
+    target = torch.empty_like(source)
+    return {
+        "bfloat16_tflops": round(2 * 8192**3 / seconds(lambda: a @ b) / 1e12, 1),
+        "copy_tb_per_second": round(2 * 4 * 2**29 / seconds(lambda: target.copy_(source)) / 1e12, 2),
+    }
+
+
+def floor(batch: int, checkpointing: bool) -> dict[str, float]:
+    """Products of the frozen model's step, in 10¹² operations, and the least memory in GiB: weights in NF4 with nested
+    scales, embeddings and head in bfloat16; of activations what any method must keep of a block (bfloat16)."""
+    h, f, layers, vocab = 4096, 14_336, LLAMA_8B["num_hidden_layers"], LLAMA_8B["vocab_size"]
+    kv, tokens = 1024, batch * LENGTH
+    block = 2 * h * h + 2 * h * kv + 3 * h * f
+    forward = 2 * tokens * (layers * block + vocab * h) + layers * 2 * tokens * LENGTH * h  # type: ignore  # causal
+    backward = 2 * tokens * (layers * block + vocab * h) + 2.5 * layers * 2 * tokens * LENGTH * h  # type: ignore
+    again = 2 * tokens * layers * block + layers * 2 * tokens * LENGTH * h if checkpointing else 0  # type: ignore
+    weights = layers * block * (0.5 + 1 / 64 + 4 / (64 * 256)) + 2 * 2 * vocab * h  # type: ignore
+    # inputs of both norms and of q, k, v, of gate, up; q, k, v; attention's output; gate, up and their product
+    kept = 2 * (6 * h + 2 * kv + 3 * f)
+    activations = layers * tokens * 2 * h + tokens * kept if checkpointing else layers * tokens * kept  # type: ignore
+    return {
+        "tera_operations": round((forward + backward + again) / 1e12, 2),
+        "weights_gib": round(weights / 2**30, 3),
+        "activations_gib": round(activations / 2**30, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 8])
+    parser.add_argument("--checkpointing", nargs="+", choices=["on", "off"], default=["on", "off"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--blocks", type=int, default=32, help="fewer for a try")
+    parser.add_argument("--also", type=Path, help="a second file for the rows, written as they come")
+    asked = parser.parse_args()
+    started = time.perf_counter()
+    card = {"device": torch.cuda.get_device_name(), **ceilings()}
+    print(json.dumps(card), flush=True)
+    torch.cuda.empty_cache()
+    base = build(asked.blocks)
+    print(f"built in {time.perf_counter() - started:.0f} s", flush=True)
+    ways = [Way(way, base) for way in asked.ways]
+    print(f"ready in {time.perf_counter() - started:.0f} s", flush=True)
+    differences = gradient_differences(ways)
+    print(json.dumps(differences), flush=True)
+    rows: list[dict] = []
+    for batch in asked.batches:
+        for checkpointing in asked.checkpointing:
+            new = measure(ways, batch, checkpointing == "on", asked.repeats)
+            for row in new:
+                row["floor"] = floor(batch, checkpointing == "on")
+            rows += new
+            print(table(new), f"\n{time.perf_counter() - started:.0f} s", flush=True)
+            if asked.also:
+                asked.also.write_text(json.dumps({"card": card, "differences": differences, "rows": rows}, indent=1))
+    command = "python benchmarks/step_gpu.py " + shlex.join(
+        [
+            "--repeats",
+            str(asked.repeats),
+            "--batches",
+            *map(str, asked.batches),
+            "--checkpointing",
+            *asked.checkpointing,
+        ]
+    )
+    if tuple(asked.ways) != WAYS:
+        command += f" --ways {shlex.join(asked.ways)}"
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "liger-kernel", "triton")
+    append_run("step_gpu", command, started, rows, packages, **card, gradient_differences=differences)
+
+
+if __name__ == "__main__":
+    main()
