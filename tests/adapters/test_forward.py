@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from sgm_finetune.adapters.apply import lora_layers
-from sgm_finetune.adapters.forward import FastUpdate, use_fast_step
+from sgm_finetune.adapters.forward import _Fast, use_fast_step
 from sgm_finetune.attention import _Attention, recompute_attention
 from sgm_finetune.head_loss import head_loss, linear_cross_entropy
 from sgm_finetune.models import adaptable
@@ -82,8 +82,8 @@ def test_what_readers_share_is_computed_once_and_not_held(monkeypatch: pytest.Mo
     monkeypatch.setattr(nn.functional, "linear", counted)
     model(**make_batches(1)[0])
     assert len(computed) == 4 * 4  # of seven matrices a layer: readers of two activations, o and down
-    updates = [layer.lora_variant["default"] for layer in lora_layers(model).values()]
-    assert all(update.projection.u is None and update.projection.read is None for update in updates)
+    projections = [layer.projection for layer in lora_layers(model).values()]
+    assert all(projection.u is None and projection.read is None for projection in projections)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
@@ -121,9 +121,7 @@ def test_merging_saving_and_another_adapter_are_plain_lora(tmp_path) -> None:
 def test_what_it_cannot_do_keeps_pefts_forward(config: dict) -> None:
     model = adapted(make_model(), **config)
     assert use_fast_step(model) == list(lora_layers(model))
-    assert not any(
-        isinstance(v, FastUpdate) for layer in lora_layers(model).values() for v in layer.lora_variant.values()
-    )
+    assert not any(isinstance(layer, _Fast) for layer in lora_layers(model).values())
 
 
 def test_layers_that_are_stored_transposed_have_the_same_gradients() -> None:
