@@ -1,7 +1,7 @@
 """A training step of an 8B model beside PEFT's on one GPU: tokens per second, and the most memory that was allocated.
 
-    python benchmarks/step_gpu.py                       # batches of 1, 2 and 8 x 2048 tokens, both kinds of blocks
-    python benchmarks/step_gpu.py --batches 2 --checkpointing on --repeats 9
+    python benchmarks/step_gpu.py                       # batches of 1, 2 and 8 x 2048 tokens, with and without
+    python benchmarks/step_gpu.py --runs 2:on 2:offload # checkpointing; offload: what blocks read is kept by the host
 
 A Llama of 8B (random weights, made on the GPU) in NF4 with nested scales, LoRA of rank 16 on every linear layer. All
 ways are in one process and share the quantised weights; they take turns, step by step. Printed as the tables of
@@ -52,6 +52,7 @@ WAYS = (
     "frozen",
 )
 RANK, LENGTH = 16, 2048
+RUNS = ["1:on", "1:off", "2:on", "2:off", "2:offload", "8:on", "8:off"]
 _WARM = 2
 """Steps of each way before it is measured: kernels are made and chosen, memory is taken."""
 LLAMA_8B = {
@@ -159,7 +160,7 @@ class Way:
             for layer in self.base.model.layers:
                 layer.compile()
         self.model = model.train()
-        self.checkpointing = False
+        self.checkpointing = "off"
 
     def resident(self) -> int:
         """Bytes of its weights, scales, adapters and optimizer."""
@@ -181,12 +182,14 @@ class Way:
             note(state.values())
         return sum(found.values())
 
-    def checkpoint(self, on: bool) -> None:
-        if on and not self.checkpointing:
-            self.base.activation_checkpointing_enable({"use_reentrant": False})
-        elif self.checkpointing and not on:
-            self.base.activation_checkpointing_disable()
-        self.checkpointing = on
+    def checkpoint(self, kind: str) -> None:
+        """on, off, or offload: what blocks read is kept by the host."""
+        if self.checkpointing != kind:
+            if self.checkpointing != "off":
+                self.base.activation_checkpointing_disable()
+            if kind != "off":
+                self.base.activation_checkpointing_enable({"use_reentrant": False}, offload=kind == "offload")
+            self.checkpointing = kind
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         self.module.apply_rotary_pos_emb = self.rotary
@@ -231,7 +234,7 @@ def synchronisations(way: Way, ids: torch.Tensor) -> int:
     return sum("synchroniz" in str(w.message) for w in caught)
 
 
-def measure(ways: list[Way], batch: int, checkpointing: bool, repeats: int) -> list[dict]:
+def measure(ways: list[Way], batch: int, checkpointing: str, repeats: int) -> list[dict]:
     draw = torch.Generator().manual_seed(batch)
     ids = torch.randint(0, LLAMA_8B["vocab_size"], (batch, LENGTH), generator=draw).cuda()  # type: ignore
     found: dict[str, list[dict]] = {}
@@ -278,16 +281,13 @@ def table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         against = next((r for r in rows if r["way"] == "PEFT QLoRA" and same(r, row) and "failed" not in r), None)
-        place = f"| {row['batch']} × {row['length']} | {'yes' if row['checkpointing'] else 'no'} | {row['way']} |"
+        place = f"| {row['batch']} × {row['length']} | {row['checkpointing']} | {row['way']} |"
         if "failed" in row:
             lines.append(f"{place} {row['failed']} | | | |")
             continue
-        speed, memory = (
-            (f"{row['tokens_per_second'] / against['tokens_per_second']:.2f}", f"{row['peak_gib'] / against['peak_gib']:.2f}")
-            if against
-            else ("", "")
-        )  # fmt: skip
-        lines.append(f"{place} {row['tokens_per_second']:,.0f} | {speed} | {row['peak_gib']:.2f} | {memory} |")
+        speed = row["tokens_per_second"] / against["tokens_per_second"] if against else float("nan")
+        memory = row["peak_gib"] / against["peak_gib"] if against else float("nan")
+        lines.append(f"{place} {row['tokens_per_second']:,.0f} | {speed:.2f} | {row['peak_gib']:.2f} | {memory:.2f} |")
     return "\n".join(lines)
 
 
@@ -302,7 +302,7 @@ def gradient_differences(ways: list[Way]) -> dict[str, float]:
     for way in ways:
         if way.way == "frozen" or way.way.startswith("SGM"):
             continue
-        way.checkpoint(False)
+        way.checkpoint("off")
         torch.manual_seed(1)
         factors = {n: p for n, p in way.model.named_parameters() if p.requires_grad}
         kept = {n: p.detach().clone() for n, p in factors.items()}
@@ -319,10 +319,11 @@ def gradient_differences(ways: list[Way]) -> dict[str, float]:
     if wanted is None:
         return {}
     size = sum(float(g.double().square().sum()) for g in wanted.values()) ** 0.5
-    return {
-        way: round(sum(float((grads[n].double() - g.double()).square().sum()) for n, g in wanted.items()) ** 0.5 / size, 5)
-        for way, grads in found.items()
-    }  # fmt: skip
+    return {way: round(_distance(grads, wanted) / size, 5) for way, grads in found.items()}
+
+
+def _distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return sum(float((one[name].double() - g.double()).square().sum()) for name, g in other.items()) ** 0.5
 
 
 def ceilings() -> dict[str, float]:
@@ -370,8 +371,7 @@ def floor(batch: int, checkpointing: bool) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 8])
-    parser.add_argument("--checkpointing", nargs="+", choices=["on", "off"], default=["on", "off"])
+    parser.add_argument("--runs", nargs="+", default=RUNS, help="batch:checkpointing (on, off; offload: SGM alone)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--blocks", type=int, default=32, help="fewer for a try")
     parser.add_argument("--also", type=Path, help="a second file for the rows, written as they come")
@@ -383,29 +383,23 @@ def main() -> None:
     base = build(asked.blocks)
     print(f"built in {time.perf_counter() - started:.0f} s", flush=True)
     ways = [Way(way, base) for way in asked.ways]
+    gc.collect()
+    gc.freeze()  # or it looks through all ways' modules in the middle of a step
     print(f"ready in {time.perf_counter() - started:.0f} s", flush=True)
     differences = gradient_differences(ways)
     print(json.dumps(differences), flush=True)
     rows: list[dict] = []
-    for batch in asked.batches:
-        for checkpointing in asked.checkpointing:
-            new = measure(ways, batch, checkpointing == "on", asked.repeats)
-            for row in new:
-                row["floor"] = floor(batch, checkpointing == "on")
-            rows += new
-            print(table(new), f"\n{time.perf_counter() - started:.0f} s", flush=True)
-            if asked.also:
-                asked.also.write_text(json.dumps({"card": card, "differences": differences, "rows": rows}, indent=1))
-    command = "python benchmarks/step_gpu.py " + shlex.join(
-        [
-            "--repeats",
-            str(asked.repeats),
-            "--batches",
-            *map(str, asked.batches),
-            "--checkpointing",
-            *asked.checkpointing,
-        ]
-    )
+    for run in asked.runs:
+        batch, checkpointing = int(run.partition(":")[0]), run.partition(":")[2]
+        chosen = [way for way in ways if checkpointing != "offload" or way.way.startswith("SGM")]
+        new = measure(chosen, batch, checkpointing, asked.repeats)
+        for row in new:
+            row["floor"] = floor(batch, checkpointing != "off")
+        rows += new
+        print(table(new), f"\n{time.perf_counter() - started:.0f} s", flush=True)
+        if asked.also:
+            asked.also.write_text(json.dumps({"card": card, "differences": differences, "rows": rows}, indent=1))
+    command = f"python benchmarks/step_gpu.py --repeats {asked.repeats} --runs {' '.join(asked.runs)}"
     if tuple(asked.ways) != WAYS:
         command += f" --ways {shlex.join(asked.ways)}"
     packages = ("torch", "transformers", "peft", "bitsandbytes", "liger-kernel", "triton")

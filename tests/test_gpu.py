@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import llama_config, make_batches, make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from torch import nn
 
+from sgm_finetune import pipeline
 from sgm_finetune.adapters.descent import FactorDescent, Pair
 from sgm_finetune.adapters.forward import use_fast_step
-from sgm_finetune.cli import main
-from sgm_finetune.config import ModelConfig
+from sgm_finetune.config import ModelConfig, load_config
 from sgm_finetune.head_loss import head_loss, linear_cross_entropy
 from sgm_finetune.liger import use_liger
 from sgm_finetune.models import adaptable, load_model
@@ -89,6 +90,19 @@ def test_in_four_bits_the_fast_step_has_pefts_gradients(tmp_path: Path) -> None:
     assert off(gradients(fast, batch), gradients(slow, batch)) < 0.03
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(64, 64), (96, 160), (320, 1024)])
+def test_one_kernel_dequantises_as_bitsandbytes_does(shape: tuple[int, int], nested: bool) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    pytest.importorskip("triton")
+    from sgm_finetune.adapters.nf4_kernel import dequantize
+
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(shape).to("cuda", dtype)
+        packed, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=nested)
+        assert torch.equal(dequantize(packed, state, dtype), functional.dequantize_4bit(packed, state))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_loss_in_parts_is_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sgm_finetune.head_loss._CHUNK", {"cpu": 100, "cuda": 100})
@@ -156,9 +170,11 @@ def test_a_step_waits_for_the_gpu_a_few_times_whatever_the_number_of_layers() ->
     assert len(waits) <= 8, waits
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize(
+    ("quantization", "checkpointing"), [("none", "false"), ("nf4", "true"), ("nf4", "offload"), ("int8", "false")]
+)
 def test_a_whole_run_learns_and_is_evaluated_again(
-    quantization: str, tmp_path: Path, reviews: Path, capsys: pytest.CaptureFixture
+    quantization: str, checkpointing: str, tmp_path: Path, reviews: Path
 ) -> None:
     from transformers import LlamaForCausalLM
 
@@ -169,12 +185,10 @@ def test_a_whole_run_learns_and_is_evaluated_again(
     overrides = [
         f"model.name={model}", f"model.quantization={quantization}", "model.dtype=bfloat16", f"data.train={reviews}",
         "data.max_length=32", "probe.num_batches=4", "probe.sketch_size=12", "adapter.rank=4", "training.max_steps=20",
-        "training.batch_size=16", f"output.dir={tmp_path / 'out'}",
+        "training.batch_size=16", f"training.checkpointing={checkpointing}", f"output.dir={tmp_path / 'out'}",
     ]  # fmt: skip
-    assert main(["finetune", *overrides]) == 0
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    words = StringIO()
+    metrics = pipeline.finetune(load_config(None, overrides), Console(file=words, width=200))
     assert metrics["after"]["loss"] < 0.8 * metrics["before"]["loss"]
-    capsys.readouterr()
-    assert main(["evaluate", "--json", *overrides]) == 0
-    again = json.loads(capsys.readouterr().out)
+    again = pipeline.evaluate(load_config(None, overrides), overrides, Console(file=words, width=200))
     assert again["loss"] == pytest.approx(metrics["after"]["loss"], rel=0.02)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from sgm_finetune.adapters.apply import apply_plan, check_plan
@@ -371,7 +372,9 @@ class _Estimator:
     def _stepped(self, model: PeftModel) -> _Work:
         batch, predicted = self._largest_step()
         work = _Work(tokens=batch["input_ids"].numel())
-        with self._followed(model, predicted, work):
+        elsewhere = self.config.training.checkpointing == "offload"
+        hooks = saved_tensors_hooks(_sent_away, _brought_back) if elsewhere else nullcontext()
+        with self._followed(model, predicted, work), hooks:
             model.train()
             own = self.head_loss is None and self.config.model.task in ("causal-lm", "sequence-classification")
             loss = model(**batch).loss if own else self._loss(model, batch)
@@ -417,17 +420,26 @@ class _Estimator:
         return {name: round(seconds, 1) for name, seconds in found.items()}
 
 
+def _sent_away(kept: Tensor) -> tuple[torch.Size, torch.dtype]:
+    """What a block reads, in the host's memory instead of the GPU's."""
+    return kept.shape, kept.dtype
+
+
+def _brought_back(sent: tuple[torch.Size, torch.dtype]) -> Tensor:
+    return torch.empty(sent[0], dtype=sent[1], device="meta")
+
+
 def _resident(transient: int, phase: str) -> int:
     return transient if has_gpu() else int(ALLOCATOR[phase] * transient)
 
 
 def _optimizer_workspace(model: PeftModel) -> int:
-    """Factors of one shape step together, in about six tensors of their size."""
+    """Factors of one shape step together, in about five tensors of their size, beside what has been made of all."""
     buckets: dict[torch.Size, int] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             buckets[parameter.shape] = buckets.get(parameter.shape, 0) + 4 * parameter.numel()
-    return 6 * max(buckets.values(), default=0)
+    return sum(buckets.values()) + 5 * max(buckets.values(), default=0)
 
 
 @dataclass(frozen=True)

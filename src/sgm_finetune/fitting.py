@@ -10,6 +10,7 @@ from sgm_finetune.errors import UserError
 from sgm_finetune.estimation import Estimate, estimate
 from sgm_finetune.materials import Materials
 from sgm_finetune.method.plan import Plan
+from sgm_finetune.models import has_gpu
 
 FITTED = {
     "training": ("micro_batch_size", "eval_batch_size", "checkpointing"),
@@ -43,8 +44,9 @@ def fit(config: Config, materials: Materials, budget: int, plan: Plan | None = N
     """Changes `config` until its predicted peak is within `budget` bytes, always in the phase that needs most.
 
     A test takes smaller batches: its results stay. A step, and with it the probe, takes smaller micro-batches (the same
-    gradient), then checkpointing (the same gradient, computed partly twice), then a smaller rank, then fewer layers,
-    the ones nearest to the output; a given plan's rank and layers stay. Raises UserError where that is not enough.
+    gradient), then checkpointing (the same gradient, computed partly twice; then, on a GPU, from what the host holds),
+    then a smaller rank, then fewer layers, the ones nearest to the output; a given plan's rank and layers stay. Raises
+    UserError where that is not enough.
     """
     first = found = config
     followed: dict[tuple, Any] = {}
@@ -94,6 +96,8 @@ def _smaller_step(config: Config, needed: Estimate, plan: Plan | None) -> Config
         return _with(config, "training", micro_batch_size=next(divisors))
     if not training.checkpointing:
         return _with(config, "training", checkpointing=True)
+    if training.checkpointing != "offload" and has_gpu():
+        return _with(config, "training", checkpointing="offload")
     if plan is not None:
         return None
     if config.adapter.rank > SMALLEST_RANK:
@@ -119,7 +123,7 @@ def _changes(before: Config, now: Config) -> list[str]:
 
 
 def _written(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else f"{value:g}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool | str) else f"{value:g}"
 
 
 def _remedy(config: Config) -> str:

@@ -26,7 +26,7 @@ def use_liger(model: PreTrainedModel, batch: dict[str, Tensor]) -> str | None:
     why not. Raises UserError where its output for `batch` does not stay what it is."""
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed (pip install liger-kernel)"
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # type: ignore[import-not-found]
 
     kind = model.config.get_text_config().model_type
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:

@@ -247,8 +247,7 @@ def check_checkpointing(model: PreTrainedModel) -> None:
     """Raises UserError where Transformers cannot compute the model's blocks again."""
     if not model.supports_gradient_checkpointing:
         raise UserError(
-            f"training.checkpointing=true is not possible with a {type(model).__name__}; take "
-            "training.checkpointing=false"
+            f"training.checkpointing is not possible with a {type(model).__name__}; take training.checkpointing=false"
         )
 
 

@@ -65,7 +65,7 @@ from sgm_finetune.models import (
 from sgm_finetune.planning import describe_plan, make_plan, remarks
 from sgm_finetune.report.page import render_report
 from sgm_finetune.report.scan_table import scan_summary
-from sgm_finetune.trainer import check_optimizer, last_whole_checkpoint, train, training_arguments
+from sgm_finetune.trainer import check_machine, last_whole_checkpoint, train, training_arguments
 from sgm_finetune.voice import Voice
 
 
@@ -99,7 +99,7 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
     if config.training.resume and (output / "config.yaml").is_file():
         config = as_begun(config, load_config(output / "config.yaml"))
     checkpoint = _claim_output(config, output)
-    check_optimizer(config)
+    check_machine(config)
     check_launch(config, processes().num_processes, checkpoint)
     given_plan = _given_plan(config, output, checkpoint)
     materials = prepare(config, voice)
@@ -316,7 +316,7 @@ def make_plan_for(config: Config, console: Console) -> Plan:
 def estimate_for(config: Config, console: Console) -> Estimate:
     """What `sgm estimate` prints: the memory, disk and time of the run that `config` describes; nothing is loaded."""
     voice = _voice(console)
-    check_optimizer(config)
+    check_machine(config)
     materials = prepare(config, voice)
     plan = load_plan(config.plan) if config.plan is not None else None
     _, needed = _estimated(config, materials, plan, voice)

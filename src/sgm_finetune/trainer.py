@@ -187,8 +187,8 @@ def training_arguments(config: Config, checkpoints: Path, num_train: int, world_
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         **_OPTIMIZERS.get(training.optimizer, {}),
-        activation_checkpointing=training.checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if training.checkpointing else None,
+        activation_checkpointing=bool(training.checkpointing),
+        activation_checkpointing_kwargs=_CHECKPOINTING[training.checkpointing],
         logging_steps=1,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="all" if config.data.packing else "non_padding",
@@ -221,8 +221,15 @@ _OPTIMIZERS: dict[str, dict[str, Any]] = {
 """Our names for what Trainer makes by another."""
 
 
-def check_optimizer(config: Config) -> None:
-    """Raises UserError for one that this machine has not."""
+_CHECKPOINTING: dict[bool | str, dict[str, bool] | None] = {
+    False: None, True: {"use_reentrant": False}, "offload": {"use_reentrant": False, "offload": True},
+}  # fmt: skip
+
+
+def check_machine(config: Config) -> None:
+    """Raises UserError for an optimizer, or a place for activations, that this machine has not."""
+    if config.training.checkpointing == "offload" and not has_gpu():
+        raise UserError("training.checkpointing=offload is for GPUs, and there is none here; take true")
     name = config.training.optimizer
     if "8bit" in name and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"training.optimizer={name} needs bitsandbytes; pip install bitsandbytes, or take adamw")

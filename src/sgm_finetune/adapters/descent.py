@@ -132,8 +132,8 @@ class FactorDescent(torch.optim.Optimizer):
         for (bucket, factors), steps in zip(buckets.items(), directions, strict=True):
             steps *= group["lr"] * bucket.unit
             if group["weight_decay"]:
-                torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_sub_(factors, [stored(bucket.side, step) for step in steps.unbind()])
+                torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])  # type: ignore
+            torch._foreach_sub_(factors, [stored(bucket.side, step) for step in steps.unbind()])  # type: ignore
 
     def _parts(
         self, buckets: dict[_Bucket, list[nn.Parameter]], roots: Sequence[Tensor], momentum: float
@@ -153,7 +153,7 @@ class FactorDescent(torch.optim.Optimizer):
             if name not in state:
                 state[name] = torch.zeros_like(value)
             means.append(state[name])
-        torch._foreach_lerp_(means, list(values.unbind()), 1 - memory)
+        torch._foreach_lerp_(means, list(values.unbind()), 1 - memory)  # type: ignore
         return torch.stack(means)
 
     def _step_others(self, group: dict[str, Any]) -> None:

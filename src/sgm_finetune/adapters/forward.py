@@ -8,6 +8,8 @@ s·u Bᵀ is added into the base's output where it lies. Kept for the backward p
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -28,7 +30,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, left: Tensor, b: Tensor, base: nn.Module, scaling: float, shared: bool) -> Tensor:
         rows, weight = x.reshape(-1, x.shape[-1]), _weight(base, x.dtype)
-        bias = base.bias.to(x.dtype) if base.bias is not None else None  # type: ignore[union-attr, operator]
+        bias: Any = base.bias.to(x.dtype) if base.bias is not None else None  # type: ignore[union-attr, operator]
         y = nn.functional.linear(rows, weight, bias)
         kept = weight if isinstance(base, Conv1D) or type(base) is nn.Linear else None
         del weight
@@ -74,9 +76,19 @@ def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
         return weight
     if weight.is_meta:  # a stand-in
         return weight.new_empty((base.out_features, base.in_features), dtype=dtype)  # type: ignore[arg-type]
+    return _dequantiser(weight.is_cuda)(weight, weight.quant_state, dtype)
+
+
+@cache
+def _dequantiser(on_gpu: bool) -> Callable[[Tensor, Any, torch.dtype], Tensor]:
+    """One kernel where there is Triton, else bitsandbytes' three."""
+    if on_gpu and importlib.util.find_spec("triton") is not None:
+        from sgm_finetune.adapters.nf4_kernel import dequantize
+
+        return dequantize
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight, weight.quant_state).to(dtype)
+    return lambda weight, state, dtype: dequantize_4bit(weight, state).to(dtype)
 
 
 class _Projection:
@@ -103,7 +115,7 @@ class _Projection:
 
 
 class _Fast:
-    """What is added to PEFT's layers: their forward, where it is plain LoRA's in a type that fits the base's weights."""
+    """What is added to PEFT's layers: a forward for plain LoRA on a base whose weights have the input's type."""
 
     projection: _Projection
 

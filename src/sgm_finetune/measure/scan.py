@@ -125,6 +125,8 @@ def _measured(
     exact = [matrix.dtype == "bfloat16" for matrix in matrices]
     threads = torch.get_num_threads()
     workers = min(_WORKERS, threads) if device.type == "cpu" else _WORKERS
+    if device.type == "cuda":  # torch 2.11 cannot load its solvers in two threads at a time
+        torch.linalg.eigvalsh(torch.ones(1, 1, device=device))
     for kind in (True, False):
         batches = list(_batches([m for m, e in zip(matrices, exact, strict=True) if e is kind], device))
         if not batches:

@@ -1,0 +1,51 @@
+"""Four bits to numbers in one kernel, for GPUs: bitsandbytes' weights with nested scales take three.
+
+Not imported where Triton is missing. A weight's entry is code[its four bits] times its block's scale, and a scale is
+code₂[its byte] times a scale of its own, plus an offset (QLoRA, arXiv 2305.14314, section 3); all in float32, so that
+the bits are those of bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-not-found]
+import triton.language as tl  # type: ignore[import-not-found]
+from torch import Tensor
+
+_BYTES = 2048
+"""Packed bytes that a program unpacks."""
+
+
+@triton.jit
+def _unpack(packed, code, scales, scale_code, scale_scales, offset, out, num_bytes, NESTED: tl.constexpr,
+            BLOCK: tl.constexpr, SCALE_BLOCK: tl.constexpr, BYTES: tl.constexpr):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
+    inside = at < num_bytes
+    byte = tl.load(packed + at, mask=inside, other=0).to(tl.int32)
+    block = at * 2 // BLOCK
+    if NESTED:
+        of_scale = tl.load(scales + block, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(scale_code + of_scale, mask=inside, other=0.0)
+        scale = scale * tl.load(scale_scales + block // SCALE_BLOCK, mask=inside, other=0.0) + tl.load(offset)
+    else:
+        scale = tl.load(scales + block, mask=inside, other=0.0)
+    first = tl.load(code + (byte >> 4)) * scale
+    second = tl.load(code + (byte & 15)) * scale
+    places = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
+    values = tl.interleave(first, second).to(out.dtype.element_ty)
+    tl.store(out + places, values, mask=places < 2 * num_bytes)
+
+
+def dequantize(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """(d_out, d_in) of bitsandbytes' packed NF4 or FP4 weight and its `quant_state`."""
+    out = torch.empty(state.shape, dtype=dtype, device=packed.device)
+    num_bytes = packed.numel()
+    nested = state.nested
+    inner = state.state2 if nested else state
+    _unpack[(triton.cdiv(num_bytes, _BYTES),)](  # type: ignore[index]
+        packed, state.code, state.absmax, inner.code, inner.absmax, state.offset if nested else inner.absmax, out,
+        num_bytes, NESTED=nested, BLOCK=state.blocksize, SCALE_BLOCK=inner.blocksize, BYTES=_BYTES,
+    )  # fmt: skip
+    return out
