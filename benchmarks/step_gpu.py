@@ -234,6 +234,16 @@ def synchronisations(way: Way, ids: torch.Tensor) -> int:
     return sum("synchroniz" in str(w.message) for w in caught)
 
 
+def kernels(way: Way, ids: torch.Tensor) -> dict[str, float]:
+    """Seconds that a step's kernels take, without the gaps between them, and how many they are."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        way.step(ids)
+        torch.cuda.synchronize()
+    ran = [event for event in profile.key_averages() if event.self_device_time_total]
+    seconds = sum(event.self_device_time_total for event in ran) / 1e6
+    return {"kernel_seconds": round(seconds, 4), "num_kernels": sum(event.count for event in ran)}
+
+
 def measure(ways: list[Way], batch: int, checkpointing: str, repeats: int) -> list[dict]:
     draw = torch.Generator().manual_seed(batch)
     ids = torch.randint(0, LLAMA_8B["vocab_size"], (batch, LENGTH), generator=draw).cuda()  # type: ignore
@@ -272,6 +282,7 @@ def measure(ways: list[Way], batch: int, checkpointing: str, repeats: int) -> li
                 "resident_gib": round(steps[-1]["resident"] / 2**30, 3),
                 "losses": [round(s["loss"], 4) for s in steps],
                 "synchronisations": synchronisations(way, ids),
+                **kernels(way, ids),
             }
         rows.append(row)
     return rows

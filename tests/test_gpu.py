@@ -25,6 +25,16 @@ from sgm_finetune.models import adaptable, load_model
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
+@pytest.fixture(autouse=True)
+def _llama_as_it_was():
+    """Liger replaces parts of Transformers' module for the whole process, CPU models made later too."""
+    from transformers.models.llama import modeling_llama
+
+    before = dict(vars(modeling_llama))
+    yield
+    vars(modeling_llama).update(before)
+
+
 def on_gpu(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: x.cuda() for name, x in batch.items()}
 

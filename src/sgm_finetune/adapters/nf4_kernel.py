@@ -47,5 +47,6 @@ def dequantize(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     _unpack[(triton.cdiv(num_bytes, _BYTES),)](  # type: ignore[index]
         packed, state.code, state.absmax, inner.code, inner.absmax, state.offset if nested else inner.absmax, out,
         num_bytes, NESTED=nested, BLOCK=state.blocksize, SCALE_BLOCK=inner.blocksize, BYTES=_BYTES,
+        enable_fp_fusion=False,  # bitsandbytes rounds a scale before it adds the offset
     )  # fmt: skip
     return out

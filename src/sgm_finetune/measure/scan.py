@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import get_args
 
 import numpy as np
@@ -30,6 +31,8 @@ from sgm_finetune.model_folder import local_folder
 _WORKERS = 2  # matrices in memory; each has its share of the threads
 _BATCH = 2**26  # elements decomposed together on a GPU
 _SHUFFLE_SEED = 0
+_one_at_a_time = Lock()
+"""Decompositions on a GPU: torch 2.11 cannot load its solvers in two threads at a time."""
 
 
 def scan(
@@ -125,8 +128,6 @@ def _measured(
     exact = [matrix.dtype == "bfloat16" for matrix in matrices]
     threads = torch.get_num_threads()
     workers = min(_WORKERS, threads) if device.type == "cpu" else _WORKERS
-    if device.type == "cuda":  # torch 2.11 cannot load its solvers in two threads at a time
-        torch.linalg.eigvalsh(torch.ones(1, 1, device=device))
     for kind in (True, False):
         batches = list(_batches([m for m, e in zip(matrices, exact, strict=True) if e is kind], device))
         if not batches:
@@ -174,7 +175,8 @@ def _spectra(
                 missing.append((index, purpose, key, (_shuffled(weights) if purpose else weights).to(device)))
     if missing:
         try:
-            computed = spectra([weights for *_, weights in missing])
+            with _one_at_a_time if device.type == "cuda" else nullcontext():
+                computed = spectra([weights for *_, weights in missing])
         except ValueError:
             raise _not_finite(batch) from None
         for (index, purpose, key, _), spectrum in zip(missing, computed, strict=True):
