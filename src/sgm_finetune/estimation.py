@@ -160,7 +160,7 @@ class _Estimator:
         tested_after = self._once(("test after", batch, *adapters), lambda: self._tested("test", adapted))
         answered_after = self._once(("answers after", batch, *adapters), lambda: self._answered(adapted))
         factors = 4 * trained
-        optimizing = factors + _optimizer_workspace(adapted)
+        optimizing = factors + optimizer_workspace(adapted)
         phases = {
             "load": held + self._loading(),
             "test": held + _resident(max(tested.peak, answered.peak), "test"),
@@ -373,8 +373,7 @@ class _Estimator:
         batch, predicted = self._largest_step()
         work = _Work(tokens=batch["input_ids"].numel())
         elsewhere = self.config.training.checkpointing == "offload"
-        hooks = saved_tensors_hooks(_sent_away, _brought_back) if elsewhere else nullcontext()
-        with self._followed(model, predicted, work), hooks:
+        with self._followed(model, predicted, work), saved_elsewhere() if elsewhere else nullcontext():
             model.train()
             own = self.head_loss is None and self.config.model.task in ("causal-lm", "sequence-classification")
             loss = model(**batch).loss if own else self._loss(model, batch)
@@ -420,20 +419,19 @@ class _Estimator:
         return {name: round(seconds, 1) for name, seconds in found.items()}
 
 
-def _sent_away(kept: Tensor) -> tuple[torch.Size, torch.dtype]:
-    """What a block reads, in the host's memory instead of the GPU's."""
-    return kept.shape, kept.dtype
-
-
-def _brought_back(sent: tuple[torch.Size, torch.dtype]) -> Tensor:
-    return torch.empty(sent[0], dtype=sent[1], device="meta")
+def saved_elsewhere() -> saved_tensors_hooks:
+    """A context in which what is kept for the backward pass, as of checkpointed blocks what they read, does not count:
+    the host holds it instead of the GPU."""
+    return saved_tensors_hooks(
+        lambda kept: (kept.shape, kept.dtype), lambda sent: torch.empty(sent[0], dtype=sent[1], device="meta")
+    )
 
 
 def _resident(transient: int, phase: str) -> int:
     return transient if has_gpu() else int(ALLOCATOR[phase] * transient)
 
 
-def _optimizer_workspace(model: PeftModel) -> int:
+def optimizer_workspace(model: PeftModel) -> int:
     """Factors of one shape step together, in about five tensors of their size, beside what has been made of all."""
     buckets: dict[torch.Size, int] = {}
     for parameter in model.parameters():

@@ -31,7 +31,7 @@ def prepare_base(
     remarks = []
     beginning = {name: x[:, :_COLUMNS] if x.dim() == 2 else x for name, x in batch.items()}
     beginning = {name: x.to(model.device) for name, x in beginning.items()}
-    if model.device.type == "cuda":
+    if has_gpu() and model.device.type != "cpu":
         if (why := use_liger(model, beginning)) is not None:
             remarks.append(f"norms, rotary embeddings and MLPs by Transformers' own code: {why}")
     elif not has_gpu() and not recompute_attention(model, beginning):

@@ -15,6 +15,7 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from sgm_finetune.attention import logits_of
 from sgm_finetune.errors import UserError
+from sgm_finetune.stand_ins import stand_in_kernels
 
 _OFF = 0.05
 """Relative difference of logits beyond which another model is computed; bfloat16's rounding makes less."""
@@ -31,6 +32,9 @@ def use_liger(model: PreTrainedModel, batch: dict[str, Tensor]) -> str | None:
     kind = model.config.get_text_config().model_type
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"liger-kernel has none for {kind}"
+    if model.device.type == "meta":
+        stand_in_kernels(model)
+        return None
     was_training = model.training
     model.eval()
     expected = logits_of(model, batch)

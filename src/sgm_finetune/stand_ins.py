@@ -5,6 +5,7 @@ They are bitsandbytes' own classes to PEFT, so that an adapter on them is the on
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,12 +69,12 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         output = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device="meta")
-        ctx.kept = q, k, v, output, torch.empty(q.shape[:-1], device="meta")
+        ctx.save_for_backward(q, k, v, output, torch.empty(q.shape[:-1], device="meta"))
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.kept[:3])
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
 def _fused_attention(
@@ -84,6 +85,45 @@ def _fused_attention(
 
 AttentionInterface.register(FUSED_ATTENTION, _fused_attention)
 AttentionMaskInterface.register(FUSED_ATTENTION, sdpa_mask)
+
+
+class _Norm(torch.autograd.Function):
+    """Liger's RMSNorm: keeps what it reads and a float32 a row; x's gradient takes the place of y's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x, torch.empty(x.shape[:-1], device="meta"))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class _Gated(torch.autograd.Function):
+    """Liger's SwiGLU or GeGLU: keeps both factors, whose gradients take their places."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(gate)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return ctx.saved_tensors
+
+
+def stand_in_kernels(model: nn.Module) -> None:
+    """Has the norms and gated MLPs of a skeleton keep what Liger's kernels do."""
+
+    def gated(module: Any, x: Tensor) -> Tensor:
+        return module.down_proj(_Gated.apply(module.gate_proj(x), module.up_proj(x)))
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = _Norm.apply  # type: ignore[method-assign, assignment]
+        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            module.forward = partial(gated, module)  # type: ignore[method-assign]
 
 
 def stored_bytes(model: nn.Module) -> int:
