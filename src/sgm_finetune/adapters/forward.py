@@ -31,17 +31,22 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, left: Tensor, b: Tensor, base: nn.Module, scaling: float, shared: bool) -> Tensor:
         rows, weight = x.reshape(-1, x.shape[-1]), _weight(base, x.dtype)
         bias: Any = base.bias.to(x.dtype) if base.bias is not None else None  # type: ignore[union-attr, operator]
-        y = nn.functional.linear(x, weight, bias)
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])  # no view of what a product gives: some models change it
+        flat = y.view(-1, y.shape[-1])
+        if bias is None:
+            torch.mm(rows, weight.T, out=flat)
+        else:
+            torch.addmm(bias, rows, weight.T, out=flat)
         kept = weight if isinstance(base, Conv1D) or type(base) is nn.Linear else None
         del weight
         a = None if shared else left.to(x.dtype)
         u = left.reshape(-1, b.shape[1]) if a is None else nn.functional.linear(rows, a)
         b_rounded = b.to(x.dtype)
-        y.view(-1, y.shape[-1]).addmm_(u, b_rounded.T, alpha=scaling)
+        flat.addmm_(u, b_rounded.T, alpha=scaling)
         ctx.base, ctx.scaling, ctx.shapes = base, scaling, (x.shape, left.shape)
         ctx.types = left.dtype, b.dtype
         ctx.save_for_backward(None if shared else rows, a, u, b_rounded, kept)
-        return y  # and no view of it: some models change it where it lies
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
