@@ -11,7 +11,8 @@ after loading (Linux). Printed, as the table of docs/results.md, and appended to
     PEFT                PEFT's LoRA, Transformers' loss and its default attention (sdpa), AdamW
     PEFT, eager attention   the same with what SGM asks for on a CPU
     fast, eager attention   the update in place, the loss in parts; AdamW
-    fast                training.step=fast: attention computed again, too
+    fast, MLPs as they are  the same, attention computed again
+    fast                training.step=fast: activations of MLPs computed again, too
     fast, shared        the same, q, k, v and gate, up sharing A
     fast, spectral      the same as "fast, shared" with spectral descent: what SGM trains
     frozen              the base alone, forward and backward to its embeddings: what no adapter can beat with its loss
@@ -39,6 +40,7 @@ WAYS = (
     "PEFT",
     "PEFT, eager attention",
     "fast, eager attention",
+    "fast, MLPs as they are",
     "fast",
     "fast, shared",
     "fast, spectral",
@@ -69,6 +71,7 @@ def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
     from sgm_finetune.adapters.forward import use_fast_step
     from sgm_finetune.attention import recompute_attention
     from sgm_finetune.config import ModelConfig
+    from sgm_finetune.gated_mlp import recompute_mlps
     from sgm_finetune.head_loss import head_loss
     from sgm_finetune.model_folder import local_folder
     from sgm_finetune.models import adaptable, block_of, load_model
@@ -97,6 +100,8 @@ def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
     fast = way.startswith("fast")
     if fast and way != "fast, eager attention" and not recompute_attention(base, batch):
         raise SystemExit("Attention cannot be recomputed")
+    if fast and way != "fast, MLPs as they are" and not recompute_mlps(base, batch):
+        raise SystemExit("MLPs cannot be recomputed")
     model: Any = get_peft_model(
         base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, task_type="CAUSAL_LM")
     )

@@ -2,6 +2,7 @@
 
     python benchmarks/step_gpu.py                       # batches of 1, 2 and 8 x 2048 tokens, with and without
     python benchmarks/step_gpu.py --runs 2:on 2:offload # checkpointing; offload: what blocks read is kept by the host
+    python benchmarks/step_gpu.py --table              # of the last run, with how far each figure is from the floor
 
 A Llama of 8B (random weights, made on the GPU) in NF4 with nested scales, LoRA of rank 16 on every linear layer. All
 ways are in one process and share the quantised weights; they take turns, step by step. Printed as the tables of
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recording import append_run
+from recording import RESULTS, append_run
 from step import READERS, mean_loss
 from torch import nn
 
@@ -288,17 +289,27 @@ def measure(ways: list[Way], batch: int, checkpointing: str, repeats: int) -> li
     return rows
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], tflops: float) -> str:
+    """*of the floor*: of the speed at which the card's own products would be the whole step; memory over the least."""
     lines = []
     for row in rows:
         against = next((r for r in rows if r["way"] == "PEFT QLoRA" and same(r, row) and "failed" not in r), None)
-        place = f"| {row['batch']} × {row['length']} | {row['checkpointing']} | {row['way']} |"
+        place = f"| {row['batch']} × {row['length']:,} | {row['checkpointing']} | {row['way']} |"
         if "failed" in row:
-            lines.append(f"{place} {row['failed']} | | | |")
+            lines.append(f"{place} {row['failed']} | | | | | |")
             continue
-        speed = row["tokens_per_second"] / against["tokens_per_second"] if against else float("nan")
-        memory = row["peak_gib"] / against["peak_gib"] if against else float("nan")
-        lines.append(f"{place} {row['tokens_per_second']:,.0f} | {speed:.2f} | {row['peak_gib']:.2f} | {memory:.2f} |")
+        least = row["floor"]["weights_gib"] + row["floor"]["activations_gib"]
+        fastest = row["batch"] * row["length"] * tflops / row["floor"]["tera_operations"]
+        speed, memory = row["tokens_per_second"], row["peak_gib"]
+        ratios = (
+            (f"{speed / against['tokens_per_second']:.2f}", f"{memory / against['peak_gib']:.2f}")
+            if against
+            else ("–", "–")
+        )
+        lines.append(
+            f"{place} {speed:,.0f} | {ratios[0]} | {100 * speed / fastest:.0f} % | {memory:.2f} | {ratios[1]} | "
+            f"{memory / least:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -384,9 +395,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--runs", nargs="+", default=RUNS, help="batch:checkpointing (on, off; offload: SGM alone)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--table", action="store_true", help="print the table of the last recorded run")
     parser.add_argument("--blocks", type=int, default=32, help="fewer for a try")
     parser.add_argument("--also", type=Path, help="a second file for the rows, written as they come")
     asked = parser.parse_args()
+    if asked.table:
+        last = json.loads((RESULTS / "step_gpu.json").read_text(encoding="utf-8"))[-1]
+        print(table(last["rows"], last["bfloat16_tflops"]))
+        return
     started = time.perf_counter()
     card = {"device": torch.cuda.get_device_name(), **ceilings()}
     print(json.dumps(card), flush=True)
@@ -407,7 +423,7 @@ def main() -> None:
         for row in new:
             row["floor"] = floor(batch, checkpointing != "off")
         rows += new
-        print(table(new), f"\n{time.perf_counter() - started:.0f} s", flush=True)
+        print(table(new, card["bfloat16_tflops"]), f"\n{time.perf_counter() - started:.0f} s", flush=True)
         if asked.also:
             asked.also.write_text(json.dumps({"card": card, "differences": differences, "rows": rows}, indent=1))
     command = f"python benchmarks/step_gpu.py --repeats {asked.repeats} --runs {' '.join(asked.runs)}"

@@ -84,7 +84,7 @@ def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return logits[mask.bool()] if mask is not None and logits.shape[:2] == mask.shape else logits
 
 
-def _near(found: Tensor, expected: Tensor) -> bool:
+def near(found: Tensor, expected: Tensor) -> bool:
     """Up to rounding; of tensors without numbers, whether there could be a difference."""
     return found.is_meta or float((found - expected).norm()) <= 0.02 * float(expected.norm())
 
@@ -102,7 +102,7 @@ def recompute_attention(model: PreTrainedModel, batch: dict[str, Tensor]) -> boo
     try:
         model.set_attn_implementation(NAME)
         found = logits_of(model, batch)
-        same = config._attn_implementation == NAME and _near(found, expected)
+        same = config._attn_implementation == NAME and near(found, expected)
     except (ValueError, TypeError, RuntimeError):  # NotImplementedError is one
         same = False
     finally:

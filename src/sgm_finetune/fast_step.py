@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from sgm_finetune.adapters.forward import use_fast_step
 from sgm_finetune.attention import recompute_attention
 from sgm_finetune.config import Config
+from sgm_finetune.gated_mlp import recompute_mlps
 from sgm_finetune.head_loss import HeadLoss, head_loss
 from sgm_finetune.launch import zero_stage
 from sgm_finetune.liger import use_liger
@@ -36,6 +37,8 @@ def prepare_base(
             remarks.append(f"norms, rotary embeddings and MLPs by Transformers' own code: {why}")
     elif not has_gpu() and not recompute_attention(model, beginning):
         remarks.append("attention by Transformers' own code: this model's has dropout, or more to it than a mask")
+    if not has_gpu() and not config.training.checkpointing:
+        recompute_mlps(model, beginning)
     if config.model.task != "causal-lm":
         return None, remarks
     found = None
