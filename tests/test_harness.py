@@ -56,7 +56,7 @@ def test_a_task_is_run_before_and_after(task, settings, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = StringIO()
     overrides = [*settings, "model.task=causal-lm", f"data.train={path}", f"evaluation.harness=[{task}]"]
-    overrides += ["training.max_steps=60", "evaluation.num_generated=8"]
+    overrides += ["training.max_steps=80", "evaluation.num_generated=8"]
     metrics = pipeline.finetune(load_config(None, overrides), Console(file=said, width=200))
     assert metrics["before"]["harness"]["pico-verdict"]["acc"] < 0.8
     assert metrics["after"]["harness"]["pico-verdict"]["acc"] > 0.9
