@@ -165,12 +165,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the table from what there is")
     parser.add_argument("--predict", action="store_true", help="predict again what was measured")
-    parser.add_argument("--only", nargs="+", help="these configurations, also where they are recorded")
+    parser.add_argument("--only", nargs="+", help="these configurations, measured also where they are recorded")
     asked = parser.parse_args()
     here = recorded().get(processor()["processor"], {})
     if asked.predict:
         for row in here.values():
-            append(predict_again(row))
+            if asked.only is None or row["configuration"] in asked.only:
+                append(predict_again(row))
     elif not asked.table:
         for name in asked.only or [name for name in CONFIGURATIONS if name not in here]:
             append(measure(name))

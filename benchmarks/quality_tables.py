@@ -310,8 +310,8 @@ share of answers that greedy decoding gives to the letter. ± is the standard er
 memory*: seconds per step are medians of interleaved repeats, with the machine to themselves (`--speed`,
 [benchmarks/results/quality_speed.json](../benchmarks/results/quality_speed.json)); *measuring*, scan, probe and plan of
 a run; *peak resident*, the most of any run, data and evaluation included.
-How fast a step is and what it holds beside PEFT's, on a CPU and, with the card's name, on a GPU, is in [speed.md](speed.md);
-all tables here were made without one.
+How fast a step is and what it holds beside PEFT's, on a CPU and, with the card's name, on a GPU, is in
+[speed.md](speed.md); all tables here were made without one.
 """
 
 

@@ -90,14 +90,19 @@ def test_a_quantised_skeleton_weighs_what_bitsandbytes_holds(described, quantiza
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's allocator is asked for what it allocates")
-def test_dequantised_weights_leave_holes_of_their_own_size(described, monkeypatch) -> None:
-    """Those of the base, whatever the adapters'."""
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_what_is_dropped_in_a_step_leaves_holes_of_its_own_size(described, monkeypatch, checkpointing: bool) -> None:
+    """Dequantised weights of the base, whatever the adapters', and without checkpointing the products of gated MLPs."""
     monkeypatch.setitem(ALLOCATOR, "step", 0.0)
-    config, materials = made(described, "model.quantization=nf4", "model.dtype=float32")
+    settings = ("model.quantization=nf4", "model.dtype=float32", f"training.checkpointing={str(checkpointing).lower()}")
+    config, materials = made(described, *settings)
     needed = estimate(config, materials)
     base = adaptable(skeleton(config.model, materials.folder, materials.splits.labels, 0))
     held = needed.process_bytes + needed.weights_bytes + needed.adapter_bytes + needed.optimizer_bytes
-    assert needed.phases["step"] - held == 4 * sum(m.shape[0] * m.shape[1] for m in base.values())
+    widths = sum(matrix.shape[0] for name, matrix in base.items() if name.endswith("gate_proj"))
+    padded = -(-needed.longest // 8) * 8
+    products = 0 if checkpointing else widths * needed.micro_batch_size * padded
+    assert needed.phases["step"] - held == 4 * (sum(m.shape[0] * m.shape[1] for m in base.values()) + products)
 
 
 def test_a_budget_changes_the_least_costly_first_and_is_kept(described, monkeypatch) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from sgm_finetune.adapters.forward import use_fast_step
-from sgm_finetune.gated_mlp import recompute_mlps
+from sgm_finetune.gated_mlp import recompute_mlps, recomputed_width
 from sgm_finetune.models import adaptable
 
 
@@ -62,6 +62,7 @@ def test_two_tensors_as_wide_as_the_mlp_are_kept_instead_of_four() -> None:
     batch = make_batches(1)[0]
     plain, less = make_model(), make_model()
     assert recompute_mlps(less, {"input_ids": batch["input_ids"]})
+    assert (recomputed_width(plain), recomputed_width(less)) == (0, 4 * 128)
     assert wide(adapted(plain, True)) == 4 * 4
     assert wide(adapted(less, True)) == 4 * 2
 

@@ -24,6 +24,7 @@ from sgm_finetune.config import Config
 from sgm_finetune.errors import UserError
 from sgm_finetune.evaluation import longest_first, num_predictions, summed_loss
 from sgm_finetune.fast_step import prepare_adapters, prepare_base
+from sgm_finetune.gated_mlp import recomputed_width
 from sgm_finetune.generation import answer_limit, has_answers, questions
 from sgm_finetune.launch import processes
 from sgm_finetune.materials import Materials, probe_batches, probe_pieces
@@ -138,6 +139,7 @@ class _Estimator:
         first, _ = self._batch("train", min(2, len(materials.train.dataset)))
         with Footprint(num_selected=len(first["input_ids"])):
             self.head_loss, _ = prepare_base(config, model, (), first)
+        self.products = recomputed_width(model)
 
     def run(self, plan: Plan | None) -> Estimate:
         if plan is None:
@@ -165,7 +167,11 @@ class _Estimator:
             "load": held + self._loading(),
             "test": held + _resident(max(tested.peak, answered.peak), "test"),
             "probe": held + sketches + _resident(probed.peak - sketches // 2, "probe"),
-            "step": held + factors + state + _resident(max(stepped.peak, optimizing), "step") + self._holes(),
+            "step": held
+            + factors
+            + state
+            + _resident(max(stepped.peak, optimizing), "step")
+            + self._holes(stepped.tokens),
             "validate": held + factors + state + _resident(validated.peak, "test"),
             "test after": held + factors + state + _resident(max(tested_after.peak, answered_after.peak), "test"),
         }
@@ -204,11 +210,13 @@ class _Estimator:
         inside = min(self.weights, self._entries() * self.weights // sum(p.numel() for p in self.model.parameters()))
         return self.process + self.weights - inside + inside // self.num_processes + inside // num_blocks
 
-    def _holes(self) -> int:
-        """What a step's dequantised weights leave between the activations: on a CPU, as much as they were."""
-        if self.config.model.quantization == "none" or has_gpu():
+    def _holes(self, tokens: int) -> int:
+        """What a step leaves between the activations that it keeps, on a CPU: as much as the weights that it
+        dequantised, and as the products of gated MLPs that it dropped."""
+        if has_gpu():
             return 0
-        return self._entries() * self.model.dtype.itemsize
+        entries = self._entries() if self.config.model.quantization != "none" else 0
+        return (entries + self.products * tokens) * self.model.dtype.itemsize
 
     def _entries(self) -> int:
         return sum(rows * cols for rows, cols in (matrix.shape for matrix in self.matrices.values()))
