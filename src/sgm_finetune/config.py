@@ -225,7 +225,7 @@ class TrainingConfig(_Section):
     """How a step is computed. fast: a layer's update is added to its output in place, in the base's type, x Aᵀ once for
     all that share A, and a language model's loss needs no logits of a whole batch (docs/method.md 8). peft: PEFT's and
     Transformers' own code. fast takes PEFT's code for what it cannot do, and says so."""
-    checkpointing: bool | Literal["offload"] = False
+    checkpointing: Literal[False, True, "offload"] = False
     """Keep what a block reads, and compute the block again in the backward pass: less memory, more time. offload: keep
     it in the host's memory instead of a GPU's, which takes a little more."""
     eval_batch_size: Whole = Field(default=32, ge=1)

@@ -151,7 +151,7 @@ def _fits(base: nn.Module, x: Tensor, active: list[str]) -> bool:
     """Whether the base's own forward would do no more than x Wᵀ + bias: it has no hooks (weights that lie elsewhere),
     nothing of it is trained, and x has its type."""
     weight: Any = base.weight
-    if active != [ADAPTER] or base._forward_hooks or base._forward_pre_hooks:
+    if active != [ADAPTER] or base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"):
         return False
     if weight.requires_grad or (base.bias is not None and base.bias.requires_grad):  # type: ignore[union-attr]
         return False
