@@ -17,11 +17,10 @@ from unittest.mock import patch
 import torch
 from peft import LoraConfig, get_peft_model
 from recording import RESULTS
-from step import READERS
-from step_gpu import LLAMA_8B, RANK
+from step import share_readers
+from step_gpu import LLAMA_8B, NESTED, RANK
 from torch import nn
 
-from sgm_finetune.adapters.apply import lora_layers
 from sgm_finetune.adapters.forward import use_fast_step
 from sgm_finetune.estimation import optimizer_workspace, saved_elsewhere
 from sgm_finetune.head_loss import HeadLoss
@@ -29,8 +28,6 @@ from sgm_finetune.measure.footprint import Footprint
 from sgm_finetune.models import adaptable
 from sgm_finetune.stand_ins import FUSED_ATTENTION, stand_in, stand_in_kernels
 
-NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a weight in NF4 with nested scales, which stand-ins do not have."""
 PREDICTED = ("fast", "fast, Liger", "SGM")
 
 
@@ -46,7 +43,7 @@ def predicted(way: str, batch: int, length: int, checkpointing: str) -> float:
             if type(module) is nn.Linear and ".layers." in name:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, stand_in(module, "nf4"))
-                weights += NESTED * module.weight.numel()
+                weights += NESTED * module.weight.numel()  # stand-ins have plain scales
         weights += sum(2 * p.numel() for n, p in model.named_parameters() if ".layers." not in n or p.dim() == 1)
         model.is_loaded_in_4bit = True
         model.requires_grad_(False)
@@ -56,13 +53,8 @@ def predicted(way: str, batch: int, length: int, checkpointing: str) -> float:
         if checkpointing != "off":
             model.activation_checkpointing_enable({"use_reentrant": False})
         adapted: Any = get_peft_model(model, LoraConfig(r=RANK, target_modules=names, task_type="CAUSAL_LM"))
-    layers = lora_layers(adapted)
     if way == "SGM":
-        for block in dict.fromkeys(name.rpartition(".")[0].rpartition(".")[0] for name in names):
-            for kinds in READERS:
-                first, *others = (layers[f"{block}.{kind}"] for kind in kinds)
-                for other in others:
-                    other.lora_A["default"].weight = first.lora_A["default"].weight  # type: ignore
+        share_readers(adapted, names)
     use_fast_step(adapted)
     in_parts = HeadLoss(model.base_model, model.lm_head)
     trained = [p for p in adapted.parameters() if p.requires_grad]

@@ -6,7 +6,7 @@
 
 SmolLM2-135M, batches of 4 x 256 tokens, LoRA of rank 16 on every linear layer. One process for each way to compute the
 step; they take turns, step by step, while the others wait. Peak memory: the most that was resident, above what was
-after loading (Linux). Printed, as the table of docs/results.md, and appended to benchmarks/results/step.json.
+after loading (Linux). Printed, as the table of docs/speed.md, and appended to benchmarks/results/step.json.
 
     PEFT                PEFT's LoRA, Transformers' loss and its default attention (sdpa), AdamW
     PEFT, eager attention   the same with what SGM asks for on a CPU
@@ -53,6 +53,19 @@ READERS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.g
 _MODEL = "smollm2-135m-instruct"
 
 
+def share_readers(model: Any, names: Sequence[str]) -> None:
+    """One lora_A for all matrices of a block that read the same activation."""
+    from sgm_finetune.adapters.apply import lora_layers
+    from sgm_finetune.models import block_of
+
+    layers = lora_layers(model)
+    for block in dict.fromkeys(block_of(name) for name in names):
+        for kinds in READERS:
+            first, *others = (layers[f"{block}.{kind}"] for kind in kinds)
+            for other in others:
+                other.lora_A["default"].weight = first.lora_A["default"].weight  # type: ignore[index, union-attr]
+
+
 def mean_loss(model: Any, batch: dict[str, Any], labels: Any, in_parts: Any) -> Any:
     """The model's own, or by its `HeadLoss`."""
     if in_parts is None:
@@ -66,7 +79,6 @@ def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from sgm_finetune.adapters.apply import lora_layers
     from sgm_finetune.adapters.descent import create_optimizer
     from sgm_finetune.adapters.forward import use_fast_step
     from sgm_finetune.attention import recompute_attention
@@ -74,7 +86,7 @@ def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
     from sgm_finetune.gated_mlp import recompute_mlps
     from sgm_finetune.head_loss import head_loss
     from sgm_finetune.model_folder import local_folder
-    from sgm_finetune.models import adaptable, block_of, load_model
+    from sgm_finetune.models import adaptable, load_model
 
     torch.set_num_threads(THREADS)
     config = ModelConfig(name=_MODEL, task="causal-lm", quantization=quantization, dtype=dtype)  # type: ignore[arg-type]
@@ -100,18 +112,13 @@ def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
     fast = way.startswith("fast")
     if fast and way != "fast, eager attention" and not recompute_attention(base, batch):
         raise SystemExit("Attention cannot be recomputed")
-    if fast and way != "fast, MLPs as they are" and not recompute_mlps(base, batch):
+    if fast and way not in ("fast, eager attention", "fast, MLPs as they are") and not recompute_mlps(base, batch):
         raise SystemExit("MLPs cannot be recomputed")
     model: Any = get_peft_model(
         base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, task_type="CAUSAL_LM")
     )
     if way in ("fast, shared", "fast, spectral"):
-        layers = lora_layers(model)
-        for block in dict.fromkeys(block_of(name) for name in names):
-            for kinds in READERS:
-                first, *others = (layers[f"{block}.{kind}"] for kind in kinds)
-                for other in others:
-                    other.lora_A["default"].weight = first.lora_A["default"].weight  # type: ignore[index, union-attr]
+        share_readers(model, names)
     if fast and (slow := use_fast_step(model)):
         raise SystemExit(f"{len(slow)} layers keep PEFT's forward")
     trained = [p for p in model.parameters() if p.requires_grad]

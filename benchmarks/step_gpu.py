@@ -5,8 +5,8 @@
     python benchmarks/step_gpu.py --table              # of the last run, with how far each figure is from the floor
 
 A Llama of 8B (random weights, made on the GPU) in NF4 with nested scales, LoRA of rank 16 on every linear layer. All
-ways are in one process and share the quantised weights; they take turns, step by step. Printed as the tables of
-docs/results.md, appended to benchmarks/results/step_gpu.json.
+ways are in one process and share the quantised weights; they take turns, step by step. Printed as the table of
+docs/speed.md, appended to benchmarks/results/step_gpu.json.
 
     PEFT QLoRA          as PEFT documents it: prepare_model_for_kbit_training (norms, embeddings, head in float32),
                         bfloat16 by autocast; fused AdamW, as all but "SGM"
@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 from recording import RESULTS, append_run
-from step import READERS, mean_loss
+from step import mean_loss, share_readers
 from torch import nn
 
 WAYS = (
@@ -56,6 +56,8 @@ RANK, LENGTH = 16, 2048
 RUNS = ["1:on", "1:off", "2:on", "2:off", "2:offload", "8:on", "8:off"]
 _WARM = 2
 """Steps of each way before it is measured: kernels are made and chosen, memory is taken."""
+NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in NF4 with nested scales."""
 LLAMA_8B = {
     "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
@@ -111,7 +113,6 @@ class Way:
         from transformers.integrations.liger import apply_liger_kernel
         from transformers.models.llama import modeling_llama
 
-        from sgm_finetune.adapters.apply import lora_layers
         from sgm_finetune.adapters.descent import create_optimizer
         from sgm_finetune.adapters.forward import use_fast_step
         from sgm_finetune.head_loss import HeadLoss
@@ -142,12 +143,7 @@ class Way:
                 model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, task_type="CAUSAL_LM")
             )
             if way.startswith("SGM"):
-                layers = lora_layers(model)  # type: ignore[arg-type]
-                for block in dict.fromkeys(name.rpartition(".")[0].rpartition(".")[0] for name in names):
-                    for kinds in READERS:
-                        first, *others = (layers[f"{block}.{kind}"] for kind in kinds)
-                        for other in others:
-                            other.lora_A["default"].weight = first.lora_A["default"].weight  # type: ignore
+                share_readers(model, names)
             if not peft and (slow := use_fast_step(model)):  # type: ignore[arg-type]
                 raise SystemExit(f"{len(slow)} layers keep PEFT's forward")
             trained = [p for p in model.parameters() if p.requires_grad]
@@ -379,7 +375,7 @@ def floor(batch: int, checkpointing: bool) -> dict[str, float]:
     forward = 2 * tokens * (layers * block + vocab * h) + layers * 2 * tokens * LENGTH * h  # type: ignore  # causal
     backward = 2 * tokens * (layers * block + vocab * h) + 2.5 * layers * 2 * tokens * LENGTH * h  # type: ignore
     again = 2 * tokens * layers * block + layers * 2 * tokens * LENGTH * h if checkpointing else 0  # type: ignore
-    weights = layers * block * (0.5 + 1 / 64 + 4 / (64 * 256)) + 2 * 2 * vocab * h  # type: ignore
+    weights = layers * block * NESTED + 2 * 2 * vocab * h  # type: ignore
     # inputs of both norms and of q, k, v, of gate, up; q, k, v; attention's output; gate, up and their product
     kept = 2 * (6 * h + 2 * kv + 3 * f)
     activations = layers * tokens * 2 * h + tokens * kept if checkpointing else layers * tokens * kept  # type: ignore

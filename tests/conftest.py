@@ -82,6 +82,30 @@ def make_batches(num: int = 4, size: int = 4, length: int = 7, task: str = "sequ
     return batches
 
 
+READERS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+
+
+def adapted(model: torch.nn.Module, share: bool = False, **config: object):
+    """LoRA on every linear layer, away from its start; the readers of the same activations hold one A."""
+    from peft import LoraConfig, get_peft_model
+
+    from sgm_finetune.adapters.apply import lora_layers
+    from sgm_finetune.models import adaptable
+
+    made = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(adaptable(model)), **config))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    layers = lora_layers(made)
+    for number in range(4 if share else 0):
+        for kinds in READERS:
+            first, *others = (layers[f"model.layers.{number}.{kind}"] for kind in kinds)
+            for other in others:
+                other.lora_A["default"].weight = first.lora_A["default"].weight
+    return made
+
+
 def measured_numbers(probed: Probe) -> list[MatrixNumbers]:
     """What a plan is made of, without a scan: every matrix has the SNR 1."""
     numbers = []

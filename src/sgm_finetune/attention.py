@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
+from sgm_finetune.unchanged import ROUNDING, output_change
+
 NAME = "sgm_recomputed"
 _MORE = ("softcap", "s_aux", "position_bias", "head_mask")
 """What some models hand to attention beside a mask."""
@@ -77,36 +79,16 @@ AttentionInterface.register(NAME, _forward)
 AttentionMaskInterface.register(NAME, eager_mask)
 
 
-def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Of tokens, not of padding, in float32; of a sequence where it has one for all."""
-    logits: Tensor = model(**batch).logits.float()
-    mask = batch.get("attention_mask")
-    return logits[mask.bool()] if mask is not None and logits.shape[:2] == mask.shape else logits
-
-
-def near(found: Tensor, expected: Tensor) -> bool:
-    """Up to rounding; of tensors without numbers, whether there could be a difference."""
-    return found.is_meta or float((found - expected).norm()) <= 0.02 * float(expected.norm())
-
-
-@torch.no_grad()
 def recompute_attention(model: PreTrainedModel, batch: dict[str, Tensor]) -> bool:
     """Has `model` keep no attention probabilities, where its output for `batch` stays what it is; whether it does. Not
     where its attention has dropout, or more to it than a mask (caps, sinks, biases of position)."""
     config: Any = model.config.get_text_config()
-    before, was_training = config._attn_implementation, model.training
+    before = config._attn_implementation
     if any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")):
         return False
-    model.eval()
-    expected = logits_of(model, batch)
-    try:
-        model.set_attn_implementation(NAME)
-        found = logits_of(model, batch)
-        same = config._attn_implementation == NAME and near(found, expected)
-    except (ValueError, TypeError, RuntimeError):  # NotImplementedError is one
-        same = False
-    finally:
-        model.train(was_training)
+    refusals = (ValueError, TypeError, RuntimeError)  # NotImplementedError is one
+    off = output_change(model, batch, lambda: model.set_attn_implementation(NAME), refusals)
+    same = config._attn_implementation == NAME and off <= ROUNDING
     if not same:
         model.set_attn_implementation(before)
     return same

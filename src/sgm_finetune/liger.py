@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
-from sgm_finetune.attention import logits_of
 from sgm_finetune.errors import UserError
 from sgm_finetune.stand_ins import stand_in_kernels
+from sgm_finetune.unchanged import output_change
 
 _OFF = 0.05
 """Relative difference of logits beyond which another model is computed; bfloat16's rounding makes less."""
 
 
-@torch.no_grad()
 def use_liger(model: PreTrainedModel, batch: dict[str, Tensor]) -> str | None:
     """Has `model` compute by Liger's kernels, where liger-kernel is installed and knows its architecture; else returns
     why not. Raises UserError where its output for `batch` does not stay what it is."""
@@ -29,18 +27,13 @@ def use_liger(model: PreTrainedModel, batch: dict[str, Tensor]) -> str | None:
         return "liger-kernel is not installed (pip install liger-kernel)"
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # type: ignore[import-not-found]
 
-    kind = model.config.get_text_config().model_type
-    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+    if (kind := model.config.model_type) not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"liger-kernel has none for {kind}"
     if model.device.type == "meta":
         stand_in_kernels(model)
         return None
-    was_training = model.training
-    model.eval()
-    expected = logits_of(model, batch)
-    apply_liger_kernel(model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
-    off = float((logits_of(model, batch) - expected).norm() / expected.norm())
-    model.train(was_training)
+    settings = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+    off = output_change(model, batch, lambda: apply_liger_kernel(model, settings))
     if not off <= _OFF:
         raise UserError(
             f"With liger-kernel's kernels this {type(model).__name__} computes another output ({off:.1%} off); take "

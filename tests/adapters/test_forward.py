@@ -6,33 +6,14 @@ import copy
 
 import pytest
 import torch
-from conftest import make_batches, make_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import adapted, make_batches, make_model
+from peft import PeftModel
 from torch import nn
 
 from sgm_finetune.adapters.apply import lora_layers
 from sgm_finetune.adapters.forward import _Fast, use_fast_step
 from sgm_finetune.attention import _Attention, recompute_attention
 from sgm_finetune.head_loss import head_loss, linear_cross_entropy
-from sgm_finetune.models import adaptable
-
-READERS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
-
-
-def adapted(model: nn.Module, share: bool = False, **config: object) -> PeftModel:
-    """LoRA on every linear layer, away from its start; the readers of the same activations hold one A."""
-    made = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(adaptable(model)), **config))
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.1)
-    layers = lora_layers(made)
-    for number in range(4 if share else 0):
-        for kinds in READERS:
-            first, *others = (layers[f"model.layers.{number}.{kind}"] for kind in kinds)
-            for other in others:
-                other.lora_A["default"].weight = first.lora_A["default"].weight
-    return made
 
 
 def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:

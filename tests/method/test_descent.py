@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sgm_finetune.method.descent import (
     channel_profile,
-    descent_direction,
+    descent_directions,
     inverse_root,
     inverse_roots,
     partner_floor,
@@ -19,6 +19,10 @@ from sgm_finetune.method.descent import (
 
 EXACT = 1e-5  # float32 results of float64 arithmetic
 SEEDS = st.integers(0, 10**6)
+
+
+def descent_direction(momentum: torch.Tensor, root: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    return next(descent_directions([(momentum, root, channels)]))
 
 
 def partner_root(gram: torch.Tensor, floor: float) -> torch.Tensor:

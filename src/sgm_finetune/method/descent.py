@@ -89,11 +89,6 @@ def descent_directions(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterat
         yield root @ polar_root @ rows  # r x r first
 
 
-def descent_direction(momentum: Tensor, root: Tensor, channels: Tensor) -> Tensor:
-    """The one of `descent_directions`."""
-    return next(descent_directions([(momentum, root, channels)]))
-
-
 def partner_floor(own: Tensor, step: float, trust: float) -> Tensor:
     """The floor with which a factor of mean squared singular value `own` changes by at most about 1/trust of itself in
     a step, and which vanishes where it is zero itself and has to begin (eq. 18), or where the step is zero.
