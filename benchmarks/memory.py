@@ -132,12 +132,17 @@ def append(row: dict) -> None:
 
 
 def recorded() -> dict[str, dict[str, dict]]:
-    """Processor -> configuration -> its last run there."""
+    """Machine -> configuration -> its last run there."""
     lines = FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []
     found: dict[str, dict[str, dict]] = {}
     for row in map(json.loads, lines):
-        found.setdefault(row["processor"], {})[row["configuration"]] = row
+        found.setdefault(machine(row), {})[row["configuration"]] = row
     return found
+
+
+def machine(row: dict) -> str:
+    """The processor; virtual ones of several generations have one name."""
+    return row["processor"] + (", bfloat16 units" if row["bfloat16_units"] else "")
 
 
 def table(name: str, rows: dict[str, dict]) -> str:
@@ -167,7 +172,7 @@ def main() -> None:
     parser.add_argument("--predict", action="store_true", help="predict again what was measured")
     parser.add_argument("--only", nargs="+", help="these configurations, measured also where they are recorded")
     asked = parser.parse_args()
-    here = recorded().get(processor()["processor"], {})
+    here = recorded().get(machine(processor()), {})
     if asked.predict:
         for row in here.values():
             if asked.only is None or row["configuration"] in asked.only:
