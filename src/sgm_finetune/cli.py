@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sgm_finetune.config import load_config
+from sgm_finetune.config import Quantization, Task, load_config
 from sgm_finetune.errors import UserError
 
 app = typer.Typer(
@@ -32,6 +32,14 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Keys to change, e.g. training.epochs=2 merge.side=none", metavar="key=value")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
+
+Compare = Annotated[bool, typer.Option("--compare", help="The base model's answer, before the training, beside it.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0: always the likeliest token.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="With a temperature: only the likeliest tokens.")
+]
+SamplingSeed = Annotated[int, typer.Option("--seed", min=0, help="With a temperature: of the choice of tokens.")]
 
 
 @app.command()
@@ -209,6 +217,107 @@ def scan(
         raise SystemExit(130) from None
     if as_json:
         print(json.dumps(scanned.to_dict(), allow_nan=False))
+
+
+@app.command()
+def generate(
+    overrides: Overrides = None,
+    config: ConfigPath = Path("config.yaml"),
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A text to answer. Repeatable.")] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option("--input", "-i", help="File of prompts: lines, or rows as the run was trained on; -: stdin."),
+    ] = None,
+    compare: Compare = False,
+    raw: Annotated[bool, typer.Option("--raw", help="The prompt as it is, without the chat template.")] = False,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: SamplingSeed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Answer texts with the result in output.dir: an answer, a class with its probabilities, or tags.
+
+    Example: sgm generate --prompt "A warm and clever film." output.dir=runs/first --compare
+    """
+    settings = load_config(config, overrides or [])
+    if not prompt and input is None and not sys.stdin.isatty():
+        input = Path("-")
+    from sgm_finetune.answering import Sampling
+    from sgm_finetune.answering import generate as generate_with
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    rows = generate_with(settings, overrides or [], prompt or (), input, _console(as_json), sampling, compare, raw)
+    if as_json:
+        print(json.dumps({"rows": rows}))
+
+
+@app.command()
+def chat(
+    overrides: Overrides = None,
+    config: ConfigPath = Path("config.yaml"),
+    compare: Compare = False,
+    system: Annotated[str | None, typer.Option("--system", help="What the conversation begins with.")] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: SamplingSeed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Talk with the result in output.dir; its words appear as they are written.
+
+    Example: sgm chat output.dir=runs/chat --compare
+    """
+    settings = load_config(config, overrides or [])
+    from sgm_finetune.answering import Sampling
+    from sgm_finetune.chatting import chat as chat_with
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    turns = chat_with(settings, overrides or [], _console(as_json), sampling, compare, system)
+    if as_json:
+        print(json.dumps({"turns": turns}))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What works on this machine (processor, GPU, memory, disk, 4 and 8 bits, extras, hub), tried; what to install.
+
+    Example: sgm doctor --json
+    """
+    from sgm_finetune import doctor as examination
+
+    findings = examination.examine()
+    if as_json:
+        print(json.dumps(examination.to_dict(findings)))
+    else:
+        examination.report(findings, _console(False))
+    if any(finding.verdict == "broken" for finding in findings):
+        raise SystemExit(2)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.", metavar="[config.yaml]")] = Path("config.yaml"),
+    model: Annotated[str | None, typer.Option("--model", help="Answers the first question.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Answers the second.")] = None,
+    task: Annotated[Task | None, typer.Option("--task", help="Answers the third.")] = None,
+    quantization: Annotated[Quantization | None, typer.Option("--quantization", help="Answers the fourth.")] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Ask nothing: default answers to what is not given.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Ask four questions and write a configuration that explains itself.
+
+    Example: sgm init reviews.yaml --data reviews.csv
+    """
+    console = _console(False)
+    if not yes and not sys.stdin.isatty() and None in (model, data, task, quantization):
+        raise UserError("sgm init asks, and there is no terminal; give the four answers as options, or --yes")
+    from sgm_finetune import first_config
+
+    first_config.begin(path, console, model, data, task, quantization, ask=not yes, overwrite=force)
+    console.print(f"[bold]{'saved':<8}[/bold] {path}\n{first_config.next_steps(path)}", highlight=False, soft_wrap=True)
 
 
 def _console(to_stderr: bool) -> Any:

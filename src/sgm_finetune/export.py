@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sgm_finetune.adapters.apply import ADAPTER, check_plan, tie
 from sgm_finetune.adapters.plan_file import parse_plan, plan_document
 from sgm_finetune.config import Config, parse_config
+from sgm_finetune.data import DataSplits
 from sgm_finetune.errors import UserError
 from sgm_finetune.files import whole_file, write_text
 from sgm_finetune.method.plan import Plan
@@ -43,10 +44,11 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
     scratch.rename(folder)
 
 
-def save_pth(path: Path, model: PeftModel, plan: Plan, config: Config, labels: tuple[str, ...]) -> None:
+def save_pth(path: Path, model: PeftModel, plan: Plan, config: Config, splits: DataSplits) -> None:
     """One file of tensors and plain data with all that `sgm evaluate` needs but the base model.
 
-    Keys: format, adapter (name -> tensor, a shared factor's storage once), peft_config, plan, config, labels.
+    Keys: format, adapter (name -> tensor, a shared factor's storage once), peft_config, plan, config; and of the data
+    labels, label_kind and roles (text, label, messages ...).
     """
     state = {name: tensor.detach().cpu() for name, tensor in _once(get_peft_model_state_dict(model)).items()}
     content = {
@@ -55,7 +57,9 @@ def save_pth(path: Path, model: PeftModel, plan: Plan, config: Config, labels: t
         "peft_config": _plain(model.peft_config[ADAPTER].to_dict()),
         "plan": plan_document(plan),
         "config": config.model_dump(mode="json"),
-        "labels": list(labels),
+        "labels": list(splits.labels),
+        "label_kind": splits.label_kind,
+        "roles": splits.train.column_names,
     }
     with whole_file(path) as scratch:
         torch.save(content, scratch)

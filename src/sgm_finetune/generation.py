@@ -56,30 +56,43 @@ def generate_answers(
 ) -> list[str]:
     """The model's greedy answer to each question, as long as the longest answer in the data and half as long again.
 
-    An answer ends with a token that ends one in the data: a turn's end, or the end of the sequence. The model's mode is
-    restored; without special tokens, and without white space around.
+    An answer ends with a token that ends one in the data: a turn's end, or the end of the sequence.
     """
-    device = next(model.parameters()).device
     special = set(tokenizer.all_special_ids)
-    ends = sorted({q.answer[-1] for q in asked if q.answer[-1] in special} | {tokenizer.eos_token_id} - {None})
-    limit = answer_limit(asked)
-    order = longest_first([len(question.prompt) for question in asked])
+    ends = {q.answer[-1] for q in asked if q.answer[-1] in special} | {tokenizer.eos_token_id} - {None}
+    prompts, limit = [question.prompt for question in asked], answer_limit(asked)
+    return continue_prompts(model, prompts, tokenizer, task, sorted(ends), limit, batch_size, progress)
+
+
+def continue_prompts(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    task: Task,
+    ends: Sequence[int],
+    limit: int,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
+) -> list[str]:
+    """What the model writes after each prompt of token ids, up to one of the tokens `ends` or `limit` tokens; greedy,
+    where `options` of Transformers' `generate` do not say otherwise. Longest prompts first, `batch_size` together; the
+    model's mode is restored. The texts are without special tokens, and without white space around."""
+    device = next(model.parameters()).device
+    order = longest_first([len(prompt) for prompt in prompts])
     answers: dict[int, str] = {}
     was_training = model.training
     model.eval()
     try:
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
-            ids, mask = _padded([asked[i].prompt for i in chosen], tokenizer.pad_token_id, left=task == "causal-lm")
+            ids, mask = _padded([prompts[i] for i in chosen], tokenizer.pad_token_id, left=task == "causal-lm")
             with torch.no_grad():
                 written = model.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
-                    max_new_tokens=limit,
-                    do_sample=False,
-                    use_cache=True,
-                    num_beams=1,
-                    eos_token_id=ends,
+                    **{"do_sample": False, "use_cache": True, "num_beams": 1, "max_new_tokens": limit, **options},
+                    eos_token_id=list(ends),
                     pad_token_id=tokenizer.pad_token_id,
                 )
             start = ids.shape[1] if task == "causal-lm" else 0
@@ -88,15 +101,15 @@ def generate_answers(
             progress(len(answers), len(order))
     finally:
         model.train(was_training)
-    return [answers[i] for i in range(len(asked))]
+    return [answers[i] for i in range(len(prompts))]
 
 
-def _padded(rows: Sequence[list[int]], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(rows: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(1, *(len(row) for row in rows))
     ids, mask = [], []
     for row in rows:
         blank, there = [pad] * (width - len(row)), [1] * len(row)
-        ids.append(blank + row if left else row + blank)
+        ids.append([*blank, *row] if left else [*row, *blank])
         mask.append([0] * len(blank) + there if left else there + [0] * len(blank))
     return torch.tensor(ids), torch.tensor(mask)
 

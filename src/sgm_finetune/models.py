@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from sgm_finetune.config import LabelKind, ModelConfig
+from sgm_finetune.config import LabelKind, ModelConfig, Task
 from sgm_finetune.errors import UserError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,7 +55,7 @@ def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
             f"model.task={config.task} does not fit model.name={config.name}, a {described.model_type}; "
             f"choose another task or model"
         )
-    positions = _num_positions(described)
+    positions = num_positions(described)
     if positions is not None and max_length > positions:
         raise UserError(
             f"data.max_length={max_length} is more than the {positions} positions of model.name={config.name}; "
@@ -70,6 +70,16 @@ def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
         existing = getattr(described, "quantization_config", None)
         if existing is not None:
             raise UserError(f"{config.name} is quantised already; take model.quantization=none")
+
+
+def fitting_tasks(name: str) -> tuple[Task, ...]:
+    """Tasks that Transformers has a model for, by the config.json of a folder; all of them for a model that is not
+    here."""
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file():
+        return get_args(Task)
+    described = _described(ModelConfig(name=name), folder)
+    return tuple(task for task in get_args(Task) if type(described) in _AUTO[task]._model_mapping) or get_args(Task)
 
 
 def _described(config: ModelConfig, folder: Path) -> PreTrainedConfig:
@@ -88,7 +98,7 @@ def _described(config: ModelConfig, folder: Path) -> PreTrainedConfig:
         raise UserError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from None
 
 
-def _num_positions(described: PreTrainedConfig) -> int | None:
+def num_positions(described: PreTrainedConfig) -> int | None:
     """The longest sequence that the model was made for, where its config says so."""
     text = described.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)

@@ -19,12 +19,12 @@ from accelerate.utils import broadcast_object_list, set_seed
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from sgm_finetune.adapters.apply import apply_plan, check_plan, check_starts
 from sgm_finetune.adapters.plan_file import load_plan, save_plan
 from sgm_finetune.adapters.shard import Sharded, reduce_factors_only, shard_base
-from sgm_finetune.config import Config, load_config, parse_config, set_overrides
+from sgm_finetune.config import Config, LabelKind, load_config, parse_config, set_overrides
 from sgm_finetune.errors import UserError
 from sgm_finetune.estimate_table import describe_estimate, estimate_table
 from sgm_finetune.estimation import Estimate, PredictionError, estimate
@@ -54,11 +54,14 @@ from sgm_finetune.measure.scan_formats import load_scan
 from sgm_finetune.memory import memory_within_reach, peak_memory, release_memory
 from sgm_finetune.method.plan import Plan, adapter_parameters
 from sgm_finetune.method.spectrum import Scan
+from sgm_finetune.model_folder import local_folder
 from sgm_finetune.models import (
     adaptable,
     check_checkpointing,
+    check_model,
     device_for,
     load_model,
+    load_tokenizer,
     multiplies_bfloat16,
     out_of_reach,
 )
@@ -330,10 +333,7 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     The configuration that was trained with is in the file; `overrides` (key=value) change it.
     """
     voice, clock = _voice(console), Clock()
-    path = Path(config.output.dir) / PTH
-    content = load_pth(path)
-    values = pth_config(content).model_dump(mode="json")
-    config = follow_launcher(parse_config(values, str(path), set_overrides(values, overrides)))
+    path, content, config = _read_result(config, overrides)
     materials = prepare(config, voice)
     labels = tuple(content["labels"])
     if materials.splits.labels != labels:
@@ -347,6 +347,44 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     _prepare_adapters(config, model, voice)
     metrics = _evaluator(config, materials, voice, clock, head_loss)(model, "test")
     return {"model": config.model.name, "data": materials.splits.description, **metrics}
+
+
+def _read_result(config: Config, overrides: Sequence[str]) -> tuple[Path, dict[str, Any], Config]:
+    """Where `config` has its sgm_finetuned.pth, what is in it, and the configuration there, changed by `overrides`."""
+    path = Path(config.output.dir) / PTH
+    content = load_pth(path)
+    values = pth_config(content).model_dump(mode="json")
+    return path, content, follow_launcher(parse_config(values, str(path), set_overrides(values, overrides)))
+
+
+def trained_config(config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration that the result in output.dir was trained with, changed by `overrides`."""
+    return _read_result(config, overrides)[2]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left, ready to be asked: the base model with its adapter, and what it was trained for."""
+
+    config: Config
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    labels: tuple[str, ...]
+    label_kind: LabelKind | None
+    roles: tuple[str, ...]
+    """Of the columns it was trained on (text, label, messages ...); () where an older file does not say."""
+
+
+def load_result(config: Config, overrides: Sequence[str], voice: Voice) -> Result:
+    """The result in output.dir, from its .pth file and the base model alone; no data is read."""
+    path, content, config = _read_result(config, overrides)
+    folder = local_folder(config.model.name, config.model.revision, lambda line: voice.say("model", line))
+    check_model(config.model, folder)
+    tokenizer = load_tokenizer(folder, config.model)
+    labels, kind = tuple(content["labels"]), content.get("label_kind")
+    base, _ = _load_base(config, folder, tokenizer, labels, kind, voice)
+    model = attach_adapter(base, content, path)
+    return Result(config, model, tokenizer, labels, kind, tuple(content.get("roles", ())))
 
 
 def scan_model(config: Config, folder: Path, voice: Voice, clock: Clock) -> Scan:
@@ -369,16 +407,28 @@ def load_base(
     config: Config, materials: Materials, voice: Voice | None = None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The base model, in pieces over the processes where that is asked for, and its modules that are new."""
+    splits = materials.splits
+    return _load_base(config, materials.folder, materials.tokenizer, splits.labels, splits.label_kind, voice)
+
+
+def _load_base(
+    config: Config,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: tuple[str, ...],
+    label_kind: LabelKind | None,
+    voice: Voice | None,
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     device = device_for(processes().local_process_index)
     shard = config.training.shard and processes().num_processes > 1
     set_seed(config.training.seed)  # a new classification head is random
     model, new_modules = load_model(
         config.model,
-        materials.folder,
-        materials.splits.labels,
-        materials.tokenizer.pad_token_id,  # type: ignore[arg-type]  # one token's id
+        folder,
+        labels,
+        tokenizer.pad_token_id,  # type: ignore[arg-type]  # one token's id
         torch.device("cpu") if shard else device,
-        materials.splits.label_kind,
+        label_kind,
     )
     if shard:
         sharded = shard_base(model, device, new_modules)
@@ -581,7 +631,7 @@ def _save(
     history: list[dict[str, Any]], output: Path,
 ) -> None:  # fmt: skip
     save_adapter(model, materials.tokenizer, output / "adapter")
-    save_pth(output / PTH, model, plan, config, materials.splits.labels)
+    save_pth(output / PTH, model, plan, config, materials.splits)
     write_text(output / "report.html", render_report(config=config, plan=plan, metrics=metrics, history=history))
     write_json(output / "metrics.json", metrics)
 

@@ -136,16 +136,16 @@ def read_inputs(table: Table, column: str) -> list[str]:
 Message = dict[str, str]
 
 
-def read_conversations(table: Table, column: str) -> list[list[Message]]:
+def read_conversations(table: Table, column: str, answered: bool = True) -> list[list[Message]]:
     """Conversations as lists of {role, content}, from those or from ShareGPT's {from, value}. Raises with the row for
-    what is no conversation, and for one in which the assistant says nothing."""
+    what is no conversation, and, where they have to be `answered`, for one in which the assistant says nothing."""
     conversations = []
     for row, turns in enumerate(table.columns[column][:], start=1):
         where = f"{table.name}, row {row}: `{column}`"
         if not isinstance(turns, list) or not turns:
             raise UserError(f"{where} is {_short(turns)}, no list of messages; write [{{'role': ..., 'content': ...}}]")
         messages = [_message(turn, where, number) for number, turn in enumerate(turns, start=1)]
-        if all(message["role"] != "assistant" or not message["content"].strip() for message in messages):
+        if answered and all(message["role"] != "assistant" or not message["content"].strip() for message in messages):
             raise UserError(f"{where} has no answer of the assistant, so nothing to learn; correct or remove the row")
         conversations.append(messages)
     return conversations

@@ -257,12 +257,26 @@ def _encode_without_template(conversations: Sequence[list[dict]], tokenizer: Any
     """Instructions as Alpaca writes them; longer conversations need a template."""
     for row, turns in enumerate(conversations, start=1):
         if [message["role"] for message in turns] != ["user", "assistant"]:
-            raise UserError(
-                f"This model's tokenizer has no chat template, which a conversation of {len(turns)} messages (example "
-                f"{row}) needs; take an instruction-tuned model, or give prompt and completion (data.format=completion)"
-            )
-    prompts = [f"{ALPACA}{question['content']}\n\n### Response:\n" for question, _ in conversations]
+            raise UserError(f"Example {row}: {_needs_template(len(turns))}")
+    prompts = [asked_text(turns[:1], tokenizer) for turns in conversations]
     return _encode_completions(prompts, [answer["content"] for _, answer in conversations], tokenizer, max_length)
+
+
+def asked_text(conversation: list[dict], tokenizer: Any) -> str:
+    """What the model reads before it answers: the conversation by the chat template; for a model without one, a single
+    question as Alpaca writes instructions. Raises UserError where neither can write it."""
+    if tokenizer.chat_template is not None:
+        return _written(conversation, tokenizer, ask=True)
+    if [message["role"] for message in conversation] != ["user"]:
+        raise UserError(_needs_template(len(conversation)))
+    return f"{ALPACA}{conversation[0]['content']}\n\n### Response:\n"
+
+
+def _needs_template(num_messages: int) -> str:
+    return (
+        f"this model's tokenizer has no chat template, which a conversation of {num_messages} messages needs; take an "
+        "instruction-tuned model, or give prompt and completion (data.format=completion)"
+    )
 
 
 def _encode_packed(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:

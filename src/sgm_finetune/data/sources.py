@@ -188,3 +188,17 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if were_on:
             datasets.enable_progress_bars()
+
+
+def peek(config: DataConfig, num_rows: int = 100) -> Table:
+    """The training data's first rows, where they can be had without reading the rest; else all of them."""
+    if config.train is not None and type_of(Path(config.train), "data.train", config.file_type) in _BUILDERS:
+        stream = _stream_file(Path(config.train), "data.train", config)
+        try:
+            rows = list(stream.take(num_rows))
+        except Exception as error:  # the readers'
+            raise UserError(f"data.train={config.train}: {one_line(_root(error))}; correct it") from error
+        names = dict.fromkeys(column for row in rows for column in row)
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        return Table(Path(config.train).name, columns, class_names(stream.features))
+    return open_source(config).tables["train"]

@@ -1,0 +1,234 @@
+"""`sgm generate` and `sgm chat` say what the trained model says."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import save_pico
+from conftest import GOOD, make_model, make_tokenizer
+from rich.console import Console
+
+from sgm_finetune.answering import Sampling, answer, answer_ends, generate, prompt_ids, read_prompts
+from sgm_finetune.chatting import chat
+from sgm_finetune.cli import main
+from sgm_finetune.config import load_config
+from sgm_finetune.errors import UserError
+from sgm_finetune.pipeline import finetune, load_result
+from sgm_finetune.voice import Voice
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}a {% endif %}"
+)
+SHORT = ["model.dtype=float32", "adapter.rank=4", "probe.num_batches=2", "probe.sketch_size=12", "data.max_length=32"]
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=80)
+
+
+def trained(folder: Path, *overrides: str) -> list[str]:
+    """A run that is finished; what names it."""
+    settings = [*SHORT, "training.max_steps=12", "training.batch_size=8", "evaluation.num_generated=2", *overrides]
+    finetune(load_config(None, [*settings, f"output.dir={folder}"]), quiet())
+    return [f"output.dir={folder}"]
+
+
+def loaded(names: list[str]):
+    return load_result(load_config(None, names), names, Voice(quiet()))
+
+
+@pytest.fixture(scope="module")
+def reviewer(llama_folder, reviews, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("runs") / "reviews"
+    return trained(folder, f"model.name={llama_folder}", f"data.train={reviews}", "training.learning_rate=0.1")
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory) -> list[str]:
+    """Learns to answer every question with "good film"."""
+    folder = tmp_path_factory.mktemp("talker")
+    make_model("causal-lm").save_pretrained(folder / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "model")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"the {word} " + "story " * n},
+                {"role": "assistant", "content": "good film"},
+            ]
+        }
+        for word in GOOD
+        for n in range(8)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return trained(
+        folder / "run", f"model.name={folder / 'model'}", "model.task=causal-lm",
+        f"data.train={folder / 'chats.jsonl'}", "training.max_steps=40", "training.learning_rate=0.2",
+    )  # fmt: skip
+
+
+def test_a_class_comes_with_its_probabilities(reviewer):
+    (good, bad) = answer(loaded(reviewer), ["good great fine film", "awful dull broken plot"], Sampling())
+    assert (good["answer"], bad["answer"]) == ("good", "bad")
+    assert sum(good["scores"].values()) == pytest.approx(1)
+    assert good["scores"]["good"] > bad["scores"]["good"]
+
+
+def test_the_answer_before_is_that_of_the_base_model(reviewer):
+    """Without adapter and with the head as it was before the training: logits of the base that a run starts from."""
+    from sgm_finetune.materials import prepare
+    from sgm_finetune.pipeline import load_base
+
+    result = loaded(reviewer)
+    (before,) = answer(result, ["good great fine film"], Sampling(), "before")
+    base, _ = load_base(result.config, prepare(result.config, Voice(quiet())))
+    with torch.no_grad():
+        logits = base(**result.tokenizer("good great fine film", return_tensors="pt")).logits[0]
+    expected = dict(zip(result.labels, logits.softmax(-1).tolist(), strict=True))
+    assert before["scores"] == pytest.approx(expected)
+    (again,) = answer(result, ["good great fine film"], Sampling())
+    assert again["answer"] == "good"
+
+
+def test_a_chat_model_answers_by_its_template_and_ends_its_turn(talker):
+    result = loaded(talker)
+    assert result.roles == ("messages",)
+    assert answer(result, ["the great story"], Sampling()) == [{"answer": "good film"}]
+    assert prompt_ids(result, "the great story") != prompt_ids(result, "the great story", raw=True)
+    assert answer_ends(result) == [result.tokenizer.eos_token_id]
+
+
+def test_an_answer_that_is_shown_in_pieces_is_the_same_answer(talker):
+    pieces: list[str] = []
+    (found,) = answer(loaded(talker), ["the fine story"], Sampling(), show=pieces.append)
+    assert "".join(pieces).strip() == found["answer"] == "good film"
+
+
+def test_one_seed_draws_one_answer(talker):
+    result, sampling = loaded(talker), Sampling(max_new_tokens=12, temperature=5.0, seed=3)
+    first, again = (answer(result, ["the"], sampling, "before") for _ in range(2))
+    other = answer(result, ["the"], Sampling(max_new_tokens=12, temperature=5.0, seed=4), "before")
+    assert first == again != other
+
+
+def test_a_prompt_without_room_for_an_answer_says_so(talker):
+    with pytest.raises(UserError, match=r"603 tokens, and the model has 512 positions"):
+        answer(loaded(talker), ["story " * 600], Sampling(), raw=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "row", "prompt", "kind"),
+    [
+        ("bert", "sequence-classification", {"text": "good film", "label": ["a", "b"]}, "good film", list),
+        ("bert", "sequence-classification", {"text": "good film", "label": 1.5}, "good film", float),
+        ("bert", "token-classification", {"tokens": ["good", "film"], "tags": ["B-X", "O"]}, "good film", list),
+        ("bart", "seq2seq-lm", {"source": "good film", "target": "bad"}, "good film", str),
+    ],
+)
+def test_every_task_has_answers(name, task, row, prompt, kind, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    words = ["good", "bad", "fine", "film", "plot", "cast"]
+    rows = [json.dumps(row).replace("film", words[n % 6] + "film "[: n % 2]) for n in range(36)]
+    path.write_text("\n".join(rows))
+    model = save_pico(name, tmp_path / "model")
+    names = trained(
+        tmp_path / "run", f"model.name={model}", f"model.task={task}", f"data.train={path}", "training.max_steps=2"
+    )
+    (found,) = answer(loaded(names), [prompt], Sampling(max_new_tokens=4))
+    assert isinstance(found["answer"], kind)
+    if task == "token-classification":
+        assert [word for word, _ in found["answer"]] == ["good", "film"]
+
+
+def test_prompts_of_a_file_are_read_as_the_run_was_trained(talker, tmp_path):
+    config = loaded(talker).config
+    rows = [{"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "good"}]}]
+    (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]))
+    assert read_prompts(tmp_path / "p.jsonl", config) == [[{"role": "user", "content": "the"}]]
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    assert read_prompts(tmp_path / "p.txt", config) == ["one", "two"]
+    (tmp_path / "i.csv").write_text("instruction,input\nSay,this\n")
+    assert read_prompts(tmp_path / "i.csv", config) == [[{"role": "user", "content": "Say\n\nthis"}]]
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"none of the columns messages, prompt, instruction, text; it has a, b"):
+        read_prompts(tmp_path / "other.csv", config)
+
+
+def test_generate_compares_and_prints(reviewer, capfd):
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--config", "config.yaml", *reviewer, "-p", "a good film", "--compare", "--json"])
+    written, said = capfd.readouterr()
+    assert caught.value.code == 0
+    (row,) = json.loads(written)["rows"]
+    assert (row["prompt"], row["answer"]) == ("a good film", "good")
+    assert set(row["before"]) == {"answer", "scores"}
+    assert "before" in said
+    assert "after" in said
+
+
+def test_generate_streams_to_a_terminal(talker):
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    (row,) = generate(load_config(None, talker), talker, ["the great story"], None, console, Sampling())
+    assert row["answer"] == "good film"
+    assert "good film" in console.file.getvalue()
+
+
+def test_a_chat_keeps_its_turns_until_it_is_cleared(talker, monkeypatch):
+    asked: list[int] = []
+    from sgm_finetune import chatting
+
+    def watched(result, prompts, *arguments, **options):
+        asked.append(len(prompts[0]))
+        return answer(result, prompts, *arguments, **options)
+
+    monkeypatch.setattr(chatting, "answer", watched)
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("the great story\n\nthe fine story\n/clear\nthe story\n/exit\nmore\n")
+    )
+    turns = chat(load_config(None, talker), talker, quiet(), Sampling())
+    assert [turn["question"] for turn in turns] == ["the great story", "the fine story", "the story"]
+    assert turns[0]["answer"] == "good film"
+    assert asked == [1, 3, 1]
+
+
+def test_a_question_that_is_too_long_leaves_the_chat_as_it_was(talker, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'story ' * 600}\nthe great story\n"))
+    console = quiet()
+    turns = chat(load_config(None, talker), talker, console, Sampling(max_new_tokens=8), compare=True)
+    assert [turn["question"] for turn in turns] == ["the great story"]
+    assert set(turns[0]) == {"question", "answer", "before"}
+    assert "512 positions" in " ".join(console.file.getvalue().split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (
+            ["chat"],
+            "sgm chat is for causal-lm, and this run's model.task is sequence-classification; take sgm generate",
+        ),
+        (["generate", "--input", "none.csv"], "--input"),
+    ],
+)
+def test_what_a_run_cannot_do_is_one_line(reviewer, arguments, error, capfd):
+    with pytest.raises(SystemExit) as caught:
+        main([arguments[0], "--config", "config.yaml", *reviewer, *arguments[1:]])
+    said = capfd.readouterr().err
+    assert caught.value.code == 2
+    assert error in said
+    assert said.count("\n") == 1
+
+
+def test_nothing_to_answer_is_one_line(reviewer, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "--config", "config.yaml", *reviewer])
+    assert caught.value.code == 2
+    assert "give --prompt TEXT or --input FILE" in capfd.readouterr().err

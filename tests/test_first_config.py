@@ -1,0 +1,155 @@
+"""`sgm init`, the reference page and the JSON Schema are made of the configuration's own types."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import get_args
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from sgm_finetune.cli import main
+from sgm_finetune.config import Task, known_keys, load_config, parse_config
+from sgm_finetune.first_config import begin
+from sgm_finetune.models import fitting_tasks
+from sgm_finetune.reference import commented_yaml, json_schema, keys, reference_page
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(["init", *arguments])
+    return caught.value.code
+
+
+def test_the_file_that_init_writes_is_the_configuration_that_was_asked_for(tmp_path, reviews, llama_folder):
+    path = tmp_path / "mine.yaml"
+    assert run(str(path), "--yes", "--model", str(llama_folder), "--data", str(reviews)) == 0
+    config = load_config(path)
+    assert (config.model.name, config.data.train) == (str(llama_folder), str(reviews))
+    assert config.model.task == "sequence-classification"
+    assert config.model.quantization == "none"
+    text = path.read_text()
+    assert "# Peak learning rate." in text
+    schema = Path(text.splitlines()[0].partition("$schema=")[2])
+    assert json.loads(schema.read_text()) == json_schema()
+
+
+def test_init_does_not_replace_a_file(tmp_path, capfd):
+    path = tmp_path / "config.yaml"
+    path.write_text("mine")
+    assert run(str(path), "--yes") == 2
+    assert path.read_text() == "mine"
+    assert capfd.readouterr().err == f"{path} exists; name another file, or replace it with --force\n"
+    assert run(str(path), "--yes", "--force") == 0
+    assert load_config(path) == parse_config(
+        {"model": {"name": "smollm2-135m-instruct"}, "data": {"name": "rotten-tomatoes"}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "task", "columns"),
+    [
+        ("text,label", ["good film,a", "bad,b"], "sequence-classification", {}),
+        ("words,stars", ["a long one,1", "more,2"] * 3, "sequence-classification", {"text": "words", "label": "stars"}),
+        ("prompt,completion", ["a,b"] * 3, "causal-lm", {}),
+        ("source,target", ["a,b"] * 3, "seq2seq-lm", {}),
+        ("text", ["some text"] * 3, "causal-lm", {}),
+    ],
+)  # fmt: skip
+def test_the_task_is_guessed_from_the_columns(header, rows, task, columns, tmp_path):
+    (tmp_path / "d.csv").write_text("\n".join([header, *rows]) + "\n")
+    config = begin(tmp_path / "c.yaml", Console(quiet=True), "m/m", str(tmp_path / "d.csv"), ask=False)
+    assert config.model.task == task
+    assert dict(config.data.columns) == columns
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_four_questions_are_asked_and_columns_where_they_are_not_told(tmp_path, monkeypatch):
+    (tmp_path / "d.csv").write_text("no,question,reply\n1,a b c,d\n2,e f g,h\n")
+    answers = io.StringIO(f"owner/model\n{tmp_path / 'd.csv'}\ncausal-lm\nnf4\nquestion\nreply\n")
+    monkeypatch.setattr("sys.stdin", answers)
+    console = Console(file=io.StringIO(), width=200)
+    config = begin(tmp_path / "c.yaml", console)
+    assert (config.model.name, config.model.task, config.model.quantization) == ("owner/model", "causal-lm", "nf4")
+    assert dict(config.data.columns) == {"prompt": "question", "completion": "reply"}
+    said = console.file.getvalue()
+    assert [f"{n}/4" in said for n in range(1, 5)] == [True] * 4
+
+
+def test_the_tasks_of_a_model_are_those_that_transformers_has_for_it(bert_folder, llama_folder):
+    assert "seq2seq-lm" not in fitting_tasks(str(bert_folder))
+    assert "causal-lm" in fitting_tasks(str(llama_folder))
+    assert fitting_tasks("owner/model") == get_args(Task)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--data", "none.csv"], "No data file none.csv"),
+        (["--task", "poetry"], "'poetry' is not one of"),
+    ],
+)
+def test_wrong_answers_are_one_line(arguments, error, tmp_path, capfd):
+    assert run(str(tmp_path / "c.yaml"), "--yes", *arguments) == 2
+    said = capfd.readouterr().err
+    assert error in said
+    assert said.count("\n") == 1
+
+
+def test_init_without_a_terminal_asks_nobody(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert run(str(tmp_path / "c.yaml")) == 2
+    assert "there is no terminal" in capfd.readouterr().err
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "rank": st.integers(1, 40),
+            "dropout": st.floats(0, 0.9),
+            "name": st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1),
+        }
+    ),
+    st.sets(st.sampled_from(known_keys())),
+)
+def test_a_commented_file_loads_as_the_configuration_it_shows(values, said):
+    config = parse_config(
+        {
+            "adapter": {"rank": values["rank"], "dropout": values["dropout"]},
+            "model": {"name": values["name"]},
+            "data": {"columns": {"text": values["name"]}},
+        }
+    )
+    assert parse_config(yaml.safe_load(commented_yaml(config, said)) or {}) == config
+
+
+def test_every_key_has_a_type_and_a_description():
+    assert [key.name for key in keys()] == known_keys()
+    assert all(key.type and len(key.description) > 10 for key in keys())
+
+
+def test_the_pages_of_the_documentation_are_those_of_this_version():
+    """`python -m sgm_finetune.reference docs/reference` writes them."""
+    assert (ROOT / "docs/reference/config.md").read_text(encoding="utf-8") == reference_page()
+    assert json.loads((ROOT / "docs/reference/config.schema.json").read_text()) == json_schema()
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("configs/*.yaml"), ROOT / "config.yaml"]), ids=lambda path: path.name
+)
+def test_the_schema_accepts_the_files_that_are_here(path):
+    jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), json_schema())
+
+
+def test_the_schema_refuses_an_unknown_key_and_a_number_out_of_range():
+    for wrong in ({"training": {"epoch": 1}}, {"adapter": {"rank": 0}}, {"model": {"task": "poetry"}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, json_schema())
