@@ -5,11 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test test-all check format clean help
+.PHONY: demo test test-all check docs format clean help
 
 help:
 	@echo "make demo   install, fine-tune the embedded model with config.yaml, evaluate it"
 	@echo "make test   install, run the default tests (make test-all: the slow ones too)"
+	@echo "make docs   write the reference pages, build the documentation's site into site/"
 	@echo "make check  formatting, lint, types, direction of imports"
 
 demo: $(VENV)/installed
@@ -30,6 +31,11 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m sgm_finetune.reference docs/reference
+	$(BIN)/python -m typer sgm_finetune.cli utils docs --name sgm --output docs/reference/cli.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sgm_finetune.config import Quantization, Task, load_config
+from sgm_finetune.config import Config, Quantization, Task, load_config
 from sgm_finetune.errors import UserError
 
 app = typer.Typer(
@@ -40,6 +40,34 @@ TopP = Annotated[
     float, typer.Option("--top-p", min=0.0, max=1.0, help="With a temperature: only the likeliest tokens.")
 ]
 SamplingSeed = Annotated[int, typer.Option("--seed", min=0, help="With a temperature: of the choice of tokens.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"sgm-finetune {version('sgm-finetune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def settle(
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing but errors; --json prints the result.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Let the libraries beneath say all that they say (as SGM_DEBUG=1).")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    _SETTLED.update(quiet=quiet)
+    _settle_libraries(verbose or bool(os.environ.get("SGM_DEBUG")))
+
+
+_SETTLED = {"quiet": False}
+"""What stands before the command: sgm --quiet finetune."""
 
 
 @app.command()
@@ -73,7 +101,7 @@ def evaluate(overrides: Overrides = None, config: ConfigPath = Path("config.yaml
 
     Example: sgm evaluate output.dir=runs/two-epochs
     """
-    settings = load_config(config, overrides or [])
+    settings = _of_result(config, overrides)
     from sgm_finetune import pipeline
 
     metrics = pipeline.evaluate(settings, overrides or [], _console(as_json))
@@ -125,7 +153,7 @@ def estimate(
     settings = load_config(config, given)
     from sgm_finetune import pipeline
 
-    needed = pipeline.estimate_for(settings, _console(as_json))
+    needed = pipeline.estimate_for(settings, _console(as_json, result=True))
     if as_json:
         print(json.dumps(needed.to_dict()))
 
@@ -144,7 +172,7 @@ def data(
     settings = load_config(config, overrides or [])
     from sgm_finetune.preview import preview
 
-    shown = preview(settings, _console(as_json), examples)
+    shown = preview(settings, _console(as_json, result=True), examples)
     if as_json:
         print(json.dumps(shown))
 
@@ -202,7 +230,7 @@ def scan(
     try:
         scanned = scanning.scan_to(
             model,
-            _console(as_json or (output is None and format is not None)),
+            _console(as_json or (output is None and format is not None), result=output is None),
             output=output,
             format=None if as_json else format,
             estimator=estimator,
@@ -240,14 +268,16 @@ def generate(
 
     Example: sgm generate --prompt "A warm and clever film." output.dir=runs/first --compare
     """
-    settings = load_config(config, overrides or [])
+    settings = _of_result(config, overrides)
     if not prompt and input is None and not sys.stdin.isatty():
         input = Path("-")
     from sgm_finetune.answering import Sampling
     from sgm_finetune.answering import generate as generate_with
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    rows = generate_with(settings, overrides or [], prompt or (), input, _console(as_json), sampling, compare, raw)
+    rows = generate_with(
+        settings, overrides or [], prompt or (), input, _console(as_json, True), sampling, compare, raw
+    )
     if as_json:
         print(json.dumps({"rows": rows}))
 
@@ -268,12 +298,12 @@ def chat(
 
     Example: sgm chat output.dir=runs/chat --compare
     """
-    settings = load_config(config, overrides or [])
+    settings = _of_result(config, overrides)
     from sgm_finetune.answering import Sampling
     from sgm_finetune.chatting import chat as chat_with
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    turns = chat_with(settings, overrides or [], _console(as_json), sampling, compare, system)
+    turns = chat_with(settings, overrides or [], _console(as_json, True), sampling, compare, system)
     if as_json:
         print(json.dumps({"turns": turns}))
 
@@ -290,7 +320,7 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(examination.to_dict(findings)))
     else:
-        examination.report(findings, _console(False))
+        examination.report(findings, _console(False, result=True))
     if any(finding.verdict == "broken" for finding in findings):
         raise SystemExit(2)
 
@@ -311,7 +341,7 @@ def init(
 
     Example: sgm init reviews.yaml --data reviews.csv
     """
-    console = _console(False)
+    console = _console(False, result=True)
     if not yes and not sys.stdin.isatty() and None in (model, data, task, quantization):
         raise UserError("sgm init asks, and there is no terminal; give the four answers as options, or --yes")
     from sgm_finetune import first_config
@@ -320,21 +350,29 @@ def init(
     console.print(f"[bold]{'saved':<8}[/bold] {path}\n{first_config.next_steps(path)}", highlight=False, soft_wrap=True)
 
 
-def _console(to_stderr: bool) -> Any:
+def _of_result(config: Path, overrides: list[str] | None) -> Config:
+    """Where a result is: of the file only output.dir counts, so that no config.yaml need be there."""
+    given = config if config.exists() or config != Path("config.yaml") else None
+    return load_config(given, overrides or [])
+
+
+def _console(to_stderr: bool, result: bool = False) -> Any:
+    """Where a command says what it does, or prints its result, which --quiet lets through."""
     from rich.console import Console
 
-    return Console(stderr=to_stderr)
+    return Console(stderr=to_stderr, quiet=_SETTLED["quiet"] and not result)
 
 
-def _settle_libraries() -> None:
-    """Before torch is loaded: waiting threads spin briefly, and other libraries keep quiet unless SGM_DEBUG is set.
+def _settle_libraries(verbose: bool) -> None:
+    """Before torch is loaded: waiting threads spin briefly, and other libraries keep quiet unless they are asked for.
 
     On a shared machine OpenMP threads that spin for milliseconds cost more than the work (docs/LOG.md, 2026-11-23).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if os.environ.get("SGM_DEBUG"):
+    if verbose:
+        os.environ["TRANSFORMERS_VERBOSITY"] = "info"
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -346,7 +384,6 @@ def _settle_libraries() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs `sgm` with `arguments` (None: the process's own) and exits with its status."""
-    _settle_libraries()
     try:
         app(args=arguments, standalone_mode=False)
     except UserError as error:

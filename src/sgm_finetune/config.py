@@ -362,7 +362,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"No configuration file {path}; give one with --config") from None
+        raise UserError(f"No configuration file {path}; give one with --config, or begin one with sgm init") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:

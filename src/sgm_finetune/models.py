@@ -64,7 +64,7 @@ def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
     if config.quantization != "none":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(
-                f"model.quantization={config.quantization} needs bitsandbytes; pip install 'sgm-finetune[bnb]', "
+                f"model.quantization={config.quantization} needs bitsandbytes; pip install bitsandbytes, "
                 "or take model.quantization=none"
             )
         existing = getattr(described, "quantization_config", None)

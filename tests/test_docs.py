@@ -1,0 +1,64 @@
+"""The documentation is built strictly, is that of this version, and its commands run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = ["index.md", *sorted(str(path.relative_to(DOCS)) for path in DOCS.glob("tutorials/*.md"))]
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)],
+        capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    home = (tmp_path / "index.html").read_text(encoding="utf-8")
+    loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:)?//', home)
+    assert not loaded, "a page loads something from elsewhere"
+
+
+def test_the_page_of_the_command_line_is_that_of_this_version(tmp_path):
+    """`make docs` writes it."""
+    target = tmp_path / "cli.md"
+    subprocess.run(
+        [sys.executable, "-m", "typer", "sgm_finetune.cli", "utils", "docs", "--name", "sgm", "--output", str(target)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    assert (DOCS / "reference" / "cli.md").read_text(encoding="utf-8") == target.read_text(encoding="utf-8")
+
+
+def test_the_words_of_every_error_explained_are_those_of_the_source():
+    headings = re.findall(r"^### `([^`]+)`$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", source)
+    assert len(headings) > 15
+    assert [words for words in headings if words not in joined] == []
+
+
+def blocks(page: str) -> str:
+    return "\n".join(
+        re.findall(r"^```bash\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_of_a_page_run_in_their_order(page, tmp_path):
+    """Some minutes each; in a folder of their own, as one script that stops at the first error."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", blocks(page)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=1200, stdin=subprocess.DEVNULL,
+        env={**os.environ, "PATH": path, "COLUMNS": "120"},
+    )  # fmt: skip
+    (tmp_path / "said.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
