@@ -17,7 +17,7 @@ PAGES = ["index.md", *sorted(str(path.relative_to(DOCS)) for path in DOCS.glob("
 
 def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", f"{ROOT / 'mkdocs.yml'}", "-d", f"{tmp_path}"],
         capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
