@@ -16,8 +16,9 @@ PAGES = ["index.md", *sorted(str(path.relative_to(DOCS)) for path in DOCS.glob("
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
+    options = ["--strict", "-q", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-f", f"{ROOT / 'mkdocs.yml'}", "-d", f"{tmp_path}"],
+        [sys.executable, "-m", "mkdocs", "build", *options],
         capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
