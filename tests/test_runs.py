@@ -435,7 +435,7 @@ def test_of_four_processes_one_is_killed_and_two_or_one_go_on(settings, tmp_path
         torchrun_command(4, *arguments), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 200
-    while not (killed / "checkpoints" / "checkpoint-5" / "trainer_state.json").exists():
+    while not (killed / "checkpoints" / "checkpoint-5" / "contents.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     victim = process_of_rank(running.pid, 2)

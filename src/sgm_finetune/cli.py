@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -394,7 +395,11 @@ def main(arguments: list[str] | None = None) -> None:
         _fail("Interrupted", 130)
     except BrokenPipeError:
         os._exit(1)
+    except MemoryError as error:
+        _fail(_out_of_memory(error), 2)
     except RuntimeError as error:
+        if _is_out_of_memory(error):
+            _fail(_out_of_memory(error), 2)
         if not _peer_is_gone(error):
             raise
         line = (
@@ -404,6 +409,20 @@ def main(arguments: list[str] | None = None) -> None:
         os.write(2, line.encode())  # in one piece, beside those of the other processes
         os._exit(2)  # nothing is left to be taken down together
     sys.exit(0)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's exception of a GPU's memory, and what its allocator of the host's says."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _out_of_memory(error: BaseException) -> str:
+    asked = re.search(r"allocate ([\d.]+ \w+|\d+ bytes)", str(error))
+    what = f" ({asked[1]} more were asked for)" if asked else ""
+    return (
+        f"The memory is not enough{what}; take a smaller training.micro_batch_size, training.checkpointing=true or "
+        "memory.budget, which chooses; a run that saved a checkpoint goes on with these and training.resume=true"
+    )
 
 
 def _peer_is_gone(error: RuntimeError) -> bool:

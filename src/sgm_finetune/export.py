@@ -16,13 +16,16 @@ from sgm_finetune.adapters.plan_file import parse_plan, plan_document
 from sgm_finetune.config import Config, parse_config
 from sgm_finetune.data import DataSplits
 from sgm_finetune.errors import UserError
-from sgm_finetune.files import whole_file, write_text
+from sgm_finetune.files import whole_file, write_text, writing
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.models import ready_for_backward
 
 PTH = "sgm_finetuned.pth"
 FORMAT = "sgm-finetuned/1"
-RESULTS = (PTH, "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html", "checkpoints")
+RESULTS = (
+    PTH, "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html", "environment.json",
+    "checkpoints",
+)  # fmt: skip
 """Everything a run writes into its output folder, and all that `output.overwrite=true` replaces."""
 
 
@@ -36,12 +39,19 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
     Shared factors are written once per member, so that an unmodified `PeftModel.from_pretrained` loads it.
     """
-    scratch = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(str(scratch))
-    tokenizer.save_pretrained(scratch)
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
+    scratch, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
+    try:
+        with writing(folder):
+            for left in (scratch, old):
+                shutil.rmtree(left, ignore_errors=True)
+            model.save_pretrained(str(scratch))
+            tokenizer.save_pretrained(scratch)
+            if folder.exists():
+                folder.rename(old)
+            scratch.rename(folder)
+    finally:
+        for left in (scratch, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def save_pth(path: Path, model: PeftModel, plan: Plan, config: Config, splits: DataSplits) -> None:

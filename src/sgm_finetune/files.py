@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +13,64 @@ from pathlib import Path
 from typing import Any
 
 from sgm_finetune.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextmanager
+def writing(path: Path, remedy: str = "") -> Iterator[None]:
+    """Turns what the system says of a disk that is full, or not to be written, into a UserError that names `path`;
+    torch and safetensors say it in exceptions of their own."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.filename and Path(error.filename) != path:
+            raise
+        raise UserError(f"Cannot write {path}: {error.strerror or error}{remedy}") from None
+    except Exception as error:
+        if (reason := _disk_says(error, path)) is None:
+            raise
+        raise UserError(f"Cannot write {path}: {reason}{remedy}") from None
+
+
+def _disk_says(error: Exception, path: Path) -> str | None:
+    text = str(error)
+    if found := re.search(r"([^:()]+) \(os error \d+\)", text):  # safetensors
+        return found[1].strip()
+    if "PytorchStreamWriter" in text or "file write failed" in text or "unexpected pos" in text:  # torch says no more
+        return f"the disk is full ({disk_free(path.parent) / 2**20:,.0f} MiB free)"
+    return None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds `folder` against other processes; the lock goes with the process, however it ends. Raises UserError where
+    another one holds it. File systems without locks (some of a network) do not hold anything."""
+    if fcntl is None:
+        yield
+        return
+    with writing(folder / LOCK):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"{folder} is in use by {holder}; wait for it, or name another output.dir") from None
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
+LOCK = ".lock"
 
 
 @contextmanager
@@ -21,11 +81,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     scratch = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield scratch
-        os.replace(scratch, path)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}") from None
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield scratch
+            os.replace(scratch, path)
     finally:
         with suppress(OSError):
             scratch.unlink(missing_ok=True)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from sgm_finetune.adapters.apply import apply_plan, check_plan, check_starts
 from sgm_finetune.adapters.plan_file import load_plan, save_plan
 from sgm_finetune.adapters.shard import Sharded, reduce_factors_only, shard_base
+from sgm_finetune.checkpoints import discard_after, last_whole_checkpoint
 from sgm_finetune.config import Config, LabelKind, load_config, parse_config, set_overrides
+from sgm_finetune.environment import environment, environment_file
 from sgm_finetune.errors import UserError
 from sgm_finetune.estimate_table import describe_estimate, estimate_table
 from sgm_finetune.estimation import Estimate, PredictionError, estimate
@@ -41,7 +41,7 @@ from sgm_finetune.export import (
     write_config,
 )
 from sgm_finetune.fast_step import prepare_adapters, prepare_base
-from sgm_finetune.files import disk_free, write_json, write_text
+from sgm_finetune.files import disk_free, locked, write_json, write_text
 from sgm_finetune.fitting import as_begun, check_fits, fit, gib
 from sgm_finetune.generation import answer_metrics, generate_answers, has_answers, questions
 from sgm_finetune.harness import harness_metrics
@@ -68,7 +68,7 @@ from sgm_finetune.models import (
 from sgm_finetune.planning import describe_plan, make_plan, remarks
 from sgm_finetune.report.page import render_report
 from sgm_finetune.report.scan_table import scan_summary
-from sgm_finetune.trainer import check_machine, last_whole_checkpoint, train, training_arguments
+from sgm_finetune.trainer import check_machine, train, training_arguments
 from sgm_finetune.voice import Voice
 
 
@@ -95,10 +95,18 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
     Raises UserError before anything large is loaded for what can be known then, and Interrupted when a signal stopped
     the training after a checkpoint. A dry run does everything up to the first step and writes nothing.
     """
+    with ExitStack() as held:
+        return _finetune(config, console, dry_run, held)
+
+
+def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) -> dict[str, Any]:
+    """`held`: keeps the output folder locked, from the beginning where it is there, else from the first file on."""
     started = time.perf_counter()
     voice, clock = _voice(console), Clock()
     config = follow_launcher(config)
     output = Path(config.output.dir)
+    if was_there := output.is_dir() and not dry_run:
+        _hold(output, held)
     if config.training.resume and (output / "config.yaml").is_file():
         config = as_begun(config, load_config(output / "config.yaml"))
     checkpoint = _claim_output(config, output)
@@ -133,7 +141,11 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
         voice.say("dry run", f"{arguments.max_steps} steps of {config.training.batch_size} would follow")
         return {**parameters, "steps": arguments.max_steps}
     if checkpoint is None and processes().is_main_process:
+        if not was_there:
+            _hold(output, held)
         _begin(config, output, measured, clock)
+    elif checkpoint is not None and processes().is_main_process:
+        discard_after(checkpoint)
     processes().wait_for_everyone()
     with clock.time("train"):
         trainer, stopped_by = train(
@@ -176,6 +188,12 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
         voice.say("memory", _describe_peak(needed.peak_bytes, metrics["peak_memory_bytes"]))
     voice.say("saved", f"{output / PTH}, {output / 'adapter'}/, {output / 'report.html'}")
     return metrics
+
+
+def _hold(output: Path, held: ExitStack) -> None:
+    """By the first process, for all."""
+    if processes().is_main_process:
+        held.enter_context(locked(output))
 
 
 @dataclass(frozen=True)
@@ -236,18 +254,34 @@ def _describe_peak(predicted: int, measured: int) -> str:
 
 
 def _begin(config: Config, output: Path, measured: Measured, clock: Clock) -> None:
-    """The output folder as training finds it: an earlier run's results gone, this run's plan and numbers there."""
-    if config.output.overwrite:
+    """The output folder as training finds it: an earlier run's results gone, this run's plan and numbers there.
+
+    The first file says that a run has begun: one that was killed before its first checkpoint can be begun anew.
+    """
+    if config.output.overwrite or _has_only_begun(output):
         clear_results(output)
-    save_plan(measured.plan, output / "plan.json")
-    write_config(output / "config.yaml", config)
     progress = {"before": measured.before, "probe": measured.probe, "seconds": clock.seconds}
-    write_json(output / "checkpoints" / "progress.json", progress)
+    write_json(output / _PROGRESS, progress)
+    write_json(output / "environment.json", environment_file(config))
+    write_config(output / "config.yaml", config)
+    save_plan(measured.plan, output / "plan.json")
+
+
+_PROGRESS = Path("checkpoints") / "progress.json"
+
+
+def _has_only_begun(output: Path) -> bool:
+    """Whether what is there was left by a run that saved no checkpoint and no result: nothing to lose."""
+    return (
+        (output / _PROGRESS).is_file()
+        and not (output / PTH).exists()
+        and last_whole_checkpoint(output / "checkpoints") is None
+    )
 
 
 def _earlier(output: Path, plan: Plan, clock: Clock) -> Measured:
     """What the interrupted run had measured; its seconds count."""
-    progress = json.loads((output / "checkpoints" / "progress.json").read_text(encoding="utf-8"))
+    progress = json.loads((output / _PROGRESS).read_text(encoding="utf-8"))
     clock.seconds |= progress["seconds"]
     return Measured(plan, progress["before"], progress["probe"])
 
@@ -494,18 +528,6 @@ def _tell_plan(plan: Plan, voice: Voice) -> None:
         voice.say("", remark)
 
 
-def environment() -> dict[str, str]:
-    names = ("sgm-finetune", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {**found, "device": device}
-
-
 def _claim_output(config: Config, output: Path) -> Path | None:
     """The checkpoint to resume from, or None for a fresh run. Raises UserError rather than touch earlier results."""
     if output.exists() and not output.is_dir():
@@ -515,27 +537,37 @@ def _claim_output(config: Config, output: Path) -> Path | None:
         checkpoint = last_whole_checkpoint(output / "checkpoints")
         if checkpoint is None:
             raise UserError(f"training.resume=true finds no checkpoint in {output / 'checkpoints'}; start without it")
-        if not (output / "plan.json").is_file() or not (output / "checkpoints" / "progress.json").is_file():
+        if not (output / "plan.json").is_file() or not (output / _PROGRESS).is_file():
             raise UserError(
                 f"{output} lacks the plan or the progress of the run to resume; start without training.resume"
             )
         _same_run(config, output)
+        _check_writable(output)
         return checkpoint
-    if present and not config.output.overwrite:
+    if present and not config.output.overwrite and not _has_only_begun(output):
         can_resume = PTH not in present and last_whole_checkpoint(output / "checkpoints") is not None
         unfinished = "; continue it with training.resume=true" if can_resume else ""
         raise UserError(
             f"{output} holds an earlier run ({', '.join(present[:3])}){unfinished}; name another output.dir, or "
             "replace it with output.overwrite=true"
         )
-    parent = next(p for p in (output, *output.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"output.dir={output} cannot be written: {parent} is read-only for you")
+    _check_writable(output)
     return None
 
 
-_FREE = ("training.resume", "training.shard", "output.dir", "output.overwrite", "plan")
-"""What may change when a run is resumed."""
+def _check_writable(output: Path) -> None:
+    parent = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"output.dir={output} cannot be made: {parent} is a file; name another folder")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"output.dir={output} cannot be written: {parent} is read-only for you")
+
+
+_FREE = (
+    "training.resume", "training.shard", "training.micro_batch_size", "training.checkpointing", "output.dir",
+    "output.overwrite", "plan",
+)  # fmt: skip
+"""What may change when a run is resumed: what changes no result beyond rounding."""
 
 
 def _same_run(config: Config, output: Path) -> None:

@@ -29,13 +29,16 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from sgm_finetune.adapters.apply import tie
 from sgm_finetune.adapters.descent import create_optimizer
+from sgm_finetune.checkpoints import WholeCheckpoints
 from sgm_finetune.config import Config, Task
 from sgm_finetune.errors import UserError
 from sgm_finetune.evaluation import by_length, sum_losses, summed_loss
+from sgm_finetune.files import writing
 from sgm_finetune.head_loss import HeadLoss
 from sgm_finetune.memory import peak_memory
 from sgm_finetune.method.plan import Plan
@@ -149,11 +152,34 @@ class SGMTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """As `Trainer` clips, and before that: UserError for a gradient that is not finite, by name, while the weights
+        are those of the step before. No public hook comes between the gradients and their clipping, which makes all of
+        them NaN when one is."""
+        if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
+            return super()._clip_grad_norm(model)
+        named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for _, p in named])
+        if not torch.isfinite(total):
+            raise UserError(_not_finite(named, self.state.global_step + 1))
+        return super()._clip_grad_norm(model)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         target = model if model is not None else self.model
         if self.plan is not None and isinstance(target, PeftModel):
             tie(target, self.plan)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _not_finite(named: Sequence[tuple[str, torch.nn.Parameter]], step: int) -> str:
+    """Which gradient it is; the norm of finite ones can be infinite, too."""
+    bad = [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
+    first = bad[0].removeprefix("base_model.model.").replace(".default", "") if bad else "all of them together"
+    what = f"`{first}`" if len(bad) == 1 else f"`{first}` and {len(bad) - 1} more" if bad else first
+    return (
+        f"The gradient of {what} is not finite at step {step}; the weights are still those of the step before, and "
+        "earlier checkpoints are whole. Try a smaller training.learning_rate or model.dtype=float32"
+    )
 
 
 def divided_batch(config: Config, world_size: int) -> tuple[int, int]:
@@ -197,7 +223,6 @@ def training_arguments(config: Config, checkpoints: Path, num_train: int, world_
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -259,7 +284,7 @@ def train(
 
     Also returns the name of the signal that ended it early, if one did; then a checkpoint of the last step is on disk.
     """
-    callbacks: list[TrainerCallback] = [NonFiniteLoss()]
+    callbacks: list[TrainerCallback] = [NonFiniteLoss(), WholeCheckpoints()]
     if config.training.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
     interruption = Interruption()
@@ -282,15 +307,25 @@ def train(
         head_loss=head_loss,
     )
     trainer.remove_callback(PrinterCallback)
-    with interruption:
+    if resume_from is not None and not trainer.is_deepspeed_enabled:
+        state = TrainerState.load_from_json(str(resume_from / TRAINER_STATE_NAME))
+        if _has_ended(state, arguments.max_steps, config.training.early_stopping_patience):
+            trainer.state = state  # Trainer would take one more step before it looks
+            best = resume_from.parent / Path(state.best_model_checkpoint or resume_from).name
+            trainer._load_from_checkpoint(str(best))
+            return trainer, None
+    remedy = "; make room and continue with training.resume=true: earlier checkpoints are whole"
+    with interruption, writing(Path(str(arguments.output_dir)), remedy):
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     return trainer, interruption.signal_name
 
 
-def last_whole_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that was completely written (its trainer state is written last), or None."""
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((path for path in found if (path / "trainer_state.json").is_file()), None)
+def _has_ended(state: TrainerState, max_steps: int, patience: int) -> bool:
+    """Whether a checkpoint is the last of its run: killed after it, only the evaluation was lost."""
+    callbacks: Any = state.stateful_callbacks or {}
+    stopping = callbacks.get(EarlyStoppingCallback.__name__) or {}
+    waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return state.global_step >= max_steps or bool(patience and waited >= patience)
 
 
 class SamplerEpoch(TrainerCallback):
@@ -317,15 +352,18 @@ class NonFiniteLoss(TrainerCallback):
                 )
 
 
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 class Interruption(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once."""
+    """Ctrl-C, SIGTERM, or a closed terminal: finish the step, save a checkpoint, stop. A second signal stops now."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -335,6 +373,8 @@ class Interruption(TrainerCallback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name is not None:
+            if signal.Signals(number).name == "SIGHUP":  # shells send it again
+                return
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
         if not torch.distributed.is_initialized():  # else perhaps there will be no end of this step

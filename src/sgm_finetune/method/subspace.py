@@ -154,12 +154,13 @@ def reconstruct(sketch: Sketch) -> tuple[Tensor, Tensor]:
     """(Q, X) with G ≈ QX, of rank k/2 (eq. 13): the single-pass approximation of Tropp et al. 2017, algorithm 4.
 
     Q (d_out x k/2) is an orthonormal basis of the output sketch's leading part and X (k/2 x d_in) solves
-    (ΩᵀQ) X = S in the least-squares sense. float64.
+    (ΩᵀQ) X = S in the least-squares sense, by the pseudo-inverse (LAPACK's gelsy, which lstsq takes, ends in
+    other digits every time). float64.
     """
     num_vectors = sketch.input.shape[0]
     basis = leading_basis(sketch.output, max(1, min(num_vectors // 2, sketch.output.shape[1]))).double()
     omega = test_matrix(sketch.output.shape[1], num_vectors, sketch.seed).double().to(basis.device)
-    return basis, torch.linalg.lstsq(omega.T @ basis, sketch.input.double()).solution
+    return basis, torch.linalg.pinv(omega.T @ basis) @ sketch.input.double()
 
 
 def cosines(sketches: Sequence[Sketch], others: Sequence[Sketch] | None = None) -> Tensor:

@@ -1,0 +1,227 @@
+"""Disks that are full, folders that are taken, numbers that are none, memory that ends: one line, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from processes import ROOT, environment
+from rich.console import Console
+from safetensors.torch import load_file
+
+from sgm_finetune import pipeline
+from sgm_finetune.checkpoints import last_whole_checkpoint
+from sgm_finetune.cli import main
+from sgm_finetune.config import load_config
+from sgm_finetune.errors import UserError
+from sgm_finetune.files import LOCK, locked, whole_file
+from sgm_finetune.trainer import SGMTrainer
+
+
+def finetune(settings: list[str]) -> dict:
+    return pipeline.finetune(load_config(None, settings), Console(quiet=True))
+
+
+def refused(settings: list[str], tmp_path: Path, capfd) -> str:
+    """What the command says in its one line."""
+    (tmp_path / "empty.yaml").write_text("")
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(["finetune", "--config", str(tmp_path / "empty.yaml"), *settings])
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2
+    assert "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+@contextmanager
+def small_disk(folder: Path, size: str):
+    """A file system of its own; for root alone."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip("file systems can be mounted by root alone")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_a_checkpoint_leaves_the_one_before(settings, tmp_path, capfd, monkeypatch):
+    """The disk has 32 KiB left when the second checkpoint begins, which takes about ten times as much."""
+    settings = [*settings, "training.eval_steps=5", "training.learning_rate=1e-2"]
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        monkeypatch.setattr(pipeline, "disk_free", lambda folder: 2**40)
+        fill = disk / "other"
+        output = disk / "out"
+        begin = SGMTrainer._save_checkpoint
+
+        def crowded(self, model, trial):
+            if self.state.global_step == 10:
+                free = os.statvfs(disk)
+                fill.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - 2**15)))
+            return begin(self, model, trial)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SGMTrainer, "_save_checkpoint", crowded)
+            line = refused([*settings, f"output.dir={output}"], tmp_path, capfd)
+        assert line.startswith(f"Cannot write {output / 'checkpoints'}: ")
+        assert "make room and continue with training.resume=true" in line
+        kept = last_whole_checkpoint(output / "checkpoints")
+        assert kept is not None
+        assert kept.name == "checkpoint-5"
+        fill.unlink()
+        metrics = finetune([*settings, f"output.dir={output}", "training.resume=true"])
+        whole = finetune([*settings, f"output.dir={tmp_path / 'whole'}"])
+        assert metrics["after"] == whole["after"]
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path: torch.save(torch.zeros(2**20), path), lambda path: path.write_bytes(bytes(2**22))]
+)
+def test_a_file_that_does_not_fit_is_not_there(write, tmp_path):
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        with pytest.raises(UserError, match=r"Cannot write .*file.bin: "), whole_file(disk / "file.bin") as scratch:
+            write(scratch)
+        assert list(disk.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(settings, tmp_path, capfd, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    line = refused([*settings, f"output.dir={tmp_path / 'file' / 'out'}"], tmp_path, capfd)
+    assert line.endswith(f"cannot be made: {tmp_path / 'file'} is a file; name another folder")
+    monkeypatch.setattr(pipeline.os, "access", lambda path, mode, **options: mode != os.W_OK)
+    monkeypatch.setattr(pipeline, "prepare", lambda *arguments: pytest.fail("read the data"))
+    assert "is read-only for you" in refused(settings, tmp_path, capfd)
+
+
+def test_two_runs_into_one_folder_are_one_too_many(settings, tmp_path, capfd):
+    output = tmp_path / "out"
+    with locked(output):
+        line = refused([*settings, f"output.dir={output}"], tmp_path, capfd)
+    assert line.startswith(f"{output} is in use by process {os.getpid()} on ")
+    assert sorted(path.name for path in output.iterdir()) == [LOCK]
+
+
+def test_the_lock_of_a_process_that_was_killed_is_gone(tmp_path):
+    code = f"""
+import time
+from pathlib import Path
+from sgm_finetune.files import locked
+with locked(Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"is in use by process {process.pid} on "), locked(tmp_path):
+        pass
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with locked(tmp_path):
+        pass
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_step_and_is_named(settings, tmp_path, capfd, monkeypatch):
+    """From step 7 on, one factor's gradient holds a NaN: the weights are those of step 6, which a checkpoint holds."""
+    settings = [*settings, "training.eval_steps=3", "training.learning_rate=1e-2"]
+    seen: dict[str, torch.Tensor] = {}
+    step = SGMTrainer.training_step
+
+    def poisoned(self, model, *arguments, **options):
+        loss = step(self, model, *arguments, **options)
+        if self.state.global_step == 6:
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    seen[name] = parameter.detach().clone()
+                if "layers.2.mlp.down_proj.lora_B" in name:
+                    parameter.grad[0, 0] = float("nan")
+            seen["model"] = model
+        return loss
+
+    monkeypatch.setattr(SGMTrainer, "training_step", poisoned)
+    line = refused(settings, tmp_path, capfd)
+    assert "The gradient of `model.layers.2.mlp.down_proj.lora_B.weight` is not finite at step 7" in line
+    model = seen.pop("model")
+    parameters = dict(model.named_parameters())
+    assert all(torch.equal(parameters[name], before) for name, before in seen.items())
+    kept = last_whole_checkpoint(tmp_path / "out" / "checkpoints")
+    assert kept is not None
+    assert kept.name == "checkpoint-6"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."),
+     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")],
+)  # fmt: skip
+def test_memory_that_is_not_enough_is_one_line_with_what_helps(error, settings, tmp_path, capfd, monkeypatch):
+    def train(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(pipeline, "train", train)
+    line = refused(settings, tmp_path, capfd)
+    assert line.startswith("The memory is not enough")
+    assert "training.micro_batch_size" in line
+    if isinstance(error, RuntimeError):
+        assert ("4096 bytes" in line) or ("2.50 GiB" in line)
+
+
+@pytest.mark.slow
+def test_data_that_vanished_is_said_when_a_run_goes_on(settings, reviews, tmp_path, capfd):
+    copy = tmp_path / "copy.csv"
+    copy.write_bytes(reviews.read_bytes())
+    settings = [*settings, f"data.train={copy}", "training.eval_steps=5", "training.max_steps=5"]
+    finetune(settings)
+    copy.unlink()
+    assert f"data.train={copy} does not exist" in refused([*settings, "training.resume=true"], tmp_path, capfd)
+    assert last_whole_checkpoint(tmp_path / "out" / "checkpoints") is not None
+
+
+@pytest.mark.slow
+def test_one_seed_gives_one_run_and_says_where_it_was_made(settings, tmp_path):
+    """Bits of the adapter, the plan and the numbers; environment.json tells what has to be equal for that."""
+    found = [finetune([*settings, "adapter.dropout=0.1", f"output.dir={tmp_path / name}"]) for name in "ab"]
+    for name in ("before", "after", "probe", "best_step"):
+        assert found[0][name] == found[1][name]
+    left, right = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "ab")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert (tmp_path / "a" / "plan.json").read_bytes() == (tmp_path / "b" / "plan.json").read_bytes()
+    said = json.loads((tmp_path / "a" / "environment.json").read_text())
+    assert said["versions"]["torch"] == torch.__version__
+    assert said["seeds"] == {"training": 0, "data": 0, "probe": 0}
+    assert said["machine"]["threads"] == torch.get_num_threads()
+    assert not [name for name in said["variables"] if "TOKEN" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there are no terminals that close")
+def test_a_terminal_that_closes_leaves_a_checkpoint(settings, tmp_path):
+    (tmp_path / "empty.yaml").write_text("")
+    settings = [*settings, "training.max_steps=400", "training.eval_steps=400", "training.learning_rate=1e-3"]
+    process = subprocess.Popen(
+        [sys.executable, "src/finetune.py", "--config", str(tmp_path / "empty.yaml"), *settings],
+        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out" / "plan.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGHUP)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "SIGHUP: finishing this step and saving a checkpoint" in said
+    assert "continue with training.resume=true" in said
+    assert last_whole_checkpoint(tmp_path / "out" / "checkpoints") is not None
