@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sgm_finetune.adapters.apply import ADAPTER, check_plan, tie
 from sgm_finetune.adapters.plan_file import parse_plan, plan_document
-from sgm_finetune.config import Config, parse_config
+from sgm_finetune.config import Config, LabelKind, parse_config
 from sgm_finetune.errors import UserError
 from sgm_finetune.files import whole_file, write_text
 from sgm_finetune.method.plan import Plan
@@ -21,8 +21,8 @@ from sgm_finetune.models import ready_for_backward
 
 PTH = "sgm_finetuned.pth"
 FORMAT = "sgm-finetuned/1"
-RESULTS = (PTH, "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html", "checkpoints")
-"""Everything a run writes into its output folder, and all that `output.overwrite=true` replaces."""
+RESULTS = (PTH, "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html", "checkpoints", "export")
+"""Everything a run, or the export of its result, writes into its output folder, and all that `output.overwrite=true` replaces."""
 
 
 def write_config(path: Path, config: Config) -> None:
@@ -43,10 +43,13 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
     scratch.rename(folder)
 
 
-def save_pth(path: Path, model: PeftModel, plan: Plan, config: Config, labels: tuple[str, ...]) -> None:
+def save_pth(
+    path: Path, model: PeftModel, plan: Plan, config: Config, labels: tuple[str, ...], label_kind: LabelKind | None
+) -> None:
     """One file of tensors and plain data with all that `sgm evaluate` needs but the base model.
 
-    Keys: format, adapter (name -> tensor, a shared factor's storage once), peft_config, plan, config, labels.
+    Keys: format, adapter (name -> tensor, a shared factor's storage once), peft_config, plan, config, labels,
+    label_kind.
     """
     state = {name: tensor.detach().cpu() for name, tensor in _once(get_peft_model_state_dict(model)).items()}
     content = {
@@ -56,6 +59,7 @@ def save_pth(path: Path, model: PeftModel, plan: Plan, config: Config, labels: t
         "plan": plan_document(plan),
         "config": config.model_dump(mode="json"),
         "labels": list(labels),
+        "label_kind": label_kind,
     }
     with whole_file(path) as scratch:
         torch.save(content, scratch)
@@ -105,6 +109,18 @@ def pth_config(content: dict[str, Any]) -> Config:
 def attach_adapter(base: PreTrainedModel, content: dict[str, Any], where: Path) -> PeftModel:
     """`base` with the trained adapter of a loaded .pth file, its groups tied."""
     ready_for_backward(base)
+    model = attach_untrained(base, content, where)
+    try:
+        outcome = set_peft_model_state_dict(model, content["adapter"])
+    except RuntimeError as error:
+        raise UserError(f"{where} does not fit the base model: {_brief(error)}") from None
+    if outcome.unexpected_keys:
+        raise UserError(f"{where} does not fit the base model: it holds `{outcome.unexpected_keys[0]}`")
+    return model.eval()  # type: ignore[return-value]
+
+
+def attach_untrained(base: PreTrainedModel, content: dict[str, Any], where: Path) -> PeftModel:
+    """`base` with an adapter of the shapes that a loaded .pth file holds, its groups tied; also on device "meta"."""
     settings = {k: v for k, v in content["peft_config"].items() if k in LoraConfig.__dataclass_fields__}
     plan = parse_plan(content["plan"], str(where))
     try:
@@ -114,13 +130,7 @@ def attach_adapter(base: PreTrainedModel, content: dict[str, Any], where: Path) 
         raise UserError(f"{where} does not fit the base model; take the one it was trained on. {reason}") from None
     model = get_peft_model(base, LoraConfig(**settings))
     tie(model, plan)  # type: ignore[arg-type]
-    try:
-        outcome = set_peft_model_state_dict(model, content["adapter"])
-    except RuntimeError as error:
-        raise UserError(f"{where} does not fit the base model: {_brief(error)}") from None
-    if outcome.unexpected_keys:
-        raise UserError(f"{where} does not fit the base model: it holds `{outcome.unexpected_keys[0]}`")
-    return model.eval()  # type: ignore[return-value]
+    return model  # type: ignore[return-value]
 
 
 def clear_results(folder: Path) -> None:

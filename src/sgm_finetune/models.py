@@ -29,7 +29,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from sgm_finetune.config import LabelKind, ModelConfig
+from sgm_finetune.config import LabelKind, ModelConfig, Task
 from sgm_finetune.errors import UserError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,6 +103,13 @@ _AUTO: dict[str, Any] = {
     "token-classification": AutoModelForTokenClassification,
     "seq2seq-lm": AutoModelForSeq2SeqLM,
 }
+
+
+def auto_class(task: Task) -> Any:
+    """Transformers' loader of models for the task."""
+    return _AUTO[task]
+
+
 _PROBLEMS: dict[LabelKind, str] = {
     "class": "single_label_classification",
     "classes": "multi_label_classification",

@@ -581,7 +581,7 @@ def _save(
     history: list[dict[str, Any]], output: Path,
 ) -> None:  # fmt: skip
     save_adapter(model, materials.tokenizer, output / "adapter")
-    save_pth(output / PTH, model, plan, config, materials.splits.labels)
+    save_pth(output / PTH, model, plan, config, materials.splits.labels, materials.splits.label_kind)
     write_text(output / "report.html", render_report(config=config, plan=plan, metrics=metrics, history=history))
     write_json(output / "metrics.json", metrics)
 
