@@ -21,7 +21,17 @@ from sgm_finetune.models import ready_for_backward
 
 PTH = "sgm_finetuned.pth"
 FORMAT = "sgm-finetuned/1"
-RESULTS = (PTH, "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html", "checkpoints", "export")
+RESULTS = (
+    PTH,
+    "adapter",
+    "plan.json",
+    "plan.safetensors",
+    "config.yaml",
+    "metrics.json",
+    "report.html",
+    "checkpoints",
+    "export",
+)
 """Everything a run, or the export of its result, writes into its output folder, and all that `output.overwrite=true` replaces."""
 
 

@@ -33,7 +33,13 @@ _TEXTS = (
     "The old mill by the river had been empty for 27 years when Anna first walked through its door.",
     "Water boils at a lower temperature on a mountain, because the air presses less on it there.",
 )
-_TOKENS = ("It's 1,234.5 km", "  two  spaces\n\n\tand a tab", "Où est l'œuvre? 東京 🙂", "def f(x):\n    return x**2", "HTTP2023")
+_TOKENS = (
+    "It's 1,234.5 km",
+    "  two  spaces\n\n\tand a tab",
+    "Où est l'œuvre? 東京 🙂",
+    "def f(x):\n    return x**2",
+    "HTTP2023",
+)
 """What a tokenizer is compared on, besides `_TEXTS`."""
 _LENGTH = 24
 
