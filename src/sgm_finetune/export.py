@@ -32,7 +32,7 @@ RESULTS = (
     "checkpoints",
     "export",
 )
-"""Everything a run, or the export of its result, writes into its output folder, and all that `output.overwrite=true` replaces."""
+"""Everything that a run or `sgm export` writes into the output folder, and all that `output.overwrite=true` replaces."""
 
 
 def write_config(path: Path, config: Config) -> None:
@@ -116,6 +116,11 @@ def pth_config(content: dict[str, Any]) -> Config:
     return parse_config(content["config"], PTH)
 
 
+def lora_config(content: dict[str, Any]) -> LoraConfig:
+    """PEFT's configuration of the adapter in a loaded .pth file."""
+    return LoraConfig(**{k: v for k, v in content["peft_config"].items() if k in LoraConfig.__dataclass_fields__})
+
+
 def attach_adapter(base: PreTrainedModel, content: dict[str, Any], where: Path) -> PeftModel:
     """`base` with the trained adapter of a loaded .pth file, its groups tied."""
     ready_for_backward(base)
@@ -131,14 +136,13 @@ def attach_adapter(base: PreTrainedModel, content: dict[str, Any], where: Path) 
 
 def attach_untrained(base: PreTrainedModel, content: dict[str, Any], where: Path) -> PeftModel:
     """`base` with an adapter of the shapes that a loaded .pth file holds, its groups tied; also on device "meta"."""
-    settings = {k: v for k, v in content["peft_config"].items() if k in LoraConfig.__dataclass_fields__}
     plan = parse_plan(content["plan"], str(where))
     try:
         check_plan(base, plan)
     except UserError as error:
         reason = str(error).partition(";")[0]
         raise UserError(f"{where} does not fit the base model; take the one it was trained on. {reason}") from None
-    model = get_peft_model(base, LoraConfig(**settings))
+    model = get_peft_model(base, lora_config(content))
     tie(model, plan)  # type: ignore[arg-type]
     return model  # type: ignore[return-value]
 

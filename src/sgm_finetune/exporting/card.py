@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -53,8 +54,8 @@ def model_card(result: Result, to: Format, comparison: Mapping[str, Any], files:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title(result)}",
-        f"`{base_name(config.model.name)}`, fine-tuned with sgm-finetune by spectral gradient merging (LoRA whose factors "
-        f"some matrices share), task `{config.model.task}`.",
+        f"`{base_name(config.model.name)}`, fine-tuned with sgm-finetune by spectral gradient merging (LoRA, some of whose "
+        f"factors are shared by matrices), task `{config.model.task}`.",
         _contents(result, to, comparison),
         f"## Data\n\n{metrics.get('data') or base_name(config.data.name or config.data.train or 'unknown')}",
         _scores(metrics),
@@ -66,8 +67,6 @@ def model_card(result: Result, to: Format, comparison: Mapping[str, Any], files:
 
 def hub_model(name: str) -> str | None:
     """The name, where others can have the model by it: a hub id."""
-    from pathlib import Path
-
     return name if name.count("/") == 1 and not Path(name).expanduser().exists() and not name.startswith(".") else None
 
 
@@ -100,8 +99,8 @@ def _contents(result: Result, to: Format, comparison: Mapping[str, Any]) -> str:
         )
     text.append(
         f"Loaded again by {comparison['by']}, its logits differ from those of the unquantised base with the update by "
-        f"{comparison['difference']:.1e} (relative norm, {comparison['num_positions']} positions), the largest logit is the same in "
-        f"{comparison['top_agreement']:.0%} of them."
+        f"{comparison['difference']:.1e} (relative norm, {comparison['num_positions']} positions); the largest logit is "
+        f"the same in {comparison['top_agreement']:.0%} of them."
     )
     return "\n".join(text)
 

@@ -1,4 +1,4 @@
-"""An Ollama Modelfile: the chat template in Go's template language, found by looking at what the tokenizer's own writes.
+"""An Ollama Modelfile: the chat template in Go's language, found by looking at what the tokenizer's own writes.
 
 A format is what stands before and after each role's content; it is kept only where it gives, character for character,
 what the tokenizer's template gives on `CONVERSATIONS`.

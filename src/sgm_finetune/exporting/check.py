@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -199,37 +203,33 @@ def check_gguf(result: Result, file: Path, expected: Reference, stored_in: str) 
 
 
 def _llama_cpp_logits(result: Result, file: Path, ids: Tensor) -> Tensor:
-    import llama_cpp
-
-    model = llama_cpp.Llama(
-        str(file), n_ctx=max(64, ids.shape[1]), logits_all=True, verbose=False, n_gpu_layers=0,
-        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-    )  # fmt: skip
-    try:
-        check_tokens(result, model)
-        rows = []
-        for row in ids.tolist():
-            model.reset()
-            model.eval(row)
-            rows.append(np.array(model.scores[: len(row)], dtype=np.float32))
-        return torch.from_numpy(np.stack(rows))
-    finally:
-        model.close()
-        free_models()
-
-
-def check_tokens(result: Result, model: Any) -> None:
-    """Raises UserError unless llama.cpp's tokenizer cuts texts into the tokens that the model was trained with."""
+    """In a process of its own, after its tokens have been compared."""
     chat = chat_text(result)
-    for text in (*_TEXTS, *_TOKENS, *([chat] if chat else [])):
-        for special in (False, True):
-            expected = list(result.tokenizer(text, add_special_tokens=special)["input_ids"])  # type: ignore[arg-type]
-            found = model.tokenize(text.encode(), add_bos=special, special=True)
-            if found != expected:
-                raise UserError(
-                    f"llama.cpp cuts {text!r} into the tokens {found[:8]}, the tokenizer into {expected[:8]}; this "
-                    "tokenizer cannot be brought to GGUF here, take --to merged"
-                )
+    texts = [*_TEXTS, *_TOKENS, *([chat] if chat else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        asked, results = Path(folder) / "asked.json", Path(folder) / "results.npz"
+        asked.write_text(json.dumps({"model": str(file), "ids": ids.tolist(), "texts": texts}), encoding="utf-8")
+        command = [sys.executable, str(Path(__file__).with_name("llama_cpp_logits.py")), str(asked), str(results)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+            raise UserError(f"llama.cpp could not be asked about the GGUF file, which was not kept: {reason}")
+        with np.load(results) as found:
+            for at, text in enumerate(texts):
+                check_tokens(result, text, [found[f"{at}.0"].tolist(), found[f"{at}.1"].tolist()])
+            return torch.from_numpy(found["logits"])
+
+
+def check_tokens(result: Result, text: str, found: Sequence[list[int]]) -> None:
+    """Raises UserError unless llama.cpp cuts the text into the tokens that the tokenizer does: without, and with those
+    around it."""
+    for around, tokens in enumerate(found):
+        expected = list(result.tokenizer(text, add_special_tokens=bool(around))["input_ids"])  # type: ignore[arg-type]
+        if tokens != expected:
+            raise UserError(
+                f"llama.cpp cuts {text!r} into the tokens {tokens[:8]}, the tokenizer into {expected[:8]}; this "
+                "tokenizer cannot be brought to GGUF here, take --to merged"
+            )
 
 
 def chat_text(result: Result) -> str | None:
@@ -238,8 +238,8 @@ def chat_text(result: Result) -> str | None:
         return None
     messages = [{"role": "user", "content": "Where is 東京?"}, {"role": "assistant", "content": "In Japan."}]
     text = str(result.tokenizer.apply_chat_template(messages, tokenize=False))
-    bos = result.tokenizer.bos_token
-    return text.removeprefix(bos) if bos and _adds_bos(result) else text
+    bos = str(result.tokenizer.bos_token or "")
+    return text.removeprefix(bos) if _adds_bos(result) else text
 
 
 def _adds_bos(result: Result) -> bool:

@@ -13,11 +13,10 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoConfig, PreTrainedModel
 
-from sgm_finetune.adapters.apply import ADAPTER
 from sgm_finetune.config import Config
 from sgm_finetune.errors import UserError
-from sgm_finetune.export import attach_adapter
 from sgm_finetune.exporting import gguf_file
+from sgm_finetune.exporting.adapter import write_adapter
 from sgm_finetune.exporting.card import Format, hub_model, model_card
 from sgm_finetune.exporting.chat_format import CONVERSATIONS, ChatFormat, find_format, modelfile
 from sgm_finetune.exporting.check import (
@@ -31,7 +30,7 @@ from sgm_finetune.exporting.check import (
 from sgm_finetune.exporting.gguf_file import GgufType
 from sgm_finetune.exporting.hub import check_push, push
 from sgm_finetune.exporting.merge import MergedTensor, merged_tensors
-from sgm_finetune.exporting.result import Result, base_skeleton, dtype_name, load_unquantised, read_result
+from sgm_finetune.exporting.result import Result, base_skeleton, dtype_name, read_result
 from sgm_finetune.exporting.shards import SHARD_BYTES, write_config_files, write_shards
 from sgm_finetune.files import disk_free, whole_folder, write_json, write_text
 from sgm_finetune.memory import peak_memory, release_memory
@@ -164,11 +163,7 @@ def _adapter(result: Result, request: Request, voice: Voice) -> _Prepared:
     num_bytes = sum(tensor.nbytes for tensor in result.content["adapter"].values()) + _TEXT_BYTES
 
     def write(folder: Path) -> dict[str, str]:
-        base = load_unquantised(result, "float32" if num_parameters < 2**28 else "auto")
-        model = attach_adapter(base, result.content, result.path)
-        model.peft_config[ADAPTER].base_model_name_or_path = _base_for_peft(result)
-        model.save_pretrained(str(folder))
-        result.tokenizer.save_pretrained(folder)
+        write_adapter(result, skeleton, _base_for_peft(result), folder)
         return {}
 
     return _Prepared(

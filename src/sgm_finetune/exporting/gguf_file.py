@@ -6,7 +6,8 @@ import importlib.util
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,8 +37,8 @@ def check_exportable(result: Result, config: PreTrainedConfig) -> Vocabulary:
     kind = config.model_type
     if kind not in ARCHITECTURES:
         raise UserError(
-            f"--to gguf knows {', '.join(ARCHITECTURES)}, and this base is a {kind}; take --to merged, and the converter "
-            "of llama.cpp"
+            f"--to gguf knows {', '.join(ARCHITECTURES)}, and this base is a {kind}; take --to merged, and "
+            "the converter of llama.cpp"
         )
     rope = _rope(config)
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
@@ -199,12 +200,13 @@ def _numpy_type(stored: Any) -> Any:
     return np.dtype({"F32": "float32", "F16": "float16"}.get(stored.name, "uint8"))
 
 
-class _quiet:  # noqa: N801
+@contextmanager
+def _quiet() -> Iterator[None]:
     """The gguf package says on standard error what it adds."""
-
-    def __enter__(self) -> None:
-        self.level = logging.getLogger("gguf").level
-        logging.getLogger("gguf").setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("gguf").setLevel(self.level)
+    logger = logging.getLogger("gguf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -179,7 +179,7 @@ def _layer_updates(
             A, B = (state.pop(f"{paths[id(layer)]}.{factor}.weight").float() for factor in ("lora_A", "lora_B"))
         except KeyError as key:
             raise UserError(f"{result.path} lacks {key}; train again, or take the file as it was written") from None
-        scale, experts = layer.scaling[ADAPTER], num_experts(layer)  # type: ignore[index]
+        scale, experts = float(layer.scaling[ADAPTER]), num_experts(layer)  # type: ignore[index]
         if experts == 1 and name not in transposed:
             found[name] = partial(linear_update, A, B, scale, bool(layer.fan_in_fan_out))
         else:
