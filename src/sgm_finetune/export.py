@@ -32,7 +32,7 @@ RESULTS = (
     "checkpoints",
     "export",
 )
-"""Everything that a run or `sgm export` writes into the output folder, and all that `output.overwrite=true` replaces."""
+"""Everything that a run, or `sgm export`, writes into the output folder; `output.overwrite=true` replaces all of it."""
 
 
 def write_config(path: Path, config: Config) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from huggingface_hub import ModelCard, ModelCardData
 
 from sgm_finetune.adapters.plan_file import parse_plan
+from sgm_finetune.evaluation import MEASURES, Measure
 from sgm_finetune.exporting.result import Result
 from sgm_finetune.planning import describe_plan
 
@@ -27,18 +28,6 @@ _AUTO = {
     "token-classification": "AutoModelForTokenClassification",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
 }
-_SCORES = (
-    "loss",
-    "perplexity",
-    "accuracy",
-    "macro_f1",
-    "entity_f1",
-    "exact_match",
-    "rouge_l",
-    "bleu",
-    "r2",
-    "num_examples",
-)
 
 
 def model_card(result: Result, to: Format, comparison: Mapping[str, Any], files: Mapping[str, str]) -> str:
@@ -54,8 +43,8 @@ def model_card(result: Result, to: Format, comparison: Mapping[str, Any], files:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title(result)}",
-        f"`{base_name(config.model.name)}`, fine-tuned with sgm-finetune by spectral gradient merging (LoRA, some of whose "
-        f"factors are shared by matrices), task `{config.model.task}`.",
+        f"`{base_name(config.model.name)}`, fine-tuned with sgm-finetune by spectral gradient merging (LoRA, some "
+        f"of whose factors are shared by matrices), task `{config.model.task}`.",
         _contents(result, to, comparison),
         f"## Data\n\n{metrics.get('data') or base_name(config.data.name or config.data.train or 'unknown')}",
         _scores(metrics),
@@ -98,9 +87,9 @@ def _contents(result: Result, to: Format, comparison: Mapping[str, Any]) -> str:
             f"which were measured on the {quantised} base, can differ a little."
         )
     text.append(
-        f"Loaded again by {comparison['by']}, its logits differ from those of the unquantised base with the update by "
-        f"{comparison['difference']:.1e} (relative norm, {comparison['num_positions']} positions); the largest logit is "
-        f"the same in {comparison['top_agreement']:.0%} of them."
+        f"Loaded again by {comparison['by']}, its logits differ from those of the unquantised base with the update "
+        f"by {comparison['difference']:.1e} (relative norm, {comparison['num_positions']} positions); the largest logit "
+        f"is the same in {comparison['top_agreement']:.0%} of them."
     )
     return "\n".join(text)
 
@@ -108,22 +97,17 @@ def _contents(result: Result, to: Format, comparison: Mapping[str, Any]) -> str:
 def _scores(metrics: Mapping[str, Any]) -> str:
     before, after = metrics.get("before", {}), metrics.get("after", {})
     rows = [
-        f"| {name.replace('_', ' ')} | {_number(before.get(name))} | {_number(after[name])} |"
-        for name in _SCORES
-        if isinstance(after.get(name), int | float)
+        f"| {measure.name} | {_number(before.get(measure.key), measure)} | {_number(after[measure.key], measure)} |"
+        for measure in MEASURES
+        if measure.key in after
     ]
     if not rows:
         return ""
     return "\n".join(["## Scores on test data", "", "| | before | after |", "|---|---|---|", *rows])
 
 
-def _number(value: Any) -> str:
-    match value:
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:.4f}"
-    return "–"
+def _number(value: float | None, measure: Measure) -> str:
+    return "–" if value is None else f"{value:.{measure.digits}f}"
 
 
 def _usage(result: Result, to: Format, files: Mapping[str, str]) -> str:
