@@ -18,9 +18,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sgm_finetune import pipeline
-from sgm_finetune.config import load_config
+from sgm_finetune.adapters.apply import apply_plan
+from sgm_finetune.config import LabelKind, Task, load_config
 from sgm_finetune.errors import UserError
-from sgm_finetune.export import attach_adapter
+from sgm_finetune.export import attach_adapter, save_pth
 from sgm_finetune.exporting import check, merge
 from sgm_finetune.exporting.chat_format import CONVERSATIONS, find_format, modelfile
 from sgm_finetune.exporting.command import Request, export_result
@@ -29,7 +30,9 @@ from sgm_finetune.exporting.gguf_vocabulary import vocabulary
 from sgm_finetune.exporting.merge import linear_update, merged_tensors, stack_update
 from sgm_finetune.exporting.result import load_unquantised, read_result
 from sgm_finetune.exporting.shards import write_shards
-from sgm_finetune.models import auto_class
+from sgm_finetune.measure.scan import scan
+from sgm_finetune.models import auto_class, load_model
+from sgm_finetune.planning import make_plan
 from sgm_finetune.voice import Voice
 
 ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -60,20 +63,29 @@ def data(tmp_path_factory, reviews) -> dict[str, Path]:
     }
 
 
-def task_of(name: str) -> str:
-    return (
-        "causal-lm" if name in DECODERS else "seq2seq-lm" if name in ENCODER_DECODERS else "sequence-classification"
-    )  # fmt: skip
+def task_of(name: str) -> Task:
+    if name in DECODERS:
+        return "causal-lm"
+    return "seq2seq-lm" if name in ENCODER_DECODERS else "sequence-classification"
 
 
-def train(model: Path, task: str, source: Path, output: Path, *more: str) -> list[str]:
-    """A short run with large steps; returns the override that names its result."""
-    overrides = [
-        f"model.name={model}", f"model.task={task}", f"data.train={source}", "data.max_length=32",
-        "probe.num_batches=2", "probe.sketch_size=12", "adapter.rank=4", "training.max_steps=3", "training.batch_size=8",
-        "training.learning_rate=0.1", "evaluation.num_generated=0", f"output.dir={output}", *more,
-    ]  # fmt: skip
-    pipeline.finetune(load_config(None, overrides), quiet())
+def train(model: Path, task: Task, source: Path, output: Path, *more: str) -> list[str]:
+    """A result as a run leaves it, of factors drawn at random; returns the override that names it."""
+    settings = [f"model.name={model}", f"model.task={task}", f"data.train={source}", "data.max_length=32"]
+    settings += ["merge.side=none", "adapter.rank=4", f"output.dir={output}", *more]
+    config = load_config(None, settings)
+    labels = ("bad", "good") if task == "sequence-classification" else ()
+    kind: LabelKind | None = "class" if labels else None
+    base, new = load_model(config.model, model, labels, make_tokenizer().pad_token_id, None, kind)
+    plan = make_plan(scan(model), None, config, base)
+    adapted = apply_plan(base, plan, new)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    save_pth(output / "sgm_finetuned.pth", adapted, plan, config, labels, kind)
+    scores = {"before": {"loss": 3.25}, "after": {"loss": 1.125}, "data": f"{source.name}: 60 train"}
+    (output / "metrics.json").write_text(json.dumps(scores))
     return [f"output.dir={output}"]
 
 
@@ -233,9 +245,7 @@ def spoiled(name: str, monkeypatch) -> None:
 @pytest.mark.parametrize("name", ["an update that is left out", "an update that is taken away"])
 def test_an_export_that_computes_something_else_is_not_kept(name, llama, tmp_path, monkeypatch):
     spoiled(name, monkeypatch)
-    with pytest.raises(
-        UserError, match=r"computes something else than was trained: logits differ by .* nothing was kept"
-    ):
+    with pytest.raises(UserError, match=r"computes something else than was trained: .* nothing was kept"):
         exported(llama, "merged", output=tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
@@ -275,13 +285,13 @@ def test_a_comparison_sees_how_much_of_the_update_arrived():
 # GGUF
 
 
-def bpe_tokenizer(byte_fallback: bool = False):
+def bpe_tokenizer(byte_fallback: bool = False, divides_digits: bool = True):
     """A pico tokenizer of a kind that GGUF knows: byte-level BPE, or BPE with bytes to fall back on."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<unk>", "<s>", "</s>"]
-    corpus = [" ".join(WORDS), TEXT, "It's 1234 and 56, isn't it?"]
+    corpus = [" ".join(WORDS), TEXT, "It's 2023 and 1234, isn't it? " * 9]
     if byte_fallback:
         raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -294,9 +304,8 @@ def bpe_tokenizer(byte_fallback: bool = False):
         raw = Tokenizer.from_str(json.dumps(state))
     else:
         raw = Tokenizer(models.BPE())
-        raw.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
+        steps = [pre_tokenizers.Digits(individual_digits=True)] * divides_digits
+        raw.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False)])
         raw.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=384, special_tokens=special, show_progress=False,
@@ -393,20 +402,22 @@ def test_a_tokenizer_of_sentencepiece_s_kind_goes_the_same_way(data, tmp_path):
 
 
 @needs_llama_cpp
-def test_a_tokenizer_that_llama_cpp_cuts_otherwise_is_refused(small, tmp_path, monkeypatch):
+def test_a_tokenizer_that_llama_cpp_cuts_otherwise_is_refused(data, tmp_path, monkeypatch):
     from sgm_finetune.exporting import gguf_vocabulary
 
-    rules = dict.fromkeys(gguf_vocabulary._RULES, "gpt-2")  # whose digits stay together
-    monkeypatch.setattr(gguf_vocabulary, "_RULES", rules)
-    with pytest.raises(UserError, match=r"llama\.cpp cuts .* into the tokens"):
-        exported(small, "gguf", gguf_type="f32", output=tmp_path / "g")
-    assert list(tmp_path.iterdir()) == []
+    model = save_decoder("llama", tmp_path / "m", bpe_tokenizer(divides_digits=False))
+    where = train(model, "causal-lm", data["causal-lm"], tmp_path / "out")
+    monkeypatch.setattr(gguf_vocabulary, "_RULES", dict.fromkeys(gguf_vocabulary._RULES, "smollm"))
+    with pytest.raises(UserError, match=r"llama\.cpp cuts .*1,234.* into the tokens"):
+        exported(where, "gguf", gguf_type="f32", output=tmp_path / "g")
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "out"}
 
 
 def test_the_rule_that_cuts_text_is_told_by_the_tokenizer():
     assert vocabulary(bpe_tokenizer(), 448).pre == "smollm"
+    assert vocabulary(bpe_tokenizer(divides_digits=False), 448).pre == "gpt-2"
     assert vocabulary(bpe_tokenizer(byte_fallback=True), 448).model == "llama"
-    with pytest.raises(UserError, match="does not know this tokenizer .WordLevel"):
+    with pytest.raises(UserError, match=r"does not know this tokenizer \(WordLevel"):
         vocabulary(make_tokenizer(), 32)
 
 
@@ -426,8 +437,8 @@ CHATML = (
 )
 TEMPLATES = {
     "ChatML": CHATML,
-    "ChatML with a system message of its own": "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are "
-    "helpful<|im_end|>\n' }}{% endif %}" + CHATML,
+    "ChatML with a system message of its own": "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}" + CHATML,
     "Llama 3": "{{ '<s>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
     "m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
@@ -499,8 +510,7 @@ def test_a_system_message_of_the_template_is_ollamas():
 def test_the_card_says_what_it_is_and_names_no_folder_of_this_machine(llama, tmp_path):
     exported(llama, "merged", output=tmp_path / "m")
     card = (tmp_path / "m/README.md").read_text()
-    metrics = json.loads((Path(llama[0].partition("=")[2]) / "metrics.json").read_text())
-    assert f"| loss | {metrics['before']['loss']:.4f} | {metrics['after']['loss']:.4f} |" in card
+    assert "| loss | 3.2500 | 1.1250 |" in card
     assert card.startswith("---\n")
     for word in ("library_name: transformers", "pico-llama", "text.txt", "AutoModelForCausalLM", "rank 4", "peft 0."):
         assert word in card
@@ -553,9 +563,7 @@ def test_what_fails_its_check_is_not_uploaded(llama, hub, tmp_path, monkeypatch)
 
 def test_an_upload_that_fails_leaves_the_folder_and_says_how_to_go_on(llama, hub, tmp_path):
     hub.error = OSError("the line is down")
-    with pytest.raises(
-        UserError, match=r"is complete, but could not be uploaded to me/mine: the line is down; .*hf upload"
-    ):
+    with pytest.raises(UserError, match=r"is complete, but could not be uploaded .* the line is down; .*hf upload"):
         exported(llama, "merged", output=tmp_path / "m", push_to_hub="me/mine")
     assert (tmp_path / "m/model.safetensors").is_file()
 
@@ -574,16 +582,12 @@ def test_the_command_prints_one_object_and_says_what_it_measured(llama, command)
 
 
 def test_a_disk_without_room_is_found_before_anything_is_loaded(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(command_module(), "disk_free", lambda folder: 1000)
-    monkeypatch.setattr(command_module(), "reference", None)
-    with pytest.raises(UserError, match=r"will take about .* MiB, and its disk has 0 MiB free"):
-        exported(llama, "merged", output=tmp_path / "m")
-
-
-def command_module():
     from sgm_finetune.exporting import command
 
-    return command
+    monkeypatch.setattr(command, "disk_free", lambda folder: 1000)
+    monkeypatch.setattr(command, "reference", None)
+    with pytest.raises(UserError, match=r"will take about .* MiB, and its disk has 0 MiB free"):
+        exported(llama, "merged", output=tmp_path / "m")
 
 
 @pytest.mark.slow
@@ -594,10 +598,13 @@ def test_a_real_model_goes_all_three_ways(tmp_path):
         for i in range(60)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    where = train(
-        Path("smollm2-135m-instruct"), "causal-lm", tmp_path / "rows.jsonl", tmp_path / "out",
-        "model.quantization=nf4", "training.learning_rate=0.0125", "data.max_length=48", "training.max_steps=5",
-    )  # fmt: skip
+    overrides = [
+        "model.task=causal-lm", "model.quantization=nf4", f"data.train={tmp_path / 'rows.jsonl'}", "data.max_length=48",
+        "probe.num_batches=2", "training.max_steps=5", "training.batch_size=8", "evaluation.num_generated=0",
+        f"output.dir={tmp_path / 'out'}",
+    ]  # fmt: skip
+    pipeline.finetune(load_config(None, overrides), quiet())
+    where = overrides[-1:]
     reports = {to: exported(where, to) for to in ("adapter", "merged")}
     for kind in ("f32", "f16", "q8_0"):
         reports[kind] = exported(where, "gguf", gguf_type=kind, output=tmp_path / kind)

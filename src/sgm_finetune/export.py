@@ -117,8 +117,9 @@ def pth_config(content: dict[str, Any]) -> Config:
 
 
 def lora_config(content: dict[str, Any]) -> LoraConfig:
-    """PEFT's configuration of the adapter in a loaded .pth file."""
-    return LoraConfig(**{k: v for k, v in content["peft_config"].items() if k in LoraConfig.__dataclass_fields__})
+    """PEFT's configuration of the adapter in a loaded .pth file, for whatever folder its base is in now."""
+    known = LoraConfig.__dataclass_fields__.keys() - {"base_model_name_or_path"}
+    return LoraConfig(**{key: value for key, value in content["peft_config"].items() if key in known})
 
 
 def attach_adapter(base: PreTrainedModel, content: dict[str, Any], where: Path) -> PeftModel:

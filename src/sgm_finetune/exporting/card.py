@@ -88,8 +88,8 @@ def _contents(result: Result, to: Format, comparison: Mapping[str, Any]) -> str:
         )
     text.append(
         f"Loaded again by {comparison['by']}, its logits differ from those of the unquantised base with the update "
-        f"by {comparison['difference']:.1e} (relative norm, {comparison['num_positions']} positions); the largest logit "
-        f"is the same in {comparison['top_agreement']:.0%} of them."
+        f"by {comparison['difference']:.1e} (relative norm, {comparison['num_positions']} positions); the largest "
+        f"logit is the same in {comparison['top_agreement']:.0%} of them."
     )
     return "\n".join(text)
 
