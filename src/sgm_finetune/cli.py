@@ -121,7 +121,7 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring the result in output.dir to the formats that others load; it is loaded again and compared before it is kept.
+    """Bring the result in output.dir to formats that others load; each is loaded again and compared before it is kept.
 
     Example: sgm export --to gguf --gguf-type q8_0 output.dir=runs/two-epochs
     """
