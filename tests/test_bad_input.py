@@ -473,6 +473,73 @@ SCAN: list[Row] = [
     ("a weight that is no number", lambda p: [str(with_nan(p.model()))], ["layers.2.mlp.up_proj", "finite"]),
 ]
 
+
+def with_result(place: Place, to: str, *more: str) -> list[str]:
+    """`sgm export` of a finished run's copy."""
+    return ["--to", to, f"output.dir={place.earlier_run()}", *more]
+
+
+def foreign(place: Place) -> Path:
+    """A folder of the user's own."""
+    (place.folder / "mine").mkdir()
+    return place.file("mine/a.txt", "mine").parent
+
+
+def earlier(place: Place) -> Path:
+    """A folder that `sgm export` has written."""
+    (place.folder / "mine").mkdir()
+    return place.file("mine/export.json", "{}").parent
+
+
+EXPORT: list[Row] = [
+    ("nothing trained", lambda p: ["--to", "merged"], ["sgm_finetuned.pth", "sgm finetune"]),
+    ("no format", lambda p: [], ["--to", "--help"]),
+    ("an unknown format", lambda p: ["--to", "onnx"], ["'onnx'", "'gguf'"]),
+    ("a type of another format", lambda p: ["--to", "merged", "--gguf-type", "f16"], ["--gguf-type f16", "--to gguf"]),
+    ("an unknown type", lambda p: ["--to", "gguf", "--gguf-type", "q4"], ["'q4'", "'q8_0'"]),
+    ("a classifier for llama.cpp", lambda p: with_result(p, "gguf"), ["model.task=causal-lm", "--to merged"]),
+    ("an unknown key", lambda p: with_result(p, "merged", "output.overwite=true"), ["`output.overwite`", "overwrite"]),
+    (
+        "a folder with something else in it",
+        lambda p: with_result(p, "merged", "--output", str(foreign(p))),
+        ["no earlier export", "--output"],
+    ),
+    (
+        "an earlier export",
+        lambda p: with_result(p, "merged", "--output", str(earlier(p))),
+        ["exists", "output.overwrite=true"],
+    ),
+    (
+        "a folder inside a file",
+        lambda p: with_result(p, "merged", "--output", str(p.file("a", "mine") / "b")),
+        ["cannot be written", "--output"],
+    ),
+    (
+        "another base model",
+        lambda p: with_result(p, "merged", f"model.name={p.bert}"),
+        ["sgm_finetuned.pth", "base model"],
+    ),
+    (
+        "a base model that is gone",
+        lambda p: with_result(p, "merged", f"model.name={p.folder / 'gone'}"),
+        ["No model folder"],
+    ),
+    (
+        "a base model that is quantised in its files",
+        lambda p: with_result(p, "merged", f"model.name={with_config(p.model(), quantization_config=GPTQ)}"),
+        ["gptq", "--to adapter"],
+    ),
+    (
+        "a base model cut short",
+        lambda p: with_result(p, "merged", f"model.name={truncated(p.model() / 'model.safetensors').parent}"),
+        ["model.safetensors", "cut short"],
+    ),
+    ("no token of the hub", lambda p: with_result(p, "merged", "--push-to-hub", "me/mine"), ["token", "hf auth login"]),
+    ("no name of a repository", lambda p: with_result(p, "merged", "--push-to-hub", "a/b/c"), ["a/b/c", "owner/name"]),
+    ("a repository of nobody", lambda p: with_result(p, "merged", "--push-to-hub", "mine"), ["owner/mine"]),
+]
+GPTQ = {"quant_method": "gptq", "bits": 4}
+
 OTHER: list[Row] = [
     ("plan: a file that exists", lambda p: ["plan", "-o", str(p.file("p.json", "mine"))], ["p.json", "overwrite=true"]),
     ("plan: an unknown key", lambda p: ["plan", "merge.thresh=1"], ["`merge.thresh`", "`threshold`"]),
@@ -558,6 +625,15 @@ def test_evaluate_refuses_in_one_line_and_writes_nothing(build, parts, place, ca
 @rows(SCAN)
 def test_scan_refuses_in_one_line_and_writes_nothing(build, parts, place, capfd):
     refused(["scan", *build(place)], parts, place, capfd)
+
+
+@rows(EXPORT)
+def test_export_refuses_in_one_line_and_writes_nothing(build, parts, place, capfd, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    empty = place.file("empty.yaml", "")
+    arguments = build(place)
+    default = [] if any(a.startswith("output.dir=") for a in arguments) else [f"output.dir={place.output}"]
+    refused(["export", "--config", str(empty), *arguments, *default], parts, place, capfd)
 
 
 @rows(OTHER)

@@ -136,6 +136,43 @@ def plan(
 
 
 @app.command()
+def export(
+    to: Annotated[
+        Literal["adapter", "merged", "gguf"],
+        typer.Option(
+            help="adapter: for PEFT. merged: a whole model for Transformers and vLLM. gguf: for llama.cpp and Ollama.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    config: ConfigPath = Path("config.yaml"),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder; without it OUTPUT.DIR/export/FORMAT.")
+    ] = None,
+    gguf_type: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"] | None,
+        typer.Option(help="gguf: type of the matrices; f16 where none is given.", show_default=False),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it, once checked, into this repository.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring the result in output.dir to formats that others load; each is loaded again and compared before it is kept.
+
+    Example: sgm export --to gguf --gguf-type q8_0 output.dir=runs/two-epochs
+    """
+    if gguf_type is not None and to != "gguf":
+        raise UserError(f"--gguf-type {gguf_type} goes with --to gguf, not with --to {to}")
+    settings = load_config(config, overrides or [])
+    from sgm_finetune.exporting.command import Request, export_result
+
+    report = export_result(settings, overrides or [], Request(to, output, gguf_type, push_to_hub), _console(as_json))
+    if as_json:
+        print(json.dumps(report))
+
+
+@app.command()
 def estimate(
     config_file: Annotated[
         str | None, typer.Argument(help="YAML file, instead of --config; or a key=value.", metavar="[config.yaml]")

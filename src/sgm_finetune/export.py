@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sgm_finetune.adapters.apply import ADAPTER, check_plan, tie
 from sgm_finetune.adapters.plan_file import parse_plan, plan_document
-from sgm_finetune.config import Config, parse_config
-from sgm_finetune.data import DataSplits
+from sgm_finetune.config import Config, LabelKind, parse_config
 from sgm_finetune.errors import UserError
 from sgm_finetune.files import whole_file, write_text, writing
 from sgm_finetune.method.plan import Plan
@@ -24,9 +24,9 @@ PTH = "sgm_finetuned.pth"
 FORMAT = "sgm-finetuned/1"
 RESULTS = (
     PTH, "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html", "environment.json",
-    "checkpoints",
+    "checkpoints", "export",
 )  # fmt: skip
-"""Everything a run writes into its output folder, and all that `output.overwrite=true` replaces."""
+"""Everything that a run, or `sgm export`, writes into the output folder; `output.overwrite=true` replaces all of it."""
 
 
 def write_config(path: Path, config: Config) -> None:
@@ -54,7 +54,15 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
             shutil.rmtree(left, ignore_errors=True)
 
 
-def save_pth(path: Path, model: PeftModel, plan: Plan, config: Config, splits: DataSplits) -> None:
+def save_pth(
+    path: Path,
+    model: PeftModel,
+    plan: Plan,
+    config: Config,
+    labels: Sequence[str],
+    label_kind: LabelKind | None,
+    roles: Sequence[str] = (),
+) -> None:
     """One file of tensors and plain data with all that `sgm evaluate` needs but the base model.
 
     Keys: format, adapter (name -> tensor, a shared factor's storage once), peft_config, plan, config; and of the data
@@ -67,9 +75,9 @@ def save_pth(path: Path, model: PeftModel, plan: Plan, config: Config, splits: D
         "peft_config": _plain(model.peft_config[ADAPTER].to_dict()),
         "plan": plan_document(plan),
         "config": config.model_dump(mode="json"),
-        "labels": list(splits.labels),
-        "label_kind": splits.label_kind,
-        "roles": splits.train.column_names,
+        "labels": list(labels),
+        "label_kind": label_kind,
+        "roles": list(roles),
     }
     with whole_file(path) as scratch:
         torch.save(content, scratch)
@@ -116,18 +124,16 @@ def pth_config(content: dict[str, Any]) -> Config:
     return parse_config(content["config"], PTH)
 
 
+def lora_config(content: dict[str, Any]) -> LoraConfig:
+    """PEFT's configuration of the adapter in a loaded .pth file, for whatever folder its base is in now."""
+    known = LoraConfig.__dataclass_fields__.keys() - {"base_model_name_or_path"}
+    return LoraConfig(**{key: value for key, value in content["peft_config"].items() if key in known})
+
+
 def attach_adapter(base: PreTrainedModel, content: dict[str, Any], where: Path) -> PeftModel:
     """`base` with the trained adapter of a loaded .pth file, its groups tied."""
     ready_for_backward(base)
-    settings = {k: v for k, v in content["peft_config"].items() if k in LoraConfig.__dataclass_fields__}
-    plan = parse_plan(content["plan"], str(where))
-    try:
-        check_plan(base, plan)
-    except UserError as error:
-        reason = str(error).partition(";")[0]
-        raise UserError(f"{where} does not fit the base model; take the one it was trained on. {reason}") from None
-    model = get_peft_model(base, LoraConfig(**settings))
-    tie(model, plan)  # type: ignore[arg-type]
+    model = attach_untrained(base, content, where)
     try:
         outcome = set_peft_model_state_dict(model, content["adapter"])
     except RuntimeError as error:
@@ -135,6 +141,19 @@ def attach_adapter(base: PreTrainedModel, content: dict[str, Any], where: Path) 
     if outcome.unexpected_keys:
         raise UserError(f"{where} does not fit the base model: it holds `{outcome.unexpected_keys[0]}`")
     return model.eval()  # type: ignore[return-value]
+
+
+def attach_untrained(base: PreTrainedModel, content: dict[str, Any], where: Path) -> PeftModel:
+    """`base` with an adapter of the shapes that a loaded .pth file holds, its groups tied; also on device "meta"."""
+    plan = parse_plan(content["plan"], str(where))
+    try:
+        check_plan(base, plan)
+    except UserError as error:
+        reason = str(error).partition(";")[0]
+        raise UserError(f"{where} does not fit the base model; take the one it was trained on. {reason}") from None
+    model = get_peft_model(base, lora_config(content))
+    tie(model, plan)  # type: ignore[arg-type]
+    return model  # type: ignore[return-value]
 
 
 def clear_results(folder: Path) -> None:

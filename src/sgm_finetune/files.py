@@ -90,6 +90,23 @@ def whole_file(path: Path) -> Iterator[Path]:
             scratch.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A scratch folder to write into; it takes the place of `path` when the block ends well and disappears when it does
+    not. Raises UserError where something cannot be written."""
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        yield scratch
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as scratch:
         scratch.write_text(text, encoding="utf-8")

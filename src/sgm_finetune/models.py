@@ -113,6 +113,13 @@ _AUTO: dict[str, Any] = {
     "token-classification": AutoModelForTokenClassification,
     "seq2seq-lm": AutoModelForSeq2SeqLM,
 }
+
+
+def auto_class(task: Task) -> Any:
+    """Transformers' loader of models for the task."""
+    return _AUTO[task]
+
+
 _PROBLEMS: dict[LabelKind, str] = {
     "class": "single_label_classification",
     "classes": "multi_label_classification",

@@ -663,7 +663,8 @@ def _save(
     history: list[dict[str, Any]], output: Path,
 ) -> None:  # fmt: skip
     save_adapter(model, materials.tokenizer, output / "adapter")
-    save_pth(output / PTH, model, plan, config, materials.splits)
+    splits = materials.splits
+    save_pth(output / PTH, model, plan, config, splits.labels, splits.label_kind, splits.train.column_names)
     write_text(output / "report.html", render_report(config=config, plan=plan, metrics=metrics, history=history))
     write_json(output / "metrics.json", metrics)
 

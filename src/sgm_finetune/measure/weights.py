@@ -125,11 +125,26 @@ def stored_matrices(model: str | Path, *, split_fused: bool = True) -> list[Stor
         seen = _collected(files, gguf_tensors)
         parameters = [parameter for parameter in seen.values() if parameter is not None]
     else:
-        tensors = _collected(files, _headers)
-        if Path(model).expanduser().is_dir():
-            _check_index(files, tensors)
-        parameters = _untied(_parameters(tensors, config), config)
+        parameters = _untied(_parameters(_tensors(model, files), config), config)
     return [matrix for parameter in parameters for matrix in _matrices(parameter, config, split_fused)]
+
+
+def stored_tensors(model: str | Path) -> dict[str, StoredTensor]:
+    """Name -> tensor, unread, of all that a local model's files hold: biases and norms too, in the order of the files.
+
+    Raises UserError as `stored_matrices` does, and for a GGUF model, whose tensors have other names.
+    """
+    files = weight_files(model)
+    if files[0].suffix == ".gguf":
+        raise UserError(f"{files[0]} is a GGUF file; give the .safetensors model that it was made of")
+    return _tensors(model, files)
+
+
+def _tensors(model: str | Path, files: list[Path]) -> dict[str, StoredTensor]:
+    tensors = _collected(files, _headers)
+    if Path(model).expanduser().is_dir():
+        _check_index(files, tensors)
+    return tensors
 
 
 def _matrices(parameter: Parameter, config: Mapping[str, Any], split_fused: bool) -> Iterator[StoredMatrix]:

@@ -1,0 +1,71 @@
+"""What llama.cpp computes from a GGUF file, in a process of its own: what native code does there ends that one alone.
+
+Run as a program, with a JSON file {"model", "ids", "texts"} and an .npz file for the results: `logits`, (sequences,
+length, vocabulary) in float32, and for every text its tokens, without and with those that go around it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def main(asked: Path, results: Path) -> None:
+    import llama_cpp
+
+    request = json.loads(asked.read_text(encoding="utf-8"))
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.n_gpu_layers = 0
+    parameters.use_extra_bufts = False  # weights as they are in the file: the AMX layout crashes in version 0.3.36
+    model = llama_cpp.llama_model_load_from_file(request["model"].encode(), parameters)
+    if not model:
+        sys.exit("llama.cpp cannot load the file")
+    length = max(len(row) for row in request["ids"])
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = max(64, length)
+    settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
+    settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # which rounds to half precision
+    context = llama_cpp.llama_init_from_model(model, settings)
+    vocabulary: Any = llama_cpp.llama_model_get_vocab(model)
+    width = llama_cpp.llama_vocab_n_tokens(vocabulary)
+    found: dict[str, Any] = {"logits": np.stack([_logits(llama_cpp, context, row, width) for row in request["ids"]])}
+    for at, text in enumerate(request["texts"]):
+        for around in (False, True):
+            found[f"{at}.{int(around)}"] = np.array(
+                _tokens(llama_cpp, vocabulary, text.encode(), around), dtype=np.int64
+            )
+    np.savez(results, **found)
+
+
+def _logits(llama_cpp: Any, context: Any, row: list[int], width: int) -> np.ndarray:
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    batch = llama_cpp.llama_batch_init(len(row), 0, 1)
+    batch.n_tokens = len(row)
+    for at, token in enumerate(row):
+        batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = token, at, 1, True
+        batch.seq_id[at][0] = 0
+    if llama_cpp.llama_decode(context, batch):
+        sys.exit("llama.cpp cannot compute with the file")
+    computed = [llama_cpp.llama_get_logits_ith(context, at)[:width] for at in range(len(row))]
+    llama_cpp.llama_batch_free(batch)
+    return np.array(computed, dtype=np.float32)
+
+
+def _tokens(llama_cpp: Any, vocabulary: Any, text: bytes, around: bool) -> list[int]:
+    """A text's tokens, special ones recognised."""
+    room = len(text) + 8
+    tokens = (llama_cpp.llama_token * room)()
+    count = llama_cpp.llama_tokenize(vocabulary, text, len(text), tokens, room, around, True)
+    return list(tokens[:count])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,616 @@
+"""Results that travel: what is merged is what PEFT merges, what is written computes what was trained, and what does not
+is not kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import DECODERS, ENCODER_DECODERS, save_pico
+from conftest import WORDS, make_model, make_tokenizer
+from rich.console import Console
+from safetensors.torch import load_file
+
+from sgm_finetune import pipeline
+from sgm_finetune.adapters.apply import apply_plan
+from sgm_finetune.config import LabelKind, Task, load_config
+from sgm_finetune.errors import UserError
+from sgm_finetune.export import attach_adapter, save_pth
+from sgm_finetune.exporting import check, merge
+from sgm_finetune.exporting.chat_format import CONVERSATIONS, find_format, modelfile
+from sgm_finetune.exporting.command import Request, export_result
+from sgm_finetune.exporting.gguf_file import rope_order
+from sgm_finetune.exporting.gguf_vocabulary import vocabulary
+from sgm_finetune.exporting.merge import linear_update, merged_tensors, stack_update
+from sgm_finetune.exporting.result import load_unquantised, read_result
+from sgm_finetune.exporting.shards import write_shards
+from sgm_finetune.measure.scan import scan
+from sgm_finetune.models import auto_class, load_model
+from sgm_finetune.planning import make_plan
+from sgm_finetune.voice import Voice
+
+ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+"""Largest relative error of one rounding to the type."""
+SUM = 1e-6
+"""Of a float32 product of pico factors, beside one in float64."""
+TEXT = "\n\n".join(
+    f"the film was good {'very ' * (i % 9)}plot {'cast ' * (i // 9)}and the story " * 4 for i in range(60)
+)
+
+needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is absent")
+
+
+def quiet() -> Console:
+    return Console(file=StringIO(), width=200)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, reviews) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text(TEXT)
+    pairs = [{"source": f"the film {'very ' * (i % 9)}", "target": f"good {'cast ' * (i // 9)}"} for i in range(80)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return {
+        "causal-lm": folder / "text.txt",
+        "seq2seq-lm": folder / "pairs.jsonl",
+        "sequence-classification": reviews,
+    }
+
+
+def task_of(name: str) -> Task:
+    if name in DECODERS:
+        return "causal-lm"
+    return "seq2seq-lm" if name in ENCODER_DECODERS else "sequence-classification"
+
+
+def train(model: Path, task: Task, source: Path, output: Path, *more: str) -> list[str]:
+    """A result as a run leaves it, of factors drawn at random; returns the override that names it."""
+    settings = [f"model.name={model}", f"model.task={task}", f"data.train={source}", "data.max_length=32"]
+    settings += ["merge.side=none", "adapter.rank=4", f"output.dir={output}", *more]
+    config = load_config(None, settings)
+    labels = ("bad", "good") if task == "sequence-classification" else ()
+    kind: LabelKind | None = "class" if labels else None
+    base, new = load_model(config.model, model, labels, make_tokenizer().pad_token_id, None, kind)
+    plan = make_plan(scan(model), None, config, base)
+    adapted = apply_plan(base, plan, new)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    save_pth(output / "sgm_finetuned.pth", adapted, plan, config, labels, kind)
+    scores = {"before": {"loss": 3.25}, "after": {"loss": 1.125}, "data": f"{source.name}: 60 train"}
+    (output / "metrics.json").write_text(json.dumps(scores))
+    return [f"output.dir={output}"]
+
+
+def read(where: list[str]):
+    return read_result(load_config(None, where), [], Voice(quiet()))
+
+
+def exported(where: list[str], to: str, **asked) -> dict:
+    return export_result(load_config(None, where), where, Request(to, **asked), quiet())
+
+
+@torch.no_grad()
+def oracle(result) -> dict[str, torch.Tensor]:
+    """PEFT's own merge, in float64."""
+    model = attach_adapter(load_unquantised(result, "float32"), result.content, result.path).double()
+    return model.merge_and_unload().state_dict()
+
+
+ARCHITECTURES = ["llama", "gpt2", "bert", "t5", "mixtral", "gpt_oss"]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def finished(request, tmp_path_factory, data) -> list[str]:
+    folder = tmp_path_factory.mktemp("finished")
+    model = save_pico(request.param, folder / "model")
+    return train(model, task_of(request.param), data[task_of(request.param)], folder / "out")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, data, llama_folder) -> list[str]:
+    return train(llama_folder, "causal-lm", data["causal-lm"], tmp_path_factory.mktemp("llama") / "out")
+
+
+# what is merged
+
+
+def test_a_merged_model_is_that_of_peft(finished, tmp_path):
+    result = read(finished)
+    tensors, _ = merged_tensors(result)
+    expected = oracle(result)
+    exported(finished, "merged", output=tmp_path / "m")
+    loaded = auto_class(result.config.model.task).from_pretrained(tmp_path / "m").state_dict()
+    assert loaded.keys() == expected.keys()
+    for name, tensor in loaded.items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=ROUNDING[torch.float32], atol=SUM)
+    assert sum(tensor.is_changed for tensor in tensors) >= 8
+
+
+def test_the_adapter_of_every_architecture_loads_in_peft(finished, tmp_path):
+    report = exported(finished, "adapter", output=tmp_path / "a")
+    assert report["difference"] < 1e-6
+    assert report["by"] == "PEFT"
+
+
+def test_an_update_is_scaled_and_transposed_as_the_layer_stores_it():
+    A, B = torch.randn(3, 5), torch.randn(7, 3)
+    torch.testing.assert_close(linear_update(A, B, 2.0, False), 2 * B @ A)
+    torch.testing.assert_close(linear_update(A, B, 2.0, True), (2 * B @ A).T)
+
+
+def test_a_stack_of_one_expert_is_a_layer():
+    A, B = torch.randn(3, 5), torch.randn(7, 3)
+    for transposed in (False, True):
+        torch.testing.assert_close(stack_update(A, B, 0.5, 1, transposed)[0], linear_update(A, B, 0.5, transposed))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sharded_base_is_merged_in_its_type_and_rounded_once(dtype, data, tmp_path):
+    base = tmp_path / "base"
+    make_model("causal-lm").to(dtype).save_pretrained(base, max_shard_size="64KB")
+    make_tokenizer().save_pretrained(base)
+    assert len(list(base.glob("*.safetensors"))) > 2
+    where = train(base, "causal-lm", data["causal-lm"], tmp_path / "out")
+    result = read(where)
+    expected = oracle(result)
+    report = exported(where, "merged", output=tmp_path / "m")
+    written = {}
+    for file in (tmp_path / "m").glob("*.safetensors"):
+        written |= load_file(file)
+    assert {tensor.dtype for tensor in written.values()} == {dtype}
+    for name, tensor in written.items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=ROUNDING[dtype], atol=SUM)
+    assert report["stored_in"] == str(dtype).removeprefix("torch.")
+
+
+def test_what_was_trained_on_four_bits_is_merged_into_the_files(data, llama_folder, tmp_path):
+    where = train(llama_folder, "causal-lm", data["causal-lm"], tmp_path / "out", "model.quantization=nf4")
+    exported(where, "merged")
+    written = load_file(tmp_path / "out/export/merged/model.safetensors")
+    base, expected = load_file(llama_folder / "model.safetensors"), oracle(read(where))
+    for name, tensor in written.items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=ROUNDING[torch.float32], atol=SUM)
+    unchanged = [name for name in base if torch.equal(base[name], written[name])]
+    assert "model.embed_tokens.weight" in unchanged
+    assert not any("q_proj" in name for name in unchanged)
+
+
+def test_tied_embeddings_stay_tied(llama, tmp_path):
+    exported(llama, "merged", output=tmp_path / "m")
+    assert "lm_head.weight" not in load_file(tmp_path / "m/model.safetensors")
+    model = auto_class("causal-lm").from_pretrained(tmp_path / "m")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_pickled_base_is_merged_as_well(llama, llama_folder, tmp_path):
+    base = shutil.copytree(llama_folder, tmp_path / "base")
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    where = [*llama, f"model.name={base}"]
+    export_result(load_config(None, where), where, Request("merged", tmp_path / "bin"), quiet())
+    exported(llama, "merged", output=tmp_path / "m")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("bin", "m"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_no_more_than_one_shard_is_in_memory(llama, tmp_path, monkeypatch):
+    tensors, _ = merged_tensors(read(llama))
+    limit = max(tensor.num_bytes for tensor in tensors)
+    held = []
+    from sgm_finetune.exporting import shards
+
+    save = shards.save_file
+    monkeypatch.setattr(
+        shards,
+        "save_file",
+        lambda shard, *rest: (held.append(sum(t.nbytes for t in shard.values())), save(shard, *rest)),
+    )
+    write_shards(tensors, tmp_path, limit)
+    assert max(held) <= limit
+    assert len(held) > 4
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == {tensor.name for tensor in tensors}
+
+
+def test_a_classifier_keeps_its_head_and_its_labels(data, bert_folder, tmp_path):
+    source = data["sequence-classification"]
+    where = train(bert_folder, "sequence-classification", source, tmp_path / "out")
+    exported(where, "merged")
+    model = auto_class("sequence-classification").from_pretrained(tmp_path / "out/export/merged")
+    head = read(where).content["adapter"]["base_model.model.classifier.weight"]
+    torch.testing.assert_close(model.classifier.weight.detach(), head, rtol=0, atol=0)
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    assert model.config.problem_type == "single_label_classification"
+    assert model.config.architectures == ["BertForSequenceClassification"]
+
+
+# what is not kept
+
+
+def spoiled(name: str, monkeypatch) -> None:
+    if name == "an update that is left out":
+        monkeypatch.setattr(merge, "added", lambda weight, update: weight)
+    else:
+        monkeypatch.setattr(merge, "added", lambda weight, update: weight - update)
+
+
+@pytest.mark.parametrize("name", ["an update that is left out", "an update that is taken away"])
+def test_an_export_that_computes_something_else_is_not_kept(name, llama, tmp_path, monkeypatch):
+    spoiled(name, monkeypatch)
+    with pytest.raises(UserError, match=r"computes something else than was trained: .* nothing was kept"):
+        exported(llama, "merged", output=tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_export_stays_where_a_new_one_fails(llama, tmp_path, monkeypatch):
+    exported(llama, "merged", output=tmp_path / "m")
+    before = (tmp_path / "m/model.safetensors").read_bytes()
+    monkeypatch.setattr(merge, "added", lambda weight, update: weight)
+    where = [*llama, "output.overwrite=true"]
+    with pytest.raises(UserError):
+        export_result(load_config(None, where), where, Request("merged", tmp_path / "m"), quiet())
+    assert (tmp_path / "m/model.safetensors").read_bytes() == before
+
+
+def test_a_number_that_the_type_cannot_hold_stops_the_merge(llama):
+    tensors, _ = merged_tensors(read(llama))
+    tensor = next(t for t in tensors if t.is_changed)
+    narrow = merge.MergedTensor(
+        tensor.name, tensor.name, tensor.shape, torch.float16, True, lambda: tensor.read() * 1e9
+    )
+    with pytest.raises(UserError, match=rf"`{re.escape(tensor.name)}` is not finite as torch.float16"):
+        narrow.rounded()
+
+
+def test_a_comparison_sees_how_much_of_the_update_arrived():
+    z0, effect = torch.randn(3, 5, 11), torch.randn(3, 5, 11)
+    reference = check.Reference(torch.zeros(3, 5, dtype=torch.long), z0 + effect, z0, "float32")
+    whole, half = (check.compare(z0 + share * effect, reference, "float32", "us") for share in (1.0, 0.4))
+    assert whole.passed()
+    assert (whole.difference, whole.top_agreement) == (pytest.approx(0, abs=1e-7), 1.0)
+    assert whole.arrived == pytest.approx(1, rel=1e-6)
+    assert half.arrived == pytest.approx(0.4, rel=1e-6)
+    assert not half.passed()
+    assert not check.compare(torch.full_like(z0, float("nan")), reference, "float32", "us").passed()
+
+
+# GGUF
+
+
+def bpe_tokenizer(byte_fallback: bool = False, divides_digits: bool = True):
+    """A pico tokenizer of a kind that GGUF knows: byte-level BPE, or BPE with bytes to fall back on."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>"]
+    corpus = [" ".join(WORDS), TEXT, "It's 2023 and 1234, isn't it? " * 9]
+    if byte_fallback:
+        raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=[*special, *alphabet], show_progress=False)
+        raw.train_from_iterator([word for line in corpus for word in line.split()], trainer)
+        state = json.loads(raw.to_str())
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in special]
+        raw = Tokenizer.from_str(json.dumps(state))
+    else:
+        raw = Tokenizer(models.BPE())
+        steps = [pre_tokenizers.Digits(individual_digits=True)] * divides_digits
+        raw.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        raw.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=384, special_tokens=special, show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )  # fmt: skip
+        raw.train_from_iterator(corpus, trainer)
+    raw.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+LLAMA_3_ROPE = {
+    "rope_theta": 10000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+GGUF_MODELS: dict[str, dict] = {
+    "llama": {},
+    "llama, an output matrix of its own, biases": {"tie_word_embeddings": False, "attention_bias": True},
+    "llama, positions as in Llama 3, wide heads": {"rope_parameters": LLAMA_3_ROPE, "head_dim": 32},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+}
+
+
+def save_decoder(name: str, folder: Path, tokenizer=None) -> Path:
+    import transformers as hf
+
+    kind = name.partition(",")[0]
+    config = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config, "qwen3": hf.Qwen3Config}[kind]
+    sizes = {
+        "vocab_size": 448, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config(**{**sizes, **GGUF_MODELS[name]}))
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from zero biases and equal norms
+            parameter += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    (tokenizer or bpe_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(GGUF_MODELS))
+def decoder(request, tmp_path_factory, data) -> list[str]:
+    folder = tmp_path_factory.mktemp("decoder")
+    return train(save_decoder(request.param, folder / "m"), "causal-lm", data["causal-lm"], folder / "out")
+
+
+@needs_llama_cpp
+def test_llama_cpp_computes_what_was_trained(decoder, tmp_path):
+    report = exported(decoder, "gguf", gguf_type="f32", output=tmp_path / "g")
+    assert report["by"] == "llama.cpp"
+    assert report["difference"] < 1e-5
+    assert report["top_agreement"] == 1.0
+    assert report["arrived"] == pytest.approx(1, abs=1e-4)
+    assert {path.name for path in (tmp_path / "g").iterdir()} == {
+        "model-f32.gguf", "Modelfile", "README.md", "export.json",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, data) -> list[str]:
+    folder = tmp_path_factory.mktemp("small")
+    return train(save_decoder("llama", folder / "m"), "causal-lm", data["causal-lm"], folder / "out")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
+def test_a_smaller_type_stays_within_its_tolerance(kind, small, tmp_path):
+    report = exported(small, "gguf", gguf_type=kind, output=tmp_path / "g")
+    assert 0 < report["difference"] < report["tolerance"]
+    assert 0.9 < report["arrived"] < 1.1
+
+
+def test_without_llama_cpp_transformers_reads_the_file(small, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "llama_cpp" else find(name))
+    report = exported(small, "gguf", gguf_type="f32", output=tmp_path / "g")
+    assert report["by"] == "Transformers"
+    assert report["difference"] < 1e-5
+
+
+@needs_llama_cpp
+def test_a_tokenizer_of_sentencepiece_s_kind_goes_the_same_way(data, tmp_path):
+    model = save_decoder("llama", tmp_path / "m", bpe_tokenizer(byte_fallback=True))
+    where = train(model, "causal-lm", data["causal-lm"], tmp_path / "out")
+    report = exported(where, "gguf", gguf_type="f32")
+    assert report["difference"] < 1e-5
+
+
+@needs_llama_cpp
+def test_a_tokenizer_that_llama_cpp_cuts_otherwise_is_refused(data, tmp_path, monkeypatch):
+    from sgm_finetune.exporting import gguf_vocabulary
+
+    model = save_decoder("llama", tmp_path / "m", bpe_tokenizer(divides_digits=False))
+    where = train(model, "causal-lm", data["causal-lm"], tmp_path / "out")
+    monkeypatch.setattr(gguf_vocabulary, "_RULES", dict.fromkeys(gguf_vocabulary._RULES, "smollm"))
+    with pytest.raises(UserError, match=r"llama\.cpp cuts .*1,234.* into the tokens"):
+        exported(where, "gguf", gguf_type="f32", output=tmp_path / "g")
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "out"}
+
+
+def test_the_rule_that_cuts_text_is_told_by_the_tokenizer():
+    assert vocabulary(bpe_tokenizer(), 448).pre == "smollm"
+    assert vocabulary(bpe_tokenizer(divides_digits=False), 448).pre == "gpt-2"
+    assert vocabulary(bpe_tokenizer(byte_fallback=True), 448).model == "llama"
+    with pytest.raises(UserError, match=r"does not know this tokenizer \(WordLevel"):
+        vocabulary(make_tokenizer(), 32)
+
+
+def test_turned_rows_are_a_permutation_of_each_head():
+    rows = torch.arange(24.0)
+    turned = rope_order(rows, num_heads=3)
+    for head in range(3):
+        assert turned[8 * head : 8 * head + 8].sort().values.tolist() == rows[8 * head : 8 * head + 8].tolist()
+        assert turned[8 * head : 8 * head + 2].tolist() == [8 * head, 8 * head + 4]
+
+
+# Ollama
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "ChatML": CHATML,
+    "ChatML with a system message of its own": "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}" + CHATML,
+    "Llama 3": "{{ '<s>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
+    "m['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    "Zephyr": "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+}
+
+
+def renderer(template: str):
+    tokenizer = bpe_tokenizer()
+    tokenizer.chat_template = template
+    return lambda messages, asks: tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=asks
+    )
+
+
+def go(template: str, messages) -> str:
+    """The few words of Go's template language that a Modelfile of ours has."""
+    words = re.split(r"(\{\{.*?\}\})", template, flags=re.DOTALL)
+    begin, end = words.index("{{ range .Messages }}"), len(words) - 1 - words[::-1].index("{{ end }}")
+    text = "".join(words[:begin])
+    for message in messages:
+        taken = False
+        for word in words[begin + 1 : end]:
+            if found := re.fullmatch(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}', word):
+                taken = found[1] == message["role"]
+            elif word == "{{ end }}":
+                taken = False
+            elif taken:
+                text += message["content"] if word == "{{ .Content }}" else word
+    return text + "".join(words[end + 1 :])
+
+
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_ollamas_template_writes_what_the_tokenizers_does(name):
+    render = renderer(TEMPLATES[name])
+    found = find_format(render)
+    assert found is not None
+    for messages in CONVERSATIONS:
+        given = list(messages)
+        if found.default_system is not None and given[0]["role"] != "system":
+            given.insert(0, {"role": "system", "content": found.default_system})  # as Ollama does with SYSTEM
+        assert go(found.go_template(), given) == render(messages, True)
+
+
+def test_a_template_without_a_counterpart_is_left_to_ollama():
+    counted = "{% for m in messages %}{{ loop.index ~ m['content'] }}{% endfor %}"
+    assert find_format(renderer(counted)) is None
+    assert modelfile("m.gguf", None, None, ["</s>"]) == 'FROM ./m.gguf\nPARAMETER stop "</s>"\n'
+
+
+def test_a_modelfile_stops_where_an_answer_ends():
+    found = find_format(renderer(TEMPLATES["Llama 3"]))
+    assert found is not None
+    written = modelfile("m.gguf", found, "<s>", [found.stop(), "</s>", found.stop()])
+    assert written.splitlines()[-2:] == ['PARAMETER stop "<|eot_id|>"', 'PARAMETER stop "</s>"']
+    assert 'TEMPLATE """{{ range' in written  # the runtime writes <s> itself
+
+
+def test_a_system_message_of_the_template_is_ollamas():
+    found = find_format(renderer(TEMPLATES["ChatML with a system message of its own"]))
+    assert found is not None
+    assert 'SYSTEM """You are helpful"""' in modelfile("m.gguf", found, None, [])
+
+
+# the card, and the hub
+
+
+def test_the_card_says_what_it_is_and_names_no_folder_of_this_machine(llama, tmp_path):
+    exported(llama, "merged", output=tmp_path / "m")
+    card = (tmp_path / "m/README.md").read_text()
+    assert "| loss | 3.2500 | 1.1250 |" in card
+    assert card.startswith("---\n")
+    for word in ("library_name: transformers", "pico-llama", "text.txt", "AutoModelForCausalLM", "rank 4", "peft 0."):
+        assert word in card
+    assert str(tmp_path) not in card
+    assert "/pico-llama" not in card
+
+
+class FakeHub:
+    """What is called of the hub's client."""
+
+    def __init__(self):
+        self.calls, self.error = [], None
+
+    def __call__(self):
+        return self
+
+    def create_repo(self, name, private, exist_ok):
+        self.calls.append(("create_repo", name, private, exist_ok))
+        return f"https://hub/{name}"
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        if self.error is not None:
+            raise self.error
+        self.calls.append(("upload_folder", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+
+@pytest.fixture
+def hub(monkeypatch) -> FakeHub:
+    import huggingface_hub
+
+    fake = FakeHub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", fake)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    return fake
+
+
+def test_a_checked_export_is_uploaded_whole_and_private(llama, hub, tmp_path):
+    report = exported(llama, "merged", output=tmp_path / "m", push_to_hub="me/mine")
+    assert report["address"] == "https://hub/me/mine"
+    assert hub.calls[0] == ("create_repo", "me/mine", True, True)
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(hub.calls[1][2])
+
+
+def test_what_fails_its_check_is_not_uploaded(llama, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "added", lambda weight, update: weight)
+    with pytest.raises(UserError, match="nothing was kept"):
+        exported(llama, "merged", output=tmp_path / "m", push_to_hub="me/mine")
+    assert hub.calls == []
+
+
+def test_an_upload_that_fails_leaves_the_folder_and_says_how_to_go_on(llama, hub, tmp_path):
+    hub.error = OSError("the line is down")
+    with pytest.raises(UserError, match=r"is complete, but could not be uploaded .* the line is down; .*hf upload"):
+        exported(llama, "merged", output=tmp_path / "m", push_to_hub="me/mine")
+    assert (tmp_path / "m/model.safetensors").is_file()
+
+
+# the command
+
+
+def test_the_command_prints_one_object_and_says_what_it_measured(llama, command):
+    where = [*llama, "output.overwrite=true"]
+    report = command("export", where, "--to", "merged")
+    assert report["format"] == "merged"
+    assert json.loads((Path(report["folder"]) / "export.json").read_text()).items() <= report.items()
+    assert "top token equal in 100%" in command.said
+    again = command("export", where, "--to", "merged")
+    assert again["difference"] == report["difference"]
+
+
+def test_a_disk_without_room_is_found_before_anything_is_loaded(llama, tmp_path, monkeypatch):
+    from sgm_finetune.exporting import command
+
+    monkeypatch.setattr(command, "disk_free", lambda folder: 1000)
+    monkeypatch.setattr(command, "reference", None)
+    with pytest.raises(UserError, match=r"will take about .* MiB, and its disk has 0 MiB free"):
+        exported(llama, "merged", output=tmp_path / "m")
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+def test_a_real_model_goes_all_three_ways(tmp_path):
+    rows = [
+        {"prompt": f"How far is mill {i}?", "completion": f" It is {3 * i + 7} leagues, by the old river road."}
+        for i in range(60)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [
+        "model.task=causal-lm", "model.quantization=nf4", f"data.train={tmp_path / 'rows.jsonl'}", "data.max_length=48",
+        "probe.num_batches=2", "training.max_steps=5", "training.batch_size=8", "evaluation.num_generated=0",
+        f"output.dir={tmp_path / 'out'}",
+    ]  # fmt: skip
+    pipeline.finetune(load_config(None, overrides), quiet())
+    where = overrides[-1:]
+    reports = {to: exported(where, to) for to in ("adapter", "merged")}
+    for kind in ("f32", "f16", "q8_0"):
+        reports[kind] = exported(where, "gguf", gguf_type=kind, output=tmp_path / kind)
+    assert reports["adapter"]["difference"] < 1e-6
+    assert reports["f32"]["difference"] < 1e-4
+    assert reports["f32"]["by"] == "llama.cpp"
+    assert reports["merged"]["difference"] < 0.05
+    assert min(report["top_agreement"] for report in reports.values()) > 0.9
+    assert "<|im_end|>" in (tmp_path / "q8_0/Modelfile").read_text()
