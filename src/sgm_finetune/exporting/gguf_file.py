@@ -31,7 +31,7 @@ ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3"
 def check_exportable(result: Result, config: PreTrainedConfig) -> Vocabulary:
     """The tokenizer as GGUF has it. Raises UserError for what a GGUF file of this kind cannot hold."""
     if importlib.util.find_spec("gguf") is None:
-        raise UserError("--to gguf needs the package gguf; pip install 'sgm-finetune[demo]'")
+        raise UserError("--to gguf needs the package gguf; pip install 'sgm-finetune[gguf]'")
     if result.config.model.task != "causal-lm":
         raise UserError(f"--to gguf is for model.task=causal-lm, this is {result.config.model.task}; take --to merged")
     kind = config.model_type
