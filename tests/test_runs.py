@@ -36,7 +36,7 @@ TOLERANCE = {"merged": 1e-4}
 
 LEFT = {
     "sgm_finetuned.pth", "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html",
-    "checkpoints",
+    "environment.json", "checkpoints",
 }  # fmt: skip
 
 
