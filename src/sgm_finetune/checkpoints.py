@@ -7,7 +7,6 @@ older ones go. So a run that was killed at any moment finds the last checkpoint 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from sgm_finetune.files import sync, write_json
+from sgm_finetune.reading import read_json
 
 CONTENTS = "contents.json"
 """Written last: the checkpoint's files, their bytes and XXH3-128 hashes."""
@@ -56,7 +56,7 @@ def seal(folder: Path) -> None:
 def is_whole(folder: Path) -> bool:
     """Whether all files that `seal` listed are there as they were."""
     try:
-        listed = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
+        listed = read_json(folder / CONTENTS)
         return bool(listed) and all(
             (folder / name).stat().st_size == about["bytes"] and _hash(folder / name) == about["xxh3"]
             for name, about in listed.items()

@@ -12,10 +12,10 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from sgm_finetune.errors import UserError
+from sgm_finetune.reading import parse_yaml, read_yaml
 
 Task = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq-lm"]
 Role = Literal[
@@ -339,8 +339,8 @@ def set_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> di
         if not equals or not key.strip():
             raise UserError(f"`{override}` is not key=value; write for example training.epochs=1")
         try:
-            value = yaml.safe_load(text) if text.strip() else None
-        except yaml.YAMLError:
+            value = parse_yaml(text) if text.strip() else None
+        except ValueError:
             value = text
         _set_key(values, key.strip(), value, override)
         origin[key.strip()] = f"`{override}`"
@@ -360,13 +360,13 @@ def parse_config(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except FileNotFoundError:
         raise UserError(f"No configuration file {path}; give one with --config, or begin one with sgm init") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -5,20 +5,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sgm_finetune.adapters.apply import ADAPTER, check_plan, tie
 from sgm_finetune.adapters.plan_file import parse_plan, plan_document
-from sgm_finetune.config import Config, LabelKind, parse_config
+from sgm_finetune.config import Config, LabelKind, parse_config, set_overrides
 from sgm_finetune.errors import UserError
 from sgm_finetune.files import whole_file, write_text, writing
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.models import ready_for_backward
+from sgm_finetune.reading import check_bounded, read_torch, refuse
 
 PTH = "sgm_finetuned.pth"
 FORMAT = "sgm-finetuned/1"
@@ -104,30 +106,96 @@ def _plain(value: Any) -> Any:
             return str(getattr(value, "value", value))
 
 
+class _Settings(BaseModel):
+    """PEFT's settings that a run writes; nothing else of PEFT's (regular expressions, classes to import, other
+    files) is taken from a file."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    r: int = Field(ge=1, le=2**16)
+    lora_alpha: float = Field(gt=0, allow_inf_nan=False)
+    lora_dropout: float = Field(ge=0, lt=1)
+    target_modules: list[str] | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM"] | None = None
+    fan_in_fan_out: bool = False
+
+
+class _Content(BaseModel):
+    """A .pth file's."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", arbitrary_types_allowed=True)
+    format: Literal["sgm-finetuned/1"]
+    adapter: dict[str, torch.Tensor]
+    peft_config: dict[str, Any]
+    plan: dict[str, Any]
+    config: dict[str, Any]
+    labels: list[str]
+    label_kind: LabelKind | None = None
+    roles: list[str] = []
+
+
 def load_pth(path: Path) -> dict[str, Any]:
-    """The content of a .pth file that `save_pth` wrote, read without running any code from it."""
+    """The content of a .pth file that `save_pth` wrote, read without running any code from it, its types checked."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_torch(path)
     except FileNotFoundError:
         raise UserError(f"No {path}; train first with `sgm finetune`, or name the folder with output.dir=...") from None
-    except Exception:  # torch raises many types here, all meaning: not such a file
+    except (OSError, ValueError):
         raise UserError(
             f"{path} is cut short, or holds more than tensors and plain data (it could be code, so it was not read); "
             "take a file that `sgm finetune` wrote"
         ) from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} was not written by `sgm finetune` (format {FORMAT})")
+    try:
+        _Content.model_validate(content)
+        for part in ("peft_config", "plan", "config"):
+            check_bounded(content[part], leaf=_check_plain)
+        _check_settings(content["peft_config"])
+    except ValueError as error:
+        refuse(path, "result", _first(error))
     return content
 
 
-def pth_config(content: dict[str, Any]) -> Config:
-    return parse_config(content["config"], PTH)
+def _first(error: ValueError) -> ValueError:
+    """Of pydantic's errors the first, in a line."""
+    if not isinstance(error, ValidationError):
+        return error
+    first = error.errors()[0]
+    return ValueError(f"`{'.'.join(map(str, first['loc']))}`: {first['msg'].lower()}")
+
+
+def _check_plain(value: Any) -> None:
+    if not isinstance(value, str | int | float | None):
+        raise ValueError(f"it holds a {type(value).__name__} where plain data belongs")
+
+
+def _check_settings(given: dict[str, Any]) -> None:
+    """ValueError for settings that a run does not write, and which would change what PEFT does."""
+    _Settings.model_validate(given)
+    fields = LoraConfig.__dataclass_fields__
+    ours = {*_Settings.model_fields, "peft_type", "inference_mode", "base_model_name_or_path", "revision",
+            "auto_mapping", "peft_version"}  # fmt: skip
+    plain = _plain(LoraConfig().to_dict())
+    for key in given.keys() & fields.keys() - ours:
+        if given[key] and given[key] != plain.get(key):
+            raise ValueError(f"`peft_config.{key}` is {str(given[key])[:60]!r}, which `sgm finetune` does not write")
+
+
+def stored_config(content: dict[str, Any], path: Path, config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration in a loaded .pth file, changed by `overrides` (key=value). Where results are, and whether a
+    model's own code may run, is `config`'s, never the file's, which may be a stranger's. Raises UserError."""
+    values = parse_config(content["config"], str(path)).model_dump(mode="json")
+    values["output"]["dir"] = config.output.dir
+    values["model"]["trust_remote_code"] = config.model.trust_remote_code
+    return parse_config(values, str(path), set_overrides(values, overrides))
 
 
 def lora_config(content: dict[str, Any]) -> LoraConfig:
     """PEFT's configuration of the adapter in a loaded .pth file, for whatever folder its base is in now."""
-    known = LoraConfig.__dataclass_fields__.keys() - {"base_model_name_or_path"}
-    return LoraConfig(**{key: value for key, value in content["peft_config"].items() if key in known})
+    given = content["peft_config"]
+    return LoraConfig(**{key: given[key] for key in _Settings.model_fields if key in given})
 
 
 def attach_adapter(base: PreTrainedModel, content: dict[str, Any], where: Path) -> PeftModel:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from sgm_finetune.config import Config
+from sgm_finetune.config import Config, ModelConfig
 from sgm_finetune.data import DataSplits, Encoded, collator, encode, load_splits, pack
 from sgm_finetune.errors import UserError
 from sgm_finetune.evaluation import num_predictions
@@ -19,6 +19,7 @@ from sgm_finetune.harness import check_harness
 from sgm_finetune.launch import processes
 from sgm_finetune.model_folder import local_folder
 from sgm_finetune.models import check_model, load_tokenizer
+from sgm_finetune.reading import read_object
 from sgm_finetune.trainer import divided_batch
 from sgm_finetune.voice import Voice
 
@@ -42,6 +43,7 @@ def prepare(config: Config, voice: Voice) -> Materials:
     splits = load_splits(config.data, config.model.task)
     with processes().main_process_first():  # one process converts or downloads, the others find it done
         folder = local_folder(config.model.name, config.model.revision, lambda line: voice.say("model", line))
+    tell_own_code(config.model, folder, voice)
     check_model(config.model, folder, config.data.max_length)
     tokenizer = load_tokenizer(folder, config.model)
     encoded = {
@@ -62,6 +64,12 @@ def prepare(config: Config, voice: Voice) -> Materials:
     notes += [f"{divided:,} conversations divided into one example an answer"] * bool(divided)
     voice.say("data", " · ".join([splits.description, *notes]))
     return Materials(folder, tokenizer, splits, **encoded, collate=collator(tokenizer, config.model.task, 8))
+
+
+def tell_own_code(config: ModelConfig, folder: Path, voice: Voice) -> None:
+    """Says aloud, before it does, that Python code of a model's folder runs."""
+    if config.trust_remote_code and "auto_map" in read_object(folder / "config.json"):
+        voice.say("model", f"runs the Python code in {folder}, as model.trust_remote_code=true allows")
 
 
 def probe_batches(config: Config, materials: Materials) -> list[dict[str, torch.Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sgm_finetune.config import LabelKind, ModelConfig, Task
 from sgm_finetune.errors import UserError
+from sgm_finetune.reading import MAX_LAYERS, check_shards, read_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,6 +48,7 @@ def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
     """What can be known before the weights are loaded: a readable config, an architecture that fits the task,
     positions for `max_length` tokens, bitsandbytes where quantisation is asked for. Raises UserError."""
     described = _described(config, folder)
+    check_shards(folder)
     known = _AUTO[config.task]._model_mapping  # type: ignore[attr-defined]
     remote = _AUTO[config.task].__name__ in (getattr(described, "auto_map", None) or {})
     if type(described) not in known and not remote:
@@ -85,17 +86,25 @@ def fitting_tasks(name: str) -> tuple[Task, ...]:
 def _described(config: ModelConfig, folder: Path) -> PreTrainedConfig:
     """config.json; UserError where it cannot be read, or needs code that `model.trust_remote_code` does not allow."""
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = read_json(folder / "config.json")
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}, not an object")
         if "auto_map" in values and not config.trust_remote_code and values.get("model_type") not in CONFIG_MAPPING:
             raise UserError(
                 f"model.name={config.name} brings Python code of its own, which is not run unless you say "
                 "model.trust_remote_code=true; read it first"
             )
-        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / 'config.json'} is no JSON: {error}; get the model's files again") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from None
+        described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        layers = getattr(described.get_text_config(), "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > MAX_LAYERS:
+            raise ValueError(f"{layers:,} layers")
+        return described
+    except UserError:
+        raise
+    except Exception as error:  # Transformers raises many types here
+        raise UserError(
+            f"{folder / 'config.json'} cannot be used: {_first_line(error)}; get the model's files again"
+        ) from None
 
 
 def num_positions(described: PreTrainedConfig) -> int | None:
@@ -135,7 +144,7 @@ def load_tokenizer(folder: Path, config: ModelConfig | None = None) -> PreTraine
     words: dict[str, Any] = {"add_prefix_space": True} if config.task == "token-classification" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **words)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises its own, and Transformers many
         raise UserError(
             f"{folder} has no usable tokenizer; put tokenizer.json and tokenizer_config.json there "
             f"({_first_line(error).rstrip(':')})"

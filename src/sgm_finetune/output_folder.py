@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 from sgm_finetune.adapters.plan_file import save_plan
 from sgm_finetune.checkpoints import best_checkpoint, is_whole, last_whole_checkpoint
@@ -19,6 +20,7 @@ from sgm_finetune.files import write_json
 from sgm_finetune.fitting import as_begun
 from sgm_finetune.materials import Materials
 from sgm_finetune.method.plan import Plan
+from sgm_finetune.reading import read_object, refuse
 
 _PROGRESS = Path("checkpoints") / "progress.json"
 
@@ -58,21 +60,20 @@ def begin(
 def earlier(output: Path, plan: Plan, seconds: dict[str, float]) -> Measured:
     """What the interrupted run had measured; its seconds count."""
     progress = _progress(output)
-    seconds |= progress["seconds"]
-    return Measured(plan, progress["before"], progress["probe"])
+    seconds |= progress.seconds
+    return Measured(plan, progress.before, progress.probe)
 
 
 def as_it_began(config: Config, output: Path) -> Config:
     """`config` of a resumed run, with what memory.budget chose when it began."""
     if not (output / "config.yaml").is_file() or not (output / _PROGRESS).is_file():
         return config
-    asked = _progress(output).get("asked")
-    return as_begun(config, load_config(output / "config.yaml"), asked and Config.model_validate(asked))
+    return as_begun(config, load_config(output / "config.yaml"), _progress(output).asked)
 
 
 def check_same_data(materials: Materials, output: Path) -> None:
     """Raises UserError where a resumed run would be given other examples than it began with."""
-    before = _progress(output).get("data") or {}
+    before = _progress(output).data
     for name, now in _fingerprints(materials).items():
         if before.get(name, now) != now:
             raise UserError(
@@ -85,8 +86,20 @@ def _fingerprints(materials: Materials) -> dict[str, str]:
     return {name: fingerprint(getattr(materials, name).dataset) for name in ("train", "validation", "test")}
 
 
-def _progress(output: Path) -> dict[str, Any]:
-    return json.loads((output / _PROGRESS).read_text(encoding="utf-8"))
+class _Progress(BaseModel):
+    before: dict[str, Any]
+    probe: dict[str, Any] | None
+    seconds: dict[str, float]
+    asked: Config | None = None
+    data: dict[str, str] = {}
+
+
+def _progress(output: Path) -> _Progress:
+    try:
+        return _Progress.model_validate(read_object(output / _PROGRESS))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        refuse(output / _PROGRESS, "progress of a run", ValueError(f"`{where}`: {error.errors()[0]['msg'].lower()}"))
 
 
 def _has_only_begun(output: Path) -> bool:

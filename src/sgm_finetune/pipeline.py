@@ -21,7 +21,7 @@ from sgm_finetune.adapters.apply import apply_plan, check_plan, check_starts
 from sgm_finetune.adapters.plan_file import load_plan
 from sgm_finetune.adapters.shard import Sharded, reduce_factors_only, shard_base
 from sgm_finetune.checkpoints import discard_after
-from sgm_finetune.config import Config, LabelKind, parse_config, set_overrides
+from sgm_finetune.config import Config, LabelKind
 from sgm_finetune.environment import environment
 from sgm_finetune.errors import UserError
 from sgm_finetune.estimate_table import describe_estimate, estimate_table
@@ -31,9 +31,9 @@ from sgm_finetune.export import (
     PTH,
     attach_adapter,
     load_pth,
-    pth_config,
     save_adapter,
     save_pth,
+    stored_config,
 )
 from sgm_finetune.fast_step import prepare_adapters, prepare_base
 from sgm_finetune.files import disk_free, locked, write_json, write_text
@@ -42,7 +42,7 @@ from sgm_finetune.generation import answer_metrics, generate_answers, has_answer
 from sgm_finetune.harness import harness_metrics
 from sgm_finetune.head_loss import HeadLoss
 from sgm_finetune.launch import check_launch, follow_launcher, in_pieces, processes, whole_factors
-from sgm_finetune.materials import Materials, prepare, probe_batches, probe_pieces
+from sgm_finetune.materials import Materials, prepare, probe_batches, probe_pieces, tell_own_code
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.measure.scan import scan
 from sgm_finetune.measure.scan_formats import load_scan
@@ -344,8 +344,7 @@ def _read_result(config: Config, overrides: Sequence[str]) -> tuple[Path, dict[s
     """Where `config` has its sgm_finetuned.pth, what is in it, and the configuration there, changed by `overrides`."""
     path = Path(config.output.dir) / PTH
     content = load_pth(path)
-    values = pth_config(content).model_dump(mode="json")
-    return path, content, follow_launcher(parse_config(values, str(path), set_overrides(values, overrides)))
+    return path, content, follow_launcher(stored_config(content, path, config, overrides))
 
 
 def trained_config(config: Config, overrides: Sequence[str]) -> Config:
@@ -370,6 +369,7 @@ def load_result(config: Config, overrides: Sequence[str], voice: Voice) -> Resul
     """The result in output.dir, from its .pth file and the base model alone; no data is read."""
     path, content, config = _read_result(config, overrides)
     folder = local_folder(config.model.name, config.model.revision, lambda line: voice.say("model", line))
+    tell_own_code(config.model, folder, voice)
     check_model(config.model, folder)
     tokenizer = load_tokenizer(folder, config.model)
     labels, kind = tuple(content["labels"]), content.get("label_kind")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sgm_finetune.errors import UserError
 from sgm_finetune.files import whole_file, write_json
 from sgm_finetune.method.plan import Plan
+from sgm_finetune.reading import read_json, refuse
 
 _PLAN = pydantic.TypeAdapter(Plan)
 
@@ -50,11 +51,11 @@ def load_plan(path: Path | str) -> Plan:
     """The plan in `path` with the starts beside it. Raises UserError for a missing, broken or foreign file."""
     path = Path(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
     except FileNotFoundError:
         raise UserError(f"No plan file {path}; make one with `sgm plan --output {path}`") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is no usable plan: {error}") from None
+    except (OSError, ValueError) as error:
+        refuse(path, "plan", error)
     if not isinstance(document, dict):
         raise UserError(f"{path} is no usable plan: it holds a {type(document).__name__}, not an object")
     tensors = path.with_suffix(".safetensors")

@@ -191,6 +191,8 @@ def _read_json(path: Path) -> Table:
             where, rows = "line", list(_json_lines(path, text))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON that can be read: {one_line(error)}") from None
     for number, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{path} {where} {number} is no JSON object; write {{'text': ..., 'label': ...}}")
@@ -203,9 +205,10 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
                 raise UserError(
-                    f"{path} line {number} is not JSON: {error.msg}; write one object a line, or one list of objects"
+                    f"{path} line {number} is not JSON: {reason}; write one object a line, or one list of objects"
                 ) from None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from sgm_finetune.exporting.result import Result, base_skeleton, dtype_name, rea
 from sgm_finetune.exporting.shards import SHARD_BYTES, write_config_files, write_shards
 from sgm_finetune.files import disk_free, whole_folder, write_json, write_text
 from sgm_finetune.memory import peak_memory, release_memory
+from sgm_finetune.reading import read_object
 from sgm_finetune.voice import Voice
 
 REPORT = "export.json"
@@ -269,9 +269,10 @@ def _stops(result: Result, found: ChatFormat | None) -> list[str]:
     """The texts that end an answer: the chat format's, the end-of-text tokens'."""
     tokenizer = result.tokenizer
     path = result.folder / "generation_config.json"
-    ids: Any = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    ids: Any = read_object(path).get("eos_token_id") if path.is_file() else None
     ids = ids if isinstance(ids, list) else [ids]
-    tokens = [str(tokenizer.convert_ids_to_tokens(number)) for number in ids if number is not None]
+    known = [number for number in ids if isinstance(number, int) and 0 <= number < len(tokenizer)]  # type: ignore[arg-type]
+    tokens = [str(tokenizer.convert_ids_to_tokens(number)) for number in known]
     eos = tokenizer.eos_token
     return [*([found.stop()] if found else []), *([str(eos)] if eos else []), *tokens]
 

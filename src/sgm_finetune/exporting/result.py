@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,12 @@ import torch
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sgm_finetune.config import Config, LabelKind, ModelConfig, parse_config, set_overrides
-from sgm_finetune.export import PTH, load_pth, pth_config
+from sgm_finetune.config import Config, LabelKind, ModelConfig
+from sgm_finetune.export import PTH, load_pth, stored_config
+from sgm_finetune.materials import tell_own_code
 from sgm_finetune.model_folder import local_folder
 from sgm_finetune.models import check_model, device_for, load_model, load_tokenizer, skeleton
+from sgm_finetune.reading import read_object
 from sgm_finetune.voice import Voice
 
 
@@ -37,13 +38,13 @@ class Result:
     @property
     def base_config(self) -> dict[str, Any]:
         """The base model's config.json."""
-        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return read_object(self.folder / "config.json")
 
     @property
     def metrics(self) -> dict[str, Any]:
         """metrics.json beside the result; {} where it is gone."""
         path = self.path.parent / "metrics.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_object(path) if path.is_file() else {}
 
 
 def read_result(config: Config, overrides: Sequence[str], voice: Voice) -> Result:
@@ -53,10 +54,10 @@ def read_result(config: Config, overrides: Sequence[str], voice: Voice) -> Resul
     """
     path = Path(config.output.dir) / PTH
     content = load_pth(path)
-    values = pth_config(content).model_dump(mode="json")
-    trained = parse_config(values, str(path), set_overrides(values, overrides))
+    trained = stored_config(content, path, config, overrides)
     model = trained.model
     folder = local_folder(model.name, model.revision, lambda line: voice.say("model", line))
+    tell_own_code(model, folder, voice)
     check_model(unquantised(model), folder)
     labels, kind = tuple(content["labels"]), content.get("label_kind")
     if kind is None and model.task == "sequence-classification" and not labels:

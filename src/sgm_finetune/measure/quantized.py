@@ -8,7 +8,6 @@ that no second copy of a matrix is ever in memory. `o` outputs, `i` inputs, `g` 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from sgm_finetune.errors import UserError
 from sgm_finetune.measure.fused import Cut
+from sgm_finetune.reading import parse_json
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 CHUNK = 2**22
@@ -161,7 +161,7 @@ def _bnb_4bit(tensor: StoredTensor, companions: _Companions) -> Parameter | None
     else:
         return None
     try:
-        state = json.loads(bytes(packed_state.get().tolist()))
+        state = parse_json(bytes(packed_state.get().tolist()).decode())
         (rows, cols), block = state["shape"], int(state["blocksize"])
     except (ValueError, KeyError, TypeError) as error:
         raise companions.misfit(f"its quant_state is unreadable ({error})") from None

@@ -14,6 +14,7 @@ from sgm_finetune.files import write_text
 from sgm_finetune.method.selection import KindChoice, choose_per_kind, ties
 from sgm_finetune.method.snr import Estimator, ratio_decibels
 from sgm_finetune.method.spectrum import MatrixScan, Scan, by_parameter, layer_of
+from sgm_finetune.reading import read_json
 
 _REMEDY = (
     "MODEL is a model (a folder, a .safetensors, .bin or .gguf file, a hub id), the JSON that "
@@ -35,7 +36,7 @@ def load_scan(path: str | Path, estimator: Estimator | None = None) -> Scan:
     An infinite ratio is `Infinity`, null or "inf" there.
     """
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = read_json(Path(path), infinite=True)
         scan = _published(str(path), document) if _is_published(document) else Scan.from_dict(document)
         _check(scan)
     except OSError as error:
@@ -44,7 +45,7 @@ def load_scan(path: str | Path, estimator: Estimator | None = None) -> Scan:
         ) from None
     except KeyError as error:
         raise UserError(f"{path} is no scan (no {error}); {_REMEDY}") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is no scan ({error}); {_REMEDY}") from None
     if estimator not in (None, scan.estimator):
         raise UserError(

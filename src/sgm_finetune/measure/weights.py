@@ -7,7 +7,6 @@ three-dimensional stack; biases, norms and convolutions are not. How quantised o
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -24,6 +22,7 @@ from sgm_finetune.errors import UserError
 from sgm_finetune.measure.fused import Cut, cuts
 from sgm_finetune.measure.gguf_files import gguf_tensors
 from sgm_finetune.measure.quantized import FLOATS, Parameter, StoredTensor, plain, read_quantised
+from sgm_finetune.reading import read_json, read_torch, shard_names
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
@@ -210,7 +209,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from None
     return config if isinstance(config, dict) else {}
@@ -244,11 +243,7 @@ def _check_index(files: list[Path], tensors: Mapping[str, StoredTensor]) -> None
 
 def _indexed(index: Path) -> dict[str, Path]:
     """Tensor name -> shard, every shard present."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: index.parent / shard for name, shard in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(index, error) from None
+    files = {name: index.parent / shard for name, shard in shard_names(index).items()}
     for file in dict.fromkeys(files.values()):
         if not file.is_file():
             raise UserError(f"{index.name} names {file.name}, which is missing from {index.parent}; download it again")
@@ -291,9 +286,7 @@ def _read(file: Path, name: str, index: int | None) -> Tensor:
 
 def _pickled(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     """As `_headers` of a torch checkpoint: its tensors are mapped and read when touched (old formats: read whole)."""
-    with open(file, "rb") as opened:
-        is_zip = opened.read(2) == b"PK"
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    state = read_torch(file, mmap=True)
     if not isinstance(state, dict):
         raise UserError(f"{file} holds a {type(state).__name__}, not a model's named tensors")
     for name, tensor in state.items():
