@@ -7,6 +7,7 @@ Heavy libraries are imported inside the commands, so that help and wrong input a
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sgm_finetune.config import Config, Quantization, Task, load_config
-from sgm_finetune.errors import UserError
+from sgm_finetune.errors import UserError, in_one_line
 
 app = typer.Typer(
     add_completion=True,
@@ -441,6 +442,10 @@ def main(arguments: list[str] | None = None) -> None:
         _fail("Interrupted", 130)
     except BrokenPipeError:
         os._exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        _fail(f"{str(error.filename)[:60]}... is no path: {error.strerror}", 2)
     except MemoryError as error:
         _fail(_out_of_memory(error), 2)
     except RuntimeError as error:
@@ -518,5 +523,5 @@ def _peer_is_gone(error: RuntimeError) -> bool:
 def _fail(line: str, status: int) -> None:
     """One line on stderr, from the first process only, and the exit status."""
     if os.environ.get("RANK", "0") == "0":
-        print(" ".join(line.split()), file=sys.stderr, flush=True)
+        print(in_one_line(line), file=sys.stderr, flush=True)
     sys.exit(status)

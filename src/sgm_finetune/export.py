@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sgm_finetune.adapters.apply import ADAPTER, check_plan, tie
+from sgm_finetune.adapters.apply import ADAPTER, check_plan, lora_layers, tie
 from sgm_finetune.adapters.plan_file import parse_plan, plan_document
 from sgm_finetune.config import Config, LabelKind, parse_config, set_overrides
 from sgm_finetune.errors import UserError
@@ -219,7 +219,12 @@ def attach_untrained(base: PreTrainedModel, content: dict[str, Any], where: Path
     except UserError as error:
         reason = str(error).partition(";")[0]
         raise UserError(f"{where} does not fit the base model; take the one it was trained on. {reason}") from None
-    model = get_peft_model(base, lora_config(content))
+    try:
+        model = get_peft_model(base, lora_config(content))
+    except ValueError as error:
+        raise UserError(f"{where} does not fit the base model: {_brief(error)}") from None
+    if other := set(lora_layers(model)) ^ {matrix.name for matrix in plan.selected}:  # type: ignore[arg-type]
+        raise UserError(f"{where} is no usable result: its plan and its adapter differ in `{min(other)}`")
     tie(model, plan)  # type: ignore[arg-type]
     return model  # type: ignore[return-value]
 

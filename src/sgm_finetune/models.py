@@ -144,13 +144,14 @@ def load_tokenizer(folder: Path, config: ModelConfig | None = None) -> PreTraine
     words: dict[str, Any] = {"add_prefix_space": True} if config.task == "token-classification" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **words)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        tokenizer(["a", "b"] if words else "a b", is_split_into_words=bool(words))  # what cannot be used is found now
     except Exception as error:  # tokenizers raises its own, and Transformers many
         raise UserError(
             f"{folder} has no usable tokenizer; put tokenizer.json and tokenizer_config.json there "
             f"({_first_line(error).rstrip(':')})"
         ) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"
     return tokenizer
 

@@ -136,7 +136,7 @@ def check_bounded(value: Any, limit: int = MAX_VALUES, leaf: Callable[[Any], Non
 
 def check_inside(name: Any) -> str:
     """`name`, where it names a file in the folder that it is looked for in. Raises ValueError."""
-    if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\\0"):
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0") or len(name) > 255:
         raise ValueError(f"{str(name)[:80]!r} is not the name of a file beside it")
     return name
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sgm_finetune.errors import UserError
-from sgm_finetune.method.plan import Plan
+from sgm_finetune.method.plan import Plan, inconsistency
 from sgm_finetune.method.subspace import Side, width
 from sgm_finetune.models import adaptable, ready_for_backward
 
@@ -77,6 +77,8 @@ def shared_factors(model: PeftModel, plan: Plan) -> dict[str, list[nn.Parameter]
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raises UserError unless every planned matrix exists in `model` with its shape and every group can be built."""
+    if (wrong := inconsistency(plan)) is not None:
+        raise UserError(f"The plan cannot be followed: {wrong}")
     there = adaptable(model)
     what = type(model).__name__
     if not plan.selected:
@@ -98,22 +100,6 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             raise UserError(
                 f"adapter.dropout={plan.settings.dropout} is not possible with experts (`{matrix.name}`), whose inputs "
                 "PEFT does not see; take adapter.dropout=0"
-            )
-    selected = {matrix.name: matrix for matrix in plan.selected}
-    seen: dict[str, str] = {}
-    for group in plan.groups:
-        for name in group.members:
-            if name not in selected:
-                raise UserError(f"Group `{group.name}` of the plan holds `{name}`, which the plan does not select")
-            if name in seen:
-                raise UserError(f"`{name}` is in two groups of the plan: `{seen[name]}` and `{group.name}`")
-            if selected[name].num_experts is not None:
-                raise UserError(f"Group `{group.name}` of the plan holds the experts `{name}`; experts share nothing")
-            seen[name] = group.name
-        widths = {width(selected[name].shape, group.side) for name in group.members}
-        if len(widths) > 1:
-            raise UserError(
-                f"Group `{group.name}` of the plan mixes {group.side} widths {sorted(widths)}; only equal ones share"
             )
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sgm_finetune.errors import UserError
 from sgm_finetune.files import whole_file, write_json
-from sgm_finetune.method.plan import Plan
+from sgm_finetune.method.plan import Plan, inconsistency
 from sgm_finetune.reading import read_json, refuse
 
 _PLAN = pydantic.TypeAdapter(Plan)
@@ -27,12 +27,15 @@ def plan_document(plan: Plan) -> dict:
 def parse_plan(document: dict, where: str, starts: dict | None = None) -> Plan:
     """The plan in plain data; UserError in one line names the first wrong entry."""
     try:
-        return dataclasses.replace(_PLAN.validate_python(document), starts=starts or {})
+        plan = dataclasses.replace(_PLAN.validate_python(document), starts=starts or {})
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise UserError(
             f"{where} is no usable plan: {'.'.join(map(str, first['loc'])) or 'it'}: {first['msg'].lower()}"
         ) from None
+    if (wrong := inconsistency(plan)) is not None:
+        refuse(where, "plan", ValueError(wrong))
+    return plan
 
 
 def save_plan(plan: Plan, path: Path | str) -> None:

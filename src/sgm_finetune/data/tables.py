@@ -193,11 +193,22 @@ def _read_json(path: Path) -> Table:
         raise UserError(f"{path} line {error.lineno} is not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON that can be read: {one_line(error)}") from None
+    half = re.search(r"\\ud[89a-f]", text, re.IGNORECASE) is not None  # perhaps of a pair that is not whole
     for number, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{path} {where} {number} is no JSON object; write {{'text': ..., 'label': ...}}")
+        if half and not _is_text(row):
+            raise UserError(f"{path} {where} {number} has half of a surrogate pair (\\ud8..), which is no character")
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     return Table(path.name, {name: [row.get(name) for _, row in rows] for name in names})
+
+
+def _is_text(row: dict[str, Any]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,15 @@ def gguf_tensors(file: Path) -> Iterator[tuple[str, Parameter | None]]:
             f"{file} is a GGUF file, which needs the package gguf; pip install 'sgm-finetune[demo]'"
         ) from None
 
-    reader = GGUFReader(file)
+    class Bounded(GGUFReader):
+        """Counts that a damaged file makes up would be followed for ever."""
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **options: Any) -> Any:
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends before what it promises")
+            return super()._get(offset, dtype, count, *order, **options)
+
+    reader = Bounded(file)
     if reader.byte_order != "I":
         raise UserError(f"{file} was written for the other byte order; convert it, or take the .safetensors model")
     for tensor in reader.tensors:

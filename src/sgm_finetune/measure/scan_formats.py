@@ -194,5 +194,9 @@ def _check(scan: Scan) -> None:
         if matrix.name in seen:
             raise ValueError(f"{matrix.name} is in it twice")
         seen.add(matrix.name)
+        if min(*matrix.shape, matrix.signal_rank) < 0:
+            raise ValueError(f"{matrix.name} has negative sizes")
+        if not all(math.isfinite(value) and value >= 0 for value in (matrix.sigma, matrix.edge, matrix.energy)):
+            raise ValueError(f"{matrix.name} has a sigma, an edge or an energy that is none")
         if math.isnan(matrix.snr) or matrix.snr < 0 or math.isnan(matrix.snr_db):
             raise ValueError(f"the SNR of {matrix.name} is {matrix.snr}, which is no ratio")

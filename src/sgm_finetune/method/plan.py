@@ -31,6 +31,7 @@ from sgm_finetune.method.subspace import (
 )
 
 Halves = tuple[Tensor, Tensor]  # of one layer and side, from the two halves of the batches
+MAX_RANK = 2**16
 SNR_TOLERANCE_DB = 3.0  # of criterion "snr" where none is given: a factor of two in energy
 
 
@@ -170,6 +171,38 @@ class Plan:
 
     def shape_of(self, name: str) -> tuple[int, int]:
         return next(matrix.shape for matrix in self.matrices if matrix.name == name)
+
+
+def inconsistency(plan: Plan) -> str | None:
+    """What is wrong with a plan in itself, whatever model it is for; None where nothing is."""
+    settings = plan.settings
+    if not (1 <= settings.rank <= MAX_RANK and 0 < settings.alpha < math.inf and 0 <= settings.dropout < 1):
+        return (
+            f"rank {settings.rank}, alpha {settings.alpha:g} and dropout {settings.dropout:g} are no settings of LoRA"
+        )
+    names = Counter(matrix.name for matrix in plan.matrices)
+    if twice := next((name for name, times in names.items() if times > 1), None):
+        return f"`{twice}` is in it twice"
+    for matrix in plan.matrices:
+        if min(*matrix.shape, 1 if matrix.num_experts is None else matrix.num_experts) < 1:
+            return f"`{matrix.name}` has no entries"
+    selected = {matrix.name: matrix for matrix in plan.selected}
+    seen: dict[str, str] = {}
+    for group in plan.groups:
+        if not group.members:
+            return f"group `{group.name}` holds nothing"
+        for name in group.members:
+            if name not in selected:
+                return f"group `{group.name}` holds `{name}`, which the plan does not select"
+            if name in seen:
+                return f"`{name}` is in two groups of the plan: `{seen[name]}` and `{group.name}`"
+            if selected[name].num_experts is not None:
+                return f"group `{group.name}` holds the experts `{name}`; experts share nothing"
+            seen[name] = group.name
+        widths = {width(selected[name].shape, group.side) for name in group.members}
+        if len(widths) > 1:
+            return f"group `{group.name}` mixes {group.side} widths {sorted(widths)}; only equal ones share"
+    return None
 
 
 def adapter_parameters(plan: Plan) -> tuple[int, int]:

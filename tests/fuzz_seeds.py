@@ -1,0 +1,232 @@
+"""A good file of every kind that SGM reads from others, and how it is read: where the fuzzing begins."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from conftest import make_model, make_tokenizer
+from gguf import GGMLQuantizationType, GGUFWriter
+from safetensors.torch import save
+
+from sgm_finetune.adapters.plan_file import load_plan
+from sgm_finetune.checkpoints import CONTENTS, is_whole, seal
+from sgm_finetune.config import Config, ModelConfig, load_config
+from sgm_finetune.data import load_splits
+from sgm_finetune.export import attach_untrained, load_pth, lora_config, stored_config
+from sgm_finetune.measure.scan_formats import load_scan
+from sgm_finetune.measure.weights import stored_matrices
+from sgm_finetune.method.plan import adapter_parameters
+from sgm_finetune.method.spectrum import by_parameter
+from sgm_finetune.models import check_model, load_tokenizer, skeleton
+from sgm_finetune.output_folder import as_it_began, earlier
+from sgm_finetune.reading import read_object
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`good`: a file's bytes, or plain data that `write` makes bytes of. `read` is given the path of a changed file."""
+
+    file: str
+    good: Any
+    read: Callable[[Path], object]
+    write: Callable[[Any], bytes] | None = None
+    beside: dict[str, bytes] | None = None
+
+
+def as_json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+def as_yaml(value: Any) -> bytes:
+    return yaml.safe_dump(value).encode()
+
+
+def as_torch(value: Any) -> bytes:
+    held = io.BytesIO()
+    torch.save(value, held)
+    return held.getvalue()
+
+
+@cache
+def finished_run() -> Path:
+    """A run of four steps on a pico LLaMA, with a checkpoint."""
+    from rich.console import Console
+
+    from sgm_finetune.pipeline import finetune
+
+    folder = Path(mkdtemp(prefix="sgm-fuzz-"))
+    make_model("causal-lm").save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    (folder / "data.csv").write_bytes(as_csv())
+    settings = [
+        f"model.name={folder / 'model'}", "model.dtype=float32", f"data.train={folder / 'data.csv'}",
+        "data.max_length=16", "probe.num_batches=2", "probe.batch_size=4", "probe.sketch_size=12", "adapter.rank=4",
+        "training.max_steps=4", "training.batch_size=8", f"output.dir={folder / 'out'}",
+    ]  # fmt: skip
+    finetune(load_config(None, settings), Console(quiet=True))
+    return folder
+
+
+def rows() -> list[dict[str, str]]:
+    words = ["good", "bad", "fine", "film", "plot", "cast"]
+    return [{"text": f"{words[n % 6]} {words[n // 6 % 6]}", "label": "ab"[n % 2]} for n in range(36)]
+
+
+def as_csv() -> bytes:
+    held = io.StringIO()
+    writer = csv.DictWriter(held, ["text", "label"])
+    writer.writeheader()
+    writer.writerows(rows())
+    return held.getvalue().encode()
+
+
+def as_parquet() -> bytes:
+    held = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows()), held)
+    return held.getvalue()
+
+
+def as_conll() -> bytes:
+    return "\n".join("".join(f"{word}\tO\n" for word in row["text"].split()) + "x\tB-X\n" for row in rows()).encode()
+
+
+def as_gguf() -> bytes:
+    path = Path(mkdtemp(prefix="sgm-fuzz-")) / "model.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_tensor("blk.0.attn_q.weight", np.ones((4, 32), np.float32))
+    packed = np.zeros((4, 34), np.uint8)
+    writer.add_tensor("blk.0.attn_k.weight", packed, raw_dtype=GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def read_data(path: Path, task: str = "sequence-classification") -> None:
+    config = load_config(None, [f"data.train={path}", f"model.task={task}"])
+    load_splits(config.data, config.model.task)
+
+
+def read_weights(path: Path) -> None:
+    for matrix in stored_matrices(path if path.suffix == ".gguf" else path.parent):
+        matrix.load()
+
+
+def read_scan(path: Path) -> None:
+    scan = load_scan(path)
+    by_parameter(scan)
+    scan.to_dict()
+
+
+def read_plan(path: Path) -> None:
+    adapter_parameters(load_plan(path))
+
+
+def read_pth(path: Path) -> None:
+    """As `sgm evaluate` does, up to a model without numbers."""
+    content = load_pth(path)
+    config = stored_config(content, path, Config(), [])
+    assert not config.model.trust_remote_code
+    lora_config(content)
+    base = skeleton(ModelConfig(name="pico", dtype="float32"), finished_run() / "model", ("a", "b"), 0, "class")
+    attach_untrained(base, content, path)
+
+
+def read_progress(path: Path) -> None:
+    output = path.parent.parent
+    as_it_began(load_config(None, ["memory.budget=8GiB"]), output)
+    earlier(output, load_plan(finished_run() / "out" / "plan.json"), {})
+
+
+def read_contents(path: Path) -> None:
+    is_whole(path.parent)
+
+
+def read_config_of_model(path: Path) -> None:
+    check_model(ModelConfig(name=str(path.parent)), path.parent, 8)
+
+
+def read_tokenizer(path: Path) -> None:
+    load_tokenizer(path.parent)("good film")
+
+
+def read_overrides(path: Path) -> None:
+    load_config(None, path.read_text(encoding="utf-8", errors="replace").split("\n"))
+
+
+def readers() -> dict[str, Reader]:
+    folder = finished_run()
+    model, out = folder / "model", folder / "out"
+    scan = {"model": "pico", "estimator": "mp", "matrices": [
+        {"name": f"layers.{n}.q", "kind": "layers.*.q", "layer": n, "shape": [8, 8], "sigma": 1.0, "edge": 4.0,
+         "signal_rank": 1, "snr": 0.5, "snr_db": -3.0, "parameter": f"layers.{n}.q.weight", "energy": 2.0}
+        for n in range(2)
+    ]}  # fmt: skip
+    weights = {"layers.0.q.weight": torch.ones(4, 6), "layers.1.q.weight": torch.zeros(6, 4, dtype=torch.bfloat16)}
+    pth = torch.load(out / "sgm_finetuned.pth", weights_only=True)
+    tokenizer = {path.name: path.read_bytes() for path in model.iterdir() if "token" in path.name}
+    checkpoint = folder / "checkpoint-1"
+    checkpoint.mkdir(exist_ok=True)
+    (checkpoint / "a.bin").write_bytes(b"abc")
+    seal(checkpoint)
+    return {
+        "config.yaml": Reader(
+            "config.yaml", yaml.safe_load((out / "config.yaml").read_text()), lambda path: load_config(path), as_yaml
+        ),
+        "key=value": Reader("overrides.txt", b"training.epochs=2\nmodel.name=a\ndata.columns={text: t}", read_overrides),
+        "plan": Reader("plan.json", json.loads((out / "plan.json").read_text()), read_plan, as_json,
+                       {"plan.safetensors": (out / "plan.safetensors").read_bytes()}),
+        "plan's starts": Reader("plan.safetensors", (out / "plan.safetensors").read_bytes(),
+                                lambda path: read_plan(path.with_suffix(".json")), None,
+                                {"plan.json": (out / "plan.json").read_bytes()}),
+        "scan": Reader("scan.json", scan, read_scan, as_json),
+        "published scan": Reader("scan.json", {"layers.0.q": {"snr": 1.5, "type": "q"}}, read_scan, as_json),
+        ".pth, bytes": Reader("sgm_finetuned.pth", (out / "sgm_finetuned.pth").read_bytes(), read_pth),
+        ".pth, content": Reader("sgm_finetuned.pth", pth, read_pth, as_torch),
+        "index of shards": Reader(
+            "model.safetensors.index.json", {"weight_map": dict.fromkeys(weights, "a.safetensors")}, read_weights,
+            as_json, {"a.safetensors": save(weights)}),
+        ".safetensors": Reader("model.safetensors", save(weights), read_weights),
+        ".bin": Reader("pytorch_model.bin", as_torch(weights), read_weights),
+        ".gguf": Reader("model.gguf", as_gguf(), read_weights),
+        "a model's config.json": Reader("config.json", json.loads((model / "config.json").read_text()),
+                                        read_config_of_model, as_json),
+        "tokenizer.json": Reader("tokenizer.json", json.loads(tokenizer["tokenizer.json"]), read_tokenizer, as_json,
+                                 tokenizer),
+        "tokenizer_config.json": Reader("tokenizer_config.json", json.loads(tokenizer["tokenizer_config.json"]),
+                                        read_tokenizer, as_json, tokenizer),
+        ".csv": Reader("data.csv", as_csv(), read_data),
+        ".json": Reader("data.json", rows(), read_data, as_json),
+        ".jsonl": Reader("data.jsonl", b"\n".join(map(as_json, rows())), read_data),
+        ".parquet": Reader("data.parquet", as_parquet(), read_data),
+        ".conll": Reader("data.conll", as_conll(), lambda path: read_data(path, "token-classification")),
+        "progress.json": Reader("checkpoints/progress.json",
+                                json.loads((out / "checkpoints" / "progress.json").read_text()), read_progress,
+                                as_json, {"config.yaml": (out / "config.yaml").read_bytes()}),
+        "contents.json": Reader(f"checkpoint-1/{CONTENTS}", json.loads((checkpoint / CONTENTS).read_text()),
+                                read_contents, as_json, {"checkpoint-1/a.bin": b"abc"}),
+        "metrics.json": Reader("metrics.json", json.loads((out / "metrics.json").read_text()), read_object, as_json),
+    }  # fmt: skip
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The paths of all values within plain data."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
