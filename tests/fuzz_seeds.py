@@ -188,7 +188,7 @@ def readers() -> dict[str, Reader]:
         "config.yaml": Reader(
             "config.yaml", yaml.safe_load((out / "config.yaml").read_text()), lambda path: load_config(path), as_yaml
         ),
-        "key=value": Reader("overrides.txt", b"training.epochs=2\nmodel.name=a\ndata.columns={text: t}", read_overrides),
+        "key=value": Reader("keys.txt", b"training.epochs=2\nmodel.name=a\ndata.columns={text: t}", read_overrides),
         "plan": Reader("plan.json", json.loads((out / "plan.json").read_text()), read_plan, as_json,
                        {"plan.safetensors": (out / "plan.safetensors").read_bytes()}),
         "plan's starts": Reader("plan.safetensors", (out / "plan.safetensors").read_bytes(),

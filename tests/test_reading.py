@@ -1,0 +1,181 @@
+"""What is refused of files that come from others, and that it costs neither memory nor time."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+
+import pytest
+import torch
+from fuzz_seeds import as_gguf, finished_run
+from rich.console import Console
+
+from sgm_finetune import pipeline
+from sgm_finetune.cli import main
+from sgm_finetune.config import Config, load_config
+from sgm_finetune.errors import UserError
+from sgm_finetune.export import load_pth, stored_config
+from sgm_finetune.measure.weights import stored_matrices, weight_files
+from sgm_finetune.models import check_model
+from sgm_finetune.reading import MAX_JSON, check_inside, parse_json, parse_yaml, read_json, read_torch
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"a": 1, "a": 2}', "the key 'a' is in it twice"),
+        ("[NaN]", "NaN is no number"),
+        ("[Infinity]", "Infinity is no number"),
+        ("[1e999]", "too large a number"),
+        (f"[{'9' * 5000}]", "too large a number"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[" * 80 + "]" * 80, "nested too deeply"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_json_that_is_refused(text, why):
+    with pytest.raises(ValueError, match=why):
+        parse_json(text)
+
+
+def test_published_infinities_are_numbers_where_they_are_asked_for():
+    assert parse_json("[Infinity, 2.5]", infinite=True) == [float("inf"), 2.5]
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    path = tmp_path / "plan.json"
+    with path.open("wb") as file:
+        file.truncate(MAX_JSON + 1)
+    with pytest.raises(ValueError, match="larger than 64 MiB"):
+        read_json(path)
+
+
+def test_yaml_of_a_billion_laughs_is_refused_and_plain_aliases_are_read():
+    laughs = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+    with pytest.raises(ValueError, match="more than 10,000 values"):
+        parse_yaml(laughs)
+    with pytest.raises(ValueError, match="holds itself"):
+        parse_yaml("&a [*a]")
+    assert parse_yaml("x: &s {rank: 4}\ny: *s") == {"x": {"rank": 4}, "y": {"rank": 4}}
+    with pytest.raises(ValueError, match="could not determine a constructor"):
+        parse_yaml("!!python/object/apply:os.system [echo]")
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/b", "..", "", "a\0", "a" * 300, 7, None])
+def test_a_name_that_leaves_its_folder(name):
+    with pytest.raises(ValueError, match="is not the name of a file beside it"):
+        check_inside(name)
+
+
+@pytest.mark.parametrize("shard", ["../../outside.safetensors", "/outside.safetensors"])
+def test_an_index_of_shards_stays_in_its_folder(shard, tmp_path, llama_folder):
+    (tmp_path / "model").mkdir()
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a.weight": shard}}))
+    with pytest.raises(UserError, match="is not the name of a file beside it"):
+        weight_files(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_bytes((llama_folder / "config.json").read_bytes())
+    with pytest.raises(UserError, match="is not the name of a file beside it"):
+        check_model(Config().model, tmp_path / "model")
+
+
+def repacked(content: bytes, compression: int) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(held, "w", compression) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+    return held.getvalue()
+
+
+def test_a_pth_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
+    held = io.BytesIO()
+    torch.save({"a": torch.zeros(2**22)}, held)
+    bomb = tmp_path / "bomb.pth"
+    bomb.write_bytes(repacked(held.getvalue(), zipfile.ZIP_DEFLATED))
+    assert bomb.stat().st_size < 2**17
+    with pytest.raises(ValueError, match="its archive is compressed"):
+        read_torch(bomb)
+
+
+def test_a_tensor_that_claims_more_than_it_holds_is_refused(tmp_path):
+    path = tmp_path / "view.pth"
+    torch.save({"a": torch.zeros(1).expand(10**12)}, path)
+    assert path.stat().st_size < 5000
+    with pytest.raises(ValueError, match="claims more numbers than the file holds"):
+        read_torch(path)
+
+
+def test_a_gguf_file_that_promises_more_than_it_has_ends(tmp_path):
+    path = tmp_path / "model.gguf"
+    content = bytearray(as_gguf())
+    content[8:24] = b"\xff" * 15 + b"\x0f"  # tensors and entries
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match="is damaged or cut short"):
+        stored_matrices(path)
+
+
+@pytest.fixture
+def strangers(tmp_path):
+    """Writes a .pth with something in it changed; returns its settings."""
+
+    def write(**changes) -> list[str]:
+        content = torch.load(finished_run() / "out" / "sgm_finetuned.pth", weights_only=True)
+        for part, values in changes.items():
+            content[part].update(values)
+        torch.save(content, tmp_path / "sgm_finetuned.pth")
+        return [f"output.dir={tmp_path}"]
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"auto_mapping": None, "use_dora": True}, "`peft_config.use_dora` is 'True', which `sgm finetune` does not"),
+        ({"layer_replication": [[0, 10**9]]}, "`peft_config.layer_replication`"),
+        ({"target_modules": "(a+)+$"}, "`target_modules`: input should be a valid list"),
+        ({"r": 10**9}, "`r`: input should be less than or equal to 65536"),
+        ({"lora_alpha": float("nan")}, "`lora_alpha`: input should be"),
+        ({"target_modules": ["q_proj"]}, "its plan and its adapter differ in"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_strangers_pth_gives_peft_no_other_settings(changes, why, strangers):
+    names = strangers(peft_config=changes)
+    with pytest.raises(UserError, match=why.replace("(", r"\(")):
+        pipeline.load_result(load_config(None, names), names, pipeline.Voice(Console(quiet=True)))
+
+
+def test_a_strangers_pth_switches_on_no_code_and_moves_no_output(strangers, tmp_path):
+    names = strangers(config={})
+    path = tmp_path / "sgm_finetuned.pth"
+    content = load_pth(path)
+    content["config"]["model"]["trust_remote_code"] = True
+    content["config"]["output"]["dir"] = "/elsewhere"
+    here = load_config(None, names)
+    found = stored_config(content, path, here, [])
+    assert not found.model.trust_remote_code
+    assert found.output.dir == str(tmp_path)
+    allowed = load_config(None, [*names, "model.trust_remote_code=true"])
+    assert stored_config(content, path, allowed, []).model.trust_remote_code
+
+
+def test_what_a_file_says_is_not_obeyed_by_the_terminal(tmp_path, capfd):
+    path = tmp_path / "config.yaml"
+    path.write_text('"\\e[31mred\\n": 1\n')
+    with pytest.raises(SystemExit) as caught:
+        main(["finetune", "--config", str(path)])
+    said = capfd.readouterr().err
+    assert caught.value.code == 2
+    assert "\x1b" not in said
+    assert "\\x1b[31mred" in said
+
+
+def test_a_name_that_is_too_long_is_one_line(capfd):
+    with pytest.raises(SystemExit) as caught:
+        main(["scan", "x" * 5000])
+    said = capfd.readouterr().err
+    assert caught.value.code == 2
+    assert "File name too long" in said
+    assert said.count("\n") == 1
