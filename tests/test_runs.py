@@ -36,7 +36,7 @@ TOLERANCE = {"merged": 1e-4}
 
 LEFT = {
     "sgm_finetuned.pth", "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html",
-    "environment.json", "checkpoints",
+    "environment.json", "history.json", "examples.json", "pictures.json", "checkpoints",
 }  # fmt: skip
 
 

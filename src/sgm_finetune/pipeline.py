@@ -28,7 +28,8 @@ from sgm_finetune.environment import environment, environment_file
 from sgm_finetune.errors import UserError
 from sgm_finetune.estimate_table import describe_estimate, estimate_table
 from sgm_finetune.estimation import Estimate, PredictionError, estimate
-from sgm_finetune.evaluation import check_packing, describe_metrics, evaluate_model
+from sgm_finetune.evaluation import check_packing, describe_metrics, evaluate_with_predictions
+from sgm_finetune.examples import changed_examples, fingerprint_of_test, kept_predictions
 from sgm_finetune.export import (
     PTH,
     RESULTS,
@@ -67,6 +68,7 @@ from sgm_finetune.models import (
 )
 from sgm_finetune.planning import describe_plan, make_plan, remarks
 from sgm_finetune.report.page import render_report
+from sgm_finetune.report.pictures import gather_pictures, save_pictures
 from sgm_finetune.report.scan_table import scan_summary
 from sgm_finetune.trainer import check_machine, train, training_arguments
 from sgm_finetune.voice import Voice
@@ -129,11 +131,11 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
     if checkpoint is not None and given_plan is not None:
         measured = _earlier(output, given_plan, clock)
     else:
-        before = _agreed(config, lambda: test(model, "before"))
+        before, predicted = _agreed(config, lambda: test(model, "before"))
         plan, numbers = given_plan, None
         if plan is None:
             plan, numbers = _agreed(config, lambda: measure(config, model, scanned, materials, voice, clock, head_loss))
-        measured = Measured(plan, before, numbers)
+        measured = Measured(plan, before, predicted, numbers)
     adapted, parameters = _adapt(config, model, measured.plan, new_modules, voice)
     # not before: they tell Transformers of DeepSpeed, which would have the base partitioned as it is loaded
     arguments = training_arguments(config, output / "checkpoints", len(datasets[0]), processes().num_processes)
@@ -144,6 +146,9 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
         if not was_there:
             _hold(output, held)
         _begin(config, output, measured, clock)
+        with clock.time("scan"):
+            pictures = gather_pictures(measured.plan, scanned if config.snr.scan is None else None, materials.folder)
+        save_pictures(pictures, output / "pictures.json")
     elif checkpoint is not None and processes().is_main_process:
         discard_after(checkpoint)
     processes().wait_for_everyone()
@@ -159,12 +164,13 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
             "continue with training.resume=true"
         )
     voice.say("train", _describe_training(state, clock.seconds["train"]))
-    after = _agreed(config, lambda: test(adapted, "after"))
+    after, predicted = _agreed(config, lambda: test(adapted, "after"))
     clock.seconds["total"] = time.perf_counter() - started
     metrics = {
         "model": config.model.name,
         "task": config.model.task,
         "data": materials.splits.description,
+        "test_fingerprint": fingerprint_of_test(materials.splits),
         "labels": list(materials.splits.labels),
         "before": measured.before,
         "after": after,
@@ -182,6 +188,14 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
     }
     with whole_factors(adapted):
         if processes().is_main_process:
+            write_json(output / "history.json", state.log_history)
+            write_json(
+                output / "examples.json",
+                changed_examples(
+                    materials.splits, config.model.task, materials.test.dataset, (measured.predicted, predicted),
+                    (measured.before, after),
+                ),
+            )  # fmt: skip
             _save(config, adapted, measured.plan, materials, metrics, state.log_history, output)
         processes().wait_for_everyone()
     if needed is not None:
@@ -202,6 +216,8 @@ class Measured:
 
     plan: Plan
     before: dict[str, Any]
+    predicted: list[Any]
+    """Of the first test examples, before."""
     probe: dict[str, Any] | None
 
 
@@ -260,7 +276,9 @@ def _begin(config: Config, output: Path, measured: Measured, clock: Clock) -> No
     """
     if config.output.overwrite or _has_only_begun(output):
         clear_results(output)
-    progress = {"before": measured.before, "probe": measured.probe, "seconds": clock.seconds}
+    progress = {
+        "before": measured.before, "predicted": measured.predicted, "probe": measured.probe, "seconds": clock.seconds,
+    }  # fmt: skip
     write_json(output / _PROGRESS, progress)
     write_json(output / "environment.json", environment_file(config))
     write_config(output / "config.yaml", config)
@@ -283,7 +301,7 @@ def _earlier(output: Path, plan: Plan, clock: Clock) -> Measured:
     """What the interrupted run had measured; its seconds count."""
     progress = json.loads((output / _PROGRESS).read_text(encoding="utf-8"))
     clock.seconds |= progress["seconds"]
-    return Measured(plan, progress["before"], progress["probe"])
+    return Measured(plan, progress["before"], progress.get("predicted", []), progress["probe"])
 
 
 def _adapt(
@@ -379,7 +397,7 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     head_loss = _prepare_base(config, base, new_modules, materials, voice)
     model = attach_adapter(base, content, path)
     _prepare_adapters(config, model, voice)
-    metrics = _evaluator(config, materials, voice, clock, head_loss)(model, "test")
+    metrics, _ = _evaluator(config, materials, voice, clock, head_loss)(model, "test")
     return {"model": config.model.name, "data": materials.splits.description, **metrics}
 
 
@@ -594,10 +612,12 @@ def _given_plan(config: Config, output: Path, checkpoint: Path | None) -> Plan |
 
 def _evaluator(
     config: Config, materials: Materials, voice: Voice, clock: Clock, head_loss: HeadLoss | None
-) -> Callable[[nn.Module, str], dict[str, Any]]:
-    def test(model: nn.Module, when: str) -> dict[str, Any]:
+) -> Callable[[nn.Module, str], tuple[dict[str, Any], list[Any]]]:
+    """A function that gives a model's metrics on the test data, and the predictions that are kept."""
+
+    def test(model: nn.Module, when: str) -> tuple[dict[str, Any], list[Any]]:
         with clock.time("evaluate"), voice.bar(when) as progress:
-            metrics = evaluate_model(
+            metrics, predicted = evaluate_with_predictions(
                 model,
                 materials.test.dataset,
                 materials.collate,
@@ -615,7 +635,7 @@ def _evaluator(
         voice.say(when, describe_metrics(metrics))
         for name, numbers in metrics.get("harness", {}).items():
             voice.say("", " · ".join([name, *(f"{key} {value:.4f}" for key, value in numbers.items())]))
-        return metrics
+        return metrics, kept_predictions(predicted)
 
     return test
 

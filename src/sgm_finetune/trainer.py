@@ -95,8 +95,9 @@ class SGMTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.head_loss = head_loss
-        self._epoch = SamplerEpoch()
+        self._epoch, self._meter = SamplerEpoch(), StepMeter()
         self.add_callback(self._epoch)
+        self.add_callback(self._meter)
         self.plan, self.global_batch_size = plan, global_batch_size
         self.task: Task | None = task
         if task == "sequence-classification":
@@ -151,6 +152,12 @@ class SGMTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With a step's loss also its tokens per second, and the most memory until then (docs/report.md)."""
+        if "loss" in logs:
+            logs |= self._meter.read(self.state)
+        super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """As `Trainer` clips, and before that: UserError for a gradient that is not finite, by name, while the weights
@@ -337,6 +344,27 @@ class SamplerEpoch(TrainerCallback):
     def on_epoch_begin(self, args, state: TrainerState, control, **kwargs: Any) -> None:
         if self.sampler is not None:
             self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+class StepMeter(TrainerCallback):
+    """Times steps: what is between them (validation, checkpoints) does not count."""
+
+    def __init__(self) -> None:
+        self.began: tuple[float, int] | None = None
+
+    def on_step_begin(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        if self.began is None:
+            self.began = time.perf_counter(), state.num_input_tokens_seen
+
+    def read(self, state: TrainerState) -> dict[str, float]:
+        """Since the step that began after the last reading; named as Transformers names what differs between runs."""
+        measured: dict[str, float] = {"train_peak_memory_bytes": peak_memory()}
+        if self.began is not None:
+            seconds, tokens = time.perf_counter() - self.began[0], state.num_input_tokens_seen - self.began[1]
+            if seconds > 0 and tokens > 0:
+                measured["train_tokens_per_second"] = tokens / seconds
+        self.began = None
+        return measured
 
 
 class NonFiniteLoss(TrainerCallback):
