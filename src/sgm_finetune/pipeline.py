@@ -69,6 +69,7 @@ from sgm_finetune.models import (
 from sgm_finetune.planning import describe_plan, make_plan, remarks
 from sgm_finetune.report.page import render_report
 from sgm_finetune.report.pictures import gather_pictures, save_pictures
+from sgm_finetune.report.run_folder import load_run
 from sgm_finetune.report.scan_table import scan_summary
 from sgm_finetune.trainer import check_machine, train, training_arguments
 from sgm_finetune.voice import Voice
@@ -188,15 +189,13 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
     }
     with whole_factors(adapted):
         if processes().is_main_process:
-            write_json(output / "history.json", state.log_history)
-            write_json(
-                output / "examples.json",
-                changed_examples(
-                    materials.splits, config.model.task, materials.test.dataset, (measured.predicted, predicted),
-                    (measured.before, after),
-                ),
+            examples = changed_examples(
+                materials.splits, config.model.task, materials.test.dataset, (measured.predicted, predicted),
+                (measured.before, after),
             )  # fmt: skip
-            _save(config, adapted, measured.plan, materials, metrics, state.log_history, output)
+            write_json(output / "examples.json", examples)
+            write_json(output / "history.json", state.log_history)
+            _save(config, adapted, measured.plan, materials, metrics, output)
         processes().wait_for_everyone()
     if needed is not None:
         voice.say("memory", _describe_peak(needed.peak_bytes, metrics["peak_memory_bytes"]))
@@ -583,7 +582,7 @@ def _check_writable(output: Path) -> None:
 
 _FREE = (
     "training.resume", "training.shard", "training.micro_batch_size", "training.checkpointing", "output.dir",
-    "output.overwrite", "plan",
+    "output.overwrite", "training.report_to", "plan",
 )  # fmt: skip
 """What may change when a run is resumed: what changes no result beyond rounding."""
 
@@ -679,14 +678,13 @@ def _probe_numbers(probed: Probe | None) -> dict[str, Any] | None:
 
 
 def _save(
-    config: Config, model: PeftModel, plan: Plan, materials: Materials, metrics: dict[str, Any],
-    history: list[dict[str, Any]], output: Path,
-) -> None:  # fmt: skip
+    config: Config, model: PeftModel, plan: Plan, materials: Materials, metrics: dict[str, Any], output: Path
+) -> None:
     save_adapter(model, materials.tokenizer, output / "adapter")
     splits = materials.splits
     save_pth(output / PTH, model, plan, config, splits.labels, splits.label_kind, splits.train.column_names)
-    write_text(output / "report.html", render_report(config=config, plan=plan, metrics=metrics, history=history))
     write_json(output / "metrics.json", metrics)
+    write_text(output / "report.html", render_report(load_run(output)))
 
 
 def _voice(console: Console) -> Voice:

@@ -238,7 +238,7 @@ def training_arguments(config: Config, checkpoints: Path, num_train: int, world_
         data_seed=training.seed,
         use_cpu=not has_gpu(),
         bf16=False,
-        report_to="none",
+        report_to=list(training.report_to) or "none",
         disable_tqdm=True,
         dataloader_pin_memory=has_gpu(),
         remove_unused_columns=True,
@@ -259,7 +259,7 @@ _CHECKPOINTING: dict[bool | str, dict[str, bool] | None] = {
 
 
 def check_machine(config: Config) -> None:
-    """Raises UserError for an optimizer, or a place for activations, that this machine has not."""
+    """Raises UserError for an optimizer, a place for activations, or a tracker, that this machine has not."""
     if config.training.checkpointing == "offload" and not has_gpu():
         raise UserError("training.checkpointing=offload is for GPUs, and there is none here; take true")
     name = config.training.optimizer
@@ -267,6 +267,9 @@ def check_machine(config: Config) -> None:
         raise UserError(f"training.optimizer={name} needs bitsandbytes; pip install bitsandbytes, or take adamw")
     if name.startswith("paged") and not has_gpu():
         raise UserError(f"training.optimizer={name} is for GPUs, and there is none here; take adamw_8bit")
+    for tracker in config.training.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"training.report_to={tracker} needs its package; pip install {tracker}, or leave it out")
 
 
 def num_steps(config: Config, num_train: int) -> int:

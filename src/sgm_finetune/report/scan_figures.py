@@ -19,9 +19,10 @@ from matplotlib.patches import Rectangle
 from sgm_finetune.files import whole_file
 from sgm_finetune.method.singular_values import Spectrum
 from sgm_finetune.method.spectrum import MatrixScan, Scan
-from sgm_finetune.report.figures import SNR_COLOURS, grid_of, readable_on
+from sgm_finetune.report.figures import SNR_COLOURS, grid_of
 from sgm_finetune.report.histogram import histogram_of, law_of_noise
 from sgm_finetune.report.scan_table import kinds_in_order, lowest_median_highest, short_kinds
+from sgm_finetune.report.svg import readable_on
 
 NOISE, SIGNAL, LAW, FAINT = "#8fb3d9", "#d95f0e", "#1f4e79", "#e8e8e8"
 
