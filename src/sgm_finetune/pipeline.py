@@ -67,8 +67,9 @@ from sgm_finetune.models import (
     out_of_reach,
 )
 from sgm_finetune.planning import describe_plan, make_plan, remarks
+from sgm_finetune.report.histogram import Histogram
 from sgm_finetune.report.page import render_report
-from sgm_finetune.report.pictures import gather_pictures, save_pictures
+from sgm_finetune.report.pictures import Pictures, histograms_of, save_pictures, tables_of
 from sgm_finetune.report.run_folder import load_run
 from sgm_finetune.report.scan_table import scan_summary
 from sgm_finetune.trainer import check_machine, train, training_arguments
@@ -120,6 +121,7 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
     config, needed = _within_memory(config, materials, given_plan, voice, resumed=checkpoint is not None)
     datasets = (materials.train.dataset, materials.validation.dataset)
     scanned = scan_model(config, materials.folder, voice, clock) if given_plan is None else None
+    histograms = _histograms(config, scanned, materials.folder, clock)
     model, new_modules = load_base(config, materials, voice)
     check_packing(model, materials.train.dataset)
     if config.training.checkpointing:
@@ -147,9 +149,7 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
         if not was_there:
             _hold(output, held)
         _begin(config, output, measured, clock)
-        with clock.time("scan"):
-            pictures = gather_pictures(measured.plan, scanned if config.snr.scan is None else None, materials.folder)
-        save_pictures(pictures, output / "pictures.json")
+        save_pictures(Pictures(histograms, tables_of(measured.plan.similarities)), output / "pictures.json")
     elif checkpoint is not None and processes().is_main_process:
         discard_after(checkpoint)
     processes().wait_for_everyone()
@@ -452,6 +452,14 @@ def scan_model(config: Config, folder: Path, voice: Voice, clock: Clock) -> Scan
     scanned = _on_main(measured)
     voice.say("scan", scan_summary(scanned))
     return scanned
+
+
+def _histograms(config: Config, scanned: Scan | None, folder: Path, clock: Clock) -> tuple[Histogram, ...]:
+    """What the report draws of the scan, by the first process. A scan from a file may be of other weights: nothing."""
+    if scanned is None or config.snr.scan is not None or not processes().is_main_process:
+        return ()
+    with clock.time("scan"):
+        return histograms_of(scanned, folder)
 
 
 def load_base(

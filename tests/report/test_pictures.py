@@ -14,7 +14,7 @@ from sgm_finetune.errors import UserError
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.measure.scan import scan
 from sgm_finetune.method.plan import Plan, PlanSettings, Similarity, build_plan
-from sgm_finetune.report.pictures import gather_pictures, parse_pictures, save_pictures
+from sgm_finetune.report.pictures import Pictures, histograms_of, parse_pictures, save_pictures, tables_of
 
 
 def made(tmp_path: Path, **settings) -> tuple[Plan, Path]:
@@ -26,20 +26,21 @@ def made(tmp_path: Path, **settings) -> tuple[Plan, Path]:
 @pytest.mark.parametrize("scope", ["layers", "activation"])
 def test_they_come_back_as_they_were(scope, llama_folder, tmp_path):
     plan, path = made(tmp_path, scope=scope)
-    pictures = gather_pictures(plan, scan(llama_folder), llama_folder)
+    pictures = Pictures(histograms_of(scan(llama_folder), llama_folder), tables_of(plan.similarities))
     save_pictures(pictures, path)
     assert parse_pictures(json.loads(path.read_text()), "pictures.json") == pictures
     assert len(pictures.histograms) == 7
     assert all(sum(h.noise) + sum(h.signal) + h.num_beyond == min(h.shape) for h in pictures.histograms)
     assert path.stat().st_size < 20_000
     first = path.read_bytes()
-    save_pictures(gather_pictures(plan, scan(llama_folder), llama_folder), path)
+    again = histograms_of(scan(llama_folder), llama_folder)
+    save_pictures(Pictures(again, tables_of(made(tmp_path, scope=scope)[0].similarities)), path)
     assert path.read_bytes() == first
 
 
 def test_every_pair_that_the_grouping_compared_is_there(tmp_path):
     plan, _ = made(tmp_path, scope="activation")
-    tables = gather_pictures(plan, None, tmp_path).similarities
+    tables = tables_of(plan.similarities)
     assert {table.side for table in tables} == {"input", "output"}
     readers = [table for table in tables if "+" in table.kind]
     assert len(readers) == 2 * 4
@@ -66,13 +67,9 @@ def test_the_plan_file_knows_nothing_of_them(tmp_path):
     assert "similarities" not in plan_document(plan)
 
 
-def test_large_tables_are_left_out(tmp_path):
-    plan, _ = made(tmp_path)
+def test_large_tables_are_left_out():
     names = tuple(f"layers.{i}.q" for i in range(200))
-    large = Plan(
-        plan.model, plan.settings, plan.matrices, similarities=(Similarity("q", "input", names, torch.eye(200)),)
-    )
-    assert gather_pictures(large, None, tmp_path).similarities == ()
+    assert tables_of((Similarity("q", "input", names, torch.eye(200)),)) == ()
 
 
 @pytest.mark.parametrize(

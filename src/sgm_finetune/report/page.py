@@ -97,12 +97,12 @@ _SIZES = (
 def _examples(run: Run) -> dict[str, Any]:
     found, changed = run.examples.get("examples", []), run.examples.get("num_changed", {})
     nearer = "r2" in run.metrics["after"]
-    words = ("nearer", "further off") if nearer else ("right", "no longer right")
+    words = ("nearer now", "further off", "as far off") if nearer else ("right now", "no longer right", "still wrong")
+    parts = [f"{count(changed.get(sort))} {word}" for sort, word in zip(SHOWN, words, strict=True)]
     summary = (
         f"Of the first {count(run.examples.get('num_compared'))} test examples {count(sum(changed.values()))} changed: "
-        f"{count(changed.get('mended'))} are {words[0]} now, {count(changed.get('spoilt'))} are {words[1]}"
-        + (f", {count(changed['other'])} are wrong in another way" if changed.get("other") else "")
-        + (". Some of them:" if len(found) < sum(changed.values()) else ".")
+        + ", ".join(parts)
+        + ("; some of them:" if len(found) < sum(changed.values()) else ":")
     )
     return {
         "examples": _in_turn(found),

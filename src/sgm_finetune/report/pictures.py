@@ -17,7 +17,7 @@ from torch import Tensor
 from sgm_finetune.errors import UserError
 from sgm_finetune.files import write_text
 from sgm_finetune.measure.scan import measured_spectra
-from sgm_finetune.method.plan import Plan, Similarity
+from sgm_finetune.method.plan import Similarity
 from sgm_finetune.method.spectrum import Scan
 from sgm_finetune.report.histogram import Histogram, histogram_of
 from sgm_finetune.report.scan_table import kinds_in_order, lowest_median_highest
@@ -58,15 +58,8 @@ class Pictures:
 _PICTURES = pydantic.TypeAdapter(Pictures)
 
 
-def gather_pictures(plan: Plan, scanned: Scan | None, folder: Path) -> Pictures:
-    """Of a plan just made (one from a file has no similarities) and the scan of the model in `folder` (None: there was
-    none); singular values come from what the scan has remembered."""
-    return Pictures(_histograms(scanned, folder), _tables(plan.similarities))
-
-
-def _histograms(scanned: Scan | None, folder: Path) -> tuple[Histogram, ...]:
-    if scanned is None:
-        return ()
+def histograms_of(scanned: Scan, folder: Path) -> tuple[Histogram, ...]:
+    """Of the model in `folder`, whose singular values the scan has remembered; two matrices in memory at a time."""
     layered = [matrix for matrix in scanned.matrices if matrix.layer is not None]
     kinds = kinds_in_order(layered)[:MAX_KINDS]
     chosen = [lowest_median_highest(m for m in layered if m.kind == kind)[1].name for kind in kinds]
@@ -74,7 +67,8 @@ def _histograms(scanned: Scan | None, folder: Path) -> tuple[Histogram, ...]:
     return tuple(found[name] for name in chosen if name in found)
 
 
-def _tables(similarities: tuple[Similarity, ...]) -> tuple[Table, ...]:
+def tables_of(similarities: tuple[Similarity, ...]) -> tuple[Table, ...]:
+    """Of a plan just made; one from a file has none."""
     kinds = list(dict.fromkeys(one.kind for one in similarities))[: 2 * MAX_KINDS]
     return tuple(
         Table(one.kind, one.side, one.members, _below(one.values))
