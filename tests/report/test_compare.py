@@ -74,6 +74,15 @@ def test_losses_over_different_tokens_are_not_compared(tmp_path):
     assert not any("perplexity" in row.name for row in found.rows)
 
 
+def test_tasks_of_the_harness_are_rows_of_their_own(tmp_path):
+    runs = [leave_run(tmp_path / name, 0.7, metrics=classification_metrics()) for name in "ab"]
+    metrics = classification_metrics()
+    metrics["after"]["harness"] = {"arc_easy": {"acc": 0.25}}
+    runs.append(leave_run(tmp_path / "c", 0.7, metrics=metrics))
+    row = next(row for row in compare_runs(runs).rows if row.name == "arc_easy: acc")
+    assert (row.values, row.texts, row.best) == ((None, None, 0.25), ("–", "–", "0.2500"), None)
+
+
 def test_the_page_shows_every_run_and_their_curves(tmp_path):
     runs = [leave_run(tmp_path / f"<run {at}>", 0.5 + at / 10, batch_size=8 * (at + 1)) for at in range(3)]
     page = render_comparison(compare_runs(runs))

@@ -72,7 +72,7 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
     marks = [run.metrics.get("test_fingerprint") for run in runs]
     alike = tuple(at == 0 or (mark is not None and mark == marks[0]) for at, mark in enumerate(marks))
     measures = _measures(runs, alike)
-    rows = [_quality(measure, runs, alike) for measure in measures]
+    rows = [_quality(measure, runs, alike) for measure in measures] + _harness(runs)
     verdict, chance = _verdict(names, runs, alike, measures)
     return Comparison(
         names, runs, alike, (*rows, *_costs(runs)), differing_keys([run.config for run in runs]), verdict,
@@ -113,6 +113,16 @@ def _quality(measure: Measure, runs: Sequence[Run], alike: Sequence[bool]) -> Ro
     values = tuple(_number(run.metrics["after"].get(measure.key)) for run in runs)
     name = f"{measure.name}, {'higher' if measure.higher_is_better else 'lower'} is better"
     return Row(name, values, tuple(decimal(v, measure.digits) for v in values), _best(measure, values, alike))
+
+
+def _harness(runs: Sequence[Run]) -> list[Row]:
+    """The harness has its own test data, and its own opinion of what is better."""
+    found = [run.metrics["after"].get("harness") or {} for run in runs]
+    rows = []
+    for task, key in dict.fromkeys((task, key) for one in found for task, numbers in one.items() for key in numbers):
+        values = tuple(_number(one.get(task, {}).get(key)) for one in found)
+        rows.append(Row(f"{task}: {key}", values, tuple(decimal(value, 4) for value in values)))
+    return rows
 
 
 def _best(measure: Measure, values: Sequence[float | None], alike: Sequence[bool]) -> int | None:

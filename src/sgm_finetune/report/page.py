@@ -97,7 +97,12 @@ _SIZES = (
 def _examples(run: Run) -> dict[str, Any]:
     found, changed = run.examples.get("examples", []), run.examples.get("num_changed", {})
     nearer = "r2" in run.metrics["after"]
-    words = ("nearer now", "further off", "as far off") if nearer else ("right now", "no longer right", "still wrong")
+    answered = run.config.model.task in ("causal-lm", "seq2seq-lm")
+    words = ("right now", "no longer right", "still wrong")
+    if nearer:
+        words = ("nearer now", "further off", "as far off")
+    elif answered:
+        words = ("word for word as in the data now", "no longer so", "in other words")
     parts = [f"{count(changed.get(sort))} {word}" for sort, word in zip(SHOWN, words, strict=True)]
     summary = (
         f"Of the first {count(run.examples.get('num_compared'))} test examples {count(sum(changed.values()))} changed: "
@@ -109,7 +114,7 @@ def _examples(run: Run) -> dict[str, Any]:
         "between": "\n" if any(len(one[key]) > 40 for one in found for key in ("truth", "before", "after")) else " · ",
         "examples_summary": summary,
         "examples_first": MANY_EXAMPLES,
-        "truth_name": "in the data" if run.config.model.task in ("causal-lm", "seq2seq-lm") else "true",
+        "truth_name": "in the data" if answered else "true",
         "nearer": nearer,
     }
 
