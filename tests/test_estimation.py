@@ -172,6 +172,10 @@ def test_a_run_within_a_budget_says_what_it_gave_up_and_goes_on_so(described, tm
     assert "predicted" in said.splitlines()[-2]
     begun = load_config(tmp_path / "out" / "config.yaml")
     assert as_begun(load_config(None, asked), begun) == begun
+    by_hand = load_config(None, [*asked, "adapter.rank=3"])
+    assert as_begun(by_hand, begun, load_config(None, asked)).adapter.rank == 3
+    with pytest.raises(UserError, match=r"`adapter.rank` is 3 now and was 4 when the run began"):
+        pipeline.finetune(load_config(None, [*asked, "adapter.rank=3", "training.resume=true"]), Console(quiet=True))
 
 
 def test_the_command_prints_parts_phases_and_one_object(described, capsys, tmp_path) -> None:

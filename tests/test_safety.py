@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sgm_finetune import pipeline
-from sgm_finetune.checkpoints import last_whole_checkpoint
+from sgm_finetune.checkpoints import last_whole_checkpoint, seal
 from sgm_finetune.cli import main
 from sgm_finetune.config import load_config
 from sgm_finetune.errors import UserError
@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(sett
     (tmp_path / "file").write_text("mine")
     line = refused([*settings, f"output.dir={tmp_path / 'file' / 'out'}"], tmp_path, capfd)
     assert line.endswith(f"cannot be made: {tmp_path / 'file'} is a file; name another folder")
-    monkeypatch.setattr(pipeline.os, "access", lambda path, mode, **options: mode != os.W_OK)
+    monkeypatch.setattr(os, "access", lambda path, mode, **options: mode != os.W_OK)
     monkeypatch.setattr(pipeline, "prepare", lambda *arguments: pytest.fail("read the data"))
     assert "is read-only for you" in refused(settings, tmp_path, capfd)
 
@@ -134,7 +134,8 @@ with locked(Path({str(tmp_path)!r})):
 
 
 def test_a_gradient_that_is_no_number_stops_before_the_step_and_is_named(settings, tmp_path, capfd, monkeypatch):
-    """From step 7 on, one factor's gradient holds a NaN: the weights are those of step 6, which a checkpoint holds."""
+    """From step 7 on, two factors' gradients hold a NaN: the one nearer to the loss is named, the weights are those of
+    step 6, which a checkpoint holds."""
     settings = [*settings, "training.eval_steps=3", "training.learning_rate=1e-2"]
     seen: dict[str, torch.Tensor] = {}
     step = SGMTrainer.training_step
@@ -145,14 +146,16 @@ def test_a_gradient_that_is_no_number_stops_before_the_step_and_is_named(setting
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     seen[name] = parameter.detach().clone()
-                if "layers.2.mlp.down_proj.lora_B" in name:
+                if "layers.2.mlp.down_proj.lora_B" in name or "layers.1.mlp.up_proj.lora_A" in name:
                     parameter.grad[0, 0] = float("nan")
             seen["model"] = model
         return loss
 
     monkeypatch.setattr(SGMTrainer, "training_step", poisoned)
     line = refused(settings, tmp_path, capfd)
-    assert "The gradient of `model.layers.2.mlp.down_proj.lora_B.weight` is not finite at step 7" in line
+    assert (
+        "The gradient of `model.layers.2.mlp.down_proj.lora_B.weight` and 1 before it is not finite at step 7" in line
+    )
     model = seen.pop("model")
     parameters = dict(model.named_parameters())
     assert all(torch.equal(parameters[name], before) for name, before in seen.items())
@@ -203,6 +206,66 @@ def test_one_seed_gives_one_run_and_says_where_it_was_made(settings, tmp_path):
     assert said["seeds"] == {"training": 0, "data": 0, "probe": 0}
     assert said["machine"]["threads"] == torch.get_num_threads()
     assert not [name for name in said["variables"] if "TOKEN" in name]
+
+
+def test_a_signal_at_a_step_that_validates_lets_it_validate(settings, tmp_path, monkeypatch):
+    """So that the run that goes on chooses its best checkpoint among the same ones."""
+    settings = [*settings, "training.eval_steps=3", "training.max_steps=6", "training.learning_rate=1e-2"]
+    whole = finetune([*settings, f"output.dir={tmp_path / 'whole'}"])
+    step = SGMTrainer.training_step
+
+    def ended(self, *arguments, **options):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SGMTrainer, "training_step", ended)
+        with pytest.raises(pipeline.Interrupted, match="after step 3 of 6"):
+            finetune(settings)
+    last = last_whole_checkpoint(tmp_path / "out" / "checkpoints")
+    assert last is not None
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [3]
+    resumed = finetune([*settings, "training.resume=true"])
+    assert (resumed["after"], resumed["best_step"]) == (whole["after"], whole["best_step"])
+
+
+def test_a_signal_outside_of_training_ends_with_one_line(settings, tmp_path, capfd, monkeypatch):
+    def prepared(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(pipeline, "prepare", prepared)
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit) as caught:
+        main(["finetune", "--config", str(tmp_path / "empty.yaml"), *settings])
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert capfd.readouterr().err == "Ended by SIGTERM\n"
+    assert list((tmp_path / "out").iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_goes_on_with_the_same_examples_and_a_whole_best_checkpoint_only(settings, reviews, tmp_path, capfd):
+    copy = tmp_path / "copy.csv"
+    copy.write_bytes(reviews.read_bytes())
+    settings = [
+        *settings, f"data.train={copy}", "training.eval_steps=2", "training.max_steps=6", "training.learning_rate=1e-6",
+    ]  # fmt: skip
+    finetune(settings)
+    resumed = [*settings, "training.resume=true"]
+    text = copy.read_text()
+    copy.write_text(text.replace("good", "bad", 1))
+    assert "examples are not those that the run began with" in refused(resumed, tmp_path, capfd)
+    copy.write_text(text)
+    assert finetune(resumed)["steps"] == 6
+    last, earlier = (tmp_path / "out" / "checkpoints" / f"checkpoint-{step}" for step in (6, 4))
+    state = json.loads((last / "trainer_state.json").read_text())
+    (last / "trainer_state.json").write_text(json.dumps({**state, "best_model_checkpoint": str(earlier)}))
+    seal(last)
+    (earlier / "adapter_model.safetensors").write_bytes(b"")
+    assert f"{earlier}, the best checkpoint of the run to resume, is damaged" in refused(resumed, tmp_path, capfd)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ older ones go. So a run that was killed at any moment finds the last checkpoint 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from typing import Any
 import torch
 import xxhash
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from sgm_finetune.files import whole_file
+from sgm_finetune.files import sync, write_json
 
 CONTENTS = "contents.json"
 """Written last: the checkpoint's files, their bytes and XXH3-128 hashes."""
@@ -47,15 +47,10 @@ def seal(folder: Path) -> None:
     """Writes the list of `folder`'s files behind them, all of them on the disk before it. Raises UserError."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CONTENTS):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
         found[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3": _hash(path)}
-    with whole_file(folder / CONTENTS) as scratch, scratch.open("w", encoding="utf-8") as file:
-        json.dump(found, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    for changed in (folder, folder.parent):
-        _sync_folder(changed)
+    write_json(folder / CONTENTS, found)
+    sync(folder.parent)
 
 
 def is_whole(folder: Path) -> bool:
@@ -73,6 +68,13 @@ def is_whole(folder: Path) -> bool:
 def last_whole_checkpoint(checkpoints: Path) -> Path | None:
     """The newest checkpoint that is whole, or None."""
     return next((folder for folder in reversed(_numbered(checkpoints)) if is_whole(folder)), None)
+
+
+def best_checkpoint(checkpoint: Path) -> Path | None:
+    """The one that `checkpoint` says was best so far, beside it, or None. Its run may have been moved since."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    best = state.best_model_checkpoint
+    return checkpoint.parent / Path(best).name if best else None
 
 
 def discard_after(checkpoint: Path) -> None:
@@ -94,13 +96,3 @@ def _hash(path: Path) -> str:
         while piece := file.read(2**22):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # others have no handle of a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

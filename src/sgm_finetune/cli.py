@@ -1,6 +1,7 @@
 """The command `sgm`, and the doors src/finetune.py and src/evaluate.py: arguments in, results and exit status out.
 
-Exit status: 0 done, 2 something a person can fix (one line on stderr), 1 our fault (traceback), 130 interrupted.
+Exit status: 0 done, 2 something a person can fix (one line on stderr), 1 our fault (traceback), 130 interrupted
+(128 + its number by another signal).
 Heavy libraries are imported inside the commands, so that help and wrong input answer at once.
 """
 
@@ -10,9 +11,14 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -71,175 +77,49 @@ _SETTLED = {"quiet": False}
 """What stands before the command: sgm --quiet finetune."""
 
 
-@app.command()
-def finetune(
-    overrides: Overrides = None,
-    config: ConfigPath = Path("config.yaml"),
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Do everything up to the first step; write nothing.")
+@app.command(rich_help_panel="Begin")
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.", metavar="[config.yaml]")] = Path("config.yaml"),
+    model: Annotated[str | None, typer.Option("--model", help="Answers the first question.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Answers the second.")] = None,
+    task: Annotated[Task | None, typer.Option("--task", help="Answers the third.")] = None,
+    quantization: Annotated[Quantization | None, typer.Option("--quantization", help="Answers the fourth.")] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Ask nothing: default answers to what is not given.")
     ] = False,
-    as_json: AsJson = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
-    """Scan, probe, plan, train, evaluate and save, as config.yaml says.
+    """Ask four questions and write a configuration that explains itself.
 
-    Example: sgm finetune --config config.yaml training.epochs=2 output.dir=runs/two-epochs
+    Example: sgm init reviews.yaml --data reviews.csv
     """
-    settings = load_config(config, overrides or [])
-    from sgm_finetune import pipeline
+    console = _console(False, result=True)
+    if not yes and not sys.stdin.isatty() and None in (model, data, task, quantization):
+        raise UserError("sgm init asks, and there is no terminal; give the four answers as options, or --yes")
+    from sgm_finetune import first_config
 
-    try:
-        metrics = pipeline.finetune(settings, _console(as_json), dry_run)
-    except pipeline.Interrupted as stop:
-        print(stop, file=sys.stderr)
-        raise SystemExit(130) from None
-    if as_json:
-        print(json.dumps(metrics))
+    first_config.begin(path, console, model, data, task, quantization, ask=not yes, overwrite=force)
+    console.print(f"[bold]{'saved':<8}[/bold] {path}\n{first_config.next_steps(path)}", highlight=False, soft_wrap=True)
 
 
-@app.command()
-def evaluate(overrides: Overrides = None, config: ConfigPath = Path("config.yaml"), as_json: AsJson = False) -> None:
-    """Metrics of output.dir/sgm_finetuned.pth on the test data, from that file and the base model alone.
+@app.command(rich_help_panel="Begin")
+def doctor(as_json: AsJson = False) -> None:
+    """What works on this machine (processor, GPU, memory, disk, 4 and 8 bits, extras, hub), tried; what to install.
 
-    Example: sgm evaluate output.dir=runs/two-epochs
+    Example: sgm doctor --json
     """
-    settings = _of_result(config, overrides)
-    from sgm_finetune import pipeline
+    from sgm_finetune import doctor as examination
 
-    metrics = pipeline.evaluate(settings, overrides or [], _console(as_json))
+    findings = examination.examine()
     if as_json:
-        print(json.dumps(metrics))
+        print(json.dumps(examination.to_dict(findings)))
+    else:
+        examination.report(findings, _console(False, result=True))
+    if any(finding.verdict == "broken" for finding in findings):
+        raise SystemExit(2)
 
 
-@app.command()
-def plan(
-    overrides: Overrides = None,
-    config: ConfigPath = Path("config.yaml"),
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
-    as_json: AsJson = False,
-) -> None:
-    """Scan and probe, and write the plan: what is trained, what is shared, and why. Reuse it with plan=plan.json.
-
-    Example: sgm plan merge.threshold=0.9 --output plans/strict.json
-    """
-    settings = load_config(config, overrides or [])
-    if output.exists() and not settings.output.overwrite:
-        raise UserError(f"{output} exists; name another --output, or replace it with output.overwrite=true")
-    from sgm_finetune import pipeline
-    from sgm_finetune.adapters.plan_file import plan_document, save_plan
-
-    console = _console(as_json)
-    made = pipeline.make_plan_for(settings, console)
-    save_plan(made, output)
-    console.print(f"[bold]{'saved':<8}[/bold] {output}", highlight=False)
-    if as_json:
-        print(json.dumps(plan_document(made)))
-
-
-@app.command()
-def export(
-    to: Annotated[
-        Literal["adapter", "merged", "gguf"],
-        typer.Option(
-            help="adapter: for PEFT. merged: a whole model for Transformers and vLLM. gguf: for llama.cpp and Ollama.",
-            show_default=False,
-        ),
-    ],
-    overrides: Overrides = None,
-    config: ConfigPath = Path("config.yaml"),
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder; without it OUTPUT.DIR/export/FORMAT.")
-    ] = None,
-    gguf_type: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0"] | None,
-        typer.Option(help="gguf: type of the matrices; f16 where none is given.", show_default=False),
-    ] = None,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it, once checked, into this repository.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Bring the result in output.dir to formats that others load; each is loaded again and compared before it is kept.
-
-    Example: sgm export --to gguf --gguf-type q8_0 output.dir=runs/two-epochs
-    """
-    if gguf_type is not None and to != "gguf":
-        raise UserError(f"--gguf-type {gguf_type} goes with --to gguf, not with --to {to}")
-    settings = load_config(config, overrides or [])
-    from sgm_finetune.exporting.command import Request, export_result
-
-    report = export_result(settings, overrides or [], Request(to, output, gguf_type, push_to_hub), _console(as_json))
-    if as_json:
-        print(json.dumps(report))
-
-
-@app.command()
-def report(
-    output: Annotated[Path, typer.Argument(help="The output.dir of a run.", metavar="[OUTPUT]")] = Path("output"),
-    as_json: AsJson = False,
-) -> None:
-    """Make report.html again from the other files of a run, also after its folder was moved.
-
-    Example: sgm report runs/two-epochs
-    """
-    from sgm_finetune.report.page import remake_report
-
-    path = remake_report(output)
-    _console(as_json).print(f"[bold]{'saved':<8}[/bold] {path}", highlight=False, soft_wrap=True)
-    if as_json:
-        print(json.dumps({"report": str(path)}))
-
-
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(help="The output.dir of each run, two or more.", metavar="RUN1 RUN2")],
-    html: Annotated[Path | None, typer.Option("--html", help="Write the comparison as a page, with curves.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Put runs side by side: measures, costs, what was configured differently, and which is better by how much.
-
-    Example: sgm compare runs/merged runs/plain-lora --html comparison.html
-    """
-    if html is not None and html.exists():
-        raise UserError(f"{html} exists; name another --html")
-    from sgm_finetune.files import write_text
-    from sgm_finetune.report.compare import compare_runs
-    from sgm_finetune.report.comparing import print_comparison, render_comparison
-
-    found = compare_runs(runs)
-    console = _console(as_json, result=True)
-    print_comparison(found, console)
-    if html is not None:
-        write_text(html, render_comparison(found))
-        console.print(f"[bold]{'saved':<8}[/bold] {html}", highlight=False, soft_wrap=True)
-    if as_json:
-        print(json.dumps(found.to_dict()))
-
-
-@app.command()
-def estimate(
-    config_file: Annotated[
-        str | None, typer.Argument(help="YAML file, instead of --config; or a key=value.", metavar="[config.yaml]")
-    ] = None,
-    overrides: Overrides = None,
-    config: ConfigPath = Path("config.yaml"),
-    as_json: AsJson = False,
-) -> None:
-    """Memory, disk and time that a run will need, from its configuration and data; no weights are loaded.
-
-    Example: sgm estimate configs/smollm2-chat.yaml training.batch_size=8 memory.budget=2GiB
-    """
-    given = [*([config_file] if config_file else []), *(overrides or [])]
-    if given and "=" not in given[0]:
-        config = Path(given.pop(0))
-    settings = load_config(config, given)
-    from sgm_finetune import pipeline
-
-    needed = pipeline.estimate_for(settings, _console(as_json, result=True))
-    if as_json:
-        print(json.dumps(needed.to_dict()))
-
-
-@app.command()
+@app.command(rich_help_panel="Look first")
 def data(
     overrides: Overrides = None,
     config: ConfigPath = Path("config.yaml"),
@@ -258,7 +138,7 @@ def data(
         print(json.dumps(shown))
 
 
-@app.command()
+@app.command(rich_help_panel="Look first")
 def scan(
     model: Annotated[
         str,
@@ -328,7 +208,138 @@ def scan(
         print(json.dumps(scanned.to_dict(), allow_nan=False))
 
 
-@app.command()
+@app.command(rich_help_panel="Look first")
+def estimate(
+    config_file: Annotated[
+        str | None, typer.Argument(help="YAML file, instead of --config; or a key=value.", metavar="[config.yaml]")
+    ] = None,
+    overrides: Overrides = None,
+    config: ConfigPath = Path("config.yaml"),
+    as_json: AsJson = False,
+) -> None:
+    """Memory, disk and time that a run will need, from its configuration and data; no weights are loaded.
+
+    Example: sgm estimate configs/smollm2-chat.yaml training.batch_size=8 memory.budget=2GiB
+    """
+    given = [*([config_file] if config_file else []), *(overrides or [])]
+    if given and "=" not in given[0]:
+        config = Path(given.pop(0))
+    settings = load_config(config, given)
+    from sgm_finetune import pipeline
+
+    needed = pipeline.estimate_for(settings, _console(as_json, result=True))
+    if as_json:
+        print(json.dumps(needed.to_dict()))
+
+
+@app.command(rich_help_panel="Look first")
+def plan(
+    overrides: Overrides = None,
+    config: ConfigPath = Path("config.yaml"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Scan and probe, and write the plan: what is trained, what is shared, and why. Reuse it with plan=plan.json.
+
+    Example: sgm plan merge.threshold=0.9 --output plans/strict.json
+    """
+    settings = load_config(config, overrides or [])
+    if output.exists() and not settings.output.overwrite:
+        raise UserError(f"{output} exists; name another --output, or replace it with output.overwrite=true")
+    from sgm_finetune import pipeline
+    from sgm_finetune.adapters.plan_file import plan_document, save_plan
+
+    console = _console(as_json)
+    made = pipeline.make_plan_for(settings, console)
+    save_plan(made, output)
+    console.print(f"[bold]{'saved':<8}[/bold] {output}", highlight=False)
+    if as_json:
+        print(json.dumps(plan_document(made)))
+
+
+@app.command(rich_help_panel="Train")
+def finetune(
+    overrides: Overrides = None,
+    config: ConfigPath = Path("config.yaml"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything up to the first step; write nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Scan, probe, plan, train, evaluate and save, as config.yaml says.
+
+    Example: sgm finetune --config config.yaml training.epochs=2 output.dir=runs/two-epochs
+    """
+    settings = load_config(config, overrides or [])
+    from sgm_finetune import pipeline
+
+    try:
+        metrics = pipeline.finetune(settings, _console(as_json), dry_run)
+    except pipeline.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(130) from None
+    if as_json:
+        print(json.dumps(metrics))
+
+
+@app.command(rich_help_panel="Train")
+def evaluate(overrides: Overrides = None, config: ConfigPath = Path("config.yaml"), as_json: AsJson = False) -> None:
+    """Metrics of output.dir/sgm_finetuned.pth on the test data, from that file and the base model alone.
+
+    Example: sgm evaluate output.dir=runs/two-epochs
+    """
+    settings = _of_result(config, overrides)
+    from sgm_finetune import pipeline
+
+    metrics = pipeline.evaluate(settings, overrides or [], _console(as_json))
+    if as_json:
+        print(json.dumps(metrics))
+
+
+@app.command(rich_help_panel="Use")
+def report(
+    output: Annotated[Path, typer.Argument(help="The output.dir of a run.", metavar="[OUTPUT]")] = Path("output"),
+    as_json: AsJson = False,
+) -> None:
+    """Make report.html again from the other files of a run, also after its folder was moved.
+
+    Example: sgm report runs/two-epochs
+    """
+    from sgm_finetune.report.page import remake_report
+
+    path = remake_report(output)
+    _console(as_json).print(f"[bold]{'saved':<8}[/bold] {path}", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps({"report": str(path)}))
+
+
+@app.command(rich_help_panel="Use")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="The output.dir of each run, two or more.", metavar="RUN1 RUN2")],
+    html: Annotated[Path | None, typer.Option("--html", help="Write the comparison as a page, with curves.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put runs side by side: measures, costs, what was configured differently, and which is better by how much.
+
+    Example: sgm compare runs/merged runs/plain-lora --html comparison.html
+    """
+    if html is not None and html.exists():
+        raise UserError(f"{html} exists; name another --html")
+    from sgm_finetune.files import write_text
+    from sgm_finetune.report.compare import compare_runs
+    from sgm_finetune.report.comparing import print_comparison, render_comparison
+
+    found = compare_runs(runs)
+    console = _console(as_json, result=True)
+    print_comparison(found, console)
+    if html is not None:
+        write_text(html, render_comparison(found))
+        console.print(f"[bold]{'saved':<8}[/bold] {html}", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+
+
+@app.command(rich_help_panel="Use")
 def generate(
     overrides: Overrides = None,
     config: ConfigPath = Path("config.yaml"),
@@ -363,7 +374,7 @@ def generate(
         print(json.dumps({"rows": rows}))
 
 
-@app.command()
+@app.command(rich_help_panel="Use")
 def chat(
     overrides: Overrides = None,
     config: ConfigPath = Path("config.yaml"),
@@ -389,46 +400,41 @@ def chat(
         print(json.dumps({"turns": turns}))
 
 
-@app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """What works on this machine (processor, GPU, memory, disk, 4 and 8 bits, extras, hub), tried; what to install.
-
-    Example: sgm doctor --json
-    """
-    from sgm_finetune import doctor as examination
-
-    findings = examination.examine()
-    if as_json:
-        print(json.dumps(examination.to_dict(findings)))
-    else:
-        examination.report(findings, _console(False, result=True))
-    if any(finding.verdict == "broken" for finding in findings):
-        raise SystemExit(2)
-
-
-@app.command()
-def init(
-    path: Annotated[Path, typer.Argument(help="Where to write it.", metavar="[config.yaml]")] = Path("config.yaml"),
-    model: Annotated[str | None, typer.Option("--model", help="Answers the first question.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Answers the second.")] = None,
-    task: Annotated[Task | None, typer.Option("--task", help="Answers the third.")] = None,
-    quantization: Annotated[Quantization | None, typer.Option("--quantization", help="Answers the fourth.")] = None,
-    yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Ask nothing: default answers to what is not given.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+@app.command(rich_help_panel="Use")
+def export(
+    to: Annotated[
+        Literal["adapter", "merged", "gguf"],
+        typer.Option(
+            help="adapter: for PEFT. merged: a whole model for Transformers and vLLM. gguf: for llama.cpp and Ollama.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    config: ConfigPath = Path("config.yaml"),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder; without it OUTPUT.DIR/export/FORMAT.")
+    ] = None,
+    gguf_type: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"] | None,
+        typer.Option(help="gguf: type of the matrices; f16 where none is given.", show_default=False),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it, once checked, into this repository.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Ask four questions and write a configuration that explains itself.
+    """Bring the result in output.dir to formats that others load; each is loaded again and compared before it is kept.
 
-    Example: sgm init reviews.yaml --data reviews.csv
+    Example: sgm export --to gguf --gguf-type q8_0 output.dir=runs/two-epochs
     """
-    console = _console(False, result=True)
-    if not yes and not sys.stdin.isatty() and None in (model, data, task, quantization):
-        raise UserError("sgm init asks, and there is no terminal; give the four answers as options, or --yes")
-    from sgm_finetune import first_config
+    if gguf_type is not None and to != "gguf":
+        raise UserError(f"--gguf-type {gguf_type} goes with --to gguf, not with --to {to}")
+    settings = _of_result(config, overrides)
+    from sgm_finetune.exporting.command import Request, export_result
 
-    first_config.begin(path, console, model, data, task, quantization, ask=not yes, overwrite=force)
-    console.print(f"[bold]{'saved':<8}[/bold] {path}\n{first_config.next_steps(path)}", highlight=False, soft_wrap=True)
+    report = export_result(settings, overrides or [], Request(to, output, gguf_type, push_to_hub), _console(as_json))
+    if as_json:
+        print(json.dumps(report))
 
 
 def _of_result(config: Path, overrides: list[str] | None) -> Config:
@@ -466,11 +472,14 @@ def _settle_libraries(verbose: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs `sgm` with `arguments` (None: the process's own) and exits with its status."""
     try:
-        app(args=arguments, standalone_mode=False)
+        with _terminated_like_interrupted():
+            app(args=arguments, standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
     except typer.TyperException as error:
         _fail(f"{error.format_message()} (sgm --help lists what there is)", 2)
+    except Terminated as error:
+        _fail(f"Ended by {error.signal.name}", 128 + error.signal)
     except (KeyboardInterrupt, typer.Abort):
         _fail("Interrupted", 130)
     except BrokenPipeError:
@@ -489,6 +498,34 @@ def main(arguments: list[str] | None = None) -> None:
         os.write(2, line.encode())  # in one piece, beside those of the other processes
         os._exit(2)  # nothing is left to be taken down together
     sys.exit(0)
+
+
+class Terminated(BaseException):
+    """A signal other than Ctrl-C's, which nothing but the end of the program answers."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM and a closed terminal as exceptions, so that half-written files and locks go; training has its own."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated(number)
+
+    caught = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    caught = [number for number in caught if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores one of them
+    if threading.current_thread() is not threading.main_thread():
+        caught = []
+    for number in caught:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -92,7 +92,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield scratch
+            sync(scratch)
             os.replace(scratch, path)
+            sync(path.parent)
     finally:
         with suppress(OSError):
             scratch.unlink(missing_ok=True)
@@ -107,12 +109,27 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         yield scratch
+        for written in sorted(scratch.rglob("*")):
+            sync(written)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(scratch, path)
+        sync(path.parent)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Has what was written to a file, or the names in a folder, on the disk before it returns. OSError where the disk
+    is full."""
+    if path.is_dir() and os.name != "posix":  # others have no handle of a folder
+        return
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -134,12 +134,16 @@ def _lighter(config: Config) -> str:
     return "try model.quantization=nf4" if config.model.quantization == "none" else "try a smaller model"
 
 
-def as_begun(config: Config, earlier: Config) -> Config:
-    """`config` with what was fitted to the same budget when its run began."""
+def as_begun(config: Config, earlier: Config, asked: Config | None = None) -> Config:
+    """`config` with what was fitted to the same budget when its run began. Of `asked`, what it began from, a key that
+    differs from it now was changed by a person since, and stays as it is."""
     if config.memory.budget is None or config.memory.budget != earlier.memory.budget:
         return config
+    asked = asked or config
     for section, keys in FITTED.items():
-        config = _with(config, section, **{key: getattr(getattr(earlier, section), key) for key in keys})
+        now, then, began = (getattr(part, section) for part in (config, asked, earlier))
+        fitted = {key: getattr(began, key) for key in keys if getattr(now, key) == getattr(then, key)}
+        config = _with(config, section, **fitted)
     return config
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,11 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from sgm_finetune.adapters.apply import apply_plan, check_plan, check_starts
-from sgm_finetune.adapters.plan_file import load_plan, save_plan
+from sgm_finetune.adapters.plan_file import load_plan
 from sgm_finetune.adapters.shard import Sharded, reduce_factors_only, shard_base
-from sgm_finetune.checkpoints import discard_after, last_whole_checkpoint
-from sgm_finetune.config import Config, LabelKind, load_config, parse_config, set_overrides
-from sgm_finetune.environment import environment, environment_file
+from sgm_finetune.checkpoints import discard_after
+from sgm_finetune.config import Config, LabelKind, parse_config, set_overrides
+from sgm_finetune.environment import environment
 from sgm_finetune.errors import UserError
 from sgm_finetune.estimate_table import describe_estimate, estimate_table
 from sgm_finetune.estimation import Estimate, PredictionError, estimate
@@ -32,18 +30,15 @@ from sgm_finetune.evaluation import check_packing, describe_metrics, evaluate_wi
 from sgm_finetune.examples import changed_examples, fingerprint_of_test, kept_predictions
 from sgm_finetune.export import (
     PTH,
-    RESULTS,
     attach_adapter,
-    clear_results,
     load_pth,
     pth_config,
     save_adapter,
     save_pth,
-    write_config,
 )
 from sgm_finetune.fast_step import prepare_adapters, prepare_base
 from sgm_finetune.files import disk_free, locked, write_json, write_text
-from sgm_finetune.fitting import as_begun, check_fits, fit, gib
+from sgm_finetune.fitting import check_fits, fit, gib
 from sgm_finetune.generation import answer_metrics, generate_answers, has_answers, questions
 from sgm_finetune.harness import harness_metrics
 from sgm_finetune.head_loss import HeadLoss
@@ -66,6 +61,7 @@ from sgm_finetune.models import (
     multiplies_bfloat16,
     out_of_reach,
 )
+from sgm_finetune.output_folder import Measured, as_it_began, begin, check_same_data, claim_output, earlier
 from sgm_finetune.planning import describe_plan, make_plan, remarks
 from sgm_finetune.report.histogram import Histogram
 from sgm_finetune.report.page import render_report
@@ -111,13 +107,16 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
     output = Path(config.output.dir)
     if was_there := output.is_dir() and not dry_run:
         _hold(output, held)
-    if config.training.resume and (output / "config.yaml").is_file():
-        config = as_begun(config, load_config(output / "config.yaml"))
-    checkpoint = _claim_output(config, output)
+    asked = config
+    if config.training.resume:
+        config = as_it_began(config, output)
+    checkpoint = claim_output(config, output)
     check_machine(config)
     check_launch(config, processes().num_processes, checkpoint)
     given_plan = _given_plan(config, output, checkpoint)
     materials = prepare(config, voice)
+    if checkpoint is not None:
+        check_same_data(materials, output)
     config, needed = _within_memory(config, materials, given_plan, voice, resumed=checkpoint is not None)
     datasets = (materials.train.dataset, materials.validation.dataset)
     scanned = scan_model(config, materials.folder, voice, clock) if given_plan is None else None
@@ -132,7 +131,7 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
     head_loss = _prepare_base(config, model, new_modules, materials, voice)
     test = _evaluator(config, materials, voice, clock, head_loss)
     if checkpoint is not None and given_plan is not None:
-        measured = _earlier(output, given_plan, clock)
+        measured = earlier(output, given_plan, clock.seconds)
     else:
         before, predicted = _agreed(config, lambda: test(model, "before"))
         plan, numbers = given_plan, None
@@ -148,7 +147,7 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
     if checkpoint is None and processes().is_main_process:
         if not was_there:
             _hold(output, held)
-        _begin(config, output, measured, clock)
+        begin(config, asked, output, measured, materials, clock.seconds)
         save_pictures(Pictures(histograms, tables_of(measured.plan.similarities)), output / "pictures.json")
     elif checkpoint is not None and processes().is_main_process:
         discard_after(checkpoint)
@@ -209,17 +208,6 @@ def _hold(output: Path, held: ExitStack) -> None:
         held.enter_context(locked(output))
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What is known before training; kept in checkpoints/progress.json for a run that is resumed."""
-
-    plan: Plan
-    before: dict[str, Any]
-    predicted: list[Any]
-    """Of the first test examples, before."""
-    probe: dict[str, Any] | None
-
-
 def _estimated(config: Config, materials: Materials, plan: Plan | None, voice: Voice) -> tuple[Config, Estimate]:
     """The configuration that fits into `memory.budget`, else as it is, and what it will need."""
     if config.memory.budget is None:
@@ -266,41 +254,6 @@ def _within_memory(
 
 def _describe_peak(predicted: int, measured: int) -> str:
     return f"{gib(measured)} at most, predicted {gib(predicted)} ({predicted / measured - 1:+.0%})"
-
-
-def _begin(config: Config, output: Path, measured: Measured, clock: Clock) -> None:
-    """The output folder as training finds it: an earlier run's results gone, this run's plan and numbers there.
-
-    The first file says that a run has begun: one that was killed before its first checkpoint can be begun anew.
-    """
-    if config.output.overwrite or _has_only_begun(output):
-        clear_results(output)
-    progress = {
-        "before": measured.before, "predicted": measured.predicted, "probe": measured.probe, "seconds": clock.seconds,
-    }  # fmt: skip
-    write_json(output / _PROGRESS, progress)
-    write_json(output / "environment.json", environment_file(config))
-    write_config(output / "config.yaml", config)
-    save_plan(measured.plan, output / "plan.json")
-
-
-_PROGRESS = Path("checkpoints") / "progress.json"
-
-
-def _has_only_begun(output: Path) -> bool:
-    """Whether what is there was left by a run that saved no checkpoint and no result: nothing to lose."""
-    return (
-        (output / _PROGRESS).is_file()
-        and not (output / PTH).exists()
-        and last_whole_checkpoint(output / "checkpoints") is None
-    )
-
-
-def _earlier(output: Path, plan: Plan, clock: Clock) -> Measured:
-    """What the interrupted run had measured; its seconds count."""
-    progress = json.loads((output / _PROGRESS).read_text(encoding="utf-8"))
-    clock.seconds |= progress["seconds"]
-    return Measured(plan, progress["before"], progress.get("predicted", []), progress["probe"])
 
 
 def _adapt(
@@ -551,64 +504,6 @@ def _tell_plan(plan: Plan, voice: Voice) -> None:
     voice.say("plan", describe_plan(plan))
     for remark in remarks(plan):
         voice.say("", remark)
-
-
-def _claim_output(config: Config, output: Path) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh run. Raises UserError rather than touch earlier results."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output.dir={output} is a file; name a folder")
-    present = [name for name in RESULTS if (output / name).exists()]
-    if config.training.resume:
-        checkpoint = last_whole_checkpoint(output / "checkpoints")
-        if checkpoint is None:
-            raise UserError(f"training.resume=true finds no checkpoint in {output / 'checkpoints'}; start without it")
-        if not (output / "plan.json").is_file() or not (output / _PROGRESS).is_file():
-            raise UserError(
-                f"{output} lacks the plan or the progress of the run to resume; start without training.resume"
-            )
-        _same_run(config, output)
-        _check_writable(output)
-        return checkpoint
-    if present and not config.output.overwrite and not _has_only_begun(output):
-        can_resume = PTH not in present and last_whole_checkpoint(output / "checkpoints") is not None
-        unfinished = "; continue it with training.resume=true" if can_resume else ""
-        raise UserError(
-            f"{output} holds an earlier run ({', '.join(present[:3])}){unfinished}; name another output.dir, or "
-            "replace it with output.overwrite=true"
-        )
-    _check_writable(output)
-    return None
-
-
-def _check_writable(output: Path) -> None:
-    parent = next(p for p in (output, *output.absolute().parents) if p.exists())
-    if not parent.is_dir():
-        raise UserError(f"output.dir={output} cannot be made: {parent} is a file; name another folder")
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"output.dir={output} cannot be written: {parent} is read-only for you")
-
-
-_FREE = (
-    "training.resume", "training.shard", "training.micro_batch_size", "training.checkpointing", "output.dir",
-    "output.overwrite", "training.report_to", "plan",
-)  # fmt: skip
-"""What may change when a run is resumed: what changes no result beyond rounding."""
-
-
-def _same_run(config: Config, output: Path) -> None:
-    """A resumed run must be the run that was interrupted: every key that shapes the result is equal."""
-    earlier = load_config(output / "config.yaml").model_dump(mode="json")
-    now = config.model_dump(mode="json")
-    for section, values in now.items():
-        pairs = {section: (earlier.get(section), values)}
-        if isinstance(values, dict):
-            pairs = {f"{section}.{key}": (earlier[section].get(key), value) for key, value in values.items()}
-        for key, (old, new) in pairs.items():
-            if old != new and key not in _FREE:
-                raise UserError(
-                    f"training.resume=true: `{key}` is {new!r} now and was {old!r} when the run began; "
-                    "use the same value, or start a new run"
-                )
 
 
 def _given_plan(config: Config, output: Path, checkpoint: Path | None) -> Plan | None:

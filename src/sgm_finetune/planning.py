@@ -70,7 +70,7 @@ def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Mod
     merge, selection, adapter = config.merge, config.selection, config.adapter
     settings = PlanSettings(
         rank=adapter.rank,
-        alpha=adapter.alpha,
+        alpha=float(adapter.alpha),  # as a file gives it back
         dropout=adapter.dropout,
         scope=merge.scope,
         criterion=merge.criterion,

@@ -34,7 +34,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from sgm_finetune.adapters.apply import tie
 from sgm_finetune.adapters.descent import create_optimizer
-from sgm_finetune.checkpoints import WholeCheckpoints
+from sgm_finetune.checkpoints import WholeCheckpoints, best_checkpoint
 from sgm_finetune.config import Config, Task
 from sgm_finetune.errors import UserError
 from sgm_finetune.evaluation import by_length, sum_losses, summed_loss
@@ -179,10 +179,10 @@ class SGMTrainer(Trainer):
 
 
 def _not_finite(named: Sequence[tuple[str, torch.nn.Parameter]], step: int) -> str:
-    """Which gradient it is; the norm of finite ones can be infinite, too."""
+    """Which gradient it is: of several the last, since they come backward; the norm of finite ones can be infinite."""
     bad = [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
-    first = bad[0].removeprefix("base_model.model.").replace(".default", "") if bad else "all of them together"
-    what = f"`{first}`" if len(bad) == 1 else f"`{first}` and {len(bad) - 1} more" if bad else first
+    last = bad[-1].removeprefix("base_model.model.").replace(".default", "") if bad else "all of them together"
+    what = f"`{last}`" if len(bad) == 1 else f"`{last}` and {len(bad) - 1} before it" if bad else last
     return (
         f"The gradient of {what} is not finite at step {step}; the weights are still those of the step before, and "
         "earlier checkpoints are whole. Try a smaller training.learning_rate or model.dtype=float32"
@@ -321,8 +321,7 @@ def train(
         state = TrainerState.load_from_json(str(resume_from / TRAINER_STATE_NAME))
         if _has_ended(state, arguments.max_steps, config.training.early_stopping_patience):
             trainer.state = state  # Trainer would take one more step before it looks
-            best = resume_from.parent / Path(state.best_model_checkpoint or resume_from).name
-            trainer._load_from_checkpoint(str(best))
+            trainer._load_from_checkpoint(str(best_checkpoint(resume_from) or resume_from))
             return trainer, None
     remedy = "; make room and continue with training.resume=true: earlier checkpoints are whole"
     with interruption, writing(Path(str(arguments.output_dir)), remedy):
@@ -395,7 +394,8 @@ class Interruption(TrainerCallback):
 
     def __enter__(self) -> Interruption:
         for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -419,8 +419,7 @@ class Interruption(TrainerCallback):
             if torch.distributed.is_initialized() and state.is_world_process_zero:
                 self._say()
             self.signal_name = self.signal_name or "signal on another process"
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+            control.should_save = control.should_training_stop = True  # and a validation that is due comes first
         return control
 
 

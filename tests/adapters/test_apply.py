@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,14 @@ def test_a_merged_model_starts_at_the_base_model(share):
     before = logits(base, batch)
     adapted = apply_plan(base, make_plan(base, share))
     assert torch.equal(before, logits(adapted, batch))
+
+
+def test_the_adapters_own_file_is_the_same_from_every_process(tmp_path):
+    adapted = apply_plan(make_model(), make_plan(make_model()))
+    adapted.save_pretrained(tmp_path)
+    names = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert names == sorted(names)
+    assert len(names) > 1
 
 
 @pytest.mark.parametrize("share", SHARES)

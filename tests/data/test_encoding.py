@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sgm_finetune.data import collator, encode, encoding_summary, pack
+from sgm_finetune.data import collator, encode, encoding_summary, fingerprint, pack
 from sgm_finetune.data.encoding import IGNORED
 from sgm_finetune.errors import UserError
 
@@ -315,3 +315,16 @@ def test_an_example_is_not_predicted_from_the_one_before(causal_tokenizer) -> No
     batch = collator(causal_tokenizer, "causal-lm", pad_to_multiple_of=8)([row])
     assert set(batch) == {"input_ids", "position_ids", "labels"}
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 0, 0]]
+
+
+def test_equal_examples_have_one_fingerprint_whatever_held_them():
+    rows = {"input_ids": [[1, 2, 3], [4]], "labels": [0, 1]}
+    one = datasets.Dataset.from_dict(rows)
+    joined = datasets.concatenate_datasets([one.select([0]), one.select([1])])
+    assert fingerprint(one) == fingerprint(joined) == fingerprint(one.select([1, 0]).select([1, 0]))
+    others = [
+        {**rows, "input_ids": [[1, 2], [3, 4]]},
+        {**rows, "labels": [1, 0]},
+        {**rows, "input_ids": [[1, 2, 3], [5]]},
+    ]
+    assert len({fingerprint(one), *(fingerprint(datasets.Dataset.from_dict(other)) for other in others)}) == 4

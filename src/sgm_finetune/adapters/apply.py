@@ -47,6 +47,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan, new_modules: Sequence[str] = 
         fan_in_fan_out=any(isinstance(there[name].module, Conv1D) for name in layers),  # else PEFT warns, and does it
     )
     adapted = get_peft_model(model, config)
+    config.target_modules = sorted(config.target_modules or ())  # PEFT's set has another order in each process
     reached = set(lora_layers(adapted)) ^ {matrix.name for matrix in plan.selected}
     if reached:
         raise AssertionError(f"PEFT adapted other layers than planned: {sorted(reached)[:3]}")

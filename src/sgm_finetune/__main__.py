@@ -1,0 +1,5 @@
+"""`python -m sgm_finetune` is `sgm`."""
+
+from sgm_finetune.cli import main
+
+main()

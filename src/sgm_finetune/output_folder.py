@@ -1,0 +1,161 @@
+"""output.dir: whose it is, what a run leaves there before its first step, and whether a run may go on there."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sgm_finetune.adapters.plan_file import save_plan
+from sgm_finetune.checkpoints import best_checkpoint, is_whole, last_whole_checkpoint
+from sgm_finetune.config import Config, load_config
+from sgm_finetune.data import fingerprint
+from sgm_finetune.environment import environment_file
+from sgm_finetune.errors import UserError
+from sgm_finetune.export import PTH, RESULTS, clear_results, write_config
+from sgm_finetune.files import write_json
+from sgm_finetune.fitting import as_begun
+from sgm_finetune.materials import Materials
+from sgm_finetune.method.plan import Plan
+
+_PROGRESS = Path("checkpoints") / "progress.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known before training; kept in checkpoints/progress.json for a run that is resumed."""
+
+    plan: Plan
+    before: dict[str, Any]
+    predicted: list[Any]
+    """Of the first test examples, before."""
+    probe: dict[str, Any] | None
+
+
+def begin(
+    config: Config, asked: Config, output: Path, measured: Measured, materials: Materials, seconds: dict[str, float]
+) -> None:
+    """The output folder as training finds it: an earlier run's results gone, this run's plan and numbers there.
+    `asked` is the configuration before it was fitted to memory.budget.
+
+    The first file says that a run has begun: one that was killed before its first checkpoint can be begun anew.
+    """
+    if config.output.overwrite or _has_only_begun(output):
+        clear_results(output)
+    progress = {
+        "before": measured.before,
+        "predicted": measured.predicted,
+        "probe": measured.probe,
+        "seconds": seconds,
+        "asked": asked.model_dump(mode="json"),
+        "data": _fingerprints(materials),
+    }
+    write_json(output / _PROGRESS, progress)
+    write_json(output / "environment.json", environment_file(config))
+    write_config(output / "config.yaml", config)
+    save_plan(measured.plan, output / "plan.json")
+
+
+def earlier(output: Path, plan: Plan, seconds: dict[str, float]) -> Measured:
+    """What the interrupted run had measured; its seconds count."""
+    progress = _progress(output)
+    seconds |= progress["seconds"]
+    return Measured(plan, progress["before"], progress.get("predicted", []), progress["probe"])
+
+
+def as_it_began(config: Config, output: Path) -> Config:
+    """`config` of a resumed run, with what memory.budget chose when it began."""
+    if not (output / "config.yaml").is_file() or not (output / _PROGRESS).is_file():
+        return config
+    asked = _progress(output).get("asked")
+    return as_begun(config, load_config(output / "config.yaml"), asked and Config.model_validate(asked))
+
+
+def check_same_data(materials: Materials, output: Path) -> None:
+    """Raises UserError where a resumed run would be given other examples than it began with."""
+    before = _progress(output).get("data") or {}
+    for name, now in _fingerprints(materials).items():
+        if before.get(name, now) != now:
+            raise UserError(
+                f"training.resume=true: the {name} examples are not those that the run began with; bring back the "
+                "files as they were, or start a new run"
+            )
+
+
+def _fingerprints(materials: Materials) -> dict[str, str]:
+    return {name: fingerprint(getattr(materials, name).dataset) for name in ("train", "validation", "test")}
+
+
+def _progress(output: Path) -> dict[str, Any]:
+    return json.loads((output / _PROGRESS).read_text(encoding="utf-8"))
+
+
+def _has_only_begun(output: Path) -> bool:
+    """Whether what is there was left by a run that saved no checkpoint and no result: nothing to lose."""
+    return (
+        (output / _PROGRESS).is_file()
+        and not (output / PTH).exists()
+        and last_whole_checkpoint(output / "checkpoints") is None
+    )
+
+
+def claim_output(config: Config, output: Path) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh run. Raises UserError rather than touch earlier results."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output.dir={output} is a file; name a folder")
+    present = [name for name in RESULTS if (output / name).exists()]
+    if config.training.resume:
+        checkpoint = last_whole_checkpoint(output / "checkpoints")
+        if checkpoint is None:
+            raise UserError(f"training.resume=true finds no checkpoint in {output / 'checkpoints'}; start without it")
+        if not (output / "plan.json").is_file() or not (output / _PROGRESS).is_file():
+            raise UserError(
+                f"{output} lacks the plan or the progress of the run to resume; start without training.resume"
+            )
+        if (best := best_checkpoint(checkpoint)) is not None and not is_whole(best):
+            raise UserError(f"{best}, the best checkpoint of the run to resume, is damaged; start a new run")
+        _same_run(config, output)
+        _check_writable(output)
+        return checkpoint
+    if present and not config.output.overwrite and not _has_only_begun(output):
+        can_resume = PTH not in present and last_whole_checkpoint(output / "checkpoints") is not None
+        unfinished = "; continue it with training.resume=true" if can_resume else ""
+        raise UserError(
+            f"{output} holds an earlier run ({', '.join(present[:3])}){unfinished}; name another output.dir, or "
+            "replace it with output.overwrite=true"
+        )
+    _check_writable(output)
+    return None
+
+
+def _check_writable(output: Path) -> None:
+    parent = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise UserError(f"output.dir={output} cannot be made: {parent} is a file; name another folder")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"output.dir={output} cannot be written: {parent} is read-only for you")
+
+
+_FREE = (
+    "training.resume", "training.shard", "training.micro_batch_size", "training.checkpointing", "output.dir",
+    "output.overwrite", "training.report_to", "plan",
+)  # fmt: skip
+"""What may change when a run is resumed: what changes no result beyond rounding."""
+
+
+def _same_run(config: Config, output: Path) -> None:
+    """A resumed run must be the run that was interrupted: every key that shapes the result is equal."""
+    earlier = load_config(output / "config.yaml").model_dump(mode="json")
+    now = config.model_dump(mode="json")
+    for section, values in now.items():
+        pairs = {section: (earlier.get(section), values)}
+        if isinstance(values, dict):
+            pairs = {f"{section}.{key}": (earlier[section].get(key), value) for key, value in values.items()}
+        for key, (old, new) in pairs.items():
+            if old != new and key not in _FREE:
+                raise UserError(
+                    f"training.resume=true: `{key}` is {new!r} now and was {old!r} when the run began; "
+                    "use the same value, or start a new run"
+                )
