@@ -328,12 +328,15 @@ def compare(
     from sgm_finetune.files import write_text
     from sgm_finetune.report.compare import compare_runs
     from sgm_finetune.report.comparing import print_comparison, render_comparison
+    from sgm_finetune.report.run_folder import believed
 
-    found = compare_runs(runs)
     console = _console(as_json, result=True)
-    print_comparison(found, console)
+    with believed("One of these folders"):
+        found = compare_runs(runs)
+        print_comparison(found, console)
+        page = render_comparison(found) if html is not None else ""
     if html is not None:
-        write_text(html, render_comparison(found))
+        write_text(html, page)
         console.print(f"[bold]{'saved':<8}[/bold] {html}", highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps(found.to_dict()))

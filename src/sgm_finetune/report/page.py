@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import UndefinedError
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from sgm_finetune.errors import UserError
 from sgm_finetune.examples import SHOWN
 from sgm_finetune.files import write_text
 from sgm_finetune.method.plan import Plan
@@ -22,7 +20,8 @@ from sgm_finetune.report.formats import count, finite, layer_ranges
 from sgm_finetune.report.headlines import headlines
 from sgm_finetune.report.pictures import Table
 from sgm_finetune.report.render import render
-from sgm_finetune.report.run_folder import Run, load_run
+from sgm_finetune.report.run_folder import Run, believed, load_run
+from sgm_finetune.report.scan_table import short_kinds
 from sgm_finetune.report.spectrum_figures import (
     LOWEST_SHOWN,
     histogram_figure,
@@ -43,11 +42,8 @@ def remake_report(folder: Path) -> Path:
     """Writes report.html from the other files in `folder`, wherever that lies now, and returns its path. Raises
     UserError where they are not those of a finished run."""
     run = load_run(folder)
-    try:
+    with believed(str(folder)):
         page = render_report(run)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, UndefinedError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{folder} holds files that `sgm finetune` did not write so ({reason})") from None
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
@@ -149,10 +145,11 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
     trainable, plain = metrics.get("trainable_parameters"), metrics.get("plain_lora_parameters")
     saved = 1 - trainable / plain if finite(trainable) and finite(plain) and plain else None
     by_name = {matrix.name: matrix for matrix in plan.matrices}
-    numbers = figures.group_numbers(plan)
+    numbers, beginning = figures.group_numbers(plan), shared_beginning(plan)
     groups = [
         {
             "group": group,
+            "name": group.name.removeprefix(beginning),
             "number": numbers[group.name],
             "colour": (colour := figures.group_colour(numbers[group.name])),
             "text": readable_on(colour),
@@ -166,10 +163,21 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "num_merged": sum(len(group.members) for group in plan.groups),
         "why_no_groups": _why_no_groups(plan),
         "groups_figure": figures.groups_figure(plan),
-        "kinds": [(kind, sum(group.kind == kind.kind for group in plan.groups)) for kind in plan.kinds],
+        "beginning": beginning,
+        "kinds": [
+            (kind, kind.kind.removeprefix(beginning), sum(group.kind == kind.kind for group in plan.groups))
+            for kind in plan.kinds
+        ],
         "groups": groups,
         "groups_folded": len(groups) > MANY_GROUPS,
     }
+
+
+def shared_beginning(plan: Plan) -> str:
+    """What the kinds of all layers begin with, and what tables leave out."""
+    names = short_kinds(dict.fromkeys(matrix.kind for matrix in plan.matrices if matrix.layer is not None))
+    beginnings = {kind.removesuffix(short) for kind, short in names.items()}
+    return beginnings.pop() if len(beginnings) == 1 else ""
 
 
 def _why_no_groups(plan: Plan) -> str:
@@ -202,12 +210,17 @@ def _measured(run: Run) -> dict[str, Any]:
         of_layers = table.kind in kinds or "[" in table.kind or table.side != "input"
         if len(table.members) > 1:
             (layers if of_layers else readers).setdefault(table.kind, []).append(table)
-    numbers = itertools.count()
+    numbers, beginning = itertools.count(), shared_beginning(run.plan)
     return {
         "histograms": [(h, histogram_figure(h, number)) for number, h in enumerate(run.pictures.histograms)],
-        "reader_figures": [(kind, readers_figure(of, run.plan, next(numbers))) for kind, of in readers.items()],
+        "reader_figures": [
+            (kind.removeprefix(beginning), readers_figure(of, run.plan, next(numbers))) for kind, of in readers.items()
+        ],
         "layer_figures": [
-            (kind, [(_SIDES[table.side], layers_figure(table, run.plan, next(numbers))) for table in of])
+            (
+                kind.removeprefix(beginning),
+                [(_SIDES[table.side], layers_figure(table, run.plan, next(numbers))) for table in of],
+            )
             for kind, of in layers.items()
         ],
         "similarity_gradient": similarity_gradient(),

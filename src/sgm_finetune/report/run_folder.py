@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from jinja2 import UndefinedError
 
 from sgm_finetune.adapters.plan_file import load_plan
 from sgm_finetune.config import Config, load_config
@@ -45,6 +49,17 @@ def load_run(folder: Path) -> Run:
         examples=_checked_examples(_read(folder / "examples.json", dict, {}), folder / "examples.json"),
         environment=_read(folder / "environment.json", dict, {}),
     )
+
+
+@contextmanager
+def believed(where: str) -> Iterator[None]:
+    """Turns what goes wrong with values of another kind than a run writes into a UserError: `load_run` looks at what
+    every page needs, not at each value in it."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, UndefinedError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{where} holds files that `sgm finetune` did not write so ({reason})") from None
 
 
 def _read(path: Path, kind: type, default: Any = None) -> Any:
