@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from made_up_runs import (
 from sgm_finetune.config import parse_config
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.report import figures
+from sgm_finetune.report.commands import commands
 from sgm_finetune.report.page import render_report
 from sgm_finetune.report.pictures import Pictures, Table
 from sgm_finetune.report.run_folder import Run
@@ -216,7 +218,23 @@ def test_the_commands_name_the_output_folder():
     text = read(render(folder="/my runs/one")).text
     assert "sgm evaluate 'output.dir=/my runs/one'" in text
     assert 'PeftModel.from_pretrained(base, "/my runs/one/adapter")' in text
-    assert f"sgm evaluate output.dir={Path.cwd()}/output" in read(render(folder="output")).text
+    assert f"sgm evaluate output.dir={Path.cwd()}/output" in read(render(folder="a/../output")).text
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_every_command_on_the_page_is_one_of_sgm(task):
+    import typer
+    from typer.testing import CliRunner
+
+    from sgm_finetune.cli import app
+
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for command in commands(parse_config({"model": {"task": task}}), Path("/a b")):
+        name, *arguments = shlex.split(command.line)[1:]
+        assert {word.split("=")[0] for word in arguments if word.startswith("--")} <= {
+            option for parameter in known[name].params for option in parameter.opts
+        }
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 
 
 def test_the_same_run_gives_the_same_bytes_whatever_the_persons_settings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ class Command(NamedTuple):
 
 def commands(config: Config, folder: Path) -> list[Command]:
     """Shell lines; `folder` is written in full, so that they work from anywhere."""
-    here = shlex.quote(f"output.dir={folder.absolute()}")
+    whole = os.path.abspath(folder)
+    here = shlex.quote(f"output.dir={whole}")
     found = [
         Command("Measure it again on the test data", f"sgm evaluate {here}"),
         Command("Ask it", f'sgm generate --prompt "..." --compare {here}'),
@@ -28,12 +30,12 @@ def commands(config: Config, folder: Path) -> list[Command]:
             Command("Talk with it", f"sgm chat {here}"),
             Command("Bring it to llama.cpp and Ollama", f"sgm export --to gguf {here}"),
         ]
-    repeat = f"sgm finetune --config {shlex.quote(str(folder.absolute() / 'config.yaml'))} output.dir=again"
+    repeat = f"sgm finetune --config {shlex.quote(os.path.join(whole, 'config.yaml'))} output.dir=again"
     return [
         *found,
         Command("Merge it into a whole model, for Transformers and vLLM", f"sgm export --to merged {here}"),
         Command("Repeat the run, digit for digit on the same machine", repeat),
-        Command("Make this page anew", f"sgm report {shlex.quote(str(folder.absolute()))}"),
+        Command("Make this page anew", f"sgm report {shlex.quote(whole)}"),
     ]
 
 
@@ -48,7 +50,7 @@ _AUTO_CLASSES: dict[Task, str] = {
 def python_snippet(config: Config, metrics: Mapping[str, Any], folder: Path) -> str:
     """Lines of Python that load the adapter with PEFT alone, on the base in full precision."""
     model = config.model
-    adapter = json.dumps(str(folder.absolute() / "adapter"), ensure_ascii=False)
+    adapter = json.dumps(os.path.join(os.path.abspath(folder), "adapter"), ensure_ascii=False)
     auto, arguments = _AUTO_CLASSES[model.task], ""
     if model.task in ("sequence-classification", "token-classification"):
         arguments = f", num_labels={len(metrics['labels']) or 1}, pad_token_id=tokenizer.pad_token_id"
