@@ -224,6 +224,7 @@ def _measured(run: Run) -> dict[str, Any]:
             for kind, of in layers.items()
         ],
         "similarity_gradient": similarity_gradient(),
+        "has_cosines": any(table.side is None for table in run.pictures.similarities),
         "lowest_shown": f"{LOWEST_SHOWN:g}",
     }
 
