@@ -18,6 +18,7 @@ from sgm_finetune.chatting import chat
 from sgm_finetune.cli import main
 from sgm_finetune.config import load_config
 from sgm_finetune.errors import UserError
+from sgm_finetune.generation import continue_prompts
 from sgm_finetune.pipeline import finetune, load_result
 from sgm_finetune.voice import Voice
 
@@ -109,6 +110,17 @@ def test_an_answer_that_is_shown_in_pieces_is_the_same_answer(talker):
     pieces: list[str] = []
     (found,) = answer(loaded(talker), ["the fine story"], Sampling(), show=pieces.append)
     assert "".join(pieces).strip() == found["answer"] == "good film"
+
+
+def test_the_output_layer_reads_one_piece_of_memory():
+    """Else a CPU copies its weights for every prompt."""
+    model, read = make_model("causal-lm"), []
+    model.lm_head.register_forward_hook(lambda module, given, made: read.append(given[0]))
+    prompts = [[5, 6, 7], [8, 9]]
+    continue_prompts(model, prompts, make_tokenizer(), "causal-lm", [], limit=2, batch_size=2)
+    assert [tuple(hidden.shape[:2]) for hidden in read] == [(2, 1), (2, 1)]
+    assert all(hidden.is_contiguous() for hidden in read)
+    assert not model.lm_head._forward_pre_hooks
 
 
 def test_one_seed_draws_one_answer(talker):
