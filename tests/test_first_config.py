@@ -10,7 +10,7 @@ from typing import get_args
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -110,6 +110,7 @@ def test_init_without_a_terminal_asks_nobody(tmp_path, capfd, monkeypatch):
     assert "there is no terminal" in capfd.readouterr().err
 
 
+@settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {

@@ -36,7 +36,7 @@ TOLERANCE = {"merged": 1e-4}
 
 LEFT = {
     "sgm_finetuned.pth", "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html",
-    "environment.json", "checkpoints",
+    "environment.json", "history.json", "examples.json", "pictures.json", "checkpoints",
 }  # fmt: skip
 
 
@@ -171,6 +171,28 @@ def test_the_saved_configuration_repeats_the_run_digit_for_digit(finished, comma
     assert again["before"] == metrics["before"]
     assert again["after"] == metrics["after"]
     assert_same_adapter(output, tmp_path / "again")
+    for name in ("pictures.json", "examples.json"):
+        assert (output / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert kept_history(output) == kept_history(tmp_path / "again")
+    assert again["test_fingerprint"] == metrics["test_fingerprint"]
+
+
+def kept_history(output: Path) -> list[dict]:
+    """history.json without what differs between equal runs: times, and memory."""
+    rows = json.loads((output / "history.json").read_text())
+    return [{key: value for key, value in row.items() if not key.startswith("train_")} for row in rows]
+
+
+def test_what_the_report_shows_is_kept(finished):
+    output, metrics, *_ = finished
+    steps = [row for row in json.loads((output / "history.json").read_text()) if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 21))
+    assert all(row["train_tokens_per_second"] > 0 and row["train_peak_memory_bytes"] > 0 for row in steps)
+    examples = json.loads((output / "examples.json").read_text())
+    wrong = {when: round((1 - metrics[when]["accuracy"]) * 36) for when in ("before", "after")}
+    assert examples["num_compared"] == 36
+    assert examples["num_changed"]["mended"] - examples["num_changed"]["spoilt"] == wrong["before"] - wrong["after"]
+    assert len(json.loads((output / "pictures.json").read_text())["histograms"]) == 7
 
 
 def test_the_output_says_every_step(finished):
@@ -338,6 +360,9 @@ def test_interrupted_and_resumed_is_uninterrupted(number, status, settings, tmp_
     assert resumed["before"] == whole["before"]
     assert_same_adapter(tmp_path / "out", tmp_path / "whole")
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    assert kept_history(tmp_path / "out") == kept_history(tmp_path / "whole")
+    for name in ("pictures.json", "examples.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 # (f) two processes

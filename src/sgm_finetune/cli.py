@@ -298,6 +298,52 @@ def evaluate(overrides: Overrides = None, config: ConfigPath = Path("config.yaml
 
 
 @app.command(rich_help_panel="Use")
+def report(
+    output: Annotated[Path, typer.Argument(help="The output.dir of a run.", metavar="[OUTPUT]")] = Path("output"),
+    as_json: AsJson = False,
+) -> None:
+    """Make report.html again from the other files of a run, also after its folder was moved.
+
+    Example: sgm report runs/two-epochs
+    """
+    from sgm_finetune.report.page import remake_report
+
+    path = remake_report(output)
+    _console(as_json).print(f"[bold]{'saved':<8}[/bold] {path}", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps({"report": str(path)}))
+
+
+@app.command(rich_help_panel="Use")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="The output.dir of each run, two or more.", metavar="RUN1 RUN2")],
+    html: Annotated[Path | None, typer.Option("--html", help="Write the comparison as a page, with curves.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put runs side by side: measures, costs, what was configured differently, and which is better by how much.
+
+    Example: sgm compare runs/merged runs/plain-lora --html comparison.html
+    """
+    if html is not None and html.exists():
+        raise UserError(f"{html} exists; name another --html")
+    from sgm_finetune.files import write_text
+    from sgm_finetune.report.compare import compare_runs
+    from sgm_finetune.report.comparing import print_comparison, render_comparison
+    from sgm_finetune.report.run_folder import believed
+
+    console = _console(as_json, result=True)
+    with believed("One of these folders"):
+        found = compare_runs(runs)
+        print_comparison(found, console)
+        page = render_comparison(found) if html is not None else ""
+    if html is not None:
+        write_text(html, page)
+        console.print(f"[bold]{'saved':<8}[/bold] {html}", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+
+
+@app.command(rich_help_panel="Use")
 def generate(
     overrides: Overrides = None,
     config: ConfigPath = Path("config.yaml"),

@@ -27,6 +27,7 @@ Quantization = Literal["none", "nf4", "int8"]
 Criterion = Literal["subspace", "cosine", "snr"]
 Scope = Literal["activation", "layers"]
 Side = Literal["input", "output"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Optimizer = Literal["spectral", "adamw", "adamw_8bit", "paged_adamw_8bit"]
 DEFAULT_RATES: dict[Optimizer, float] = {"spectral": 0.0125, **dict.fromkeys(typing.get_args(Optimizer)[1:], 1e-3)}
 
@@ -58,6 +59,17 @@ def _bytes(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def _listed(value: Any) -> Any:
+    """A list of one for a single name; none for null.
+
+    >>> _listed("tensorboard"), _listed(None)
+    (['tensorboard'], [])
+    """
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
 
 
 Size = Annotated[int, BeforeValidator(_bytes)]
@@ -250,6 +262,10 @@ class TrainingConfig(_Section):
     """Stop after so many validations without a better loss (0: never)."""
     seed: Whole = Field(default=0, ge=0, lt=2**32)
     """Seed of initialisation, order of data and dropout."""
+    report_to: Annotated[list[Tracker], BeforeValidator(_listed)] = []
+    """Where losses, rates and memory of every step also go, through Transformers: tensorboard (files in
+    output.dir/checkpoints/runs), wandb, mlflow, trackio (each as its own settings say; pip install
+    'sgm-finetune[tracking]' or the package)."""
     resume: bool = False
     """Continue from the last whole checkpoint in output.dir."""
 

@@ -236,6 +236,7 @@ def _extras() -> Iterator[Finding]:
         ("gpu", "Liger's kernels for training.step=fast on a GPU", ("liger_kernel",)),
         ("harness", "lm-evaluation-harness (evaluation.harness)", ("lm_eval",)),
         ("deepspeed", "ZeRO (configs/accelerate)", ("deepspeed",)),
+        ("tracking", "TensorBoard (training.report_to)", ("tensorboard",)),
     ):
         absent = [module for module in modules if importlib.util.find_spec(module) is None]
         if not absent:

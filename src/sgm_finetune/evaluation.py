@@ -204,7 +204,22 @@ def evaluate_model(
     progress: Progress = lambda done, total: None,
     head_loss: HeadLoss | None = None,
 ) -> dict[str, Any]:
+    """`evaluate_with_predictions` without the predictions."""
+    return evaluate_with_predictions(model, encoded, collator, task, batch_size, labels, progress, head_loss)[0]
+
+
+def evaluate_with_predictions(
+    model: nn.Module,
+    encoded: Dataset,
+    collator: Collator,
+    task: Task,
+    batch_size: int,
+    labels: Sequence[str] = (),
+    progress: Progress = lambda done, total: None,
+    head_loss: HeadLoss | None = None,
+) -> tuple[dict[str, Any], list[Any]]:
     """The model's metrics on `encoded` (input_ids, labels), plain data; `loss` is the mean, num_examples their number.
+    And what it predicts of each example: a class, a vector of 0 and 1, a number, the tags of its words, or None.
 
     One class: `classification_metrics`. Sets of classes: `multilabel_metrics`. Numbers: `regression_metrics`. Tagged
     words: `tagging_metrics`. Language modelling: perplexity = exp(loss), num_tokens (predicted).
@@ -216,19 +231,25 @@ def evaluate_model(
         raise UserError(f"The evaluation's loss is {mean}; try model.dtype=float32")
     found = {"loss": mean, "num_examples": len(encoded)}
     predicted = [losses.predictions[i] for i in range(len(encoded))]
+    return {**found, **_task_metrics(task, encoded, predicted, losses, labels)}, predicted
+
+
+def _task_metrics(
+    task: Task, encoded: Dataset, predicted: Sequence[Any], losses: Losses, labels: Sequence[str]
+) -> dict[str, Any]:
+    truth = list(encoded["labels"])
     match task:
         case "causal-lm" | "seq2seq-lm":
-            return {**found, "perplexity": math.exp(min(mean, 700.0)), "num_tokens": losses.count}
+            mean = losses.total / losses.count
+            return {"perplexity": math.exp(min(mean, 700.0)), "num_tokens": losses.count}
         case "token-classification":
-            truth = [[tag for tag in row if tag != IGNORED] for row in encoded["labels"]]
-            return {**found, **tagging_metrics(truth, predicted, labels)}
-    truth = list(encoded["labels"])
+            return tagging_metrics([[tag for tag in row if tag != IGNORED] for row in truth], predicted, labels)
     match truth[0]:
         case int():
-            return {**found, **classification_metrics(truth, predicted, len(labels))}
+            return classification_metrics(truth, predicted, len(labels))
         case float():
-            return {**found, **regression_metrics(truth, predicted)}
-    return {**found, **multilabel_metrics(truth, predicted)}
+            return regression_metrics(truth, predicted)
+    return multilabel_metrics(truth, predicted)
 
 
 def classification_metrics(truth: Sequence[int], predicted: Sequence[int], num_labels: int) -> dict[str, Any]:

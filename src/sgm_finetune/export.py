@@ -26,7 +26,7 @@ PTH = "sgm_finetuned.pth"
 FORMAT = "sgm-finetuned/1"
 RESULTS = (
     PTH, "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html", "environment.json",
-    "checkpoints", "export",
+    "history.json", "examples.json", "pictures.json", "checkpoints", "export",
 )  # fmt: skip
 """Everything that a run, or `sgm export`, writes into the output folder; `output.overwrite=true` replaces all of it."""
 

@@ -31,6 +31,8 @@ class Measured:
 
     plan: Plan
     before: dict[str, Any]
+    predicted: list[Any]
+    """Of the first test examples, before."""
     probe: dict[str, Any] | None
 
 
@@ -46,6 +48,7 @@ def begin(
         clear_results(output)
     progress = {
         "before": measured.before,
+        "predicted": measured.predicted,
         "probe": measured.probe,
         "seconds": seconds,
         "asked": asked.model_dump(mode="json"),
@@ -61,7 +64,7 @@ def earlier(output: Path, plan: Plan, seconds: dict[str, float]) -> Measured:
     """What the interrupted run had measured; its seconds count."""
     progress = _progress(output)
     seconds |= progress.seconds
-    return Measured(plan, progress.before, progress.probe)
+    return Measured(plan, progress.before, progress.predicted, progress.probe)
 
 
 def as_it_began(config: Config, output: Path) -> Config:
@@ -88,6 +91,7 @@ def _fingerprints(materials: Materials) -> dict[str, str]:
 
 class _Progress(BaseModel):
     before: dict[str, Any]
+    predicted: list[Any] = []
     probe: dict[str, Any] | None
     seconds: dict[str, float]
     asked: Config | None = None
@@ -150,7 +154,7 @@ def _check_writable(output: Path) -> None:
 
 _FREE = (
     "training.resume", "training.shard", "training.micro_batch_size", "training.checkpointing", "output.dir",
-    "output.overwrite", "plan",
+    "output.overwrite", "training.report_to", "plan",
 )  # fmt: skip
 """What may change when a run is resumed: what changes no result beyond rounding."""
 

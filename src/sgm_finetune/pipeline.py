@@ -26,7 +26,8 @@ from sgm_finetune.environment import environment
 from sgm_finetune.errors import UserError
 from sgm_finetune.estimate_table import describe_estimate, estimate_table
 from sgm_finetune.estimation import Estimate, PredictionError, estimate
-from sgm_finetune.evaluation import check_packing, describe_metrics, evaluate_model
+from sgm_finetune.evaluation import check_packing, describe_metrics, evaluate_with_predictions
+from sgm_finetune.examples import changed_examples, fingerprint_of_test, kept_predictions
 from sgm_finetune.export import (
     PTH,
     attach_adapter,
@@ -62,7 +63,10 @@ from sgm_finetune.models import (
 )
 from sgm_finetune.output_folder import Measured, as_it_began, begin, check_same_data, claim_output, earlier
 from sgm_finetune.planning import describe_plan, make_plan, remarks
+from sgm_finetune.report.histogram import Histogram
 from sgm_finetune.report.page import render_report
+from sgm_finetune.report.pictures import Pictures, histograms_of, save_pictures, tables_of
+from sgm_finetune.report.run_folder import load_run
 from sgm_finetune.report.scan_table import scan_summary
 from sgm_finetune.trainer import check_machine, train, training_arguments
 from sgm_finetune.voice import Voice
@@ -116,6 +120,7 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
     config, needed = _within_memory(config, materials, given_plan, voice, resumed=checkpoint is not None)
     datasets = (materials.train.dataset, materials.validation.dataset)
     scanned = scan_model(config, materials.folder, voice, clock) if given_plan is None else None
+    histograms = _histograms(config, scanned, materials.folder, clock)
     model, new_modules = load_base(config, materials, voice)
     check_packing(model, materials.train.dataset)
     if config.training.checkpointing:
@@ -128,11 +133,11 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
     if checkpoint is not None and given_plan is not None:
         measured = earlier(output, given_plan, clock.seconds)
     else:
-        before = _agreed(config, lambda: test(model, "before"))
+        before, predicted = _agreed(config, lambda: test(model, "before"))
         plan, numbers = given_plan, None
         if plan is None:
             plan, numbers = _agreed(config, lambda: measure(config, model, scanned, materials, voice, clock, head_loss))
-        measured = Measured(plan, before, numbers)
+        measured = Measured(plan, before, predicted, numbers)
     adapted, parameters = _adapt(config, model, measured.plan, new_modules, voice)
     # not before: they tell Transformers of DeepSpeed, which would have the base partitioned as it is loaded
     arguments = training_arguments(config, output / "checkpoints", len(datasets[0]), processes().num_processes)
@@ -143,6 +148,7 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
         if not was_there:
             _hold(output, held)
         begin(config, asked, output, measured, materials, clock.seconds)
+        save_pictures(Pictures(histograms, tables_of(measured.plan.similarities)), output / "pictures.json")
     elif checkpoint is not None and processes().is_main_process:
         discard_after(checkpoint)
     processes().wait_for_everyone()
@@ -158,12 +164,13 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
             "continue with training.resume=true"
         )
     voice.say("train", _describe_training(state, clock.seconds["train"]))
-    after = _agreed(config, lambda: test(adapted, "after"))
+    after, predicted = _agreed(config, lambda: test(adapted, "after"))
     clock.seconds["total"] = time.perf_counter() - started
     metrics = {
         "model": config.model.name,
         "task": config.model.task,
         "data": materials.splits.description,
+        "test_fingerprint": fingerprint_of_test(materials.splits),
         "labels": list(materials.splits.labels),
         "before": measured.before,
         "after": after,
@@ -181,7 +188,13 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
     }
     with whole_factors(adapted):
         if processes().is_main_process:
-            _save(config, adapted, measured.plan, materials, metrics, state.log_history, output)
+            examples = changed_examples(
+                materials.splits, config.model.task, materials.test.dataset, (measured.predicted, predicted),
+                (measured.before, after),
+            )  # fmt: skip
+            write_json(output / "examples.json", examples)
+            write_json(output / "history.json", state.log_history)
+            _save(config, adapted, measured.plan, materials, metrics, output)
         processes().wait_for_everyone()
     if needed is not None:
         voice.say("memory", _describe_peak(needed.peak_bytes, metrics["peak_memory_bytes"]))
@@ -336,7 +349,7 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     head_loss = _prepare_base(config, base, new_modules, materials, voice)
     model = attach_adapter(base, content, path)
     _prepare_adapters(config, model, voice)
-    metrics = _evaluator(config, materials, voice, clock, head_loss)(model, "test")
+    metrics, _ = _evaluator(config, materials, voice, clock, head_loss)(model, "test")
     return {"model": config.model.name, "data": materials.splits.description, **metrics}
 
 
@@ -392,6 +405,14 @@ def scan_model(config: Config, folder: Path, voice: Voice, clock: Clock) -> Scan
     scanned = _on_main(measured)
     voice.say("scan", scan_summary(scanned))
     return scanned
+
+
+def _histograms(config: Config, scanned: Scan | None, folder: Path, clock: Clock) -> tuple[Histogram, ...]:
+    """What the report draws of the scan, by the first process. A scan from a file may be of other weights: nothing."""
+    if scanned is None or config.snr.scan is not None or not processes().is_main_process:
+        return ()
+    with clock.time("scan"):
+        return histograms_of(scanned, folder)
 
 
 def load_base(
@@ -493,10 +514,12 @@ def _given_plan(config: Config, output: Path, checkpoint: Path | None) -> Plan |
 
 def _evaluator(
     config: Config, materials: Materials, voice: Voice, clock: Clock, head_loss: HeadLoss | None
-) -> Callable[[nn.Module, str], dict[str, Any]]:
-    def test(model: nn.Module, when: str) -> dict[str, Any]:
+) -> Callable[[nn.Module, str], tuple[dict[str, Any], list[Any]]]:
+    """A function that gives a model's metrics on the test data, and the predictions that are kept."""
+
+    def test(model: nn.Module, when: str) -> tuple[dict[str, Any], list[Any]]:
         with clock.time("evaluate"), voice.bar(when) as progress:
-            metrics = evaluate_model(
+            metrics, predicted = evaluate_with_predictions(
                 model,
                 materials.test.dataset,
                 materials.collate,
@@ -514,7 +537,7 @@ def _evaluator(
         voice.say(when, describe_metrics(metrics))
         for name, numbers in metrics.get("harness", {}).items():
             voice.say("", " · ".join([name, *(f"{key} {value:.4f}" for key, value in numbers.items())]))
-        return metrics
+        return metrics, kept_predictions(predicted)
 
     return test
 
@@ -558,14 +581,13 @@ def _probe_numbers(probed: Probe | None) -> dict[str, Any] | None:
 
 
 def _save(
-    config: Config, model: PeftModel, plan: Plan, materials: Materials, metrics: dict[str, Any],
-    history: list[dict[str, Any]], output: Path,
-) -> None:  # fmt: skip
+    config: Config, model: PeftModel, plan: Plan, materials: Materials, metrics: dict[str, Any], output: Path
+) -> None:
     save_adapter(model, materials.tokenizer, output / "adapter")
     splits = materials.splits
     save_pth(output / PTH, model, plan, config, splits.labels, splits.label_kind, splits.train.column_names)
-    write_text(output / "report.html", render_report(config=config, plan=plan, metrics=metrics, history=history))
     write_json(output / "metrics.json", metrics)
+    write_text(output / "report.html", render_report(load_run(output)))
 
 
 def _voice(console: Console) -> Voice:

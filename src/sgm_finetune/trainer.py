@@ -95,8 +95,9 @@ class SGMTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.head_loss = head_loss
-        self._epoch = SamplerEpoch()
+        self._epoch, self._meter = SamplerEpoch(), StepMeter()
         self.add_callback(self._epoch)
+        self.add_callback(self._meter)
         self.plan, self.global_batch_size = plan, global_batch_size
         self.task: Task | None = task
         if task == "sequence-classification":
@@ -151,6 +152,12 @@ class SGMTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With a step's loss also its tokens per second, and the most memory until then (docs/report.md)."""
+        if "loss" in logs:
+            logs |= self._meter.read(self.state)
+        super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """As `Trainer` clips, and before that: UserError for a gradient that is not finite, by name, while the weights
@@ -231,7 +238,7 @@ def training_arguments(config: Config, checkpoints: Path, num_train: int, world_
         data_seed=training.seed,
         use_cpu=not has_gpu(),
         bf16=False,
-        report_to="none",
+        report_to=list(training.report_to) or "none",
         disable_tqdm=True,
         dataloader_pin_memory=has_gpu(),
         remove_unused_columns=True,
@@ -252,7 +259,7 @@ _CHECKPOINTING: dict[bool | str, dict[str, bool] | None] = {
 
 
 def check_machine(config: Config) -> None:
-    """Raises UserError for an optimizer, or a place for activations, that this machine has not."""
+    """Raises UserError for an optimizer, a place for activations, or a tracker, that this machine has not."""
     if config.training.checkpointing == "offload" and not has_gpu():
         raise UserError("training.checkpointing=offload is for GPUs, and there is none here; take true")
     name = config.training.optimizer
@@ -260,6 +267,9 @@ def check_machine(config: Config) -> None:
         raise UserError(f"training.optimizer={name} needs bitsandbytes; pip install bitsandbytes, or take adamw")
     if name.startswith("paged") and not has_gpu():
         raise UserError(f"training.optimizer={name} is for GPUs, and there is none here; take adamw_8bit")
+    for tracker in config.training.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"training.report_to={tracker} needs its package; pip install {tracker}, or leave it out")
 
 
 def num_steps(config: Config, num_train: int) -> int:
@@ -336,6 +346,27 @@ class SamplerEpoch(TrainerCallback):
     def on_epoch_begin(self, args, state: TrainerState, control, **kwargs: Any) -> None:
         if self.sampler is not None:
             self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+class StepMeter(TrainerCallback):
+    """Times steps: what is between them (validation, checkpoints) does not count."""
+
+    def __init__(self) -> None:
+        self.began: tuple[float, int] | None = None
+
+    def on_step_begin(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        if self.began is None:
+            self.began = time.perf_counter(), state.num_input_tokens_seen
+
+    def read(self, state: TrainerState) -> dict[str, float]:
+        """Since the step that began after the last reading; named as Transformers names what differs between runs."""
+        measured: dict[str, float] = {"train_peak_memory_bytes": peak_memory()}
+        if self.began is not None:
+            seconds, tokens = time.perf_counter() - self.began[0], state.num_input_tokens_seen - self.began[1]
+            if seconds > 0 and tokens > 0:
+                measured["train_tokens_per_second"] = tokens / seconds
+        self.began = None
+        return measured
 
 
 class NonFiniteLoss(TrainerCallback):

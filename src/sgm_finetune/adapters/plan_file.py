@@ -16,16 +16,19 @@ from sgm_finetune.method.plan import Plan, inconsistency
 from sgm_finetune.reading import read_json, refuse
 
 _PLAN = pydantic.TypeAdapter(Plan)
+_TENSORS = ("starts", "similarities")
 
 
 def plan_document(plan: Plan) -> dict:
     """The plan as plain data, without its tensors."""
-    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name != "starts"}
+    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in _TENSORS}
     return json.loads(json.dumps(fields, default=dataclasses.asdict))
 
 
 def parse_plan(document: dict, where: str, starts: dict | None = None) -> Plan:
     """The plan in plain data; UserError in one line names the first wrong entry."""
+    if foreign := next((name for name in _TENSORS if name in document), None):
+        raise UserError(f"{where} is no usable plan: {foreign}: no part of the file")
     try:
         plan = dataclasses.replace(_PLAN.validate_python(document), starts=starts or {})
     except pydantic.ValidationError as error:

@@ -10,6 +10,7 @@ from itertools import combinations
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sgm_finetune.method.grouping import group_layers
@@ -150,9 +151,24 @@ class KindNumbers:
 
 
 @dataclass(frozen=True)
+class Similarity:
+    """What the grouping saw: of every two matrices how well they agree."""
+
+    __pydantic_config__: ClassVar = {"arbitrary_types_allowed": True}
+
+    kind: str
+    """As in `KindNumbers`."""
+    side: Side | None
+    """Of the gradients (eq. 14); None: cosines of the whole gradients (eq. 13b)."""
+    members: tuple[str, ...]
+    values: Tensor
+    """(n x n), float64, symmetric; the diagonal is 1."""
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A whole plan. `starts` (name of a group, or of a matrix without one -> d x rank basis) travels beside the JSON,
-    in plan.safetensors."""
+    """A whole plan. `starts` (name of a group, or of a matrix without one -> d x rank basis) travels beside the JSON
+    in plan.safetensors; `similarities` are for pictures and no part of the file."""
 
     __pydantic_config__: ClassVar = {"arbitrary_types_allowed": True, "extra": "forbid"}
 
@@ -164,6 +180,7 @@ class Plan:
     estimator: str | None = None
     format: Literal["sgm-plan/1"] = "sgm-plan/1"
     starts: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    similarities: tuple[Similarity, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def selected(self) -> tuple[PlannedMatrix, ...]:
@@ -245,12 +262,14 @@ def build_plan(
     selected = [matrix for matrix in matrices if matrix.name in chosen]
     found: list[_Found] = []
     kinds: list[KindNumbers] = []
+    similarities: list[Similarity] = []
     planned: dict[str, PlannedMatrix] = {}
     for label, members in _by_kind(selected).items():
         measured = _measure_kind(members, settings.rank)
         numbers = _kind_numbers(label, members, measured, settings)
         kinds.append(numbers)
         planned |= _planned_kind(members, measured)
+        similarities += _similarities(label, members, measured, settings)
         if measured is not None and numbers.side is not None:
             side = measured.sides[numbers.side]
             similarity = side.retention
@@ -260,9 +279,10 @@ def build_plan(
             found += _find_groups(label, members, numbers.side, side, similarity, settings)
     if settings.scope == "activation" and settings.side != "none":
         for label, sets in _by_activation(selected).items():
-            numbers, groups = _group_readers(label, sets, settings)
+            numbers, groups, seen = _group_readers(label, sets, settings)
             kinds.append(numbers)
             found += groups
+            similarities += seen
     for one in found:
         for name, share in zip(one.group.members, one.kept, strict=True):
             planned[name] = replace(planned[name], group=one.group.name, kept_shared=share)
@@ -273,7 +293,9 @@ def build_plan(
             planned[matrix.name] = replace(planned[matrix.name], start="spectral")
     everything = tuple(planned.get(m.name) or _described(m, selected=False) for m in matrices)
     groups = tuple(one.group for one in found)
-    return Plan(model, settings, everything, groups, tuple(kinds), estimator, starts=starts)
+    return Plan(
+        model, settings, everything, groups, tuple(kinds), estimator, starts=starts, similarities=tuple(similarities)
+    )
 
 
 def _by_kind(matrices: Sequence[MatrixNumbers]) -> dict[str, list[MatrixNumbers]]:
@@ -401,6 +423,19 @@ def _kind_numbers(
     )
 
 
+def _similarities(
+    label: str, members: Sequence[MatrixNumbers], measured: _KindMeasures | None, settings: PlanSettings
+) -> list[Similarity]:
+    """Both sides of one kind's layers, and their cosines where those decide."""
+    if measured is None or len(members) < 2:
+        return []
+    names = tuple(matrix.name for matrix in members)
+    found = [Similarity(label, side, names, torch.from_numpy(one.retention)) for side, one in measured.sides.items()]
+    if settings.criterion == "cosine" and measured.cosines is not None:
+        found.append(Similarity(label, None, names, torch.from_numpy(measured.cosines)))
+    return found
+
+
 def _pairs(table: np.ndarray) -> np.ndarray:
     return table[np.triu_indices(len(table), 1)]
 
@@ -411,8 +446,8 @@ def _mean_of_pairs(tables: Sequence[np.ndarray]) -> float:
 
 def _group_readers(
     label: str, sets: Sequence[Sequence[MatrixNumbers]], settings: PlanSettings
-) -> tuple[KindNumbers, list[_Found]]:
-    """What the readers of the same activations have in common, and their groups."""
+) -> tuple[KindNumbers, list[_Found], list[Similarity]]:
+    """What the readers of the same activations have in common, their groups, and what those were found by."""
     measured = [_measure_side(members, "input", settings.rank) for members in sets]
     numbers = KindNumbers(
         kind=label,
@@ -424,7 +459,11 @@ def _group_readers(
     found: list[_Found] = []
     for members, one in zip(sets, measured, strict=True):
         found += _find_groups(label, members, "input", one, one.retention, settings, first=len(found))
-    return numbers, found
+    seen = [
+        Similarity(label, "input", tuple(matrix.name for matrix in members), torch.from_numpy(one.retention))
+        for members, one in zip(sets, measured, strict=True)
+    ]
+    return numbers, found, seen
 
 
 @dataclass(frozen=True)

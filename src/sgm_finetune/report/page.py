@@ -1,191 +1,68 @@
-"""metrics, plan, log history -> one offline HTML page: no request, no script, everything escaped."""
+"""A run's folder -> one offline HTML page."""
 
 from __future__ import annotations
 
-import json
-import math
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from importlib.resources import files
-from typing import Any, NamedTuple, TypeGuard
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from sgm_finetune.config import Config, Task
-from sgm_finetune.evaluation import MEASURES, Measure
+from sgm_finetune.examples import SHOWN
+from sgm_finetune.files import write_text
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.report import figures
+from sgm_finetune.report import curves, figures
+from sgm_finetune.report.commands import commands, python_snippet
+from sgm_finetune.report.formats import count, finite, layer_ranges
+from sgm_finetune.report.headlines import headlines
+from sgm_finetune.report.pictures import Table
+from sgm_finetune.report.render import render
+from sgm_finetune.report.run_folder import Run, believed, load_run
+from sgm_finetune.report.scan_table import short_kinds
+from sgm_finetune.report.spectrum_figures import (
+    LOWEST_SHOWN,
+    histogram_figure,
+    layers_figure,
+    readers_figure,
+    similarity_gradient,
+)
+from sgm_finetune.report.svg import readable_on
 
-NOTHING = "–"
 MANY_CLASSES = 12
 MANY_GROUPS = 16
+MANY_EXAMPLES = 6
 
 _STAGES = ("scan", "probe", "train", "evaluate", "total")
 
 
-class Headline(NamedTuple):
-    """One metric before and after, as text."""
-
-    name: str
-    before: str
-    after: str
-    change: str
-    better: bool | None
-    """None: equal, or not measured."""
-    note: str
+def remake_report(folder: Path) -> Path:
+    """Writes report.html from the other files in `folder`, wherever that lies now, and returns its path. Raises
+    UserError where they are not those of a finished run."""
+    run = load_run(folder)
+    with believed(str(folder)):
+        page = render_report(run)
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
 
 
-def render_report(*, config: Config, plan: Plan, metrics: dict[str, Any], history: list[dict[str, Any]]) -> str:
-    """The page. `metrics` is the content of metrics.json, `history` Transformers' log history."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"decimal": decimal, "count": count, "duration": duration, "memory": memory}
-    template = environment.from_string((files("sgm_finetune.report") / "template.html.j2").read_text(encoding="utf-8"))
-    return template.render(
-        metrics=metrics,
-        nothing=NOTHING,
-        **_results(metrics),
-        **_training(metrics, history),
-        **_sharing(plan, metrics),
-        **_snr(plan),
-        commands=commands(config),
-        snippet=python_snippet(config, metrics),
-        resolved=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+def render_report(run: Run) -> str:
+    """The page; its commands name `run.folder` where that lies now."""
+    return render(
+        "report.html.j2",
+        metrics=run.metrics,
+        **_results(run.metrics),
+        **_examples(run),
+        **_training(run.metrics, run.history),
+        **_sharing(run.plan, run.metrics),
+        **_snr(run.plan),
+        **_measured(run),
+        **_made(run),
+        commands=commands(run.config, run.folder),
+        snippet=python_snippet(run.config, run.metrics, run.folder),
     )
-
-
-def headlines(metrics: Mapping[str, Any]) -> list[Headline]:
-    """What a reader wants first: the task's measures, in the order of `MEASURES`."""
-    before, after = metrics.get("before") or {}, metrics.get("after") or {}
-    found = []
-    for measure in MEASURES:
-        if measure.key in {**before, **after}:
-            squared = measure.key == "loss" and "r2" in after
-            found.append(_headline(replace(measure, unit="squared error") if squared else measure, before, after))
-    for task, numbers in after.get("harness", {}).items():
-        earlier = before.get("harness", {}).get(task, {})
-        found += [_headline(Measure(key, f"{task}: {key}"), earlier, numbers) for key in numbers]
-    return found
-
-
-def _headline(measure: Measure, before: Mapping[str, Any], after: Mapping[str, Any]) -> Headline:
-    old, new, digits = before.get(measure.key), after.get(measure.key), max(1, measure.digits - 1)
-    change, better = "", None
-    if _finite(old) and _finite(new):
-        difference = round(new, digits) - round(old, digits)
-        change = ("+" if difference > 0 else "") + decimal(difference, digits)
-        better = None if round(difference, digits) == 0 else (difference > 0) == measure.higher_is_better
-    notes = [measure.unit] if measure.unit else []
-    if measure.baseline is not None:
-        notes.append(f"always naming the most frequent class: {decimal(after.get(measure.baseline), digits)}")
-    if not measure.higher_is_better:
-        notes.append("lower is better")
-    name = measure.name[0].upper() + measure.name[1:]
-    return Headline(name, decimal(old, digits), decimal(new, digits), change, better, "; ".join(notes))
-
-
-def commands(config: Config) -> list[str]:
-    """Shell lines that measure the result again."""
-    folder = config.output.dir
-    return ["python src/evaluate.py" + ("" if folder == "output" else f" {shlex.quote(f'output.dir={folder}')}")]
-
-
-_AUTO_CLASSES: dict[Task, str] = {
-    "causal-lm": "AutoModelForCausalLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-}
-
-
-def python_snippet(config: Config, metrics: Mapping[str, Any]) -> str:
-    """Lines of Python that load the adapter with PEFT alone, on the base in full precision."""
-    model = config.model
-    adapter = json.dumps(f"{config.output.dir.rstrip('/')}/adapter", ensure_ascii=False)
-    auto, arguments = _AUTO_CLASSES[model.task], ""
-    if model.task in ("sequence-classification", "token-classification"):
-        arguments = f", num_labels={len(metrics['labels']) or 1}, pad_token_id=tokenizer.pad_token_id"
-    if model.revision is not None:
-        arguments += f", revision={json.dumps(model.revision)}"
-    name = json.dumps(model.name, ensure_ascii=False)
-    by_name = "/" in model.name and not model.name.startswith("~")  # else an embedded model, or a folder beside us
-    lines = [
-        "from peft import PeftModel",
-        f"from transformers import {auto}, AutoTokenizer",
-        *([] if by_name else ["from sgm_finetune.model_folder import local_folder"]),
-        "",
-        f"tokenizer = AutoTokenizer.from_pretrained({adapter})",
-        f"base = {auto}.from_pretrained({name if by_name else f'local_folder({name})'}{arguments})",
-        f"model = PeftModel.from_pretrained(base, {adapter})",
-    ]
-    return "\n".join(lines)
-
-
-def layer_ranges(layers: Iterable[int | None]) -> str:
-    """Layers in words as short as they go.
-
-    >>> layer_ranges([0, 1, 2, 5, 7, 8])
-    '0–2, 5, 7–8'
-    """
-    numbers = sorted({layer for layer in layers if layer is not None})
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs) or NOTHING
-
-
-def decimal(value: float | None, digits: int = 2) -> str:
-    """
-    >>> decimal(-0.25), decimal(1234.5, 1), decimal(-0.0001), decimal(None)
-    ('−0.25', '1,234.5', '0.00', '–')
-    """
-    if not _finite(value):
-        return NOTHING
-    return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")  # + 0.0: no negative zero
-
-
-def count(value: float | None) -> str:
-    """
-    >>> count(1234567)
-    '1,234,567'
-    """
-    return f"{round(value):,}".replace("-", "−") if _finite(value) else NOTHING
-
-
-def duration(seconds: float | None) -> str:
-    """
-    >>> [duration(s) for s in (0.04, 12.34, 75, 7384, None)]
-    ['0.04 s', '12.3 s', '1 min 15 s', '2 h 3 min', '–']
-    """
-    if not _finite(seconds):
-        return NOTHING
-    if seconds < 59.95:
-        return f"{seconds:.2f} s" if seconds < 1 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def memory(size: float | None) -> str:
-    """
-    >>> memory(3 * 2**29), memory(5 * 2**20), memory(700)
-    ('1.5 GiB', '5.0 MiB', '700 B')
-    """
-    if not _finite(size):
-        return NOTHING
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size:.0f} B"
-
-
-def _finite(value: float | None) -> TypeGuard[float]:
-    return value is not None and math.isfinite(value)
 
 
 def _results(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,28 +90,69 @@ _SIZES = (
 )
 
 
+def _examples(run: Run) -> dict[str, Any]:
+    found, changed = run.examples.get("examples", []), run.examples.get("num_changed", {})
+    nearer = "r2" in run.metrics["after"]
+    answered = run.config.model.task in ("causal-lm", "seq2seq-lm")
+    words = ("right now", "no longer right", "still wrong")
+    if nearer:
+        words = ("nearer now", "further off", "as far off")
+    elif answered:
+        words = ("word for word as in the data now", "no longer so", "in other words")
+    parts = [f"{count(changed.get(sort))} {word}" for sort, word in zip(SHOWN, words, strict=True)]
+    summary = (
+        f"Of the first {count(run.examples.get('num_compared'))} test examples {count(sum(changed.values()))} changed: "
+        + ", ".join(parts)
+        + ("; some of them:" if len(found) < sum(changed.values()) else ":")
+    )
+    return {
+        "examples": _in_turn(found),
+        "between": "\n" if any(len(one[key]) > 40 for one in found for key in ("truth", "before", "after")) else " · ",
+        "examples_summary": summary,
+        "examples_first": MANY_EXAMPLES,
+        "truth_name": "in the data" if answered else "true",
+        "nearer": nearer,
+    }
+
+
+def _in_turn(examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One that became right, one that became wrong, and so on, so that neither stands for all."""
+    sorts = [[one for one in examples if one["became"] == sort] for sort in SHOWN]
+    return [one for row in itertools.zip_longest(*sorts) for one in row if one is not None]
+
+
 def _training(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     seconds = metrics.get("seconds") or {}
-    best = metrics.get("best_step")
+    best, predicted = metrics.get("best_step"), (metrics.get("predicted") or {}).get("peak_bytes")
+    small = [
+        (curves.step_figure(history, "learning_rate", "Learning rate by step"), "learning rate"),
+        (curves.step_figure(history, curves.TOKENS_PER_SECOND, "Tokens per second by step"), "tokens per second"),
+        (
+            curves.step_figure(history, curves.MEMORY, "Peak memory by step", 2.0**-30, predicted),
+            "most memory so far, GiB" + (" (dashed: predicted)" if predicted else ""),
+        ),
+    ]
     return {
-        "training_figure": figures.training_figure(history, best),
-        "has_validation": bool(figures.loss_points(history, "eval_loss")),
-        "has_mean": bool(figures.running_mean(figures.loss_points(history, "loss"))),
+        "training_figure": curves.training_figure(history, best),
+        "step_figures": [(figure, caption) for figure, caption in small if figure is not None],
+        "has_validation": bool(curves.points_of(history, "eval_loss")),
+        "has_mean": bool(curves.running_mean(curves.points_of(history, "loss"))),
         "stages": [(stage, seconds.get(stage)) for stage in _STAGES],
     }
 
 
 def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
     trainable, plain = metrics.get("trainable_parameters"), metrics.get("plain_lora_parameters")
-    saved = 1 - trainable / plain if _finite(trainable) and _finite(plain) and plain else None
+    saved = 1 - trainable / plain if finite(trainable) and finite(plain) and plain else None
     by_name = {matrix.name: matrix for matrix in plan.matrices}
-    numbers = figures.group_numbers(plan)
+    numbers, beginning = figures.group_numbers(plan), shared_beginning(plan)
     groups = [
         {
             "group": group,
+            "name": group.name.removeprefix(beginning),
             "number": numbers[group.name],
             "colour": (colour := figures.group_colour(numbers[group.name])),
-            "text": figures.readable_on(colour),
+            "text": readable_on(colour),
             "layers": layer_ranges(by_name[name].layer for name in group.members),
         }
         for group in plan.groups
@@ -245,10 +163,21 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "num_merged": sum(len(group.members) for group in plan.groups),
         "why_no_groups": _why_no_groups(plan),
         "groups_figure": figures.groups_figure(plan),
-        "kinds": [(kind, sum(group.kind == kind.kind for group in plan.groups)) for kind in plan.kinds],
+        "beginning": beginning,
+        "kinds": [
+            (kind, kind.kind.removeprefix(beginning), sum(group.kind == kind.kind for group in plan.groups))
+            for kind in plan.kinds
+        ],
         "groups": groups,
         "groups_folded": len(groups) > MANY_GROUPS,
     }
+
+
+def shared_beginning(plan: Plan) -> str:
+    """What the kinds of all layers begin with, and what tables leave out."""
+    names = short_kinds(dict.fromkeys(matrix.kind for matrix in plan.matrices if matrix.layer is not None))
+    beginnings = {kind.removesuffix(short) for kind, short in names.items()}
+    return beginnings.pop() if len(beginnings) == 1 else ""
 
 
 def _why_no_groups(plan: Plan) -> str:
@@ -269,4 +198,57 @@ def _snr(plan: Plan) -> dict[str, Any]:
         "snr_figure": figures.snr_figure(plan),
         "snr_range": figures.snr_range(plan),
         "snr_gradient": ", ".join(to_hex(colours(step / 6)) for step in range(7)),
+    }
+
+
+def _measured(run: Run) -> dict[str, Any]:
+    """Histograms, and the similarities that the grouping saw: of layers x layers, or of readers by layer."""
+    readers: dict[str, list[Table]] = {}
+    layers: dict[str, list[Table]] = {}
+    kinds = {matrix.kind for matrix in run.plan.matrices}
+    for table in run.pictures.similarities:
+        of_layers = table.kind in kinds or "[" in table.kind or table.side != "input"
+        if len(table.members) > 1:
+            (layers if of_layers else readers).setdefault(table.kind, []).append(table)
+    numbers, beginning = itertools.count(), shared_beginning(run.plan)
+    return {
+        "histograms": [(h, histogram_figure(h, number)) for number, h in enumerate(run.pictures.histograms)],
+        "reader_figures": [
+            (kind.removeprefix(beginning), readers_figure(of, run.plan, next(numbers))) for kind, of in readers.items()
+        ],
+        "layer_figures": [
+            (
+                kind.removeprefix(beginning),
+                [(_SIDES[table.side], layers_figure(table, run.plan, next(numbers))) for table in of],
+            )
+            for kind, of in layers.items()
+        ],
+        "similarity_gradient": similarity_gradient(),
+        "has_cosines": any(table.side is None for table in run.pictures.similarities),
+        "lowest_shown": f"{LOWEST_SHOWN:g}",
+    }
+
+
+_SIDES = {"input": "input side", "output": "output side", None: "cosine"}
+
+
+def _made(run: Run) -> dict[str, Any]:
+    environment, config = run.environment, run.config
+    machine, seeds = environment.get("machine") or {}, environment.get("seeds") or {
+        "training": config.training.seed, "data": config.data.seed, "probe": config.probe.seed,
+    }  # fmt: skip
+    command = " ".join(map(str, environment.get("command", [])))
+    cores = f"{machine['cores']} cores, {machine.get('threads')} threads" if machine.get("cores") else ""
+    facts = {
+        "Command": command,
+        "Seeds": ", ".join(f"{name} {seed}" for name, seed in seeds.items()),
+        "Test data, fingerprint": run.metrics.get("test_fingerprint"),
+        "System": machine.get("system"),
+        "Processor": ", ".join(part for part in (machine.get("processor"), cores) if part),
+        "GPU": ", ".join(machine.get("gpus", [])),
+    }
+    return {
+        "made": [(name, value) for name, value in facts.items() if value],
+        "versions": list((environment.get("versions") or run.metrics.get("environment") or {}).items()),
+        "resolved": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip(),
     }

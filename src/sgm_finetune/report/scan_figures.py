@@ -9,7 +9,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -19,10 +18,11 @@ from matplotlib.patches import Rectangle
 
 from sgm_finetune.files import whole_file
 from sgm_finetune.method.singular_values import Spectrum
-from sgm_finetune.method.snr import bulk_density, bulk_sigma
 from sgm_finetune.method.spectrum import MatrixScan, Scan
-from sgm_finetune.report.figures import SNR_COLOURS, grid_of, readable_on
+from sgm_finetune.report.figures import SNR_COLOURS, grid_of
+from sgm_finetune.report.histogram import histogram_of, law_of_noise
 from sgm_finetune.report.scan_table import kinds_in_order, lowest_median_highest, short_kinds
+from sgm_finetune.report.svg import readable_on
 
 NOISE, SIGNAL, LAW, FAINT = "#8fb3d9", "#d95f0e", "#1f4e79", "#e8e8e8"
 
@@ -100,31 +100,22 @@ def save_histogram(spectrum: Spectrum, matrix: MatrixScan, path: Path) -> None:
 def draw_histogram(axes: Axes, spectrum: Spectrum, matrix: MatrixScan, legend: bool = True) -> None:
     """Histogram of the singular values (signal above the edge in its own colour), the Marchenko-Pastur law fitted to
     the values below (eq. 2, 3), and the edge. What lies beyond three edges is counted at the right."""
-    rows, cols = spectrum.alive
-    values = spectrum.values[: min(rows, cols)]
-    largest = values[0].item() if len(values) else 0.0
-    end = min(max(largest, 1.05 * matrix.edge), 3 * matrix.edge) if matrix.edge > 0 else largest
-    width = (end or 1.0) / min(120, max(24, len(values) // 6))
-    if matrix.edge > width:
-        width = matrix.edge / round(matrix.edge / width)  # no bin lies on both sides of the edge
-    bins = width * np.arange(math.ceil((end or 1.0) / width + 1e-9) + 1)
-    end = float(bins[-1])
-    noise, signal = values[matrix.signal_rank :].numpy(), values[: matrix.signal_rank].numpy()
-    beyond = f" ({count} beyond, up to {largest:.3g})" if (count := int((values > end).sum())) else ""
-    axes.hist([noise, signal], bins=bins.tolist(), stacked=True, color=[NOISE, SIGNAL],
-              label=[f"noise: {len(noise)}", f"signal: {len(signal)}{beyond}"])  # fmt: skip
+    found = histogram_of(spectrum, matrix)
+    num_noise, num_signal = sum(found.noise), sum(found.signal) + found.num_beyond
+    beyond = f" ({found.num_beyond} beyond, up to {found.largest:.3g})" if found.num_beyond else ""
+    edges = found.bin_width * np.arange(len(found.noise) + 1)
+    centres = (edges[1:] + edges[:-1]) / 2
+    axes.hist([centres, centres], bins=edges.tolist(), weights=[found.noise, found.signal], stacked=True,
+              color=[NOISE, SIGNAL], label=[f"noise: {num_noise}", f"signal: {num_signal}{beyond}"])  # fmt: skip
     top = axes.get_ylim()[1]
-    if len(noise) and (sigma := bulk_sigma(values, rows, cols, len(signal))) > 0:
-        larger, smaller = max(rows, cols) - len(signal), min(rows, cols) - len(signal)
-        points, unit = torch.linspace(end / 1000, end, 1000, dtype=torch.float64), sigma * math.sqrt(larger)
-        density = bulk_density(points / unit, smaller / larger) / unit * len(noise) * width
-        inside = density > 0
-        axes.plot(points[inside], density[inside], color=LAW, linewidth=1.6, label="Marchenko–Pastur law")
-        top = max(top, 1.05 * density[len(density) // 50 :].max().item())
-    if matrix.edge > 0:
-        axes.axvline(matrix.edge, color=SIGNAL, linewidth=1.1, linestyle=(0, (4, 3)), label="noise edge")
+    points, number = law_of_noise(found)
+    if len(points):
+        axes.plot(points, number, color=LAW, linewidth=1.6, label="Marchenko–Pastur law")
+        top = max(top, 1.05 * number[len(number) // 50 :].max())
+    if found.edge > 0:
+        axes.axvline(found.edge, color=SIGNAL, linewidth=1.1, linestyle=(0, (4, 3)), label="noise edge")
     axes.set_ylim(0, top)
-    axes.set_xlim(0, end)
+    axes.set_xlim(0, found.end)
     axes.set_xlabel("singular value", fontsize=8)
     axes.set_ylabel("number", fontsize=8)
     axes.tick_params(labelsize=7)

@@ -1,0 +1,152 @@
+"""A comparison calls a run better only where it was tested on the same, and says by how much."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from made_up_runs import classification_metrics, language_metrics, read, sample_history, sample_plan
+
+from sgm_finetune.adapters.plan_file import save_plan
+from sgm_finetune.cli import main
+from sgm_finetune.config import parse_config
+from sgm_finetune.errors import UserError
+from sgm_finetune.report.compare import compare_runs
+from sgm_finetune.report.comparing import render_comparison
+
+
+def leave_run(folder: Path, accuracy: float, fingerprint: str | None = "a", metrics: dict | None = None, **training):
+    """What a finished run leaves, as far as a comparison reads it."""
+    folder.mkdir()
+    metrics = metrics or classification_metrics()
+    metrics["after"] |= {} if "perplexity" in metrics["after"] else {"accuracy": accuracy}
+    metrics |= {} if fingerprint is None else {"test_fingerprint": fingerprint}
+    config = parse_config({"training": training, "model": {"task": metrics["task"]}, "output": {"dir": str(folder)}})
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "history.json").write_text(json.dumps(sample_history(40)))
+    save_plan(replace(sample_plan(2), starts={}), folder / "plan.json")
+    return folder
+
+
+def test_the_better_run_is_named_with_its_lead(tmp_path):
+    found = compare_runs([leave_run(tmp_path / "a", 0.7), leave_run(tmp_path / "b", 0.9, optimizer="adamw")])
+    assert found.verdict == f"{tmp_path / 'b'} is better: accuracy 0.9000, 0.2000 more than {tmp_path / 'a'}."
+    assert found.remarks == ()
+    assert found.rows[0].best == 1
+    assert found.differing == {"training.optimizer": ("spectral", "adamw")}
+
+
+def test_a_lead_that_chance_can_give_is_called_so(tmp_path):
+    found = compare_runs([leave_run(tmp_path / "a", 0.870), leave_run(tmp_path / "b", 0.875)])
+    assert "0.0050 more" in found.verdict
+    (remark,) = found.remarks
+    assert "within what chance does on 1,066 test examples (two standard errors: 0.0289)" in remark
+
+
+def test_runs_that_were_tested_on_other_data_are_not_ranked(tmp_path):
+    runs = [leave_run(tmp_path / name, share, mark) for name, share, mark in
+            (("a", 0.7, "x"), ("b", 0.8, "x"), ("c", 0.99, "y"))]  # fmt: skip
+    found = compare_runs(runs)
+    assert found.tested_alike == (True, True, False)
+    assert found.rows[0].best == 1
+    assert found.verdict.startswith(f"{tmp_path / 'b'} is better")
+    assert f"{tmp_path / 'c'} was tested on other data than {tmp_path / 'a'}" in found.remarks[0]
+    assert "none is called better" in compare_runs([runs[0], runs[2]]).verdict
+
+
+def test_what_an_older_run_was_tested_on_is_not_known(tmp_path):
+    runs = [leave_run(tmp_path / name, 0.9, None) for name in "ab"]
+    found = compare_runs(runs)
+    assert "none is called better" in found.verdict
+    assert "is not known" in found.remarks[0]
+
+
+def test_losses_over_different_tokens_are_not_compared(tmp_path):
+    other = language_metrics()
+    other["after"] |= {"num_tokens": 30_000, "loss": 1.0, "perplexity": 2.718}
+    runs = [leave_run(tmp_path / "a", 0, metrics=language_metrics()), leave_run(tmp_path / "b", 0, metrics=other)]
+    found = compare_runs(runs)
+    assert "no measure in common" in found.verdict
+    assert not any("perplexity" in row.name for row in found.rows)
+
+
+def test_tasks_of_the_harness_are_rows_of_their_own(tmp_path):
+    runs = [leave_run(tmp_path / name, 0.7, metrics=classification_metrics()) for name in "ab"]
+    metrics = classification_metrics()
+    metrics["after"]["harness"] = {"arc_easy": {"acc": 0.25}}
+    runs.append(leave_run(tmp_path / "c", 0.7, metrics=metrics))
+    row = next(row for row in compare_runs(runs).rows if row.name == "arc_easy: acc")
+    assert (row.values, row.texts, row.best) == ((None, None, 0.25), ("–", "–", "0.2500"), None)
+
+
+def test_the_page_shows_every_run_and_their_curves(tmp_path):
+    runs = [leave_run(tmp_path / f"<run {at}>", 0.5 + at / 10, batch_size=8 * (at + 1)) for at in range(3)]
+    page = render_comparison(compare_runs(runs))
+    reader = read(page)
+    assert f"{runs[2]} is better" in reader.text
+    assert "training.batch_size 8 16 24" in reader.text
+    assert 'aria-label="Training loss by step"' in page
+    assert reader.tags.count("script") == 1
+    assert "<run" not in page
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "words"),
+    [
+        (("a",), ("a",), "two runs or more"), (("a",), ("a", "a"), "named twice"),
+        (("a",), ("a", "none"), "No folder"), ((), (".", "a"), "no finished run"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_refused(made, asked, words, tmp_path):
+    for name in made:
+        leave_run(tmp_path / name, 0.5)
+    with pytest.raises(UserError, match=words):
+        compare_runs([tmp_path / name for name in asked])
+
+
+def run_command(arguments: list[str], capfd) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return (caught.value.code, *capfd.readouterr())  # type: ignore[return-value]
+
+
+def test_the_command_prints_a_table_writes_a_page_and_gives_json(tmp_path, capfd):
+    runs = [str(leave_run(tmp_path / name, share)) for name, share in (("a", 0.7), ("b", 0.9))]
+    page = str(tmp_path / "page.html")
+    status, out, said = run_command(["compare", *runs, "--html", page, "--json"], capfd)
+    assert status == 0, said
+    assert json.loads(out)["measures"]["accuracy, higher is better"] == {"values": [0.7, 0.9], "best": 1}
+    assert "0.9000 *" in said
+    assert Path(page).is_file()
+    status, _, said = run_command(["compare", *runs, "--html", page], capfd)
+    assert (status, said) == (2, f"{page} exists; name another --html\n")
+
+
+def test_a_report_is_made_again_where_the_folder_lies_now(tmp_path, capfd):
+    folder = leave_run(tmp_path / "a", 0.7).rename(tmp_path / "moved")
+    status, out, said = run_command(["report", str(folder), "--json"], capfd)
+    assert (status, json.loads(out)) == (0, {"report": str(folder / "report.html")}), said
+    assert f"sgm evaluate output.dir={folder}" in read((folder / "report.html").read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("metrics.json", "{", "cannot be read"), ("metrics.json", "[]", "holds a list, not an object"),
+        ("metrics.json", "{}", "was not written by `sgm finetune`"), ("history.json", "[1]", "is no history"),
+        ("history.json", '[{"loss": "low"}]', "is no history"), ("pictures.json", '{"a": 1}', "holds no pictures"),
+        ("examples.json", '{"examples": [{}]}', "holds no examples"), ("plan.json", "{}", "is no usable plan"),
+        ("config.yaml", "a: 1", "unknown key"), ("environment.json", '{"machine": 3}', "did not write so"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_another_thing_is_one_line(name, text, words, tmp_path, capfd):
+    folder = leave_run(tmp_path / "a", 0.7)
+    (folder / name).write_text(text)
+    status, _, said = run_command(["report", str(folder)], capfd)
+    assert status == 2, said
+    assert words in said
+    assert said.count("\n") == 1
