@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +14,10 @@ import pytest
 import torch
 from architectures import save_pico
 from conftest import GOOD, make_model, make_tokenizer
+from processes import environment
 from rich.console import Console
 
+from sgm_finetune import serving
 from sgm_finetune.answering import Sampling, answer, answer_ends, generate, prompt_ids, read_prompts
 from sgm_finetune.chatting import chat
 from sgm_finetune.cli import main
@@ -244,3 +249,40 @@ def test_nothing_to_answer_is_one_line(reviewer, capfd, monkeypatch):
         main(["generate", "--config", "config.yaml", *reviewer])
     assert caught.value.code == 2
     assert "give --prompt TEXT or --input FILE" in capfd.readouterr().err
+
+
+def test_the_page_in_a_browser_shows_both_answers_to_this_machine_alone(reviewer, talker):
+    folders = [names[0].partition("=")[2] for names in (reviewer, talker)]
+    worker = Path(__file__).with_name("page_worker.py")
+    done = subprocess.run([sys.executable, str(worker), *folders], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+
+    result = loaded(reviewer)
+    for when, scores in zip(("before", "after"), found["classes"], strict=True):
+        expected = answer(result, ["good great fine film"], Sampling(), when)[0]["scores"]
+        assert scores == pytest.approx(expected, abs=1e-6)
+    before, after = found["first"][:2]
+    assert found["first"][2:] == [before, after, ""]
+    assert [turn["content"] for turn in after] == ["the great story", "good film"]
+    result = loaded(talker)
+    assert before[1]["content"] == answer(result, ["the great story"], Sampling(8), "before")[0]["answer"]
+    assert [turn["role"] for turn in found["second"][1]] == ["user", "assistant"] * 2
+    assert "512 positions" in found["refused"]
+    assert found["url"].startswith("http://127.0.0.1:")
+    assert not found["shared"]
+    assert "Of &amp;" in found["page"] or "Of \\u0026amp;" in found["page"]
+    assert "fonts.googleapis" not in found["page"]
+
+
+def test_a_port_that_is_taken_and_a_missing_package_are_found_first(reviewer, monkeypatch):
+    config = load_config(None, reviewer)
+    with socket.socket() as taken:
+        taken.bind((serving.HOST, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port} cannot be used"):
+            serving.serve(config, [], quiet(), port)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--serve needs Gradio; pip install 'sgm-finetune\[browser\]'"):
+        serving.serve(config, [], quiet())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -138,7 +139,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """JSON as its standard has it: a number that is none becomes null."""
+    write_text(path, json.dumps(_standard(value), indent=1, allow_nan=False) + "\n")
+
+
+def _standard(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _standard(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_standard(inner) for inner in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
 
 
 def disk_free(folder: Path) -> int:

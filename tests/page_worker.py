@@ -1,0 +1,54 @@
+"""Asks the page of `sgm report --serve` in a process of its own, since Gradio leaves sockets and loops open; prints
+what it found. Arguments: the folders of a classifier's and of a chat model's run."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import sys
+import urllib.request
+
+import gradio
+from rich.console import Console
+
+from sgm_finetune import serving
+from sgm_finetune.config import load_config
+from sgm_finetune.pipeline import load_result
+from sgm_finetune.voice import Voice
+
+
+def page_of(folder: str, report: str | None = None):
+    names = [f"output.dir={folder}"]
+    return serving.build(load_result(load_config(None, names), names, Voice(Console(file=io.StringIO()))), report)
+
+
+def shown(page, *arguments):
+    """What the page's first event comes to show."""
+    found = page.fns[0].fn(*arguments)
+    return found if isinstance(found, list) else list(found)[-1]
+
+
+def main(classifier: str, talker: str) -> None:
+    chat = page_of(talker)
+    first = shown(chat, "the great story", [], [], 8, 0)
+    second = shown(chat, "the fine story", first[0], first[1], 8, 0)
+    try:
+        refused = str(shown(chat, "story " * 600, [], [], 8, 0))
+    except gradio.Error as error:
+        refused = str(error)
+    page = page_of(classifier, "<h1>Of & about</h1>")
+    with socket.socket() as free:
+        free.bind((serving.HOST, 0))
+        port = free.getsockname()[1]
+    _, url, shared = serving.launch(gradio, page, port, prevent_thread_lock=True)
+    with urllib.request.urlopen(url) as answered:
+        served = answered.read().decode()
+    found = {
+        "classes": shown(page, "good great fine film", ""),
+        "first": first, "second": second, "refused": refused, "url": url, "shared": shared, "page": served,
+    }  # fmt: skip
+    print(json.dumps(found))
+
+
+main(*sys.argv[1:])
