@@ -283,6 +283,9 @@ def test_a_port_that_is_taken_and_a_missing_package_are_found_first(reviewer, mo
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port} cannot be used"):
             serving.serve(config, [], quiet(), port)
+        with pytest.raises(SystemExit) as caught:
+            main(["report", config.output.dir, "--serve", "--port", str(port)])
+        assert caught.value.code == 2
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--serve needs Gradio; pip install 'sgm-finetune\[browser\]'"):
         serving.serve(config, [], quiet())

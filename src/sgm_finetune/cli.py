@@ -300,12 +300,23 @@ def evaluate(overrides: Overrides = None, config: ConfigPath = Path("config.yaml
 @app.command(rich_help_panel="Use")
 def report(
     output: Annotated[Path, typer.Argument(help="The output.dir of a run.", metavar="[OUTPUT]")] = Path("output"),
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Show it in a browser, with the model before and after to be tried.")
+    ] = False,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="--serve: on this machine's port.")] = 7860,
     as_json: AsJson = False,
 ) -> None:
     """Make report.html again from the other files of a run, also after its folder was moved.
 
-    Example: sgm report runs/two-epochs
+    Example: sgm report runs/two-epochs --serve
     """
+    if serve:
+        if as_json:
+            raise UserError("--serve shows a page, and --json prints an object; leave one of them out")
+        from sgm_finetune.serving import serve as serve_page
+
+        serve_page(load_config(None, [f"output.dir={json.dumps(str(output))}"]), [], _console(False, True), port)
+        return
     from sgm_finetune.report.page import remake_report
 
     path = remake_report(output)
