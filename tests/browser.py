@@ -50,6 +50,7 @@ class Page:
         while self.run("document.readyState") != "complete" or self.run("location.href") == "about:blank":
             assert time.monotonic() < until, "the page did not load"
             time.sleep(0.05)
+        assert self.run("location.href") == self._opened, f"{path} could not be opened"
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def run(self, expression: str) -> Any:

@@ -119,7 +119,7 @@ def test_the_command_prints_a_table_writes_a_page_and_gives_json(tmp_path, capfd
     page = str(tmp_path / "page.html")
     status, out, said = run_command(["compare", *runs, "--html", page, "--json"], capfd)
     assert status == 0, said
-    assert json.loads(out)["measures"]["accuracy, higher is better"] == {"values": [0.7, 0.9], "best": 1}
+    assert json.loads(out)["measures"]["accuracy"] == {"values": [0.7, 0.9], "better": "higher", "best": 1}
     assert "0.9000 *" in said
     assert Path(page).is_file()
     status, _, said = run_command(["compare", *runs, "--html", page], capfd)

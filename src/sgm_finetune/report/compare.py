@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sgm_finetune.config import Config
 from sgm_finetune.errors import UserError
@@ -26,9 +26,14 @@ class Row:
     name: str
     values: tuple[float | None, ...]
     texts: tuple[str, ...]
+    better: Literal["higher", "lower"] | None = None
+    """None: a cost, or a number of another's making."""
     best: int | None = None
-    """Which run has the better value, of those that were tested on the same; None: none does, or it is no matter of
-    better and worse."""
+    """Which run has the better value, of those that were tested on the same; None: none does."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {'↑' if self.better == 'higher' else '↓'}" if self.better else self.name
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,9 @@ class Comparison:
                  "tested_alike": alike}
                 for name, run, alike in zip(self.names, self.runs, self.tested_alike, strict=True)
             ],
-            "measures": {row.name: {"values": list(row.values), "best": row.best} for row in self.rows},
+            "measures": {
+                row.name: {"values": list(row.values), "better": row.better, "best": row.best} for row in self.rows
+            },
             "differing_keys": {key: list(values) for key, values in self.differing.items()},
             "verdict": self.verdict,
             "remarks": list(self.remarks),
@@ -111,8 +118,9 @@ def _measures(runs: Sequence[Run], alike: Sequence[bool]) -> list[Measure]:
 
 def _quality(measure: Measure, runs: Sequence[Run], alike: Sequence[bool]) -> Row:
     values = tuple(_number(run.metrics["after"].get(measure.key)) for run in runs)
-    name = f"{measure.name}, {'higher' if measure.higher_is_better else 'lower'} is better"
-    return Row(name, values, tuple(decimal(v, measure.digits) for v in values), _best(measure, values, alike))
+    texts = tuple(decimal(value, measure.digits) for value in values)
+    better = "higher" if measure.higher_is_better else "lower"
+    return Row(measure.name, values, texts, better, _best(measure, values, alike))
 
 
 def _harness(runs: Sequence[Run]) -> list[Row]:

@@ -16,12 +16,12 @@ from sgm_finetune.report.render import render
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """A column a run; the better value of a measure is bold with a star."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
+    table.add_column("↑ higher, ↓ lower is better", overflow="fold")
     for name, alike in zip(comparison.names, comparison.tested_alike, strict=True):
         table.add_column(Text(name if alike else f"{name}\n(other test data)"), justify="right", overflow="fold")
     for row in comparison.rows:
         cells = [Text(f"{text} *", "bold") if at == row.best else Text(text) for at, text in enumerate(row.texts)]
-        table.add_row(row.name, *cells)
+        table.add_row(row.label, *cells)
     if comparison.differing:
         table.add_section()
         for key, values in comparison.differing.items():

@@ -64,7 +64,7 @@ def step_figure(
 
 def loss_figure_of(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], key: str, title: str) -> Markup | None:
     """Several runs' (name, history) over each other, in `RUN_COLOURS`; the training loss smoothed."""
-    width, height = 560, 300
+    width, height = 440, 270
     curves = [(at, thin(points_of(history, key))) for at, (_, history) in enumerate(runs)]
     curves = [(at, points) for at, points in curves if points]
     if not curves:
