@@ -32,7 +32,7 @@ from sgm_finetune.method.plan import adapter_parameters
 from sgm_finetune.method.spectrum import by_parameter
 from sgm_finetune.models import check_model, load_tokenizer, skeleton
 from sgm_finetune.output_folder import as_it_began, earlier
-from sgm_finetune.reading import read_object
+from sgm_finetune.report.run_folder import load_run
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,10 @@ def read_progress(path: Path) -> None:
     earlier(output, load_plan(finished_run() / "out" / "plan.json"), {})
 
 
+def read_run(path: Path) -> None:
+    load_run(path.parent)
+
+
 def read_contents(path: Path) -> None:
     is_whole(path.parent)
 
@@ -180,6 +184,8 @@ def readers() -> dict[str, Reader]:
     weights = {"layers.0.q.weight": torch.ones(4, 6), "layers.1.q.weight": torch.zeros(6, 4, dtype=torch.bfloat16)}
     pth = torch.load(out / "sgm_finetuned.pth", weights_only=True)
     tokenizer = {path.name: path.read_bytes() for path in model.iterdir() if "token" in path.name}
+    run = ("metrics.json", "history.json", "pictures.json", "examples.json", "plan.json", "plan.safetensors",
+           "config.yaml")  # fmt: skip
     checkpoint = folder / "checkpoint-1"
     checkpoint.mkdir(exist_ok=True)
     (checkpoint / "a.bin").write_bytes(b"abc")
@@ -220,7 +226,11 @@ def readers() -> dict[str, Reader]:
                                 as_json, {"config.yaml": (out / "config.yaml").read_bytes()}),
         "contents.json": Reader(f"checkpoint-1/{CONTENTS}", json.loads((checkpoint / CONTENTS).read_text()),
                                 read_contents, as_json, {"checkpoint-1/a.bin": b"abc"}),
-        "metrics.json": Reader("metrics.json", json.loads((out / "metrics.json").read_text()), read_object, as_json),
+        **{
+            name: Reader(name, json.loads((out / name).read_text()), read_run, as_json,
+                         {other: (out / other).read_bytes() for other in run if other != name})
+            for name in run if name.endswith(".json") and name != "plan.json"
+        },
     }  # fmt: skip
 
 

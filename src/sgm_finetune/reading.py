@@ -60,6 +60,8 @@ def parse_json(text: str, infinite: bool = False) -> Any:
         found = json.loads(
             text, parse_constant=constant, parse_float=real, parse_int=_integer, object_pairs_hook=_once_each
         )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON: {error}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     check_bounded(found)

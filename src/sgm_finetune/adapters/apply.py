@@ -77,8 +77,6 @@ def shared_factors(model: PeftModel, plan: Plan) -> dict[str, list[nn.Parameter]
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raises UserError unless every planned matrix exists in `model` with its shape and every group can be built."""
-    if (wrong := inconsistency(plan)) is not None:
-        raise UserError(f"The plan cannot be followed: {wrong}")
     there = adaptable(model)
     what = type(model).__name__
     if not plan.selected:
@@ -101,6 +99,8 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 f"adapter.dropout={plan.settings.dropout} is not possible with experts (`{matrix.name}`), whose inputs "
                 "PEFT does not see; take adapter.dropout=0"
             )
+    if (wrong := inconsistency(plan)) is not None:
+        raise UserError(f"The plan cannot be followed: {wrong}")
 
 
 def _size(shape: tuple[int, int], num_experts: int | None) -> str:
