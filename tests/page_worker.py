@@ -51,4 +51,5 @@ def main(classifier: str, talker: str) -> None:
     print(json.dumps(found))
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])
