@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import zipfile
 
 import pytest
@@ -96,6 +97,67 @@ def test_a_pth_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
     assert bomb.stat().st_size < 2**17
     with pytest.raises(ValueError, match="its archive is compressed"):
         read_torch(bomb)
+
+
+class Called:
+    """What `weights_only` calls, since it can do no harm but take memory and time."""
+
+    def __init__(self, function, *given):
+        self.function, self.given = function, given
+
+    def __reduce__(self):
+        return self.function, self.given
+
+
+@pytest.mark.parametrize(
+    "called", [Called(bytearray, 10**11), Called(torch.FloatStorage, 10**11), Called(print, "ran")]
+)
+def test_a_pth_calls_nothing(called, tmp_path, capsys):
+    held = io.BytesIO()
+    torch.save({"a": torch.zeros(2)}, held)
+    path = tmp_path / "calls.pth"
+    with zipfile.ZipFile(held) as old, zipfile.ZipFile(path, "w") as new:
+        for member in old.infolist():
+            content = old.read(member)
+            if member.filename.endswith("data.pkl"):
+                content = pickle.dumps({"a": called}, protocol=2)
+            new.writestr(member.filename, content)
+    with pytest.raises(ValueError, match=r"it names (__builtin__|builtins)|not callable"):
+        read_torch(path)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_what_torch_saves_is_read(old_format, tmp_path):
+    content = {
+        "a": torch.arange(6, dtype=torch.bfloat16).view(2, 3).T, "b": [1, 2.5, None, "x", {"c": True}],
+        "d": torch.nn.Parameter(torch.ones(2)), "e": torch.zeros(0), "f": torch.Size([2]),
+        "g": torch.nn.Linear(2, 1).state_dict(),
+    }  # fmt: skip
+    path = tmp_path / "saved.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=not old_format)
+    found = read_torch(path)
+    assert torch.equal(found["a"], content["a"])
+    assert found["b"] == content["b"]
+    assert torch.equal(found["g"]["weight"], content["g"]["weight"])
+
+
+def test_an_old_file_whose_tensors_claim_more_than_it_has_is_refused(tmp_path):
+    path = tmp_path / "old.bin"
+    torch.save({"a": torch.zeros(2, dtype=torch.uint8)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    small, large = pickle.dumps(2, 2)[2:-1], pickle.dumps(2**31 - 1, 2)[2:-1]
+    at = content.index(b"cpu") + 3
+    path.write_bytes(content[:at] + content[at:].replace(small, large, 1))
+    with pytest.raises(ValueError, match="claim more bytes than the file has"):
+        read_torch(path)
+
+
+def test_a_key_that_stands_twice_in_a_configuration_is_said(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("adapter: {rank: 4}\ntraining: {}\nadapter: {rank: 8}\n")
+    with pytest.raises(UserError, match="the key 'adapter' is in it twice"):
+        load_config(path)
 
 
 def test_a_tensor_that_claims_more_than_it_holds_is_refused(tmp_path):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import re
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import yaml
 
@@ -73,7 +76,7 @@ def parse_yaml(text: str) -> Any:
     if len(text) > MAX_YAML:
         raise ValueError(f"it is longer than {MAX_YAML:,} characters")
     try:
-        found = yaml.safe_load(text)
+        found = yaml.load(text, Loader=_OnceEach)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except yaml.YAMLError as error:
@@ -84,6 +87,19 @@ def parse_yaml(text: str) -> Any:
     return found
 
 
+class _OnceEach(yaml.SafeLoader):
+    """A key that stands twice is a mistake: the first value would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice[:80]!r} is in it twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> Any:
     """Raises OSError, and ValueError as `parse_yaml`."""
     return parse_yaml(_bounded_text(path, MAX_YAML))
@@ -91,14 +107,23 @@ def read_yaml(path: Path) -> Any:
 
 def read_torch(path: Path, mmap: bool = False) -> Any:
     """What torch.save wrote: tensors and plain data, no code. Nothing is allocated that the file does not hold: members
-    of its archive are stored and no larger than it, and no tensor is larger than its memory. Raises OSError, and
-    ValueError for everything else."""
+    of its archive are stored and no larger than it, its pickle is gone through once with nothing behind its names, and
+    no tensor is larger than its memory. Raises OSError, and ValueError for everything else."""
     import torch  # not before: a configuration is read without it
 
     with path.open("rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
-    if is_archive:
-        _check_archive(path)
+    try:
+        if is_archive:
+            _check_archive(path)
+        else:
+            with path.open("rb") as file:  # magic number, protocol, system, then the content
+                for _ in range(4):
+                    _Rehearsal(file, path.stat().st_size).load()
+    except OSError:
+        raise
+    except Exception as error:  # pickle raises many types as well
+        raise ValueError((str(error).strip().splitlines() or [type(error).__name__])[0][:160]) from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_archive)
     except FileNotFoundError:
@@ -186,15 +211,70 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_archive(path: Path) -> None:
     held = path.stat().st_size
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError) as error:
-        raise ValueError(f"no archive of torch's: {error}") from None
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise ValueError("its archive is compressed, which torch does not write")
-    if sum(member.file_size for member in members) > held:
-        raise ValueError("its archive claims more bytes than the file has")
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("its archive is compressed, which torch does not write")
+        if sum(member.file_size for member in members) > held:
+            raise ValueError("its archive claims more bytes than the file has")
+        for member in members:
+            if member.filename.endswith("/data.pkl"):
+                with archive.open(member) as file:
+                    _Rehearsal(file, held).load()
+
+
+class _Rehearsal(pickle.Unpickler):
+    """Goes through a pickle of torch's with stand-ins for all that it names: nothing is imported, called or allocated.
+    (`weights_only` does call some: a `bytearray` of ten billion bytes is made.) Raises whatever pickle does, and
+    UnpicklingError for what is neither tensors nor plain data, or more bytes of tensors than the file has."""
+
+    def __init__(self, file: IO[bytes], held: int):
+        super().__init__(file, encoding="utf-8")
+        self.held = held
+        self.storages: dict[str, int] = {}
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) == ("collections", "OrderedDict"):
+            return _Mapping
+        if module_name == "torch._utils" and global_name in _REBUILD:
+            return _nothing
+        if (module_name, global_name) == ("torch", "Size"):
+            return tuple
+        if module_name in ("torch", "torch.storage") and global_name.endswith("Storage"):
+            return _Kind(_WIDTHS.get(global_name, 8))
+        if module_name == "torch" and re.fullmatch(r"bool|b?float\w+|u?int\d+|complex\d+", global_name):
+            return _Kind(8)
+        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}"[:100])
+
+    def persistent_load(self, pid: Any) -> None:
+        what, kind, key, _, count = pid[:5]
+        if what != "storage" or not isinstance(kind, _Kind) or not isinstance(count, int) or count < 0:
+            raise pickle.UnpicklingError("it holds something that is no tensor")
+        self.storages[str(key)] = count * kind.width
+        if sum(self.storages.values()) > self.held:
+            raise pickle.UnpicklingError("its tensors claim more bytes than the file has")
+
+
+class _Mapping(dict):
+    """Takes the state that a model's OrderedDict has."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Of numbers; bytes each."""
+
+    width: int
+
+
+def _nothing(*given: Any) -> None:
+    return None
+
+
+_REBUILD = ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")
+_WIDTHS = {
+    "UntypedStorage": 1, "ByteStorage": 1, "CharStorage": 1, "BoolStorage": 1, "HalfStorage": 2, "BFloat16Storage": 2,
+    "ShortStorage": 2, "IntStorage": 4, "FloatStorage": 4, "ComplexFloatStorage": 8, "ComplexDoubleStorage": 16,
+}  # fmt: skip
 
 
 def _check_tensor(tensor: Any) -> None:
