@@ -8,6 +8,7 @@ import json
 import socket
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import gradio
 from rich.console import Console
@@ -44,7 +45,10 @@ def main(classifier: str, talker: str) -> None:
     _, url, shared = serving.launch(gradio, page, port, prevent_thread_lock=True)
     with urllib.request.urlopen(url) as answered:
         served = answered.read().decode()
+    with ThreadPoolExecutor(4) as asking:
+        together = list(asking.map(lambda _: shown(page, "good great fine film", ""), range(12)))
     found = {
+        "together": all(answers == together[0] for answers in together),
         "classes": shown(page, "good great fine film", ""),
         "first": first, "second": second, "refused": refused, "url": url, "shared": shared, "page": served,
     }  # fmt: skip

@@ -262,6 +262,7 @@ def test_the_page_in_a_browser_shows_both_answers_to_this_machine_alone(reviewer
     for when, scores in zip(("before", "after"), found["classes"], strict=True):
         expected = answer(result, ["good great fine film"], Sampling(), when)[0]["scores"]
         assert scores == pytest.approx(expected, abs=1e-6)
+    assert found["together"], "questions at the same time were mixed"
     before, after = found["first"][:2]
     assert found["first"][2:] == [before, after, ""]
     assert [turn["content"] for turn in after] == ["the great story", "good film"]

@@ -24,6 +24,8 @@ HOST = "127.0.0.1"
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 """Of the person's machine: nothing is fetched from elsewhere."""
 _WHENS: tuple[When, ...] = ("before", "after")
+_MODEL = threading.Lock()
+"""There is one model, whose adapter is off while it answers as before: two questions at a time would mix."""
 
 
 def serve(config: Config, overrides: Sequence[str], console: Console, port: int = 7860) -> None:
@@ -43,8 +45,7 @@ def serve(config: Config, overrides: Sequence[str], console: Console, port: int 
 
 
 def launch(gradio: Any, page: Any, port: int, **options: Any) -> Any:
-    """As Gradio's `launch`, for this machine alone; one question after the other, since there is one model."""
-    page.queue(default_concurrency_limit=1)
+    """As Gradio's `launch`, for this machine alone."""
     return page.launch(
         server_name=HOST, server_port=port, share=False, quiet=True, show_error=True, footer_links=[], ssr_mode=False,
         theme=gradio.themes.Default(**_FONTS), **options,
@@ -107,7 +108,8 @@ def _labels(gradio: Any, result: Result) -> None:
 
 def _one(gradio: Any, result: Result, prompt: Prompt, when: When) -> dict[str, Any]:
     try:
-        return answer(result, [prompt], Sampling(), when)[0]
+        with _MODEL:
+            return answer(result, [prompt], Sampling(), when)[0]
     except UserError as error:
         raise gradio.Error(str(error)) from None
 
@@ -165,7 +167,8 @@ def _written(gradio: Any, result: Result, prompt: Prompt, sampling: Sampling, wh
 
     def write() -> None:
         try:
-            answer(result, [prompt], sampling, when, show=pieces.put)
+            with _MODEL:
+                answer(result, [prompt], sampling, when, show=pieces.put)
             pieces.put(None)
         except BaseException as error:
             pieces.put(error)
