@@ -128,7 +128,8 @@ def claim_output(config: Config, output: Path) -> Path | None:
             raise UserError(
                 f"{output} lacks the plan or the progress of the run to resume; start without training.resume"
             )
-        if (best := best_checkpoint(checkpoint)) is not None and not is_whole(best):
+        best = best_checkpoint(checkpoint)  # where it is gone, a later and better one had taken its place
+        if best is not None and best.is_dir() and not is_whole(best):
             raise UserError(f"{best}, the best checkpoint of the run to resume, is damaged; start a new run")
         _same_run(config, output)
         _check_writable(output)

@@ -326,6 +326,9 @@ def train(
     remedy = "; make room and continue with training.resume=true: earlier checkpoints are whole"
     with interruption, writing(Path(str(arguments.output_dir)), remedy):
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    best = trainer.state.best_model_checkpoint
+    if interruption.signal_name is None and best and not Path(best).is_dir():  # Trainer would go on without it
+        raise UserError(f"{best}, the best checkpoint of this run, is gone, and its weights with it; start a new run")
     return trainer, interruption.signal_name
 
 
