@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import subprocess
+import sys
 import zipfile
 
 import pytest
 import torch
 from fuzz_seeds import as_gguf, finished_run
+from processes import environment
 from rich.console import Console
 
 from sgm_finetune import pipeline
@@ -125,6 +128,30 @@ def test_a_pth_calls_nothing(called, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"it names (__builtin__|builtins)|not callable"):
         read_torch(path)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "claim", [b"r" + (2**32 - 1).to_bytes(4, "little"), b"\x96" + (2**40).to_bytes(8, "little")], ids=["memo", "bytes"]
+)
+def test_a_pickle_makes_no_room_for_what_it_claims(claim, tmp_path):
+    """Neither a place in the memo nor a length is taken at its word."""
+    path = tmp_path / "claims.bin"
+    path.write_bytes(b"\x80\x02N" + claim + b".")
+    code = (
+        "import resource, sys; from pathlib import Path; from sgm_finetune.reading import _Rehearsal\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"try: _Rehearsal(Path({str(path)!r}).open('rb'), 100).load()\n"
+        "except Exception as error: print(type(error).__name__)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.stdout.split()[-1:] == ["True"], done.stderr
+
+
+def test_a_strangers_pth_brings_no_harness_file(strangers, tmp_path):
+    names = strangers(config={"evaluation": {"harness": [str(tmp_path / "evil.yaml")]}})
+    with pytest.raises(UserError, match=r"a file that can run code; say evaluation\.harness"):
+        pipeline.evaluate(load_config(None, names), names, Console(quiet=True))
 
 
 @pytest.mark.parametrize("old_format", [False, True])

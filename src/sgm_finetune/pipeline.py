@@ -337,7 +337,13 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     The configuration that was trained with is in the file; `overrides` (key=value) change it.
     """
     voice, clock = _voice(console), Clock()
+    own = config.evaluation.harness
     path, content, config = _read_result(config, overrides)
+    if strange := [name for name in config.evaluation.harness if name.endswith((".yaml", ".yml")) and name not in own]:
+        raise UserError(
+            f"{path} was trained with evaluation.harness={strange[0]}, a file that can run code; say "
+            "evaluation.harness=... yourself, or evaluation.harness=[]"
+        )
     materials = prepare(config, voice)
     labels = tuple(content["labels"])
     if materials.splits.labels != labels:

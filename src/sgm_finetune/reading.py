@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, ClassVar, NoReturn
 
 import yaml
 
@@ -223,10 +223,14 @@ def _check_archive(path: Path) -> None:
                     _Rehearsal(file, held).load()
 
 
-class _Rehearsal(pickle.Unpickler):
+class _Rehearsal(pickle._Unpickler):  # the one in C makes room for what a file's numbers claim
     """Goes through a pickle of torch's with stand-ins for all that it names: nothing is imported, called or allocated.
     (`weights_only` does call some: a `bytearray` of ten billion bytes is made.) Raises whatever pickle does, and
     UnpicklingError for what is neither tensors nor plain data, or more bytes of tensors than the file has."""
+
+    dispatch: ClassVar = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
 
     def __init__(self, file: IO[bytes], held: int):
         super().__init__(file, encoding="utf-8")
