@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sgm_finetune.config import LabelKind, ModelConfig, Task
 from sgm_finetune.errors import UserError
-from sgm_finetune.reading import MAX_LAYERS, check_shards, read_json
+from sgm_finetune.reading import MAX_LAYERS, check_shards, read_json_object
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -86,9 +86,7 @@ def fitting_tasks(name: str) -> tuple[Task, ...]:
 def _described(config: ModelConfig, folder: Path) -> PreTrainedConfig:
     """config.json; UserError where it cannot be read, or needs code that `model.trust_remote_code` does not allow."""
     try:
-        values = read_json(folder / "config.json")
-        if not isinstance(values, dict):
-            raise ValueError(f"it holds a {type(values).__name__}, not an object")
+        values = read_json_object(folder / "config.json")
         if "auto_map" in values and not config.trust_remote_code and values.get("model_type") not in CONFIG_MAPPING:
             raise UserError(
                 f"model.name={config.name} brings Python code of its own, which is not run unless you say "

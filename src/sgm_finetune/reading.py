@@ -34,13 +34,18 @@ def read_json(path: Path, infinite: bool = False, limit: int = MAX_JSON) -> Any:
     return parse_json(_bounded_text(path, limit), infinite)
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """As `read_json`; ValueError for anything but an object, too."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds a {type(found).__name__}, not an object")
+    return found
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model or a run. Raises UserError."""
     try:
-        found = read_json(path)
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}, not an object")
-        return found
+        return read_json_object(path)
     except (OSError, ValueError) as error:
         refuse(path, "JSON", error)
 
@@ -55,9 +60,10 @@ def parse_json(text: str, infinite: bool = False) -> Any:
         raise ValueError(f"{name} is no number")
 
     def real(digits: str) -> float:
-        if not infinite and math.isinf(value := float(digits)):
+        value = float(digits)
+        if not infinite and math.isinf(value):
             raise ValueError(f"{digits[:40]} is too large a number")
-        return float(digits) if infinite else value
+        return value
 
     try:
         found = json.loads(
@@ -79,9 +85,7 @@ def parse_yaml(text: str) -> Any:
         found = yaml.load(text, Loader=_OnceEach)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    except (ValueError, OverflowError, TypeError) as error:  # a date or a number that is none
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:  # the last three: a date that is none
         raise ValueError(" ".join(str(error).split())) from None
     check_bounded(found, limit=10_000)
     return found
@@ -120,17 +124,12 @@ def read_torch(path: Path, mmap: bool = False) -> Any:
             with path.open("rb") as file:  # magic number, protocol, system, then the content
                 for _ in range(4):
                     _Rehearsal(file, path.stat().st_size).load()
-    except OSError:
-        raise
-    except Exception as error:  # pickle raises many types as well
-        raise ValueError((str(error).strip().splitlines() or [type(error).__name__])[0][:160]) from None
-    try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_archive)
-    except FileNotFoundError:
+    except OSError:
         raise
     except MemoryError:
         raise ValueError("it asks for more memory than there is") from None
-    except Exception as error:  # torch raises many types here, all meaning: not such a file
+    except Exception as error:  # pickle and torch raise many types here, all meaning: not such a file
         raise ValueError((str(error).strip().splitlines() or [type(error).__name__])[0][:160]) from None
     check_bounded(content, leaf=_check_tensor)
     return content

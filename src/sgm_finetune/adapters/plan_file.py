@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sgm_finetune.errors import UserError
 from sgm_finetune.files import whole_file, write_json
 from sgm_finetune.method.plan import Plan, inconsistency
-from sgm_finetune.reading import read_json, refuse
+from sgm_finetune.reading import read_json_object, refuse
 
 _PLAN = pydantic.TypeAdapter(Plan)
 _TENSORS = ("starts", "similarities")
@@ -57,13 +57,11 @@ def load_plan(path: Path | str) -> Plan:
     """The plan in `path` with the starts beside it. Raises UserError for a missing, broken or foreign file."""
     path = Path(path)
     try:
-        document = read_json(path)
+        document = read_json_object(path)
     except FileNotFoundError:
         raise UserError(f"No plan file {path}; make one with `sgm plan --output {path}`") from None
     except (OSError, ValueError) as error:
         refuse(path, "plan", error)
-    if not isinstance(document, dict):
-        raise UserError(f"{path} is no usable plan: it holds a {type(document).__name__}, not an object")
     tensors = path.with_suffix(".safetensors")
     try:
         starts = load_file(tensors) if tensors.is_file() else {}
