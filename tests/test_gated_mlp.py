@@ -57,7 +57,7 @@ def test_two_tensors_as_wide_as_the_mlp_are_kept_instead_of_four() -> None:
     batch = make_batches(1)[0]
     plain, less = make_model(), make_model()
     assert recompute_mlps(less, {"input_ids": batch["input_ids"]})
-    assert (recomputed_width(plain), recomputed_width(less)) == (0, 4 * 128)
+    assert (recomputed_width(plain), recomputed_width(less), recomputed_width(less, 3)) == (0, 4 * 128, 128)
     assert wide(trained(plain, True)) == 4 * 4
     assert wide(trained(less, True)) == 4 * 2
 

@@ -139,7 +139,6 @@ class _Estimator:
         first, _ = self._batch("train", min(2, len(materials.train.dataset)))
         with Footprint(num_selected=len(first["input_ids"])):
             self.head_loss, _ = prepare_base(config, model, (), first)
-        self.products = recomputed_width(model)
 
     def run(self, plan: Plan | None) -> Estimate:
         if plan is None:
@@ -154,7 +153,10 @@ class _Estimator:
         probed, sketches = _Work(), 0
         if probing:
             probed, sketches = self._once(("probe", self.micro, training.checkpointing), self._probed)
-        adapted = self._adapted(plan or self._once(("plan", *adapters), self._assumed_plan))
+        plan = plan or self._once(("plan", *adapters), self._assumed_plan)
+        lowest = min((matrix.layer or 0 for matrix in plan.selected), default=0)
+        products = recomputed_width(self.model, lowest)
+        adapted = self._adapted(plan)
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         state = self._optimizer_state(adapted)
         stepped = self._once(("step", self.micro, training.checkpointing, *adapters), lambda: self._stepped(adapted))
@@ -171,7 +173,7 @@ class _Estimator:
             + factors
             + state
             + _resident(max(stepped.peak, optimizing), "step")
-            + self._holes(stepped.tokens),
+            + self._holes(products * stepped.tokens),
             "validate": held + factors + state + _resident(validated.peak, "test"),
             "test after": held + factors + state + _resident(max(tested_after.peak, answered_after.peak), "test"),
         }
@@ -210,13 +212,13 @@ class _Estimator:
         inside = min(self.weights, self._entries() * self.weights // sum(p.numel() for p in self.model.parameters()))
         return self.process + self.weights - inside + inside // self.num_processes + inside // num_blocks
 
-    def _holes(self, tokens: int) -> int:
+    def _holes(self, dropped: int) -> int:
         """What a step leaves between the activations that it keeps, on a CPU: as much as the weights that it
-        dequantised, and as the products of gated MLPs that it dropped."""
+        dequantised, and as the `dropped` entries of products of gated MLPs."""
         if has_gpu():
             return 0
         entries = self._entries() if self.config.model.quantization != "none" else 0
-        return (entries + self.products * tokens) * self.model.dtype.itemsize
+        return (entries + dropped) * self.model.dtype.itemsize
 
     def _entries(self) -> int:
         return sum(rows * cols for rows, cols in (matrix.shape for matrix in self.matrices.values()))

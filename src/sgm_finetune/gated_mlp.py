@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
+from sgm_finetune.method.spectrum import layer_of
 from sgm_finetune.unchanged import ROUNDING, output_change
 
 _PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -79,7 +80,12 @@ def recompute_mlps(model: PreTrainedModel, batch: dict[str, Tensor]) -> bool:
     return False
 
 
-def recomputed_width(model: nn.Module) -> int:
-    """Entries for each token of all products that `recompute_mlps` has computed again."""
-    changed = (m for m in model.modules() if getattr(vars(m).get("forward"), "func", None) is _forward)
+def recomputed_width(model: nn.Module, lowest: int = 0) -> int:
+    """Entries for each token of all products that `recompute_mlps` has computed again, from the block `lowest` on:
+    below the lowest that is trained there is no backward pass, and nothing is kept."""
+    changed = (
+        module
+        for name, module in model.named_modules()
+        if getattr(vars(module).get("forward"), "func", None) is _forward and (layer_of(name) or 0) >= lowest
+    )
     return sum(module.gate_proj.out_features for module in changed)  # type: ignore[union-attr, misc]

@@ -152,6 +152,7 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
     elif checkpoint is not None and processes().is_main_process:
         discard_after(checkpoint)
     processes().wait_for_everyone()
+    release_memory()
     with clock.time("train"):
         trainer, stopped_by = train(
             adapted, measured.plan, config, datasets, materials.collate, arguments, voice.console, head_loss, checkpoint
