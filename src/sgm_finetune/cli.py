@@ -466,14 +466,14 @@ def _console(to_stderr: bool, result: bool = False) -> Any:
 
 
 def _settle_libraries(verbose: bool) -> None:
-    """Before torch is loaded: waiting threads spin briefly, and other libraries keep quiet unless they are asked for.
+    """Before torch is loaded: waiting threads spin briefly, few compiled products are kept, and other libraries keep
+    quiet unless they are asked for.
 
     On a shared machine OpenMP threads that spin for milliseconds cost more than the work (docs/LOG.md, 2026-11-23).
+    oneDNN would keep 1,024 compiled products, a set for each length of a batch, and is no faster for it (2026-11-26).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # oneDNN keeps 1,024 compiled products otherwise, a set for each length of a batch: 90 MiB more after ten steps of
-    # ten lengths, and no slower without (docs/LOG.md)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if verbose:
