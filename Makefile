@@ -33,8 +33,8 @@ check: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 
 docs: $(VENV)/installed-dev
-	$(BIN)/python -m sgm_finetune.reference docs/reference
-	$(BIN)/python -m typer sgm_finetune.cli utils docs --name sgm --output docs/reference/cli.md
+	$(BIN)/python -m sgm_finetune.base.reference docs/reference
+	$(BIN)/python -m typer sgm_finetune.commands.cli utils docs --name sgm --output docs/reference/cli.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
 
 format: $(VENV)/installed-dev

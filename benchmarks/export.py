@@ -23,7 +23,7 @@ from recording import RESULTS, process_memory, processor
 
 EXPORTS = (("adapter", None), ("merged", None), *(("gguf", kind) for kind in ("f32", "f16", "bf16", "q8_0")))
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "llama-cpp-python")
-SGM = [sys.executable, "-c", "import sys; from sgm_finetune.cli import main; main(sys.argv[1:])"]
+SGM = [sys.executable, "-c", "import sys; from sgm_finetune.commands.cli import main; main(sys.argv[1:])"]
 
 
 def trained(folder: Path) -> list[str]:
@@ -57,12 +57,12 @@ def save_large(folder: Path, num_layers: int) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from sgm_finetune.adapters.apply import apply_plan
-    from sgm_finetune.config import load_config
-    from sgm_finetune.export import save_pth
+    from sgm_finetune.base.config import load_config
+    from sgm_finetune.measure.make_plan import make_plan
     from sgm_finetune.measure.scan import scan
-    from sgm_finetune.model_folder import local_folder
-    from sgm_finetune.planning import make_plan
+    from sgm_finetune.model.folder import local_folder
+    from sgm_finetune.results.files import save_pth
+    from sgm_finetune.train.adapters.apply import apply_plan
 
     sizes = LlamaConfig(
         vocab_size=49152, hidden_size=4096, intermediate_size=14336, num_hidden_layers=num_layers,
@@ -88,15 +88,15 @@ def written(folder: Path, to: str) -> dict[str, Any]:
     """Writing alone, without the comparison: the most anonymous memory above what was held before, in MiB."""
     from rich.console import Console
 
-    from sgm_finetune.config import load_config
-    from sgm_finetune.exporting.gguf_file import write_gguf
-    from sgm_finetune.exporting.gguf_vocabulary import vocabulary
-    from sgm_finetune.exporting.merge import merged_tensors
-    from sgm_finetune.exporting.result import read_result
-    from sgm_finetune.exporting.shards import SHARD_BYTES, write_shards
-    from sgm_finetune.voice import Voice
+    from sgm_finetune.base.config import load_config
+    from sgm_finetune.base.console import StepLog
+    from sgm_finetune.results.export.gguf_file import write_gguf
+    from sgm_finetune.results.export.gguf_vocabulary import vocabulary
+    from sgm_finetune.results.export.merge import merged_tensors
+    from sgm_finetune.results.export.shards import SHARD_BYTES, write_shards
+    from sgm_finetune.results.load import read_result
 
-    result = read_result(load_config(None, [f"output.dir={folder / 'out'}"]), [], Voice(Console(file=StringIO())))
+    result = read_result(load_config(None, [f"output.dir={folder / 'out'}"]), [], StepLog(Console(file=StringIO())))
     tensors, skeleton = merged_tensors(result)
     target = folder / to
     target.mkdir()

@@ -82,7 +82,7 @@ def said(command: str, name: str) -> dict:
         blank.write_text("{}\n")
         arguments = [command, "--json", *CONFIGURATIONS[name], "--config", str(blank), f"output.dir={folder}/out"]
         ran = subprocess.run(
-            [sys.executable, "-c", "import sys; from sgm_finetune.cli import main; main(sys.argv[1:])", *arguments],
+            [sys.executable, "-m", "sgm_finetune", *arguments],
             capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(THREADS)},
         )  # fmt: skip
     if ran.returncode:

@@ -21,12 +21,12 @@ from step import share_readers
 from step_gpu import LLAMA_8B, NESTED, RANK
 from torch import nn
 
-from sgm_finetune.adapters.forward import use_fast_step
-from sgm_finetune.estimation import optimizer_workspace, saved_elsewhere
-from sgm_finetune.head_loss import HeadLoss
-from sgm_finetune.measure.footprint import Footprint
-from sgm_finetune.models import adaptable
-from sgm_finetune.stand_ins import FUSED_ATTENTION, stand_in, stand_in_kernels
+from sgm_finetune.model.matrices import adaptable
+from sgm_finetune.model.stand_ins import FUSED_ATTENTION, stand_in, stand_in_kernels
+from sgm_finetune.train.budget.estimate import optimizer_workspace, saved_elsewhere
+from sgm_finetune.train.budget.footprint import Footprint
+from sgm_finetune.train.fast.adapter_forward import use_fast_step
+from sgm_finetune.train.fast.head_loss import HeadLoss
 
 PREDICTED = ("fast", "fast, Liger", "SGM")
 

@@ -28,14 +28,14 @@ from recording import append_run
 from scipy.stats import spearmanr
 
 from sgm_finetune.measure.scan import measured_spectra, scan
-from sgm_finetune.measure.weights import stored_matrices
+from sgm_finetune.measure.scan_result import MatrixScan, Scan
 from sgm_finetune.method.selection import choose_per_kind
 from sgm_finetune.method.singular_values import Spectrum, spectra
 from sgm_finetune.method.snr import signal_to_noise
-from sgm_finetune.method.spectrum import MatrixScan, Scan
-from sgm_finetune.model_folder import local_folder
-from sgm_finetune.report.scan_figures import draw_histogram, save_heat_map
-from sgm_finetune.report.scan_table import kinds_in_order, short_kinds
+from sgm_finetune.model.folder import local_folder
+from sgm_finetune.model.weights.stored import stored_matrices
+from sgm_finetune.results.report.scan_figures import draw_histogram, save_heat_map
+from sgm_finetune.results.report.scan_table import kinds_in_order, short_kinds
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "figures"

@@ -31,16 +31,17 @@ from peft import (
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from sgm_finetune.adapters.apply import apply_plan, task_type
-from sgm_finetune.adapters.descent import FactorDescent, factor_pairs
-from sgm_finetune.adapters.forward import use_fast_step
-from sgm_finetune.attention import recompute_attention
-from sgm_finetune.config import DEFAULT_RATES, Config, parse_config, set_overrides
-from sgm_finetune.head_loss import HeadLoss, head_loss
-from sgm_finetune.materials import Materials, probe_batches
+from sgm_finetune.base.config import DEFAULT_RATES, Config, parse_config, set_overrides
+from sgm_finetune.base.console import Clock, StepLog
+from sgm_finetune.base.device import has_gpu
+from sgm_finetune.commands.finetune import scan_model
+from sgm_finetune.data.prepared import PreparedData
+from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.probe import Probe, probe
-from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, adapter_parameters
-from sgm_finetune.method.spectrum import Scan
+from sgm_finetune.measure.probe_batches import probe_batches
+from sgm_finetune.measure.scan_result import Scan
+from sgm_finetune.method.build_plan import Group, Plan, PlannedMatrix
+from sgm_finetune.method.plan_rules import adapter_parameters
 from sgm_finetune.method.subspace import (
     SIDES,
     energy_kept,
@@ -50,10 +51,12 @@ from sgm_finetune.method.subspace import (
     shared_basis,
     spectral_basis,
 )
-from sgm_finetune.models import adaptable, has_gpu
-from sgm_finetune.pipeline import Clock, scan_model
-from sgm_finetune.planning import make_plan
-from sgm_finetune.voice import Voice
+from sgm_finetune.model.matrices import adaptable
+from sgm_finetune.train.adapters.apply import apply_plan, task_type
+from sgm_finetune.train.adapters.optimizer import FactorDescent, factor_pairs
+from sgm_finetune.train.fast.adapter_forward import use_fast_step
+from sgm_finetune.train.fast.attention import recompute_attention
+from sgm_finetune.train.fast.head_loss import HeadLoss, head_loss
 
 MEASUREMENTS = "SGM_QUALITY_MEASUREMENTS"
 """Environment variable: a folder in which the runs of one benchmark share what they measure."""
@@ -69,9 +72,9 @@ class Base:
     name: str
     """Of the task."""
     config: Config
-    materials: Materials
+    prepared: PreparedData
     model: nn.Module
-    voice: Voice
+    log: StepLog
     budget: int
     """Trained adapter parameters, at most."""
     seed: int
@@ -197,7 +200,7 @@ def lora_ga_gradient(base: Base, settings: PeftConfig) -> None:
     """On the batches that the probe reads."""
 
     def backward() -> None:
-        for batch in probe_batches(base.config, base.materials):
+        for batch in probe_batches(base.config, base.prepared):
             base.model(**batch).loss.backward()
 
     preprocess_loraga(base.model, settings, backward)  # type: ignore[arg-type]
@@ -261,7 +264,7 @@ def fast(method: Method, name: str) -> Method:
 
 
 def first_batch(base: Base) -> dict[str, torch.Tensor]:
-    return base.materials.collate([base.materials.train.dataset[i] for i in range(2)])
+    return base.prepared.collate([base.prepared.train.dataset[i] for i in range(2)])
 
 
 Change = Callable[[Plan, Probe, int], Plan]
@@ -331,8 +334,8 @@ def measured(base: Base) -> tuple[tuple[Scan, Probe], float]:
     def measure() -> tuple[tuple[Scan, Probe], float]:
         clock = Clock()
         with clock.time("measure"):
-            scanned = scan_model(base.config, base.materials.folder, base.voice, Clock())
-            batches = probe_batches(base.config, base.materials)
+            scanned = scan_model(base.config, base.prepared.folder, base.log, Clock())
+            batches = probe_batches(base.config, base.prepared)
             probed = probe(base.model, batches, sketch_size=sketch_size(base), seed=base.config.probe.seed)
         return (scanned, probed), clock.seconds["measure"]
 
@@ -452,7 +455,7 @@ def half_of_the_layers(order: Order, *overrides: str) -> Callable[[Base], list[s
 
     def choose(base: Base) -> list[str]:
         config = base.with_overrides("merge.side=none", *overrides)
-        plan = make_plan(scan_model(config, base.materials.folder, base.voice, Clock()), None, config, base.model)
+        plan = make_plan(scan_model(config, base.prepared.folder, base.log, Clock()), None, config, base.model)
         chosen = set()
         for kind in dict.fromkeys(matrix.kind for matrix in plan.matrices):
             ordered = order([matrix for matrix in plan.matrices if matrix.kind == kind], base.seed)

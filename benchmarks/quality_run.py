@@ -29,14 +29,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from sgm_finetune.adapters.descent import HEAD_RATE
-from sgm_finetune.config import load_config
-from sgm_finetune.evaluation import by_length
-from sgm_finetune.materials import Materials, prepare
-from sgm_finetune.models import adaptable
-from sgm_finetune.pipeline import load_base
-from sgm_finetune.trainer import LengthGroupedSampler
-from sgm_finetune.voice import Voice
+from sgm_finetune.base.config import load_config
+from sgm_finetune.base.console import StepLog
+from sgm_finetune.data.batches import LengthGroupedSampler, by_length
+from sgm_finetune.data.prepared import PreparedData, prepare_data
+from sgm_finetune.model.matrices import adaptable
+from sgm_finetune.train.adapters.optimizer import HEAD_RATE
+from sgm_finetune.train.base_model import load_base
 
 WARMUP = 0.06
 
@@ -44,20 +43,20 @@ WARMUP = 0.06
 def load(task: Task, seed: int) -> Base:
     """The task's data and base model."""
     logging.disable_progress_bar()
-    voice = Voice(Console(quiet=True))
+    log = StepLog(Console(quiet=True))
     with tempfile.TemporaryDirectory() as scratch:
         settings = [*task.configuration(Path(scratch)), f"adapter.rank={task.rank}", f"training.seed={seed}"]
         config = load_config(None, settings)
-        materials = prepare(config, voice)
-    model, _ = load_base(config, materials)
-    return Base(task.name, config, materials, model, voice, budget_of(model, task.rank), seed)
+        prepared = prepare_data(config, log)
+    model, _ = load_base(config, prepared)
+    return Base(task.name, config, prepared, model, log, budget_of(model, task.rank), seed)
 
 
 def train_once(task_name: str, method_name: str, rate: float, seed: int, threads: int) -> dict[str, Any]:
     """One whole run. The tuning seed is measured on validation data, every other one on test data."""
     torch.set_num_threads(threads)
     task, base = TASKS[task_name], load(TASKS[task_name], seed)
-    materials, num_layers = base.materials, len(adaptable(base.model))
+    prepared, num_layers = base.prepared, len(adaptable(base.model))
     torch.manual_seed(seed)
     adapted = METHODS[method_name].adapt(base)
     optimizers = optimizers_of(adapted, rate)
@@ -84,7 +83,7 @@ def train_once(task_name: str, method_name: str, rate: float, seed: int, threads
         "energy_retained": adapted.energy_retained and round(adapted.energy_retained, 4),
         "seconds_per_step": round(statistics.median(seconds), 4) if seconds else None,
         "train_loss": round(statistics.fmean(losses[-20:]), 4) if losses else None,
-        part: evaluate(adapted.model, getattr(materials, part).dataset, materials),
+        part: evaluate(adapted.model, getattr(prepared, part).dataset, prepared),
         "threads": threads,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if gpu else None,
         "device": gpu or processor()["processor"],
@@ -128,7 +127,7 @@ def train(
     losses: list[float] = []
     seconds: list[float] = []
     model.train()
-    for batch in islice(batches(base.materials, task.batch_size, base.seed), task.num_steps):
+    for batch in islice(batches(base.prepared, task.batch_size, base.seed), task.num_steps):
         started = time.perf_counter()
         loss = mean_loss(adapted, batch)
         losses.append(loss.item())
@@ -144,16 +143,16 @@ def train(
     return losses, seconds
 
 
-def batches(materials: Materials, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+def batches(prepared: PreparedData, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """Epoch after epoch, in batches of similar length."""
-    dataset = materials.train.dataset
+    dataset = prepared.train.dataset
     sampler = LengthGroupedSampler([len(ids) for ids in dataset["input_ids"]], batch_size, seed)
     epoch = 0
     while True:
         sampler.set_epoch(epoch)
         order = list(sampler)
         for at in range(0, len(order), batch_size):
-            yield materials.collate([dataset[i] for i in order[at : at + batch_size]])
+            yield prepared.collate([dataset[i] for i in order[at : at + batch_size]])
         epoch += 1
 
 
@@ -179,14 +178,14 @@ def predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
     return logits[following != -100].float(), following[following != -100]
 
 
-def evaluate(model: nn.Module, dataset: Dataset, materials: Materials, batch_size: int = 32) -> dict[str, float]:
+def evaluate(model: nn.Module, dataset: Dataset, prepared: PreparedData, batch_size: int = 32) -> dict[str, float]:
     """Mean loss per example (classification) or answer token; accuracy, or the share of answers whose every token,
     the end included, is the model's first choice: those that greedy decoding gives to the letter."""
     order, total, count, right = by_length(dataset), 0.0, 0, 0
     model.eval()
     with torch.inference_mode():
         for at in range(0, len(order), batch_size):
-            batch = materials.collate([dataset[i] for i in order[at : at + batch_size]])
+            batch = prepared.collate([dataset[i] for i in order[at : at + batch_size]])
             tokens = [1] * len(batch["labels"])
             if batch["labels"].dim() == 2:
                 tokens = (batch["labels"][:, 1:] != -100).sum(1).tolist()

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from sgm_finetune.evaluation import MEASURES
+from sgm_finetune.results.metrics import MEASURES
 
 SHOWN = ("entity_f1", "accuracy", "r2", "rouge_l", "perplexity")
 """Metrics that a row may show, the most telling one first."""

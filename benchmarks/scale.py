@@ -23,10 +23,13 @@ import torch
 from recording import append_run, process_memory
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sgm_finetune.adapters.shard import shard_base
-from sgm_finetune.config import ModelConfig
-from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, PlanSettings, adapter_parameters
-from sgm_finetune.models import adaptable, block_of, load_model
+from sgm_finetune.base.config import ModelConfig
+from sgm_finetune.method.build_plan import Group, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.method.plan_rules import adapter_parameters
+from sgm_finetune.model.load import load_model
+from sgm_finetune.model.matrices import adaptable
+from sgm_finetune.model.names import block_of
+from sgm_finetune.train.adapters.shard import shard_base
 
 RANK = 16
 MODELS = {

@@ -156,7 +156,7 @@ def measure_memory(folder: Path, layers: int) -> list[dict]:
     assert maker.exitcode == 0
     largest = EMBEDDING[0] * EMBEDDING[1] * 4
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-c", "from sgm_finetune.cli import main; main()", "scan", str(folder)]
+        command = [sys.executable, "-c", "from sgm_finetune.commands.cli import main; main()", "scan", str(folder)]
         environment = os.environ | {"SGM_CACHE": scratch}
         start = time.perf_counter()
         process = subprocess.Popen([*command, "--output", f"{scratch}/scan.json"], env=environment)

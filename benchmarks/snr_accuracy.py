@@ -33,10 +33,10 @@ from recording import append_run
 from scipy.linalg import eigvalsh_tridiagonal
 
 from sgm_finetune.measure.scan import scan
-from sgm_finetune.measure.weights import stored_matrices
 from sgm_finetune.method.singular_values import singular_values
 from sgm_finetune.method.snr import bulk_median, distance_from_noise, noise_edge, signal_to_noise
-from sgm_finetune.method.spectrum import kind_of
+from sgm_finetune.model.names import kind_of
+from sgm_finetune.model.weights.stored import stored_matrices
 
 SHAPES = [(8, 8), (8, 512), (64, 64), (64, 1280), (192, 576), (576, 576), (1536, 576), (1024, 1024), (1024, 256)]
 SHARES = [0.0, 0.25, 0.5, 0.75]

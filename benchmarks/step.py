@@ -55,8 +55,8 @@ _MODEL = "smollm2-135m-instruct"
 
 def share_readers(model: Any, names: Sequence[str]) -> None:
     """One lora_A for all matrices of a block that read the same activation."""
-    from sgm_finetune.adapters.apply import lora_layers
-    from sgm_finetune.models import block_of
+    from sgm_finetune.model.names import block_of
+    from sgm_finetune.train.adapters.apply import lora_layers
 
     layers = lora_layers(model)
     for block in dict.fromkeys(block_of(name) for name in names):
@@ -79,14 +79,15 @@ def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from sgm_finetune.adapters.descent import create_optimizer
-    from sgm_finetune.adapters.forward import use_fast_step
-    from sgm_finetune.attention import recompute_attention
-    from sgm_finetune.config import ModelConfig
-    from sgm_finetune.gated_mlp import recompute_mlps
-    from sgm_finetune.head_loss import head_loss
-    from sgm_finetune.model_folder import local_folder
-    from sgm_finetune.models import adaptable, load_model
+    from sgm_finetune.base.config import ModelConfig
+    from sgm_finetune.model.folder import local_folder
+    from sgm_finetune.model.load import load_model
+    from sgm_finetune.model.matrices import adaptable
+    from sgm_finetune.train.adapters.optimizer import create_optimizer
+    from sgm_finetune.train.fast.adapter_forward import use_fast_step
+    from sgm_finetune.train.fast.attention import recompute_attention
+    from sgm_finetune.train.fast.gated_mlp import recompute_mlps
+    from sgm_finetune.train.fast.head_loss import head_loss
 
     torch.set_num_threads(THREADS)
     config = ModelConfig(name=_MODEL, task="causal-lm", quantization=quantization, dtype=dtype)  # type: ignore[arg-type]

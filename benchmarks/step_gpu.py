@@ -113,10 +113,10 @@ class Way:
         from transformers.integrations.liger import apply_liger_kernel
         from transformers.models.llama import modeling_llama
 
-        from sgm_finetune.adapters.descent import create_optimizer
-        from sgm_finetune.adapters.forward import use_fast_step
-        from sgm_finetune.head_loss import HeadLoss
-        from sgm_finetune.models import adaptable
+        from sgm_finetune.model.matrices import adaptable
+        from sgm_finetune.train.adapters.optimizer import create_optimizer
+        from sgm_finetune.train.fast.adapter_forward import use_fast_step
+        from sgm_finetune.train.fast.head_loss import HeadLoss
 
         self.way = way
         model = sharing_weights(base, own_plain_weights=way == "PEFT QLoRA")

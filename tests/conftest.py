@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from sgm_finetune.measure.probe import Probe
-from sgm_finetune.method.plan import MatrixNumbers
+from sgm_finetune.method.build_plan import MatrixNumbers
 
 GOOD = ["good", "great", "fine", "lovely", "superb", "bright"]
 BAD = ["bad", "awful", "poor", "dull", "broken", "weak"]
@@ -89,8 +89,8 @@ def adapted(model: torch.nn.Module, share: bool = False, **config: object):
     """LoRA on every linear layer, away from its start; the readers of the same activations hold one A."""
     from peft import LoraConfig, get_peft_model
 
-    from sgm_finetune.adapters.apply import lora_layers
-    from sgm_finetune.models import adaptable
+    from sgm_finetune.model.matrices import adaptable
+    from sgm_finetune.train.adapters.apply import lora_layers
 
     made = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(adaptable(model)), **config))
     with torch.no_grad():
@@ -184,7 +184,7 @@ def settings(llama_folder, reviews, tmp_path) -> list[str]:
 def command(tmp_path, capfd):
     """The command, run in this process with an empty config file; returns its JSON, and keeps what it said."""
 
-    from sgm_finetune.cli import main
+    from sgm_finetune.commands.cli import main
 
     class Command:
         said = ""

@@ -21,18 +21,18 @@ from conftest import make_model, make_tokenizer
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import save
 
-from sgm_finetune.adapters.plan_file import load_plan
-from sgm_finetune.checkpoints import CONTENTS, is_whole, seal
-from sgm_finetune.config import Config, ModelConfig, load_config
-from sgm_finetune.data import load_splits
-from sgm_finetune.export import attach_untrained, load_pth, lora_config, stored_config
+from sgm_finetune.base.config import Config, ModelConfig, load_config
+from sgm_finetune.data.splits import load_splits
+from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.measure.scan_formats import load_scan
-from sgm_finetune.measure.weights import stored_matrices
-from sgm_finetune.method.plan import adapter_parameters
-from sgm_finetune.method.spectrum import by_parameter
-from sgm_finetune.models import check_model, load_tokenizer, skeleton
-from sgm_finetune.output_folder import as_it_began, earlier
-from sgm_finetune.report.run_folder import load_run
+from sgm_finetune.measure.scan_result import by_parameter
+from sgm_finetune.method.plan_rules import adapter_parameters
+from sgm_finetune.model.load import check_model, load_tokenizer, skeleton
+from sgm_finetune.model.weights.stored import stored_matrices
+from sgm_finetune.results.folder import as_it_began, earlier
+from sgm_finetune.results.load import attach_untrained, load_pth, lora_config, stored_config
+from sgm_finetune.results.report.run_files import load_run
+from sgm_finetune.train.checkpoints import CONTENTS, is_whole, seal
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def finished_run() -> Path:
     """A run of four steps on a pico LLaMA, with a checkpoint."""
     from rich.console import Console
 
-    from sgm_finetune.pipeline import finetune
+    from sgm_finetune.commands.finetune import finetune
 
     folder = Path(mkdtemp(prefix="sgm-fuzz-"))
     make_model("causal-lm").save_pretrained(folder / "model")

@@ -21,7 +21,7 @@ from fuzz_seeds import Reader, places, readers
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from sgm_finetune.errors import UserError, in_one_line
+from sgm_finetune.base.errors import UserError, in_one_line
 
 SLOWEST = 20  # seconds for a file
 _TEXT = st.text(max_size=8) | st.sampled_from(

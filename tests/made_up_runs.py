@@ -8,12 +8,12 @@ from html.parser import HTMLParser
 
 import torch
 
-from sgm_finetune.method.plan import Energy, Group, KindNumbers, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.measure.scan_result import MatrixScan
+from sgm_finetune.method.build_plan import Energy, Group, KindNumbers, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.method.singular_values import Spectrum
 from sgm_finetune.method.snr import signal_to_noise
-from sgm_finetune.method.spectrum import MatrixScan
-from sgm_finetune.report.histogram import histogram_of
-from sgm_finetune.report.pictures import Pictures, Table
+from sgm_finetune.results.report.histogram import histogram_of
+from sgm_finetune.results.report.pictures import Pictures, Table
 
 READERS, WRITERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

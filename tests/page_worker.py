@@ -13,15 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 import gradio
 from rich.console import Console
 
-from sgm_finetune import serving
-from sgm_finetune.config import load_config
-from sgm_finetune.pipeline import load_result
-from sgm_finetune.voice import Voice
+from sgm_finetune.base.config import load_config
+from sgm_finetune.base.console import StepLog
+from sgm_finetune.commands import serve as serving
+from sgm_finetune.results.answers import load_result
 
 
 def page_of(folder: str, report: str | None = None):
     names = [f"output.dir={folder}"]
-    return serving.build(load_result(load_config(None, names), names, Voice(Console(file=io.StringIO()))), report)
+    return serving.build(load_result(load_config(None, names), names, StepLog(Console(file=io.StringIO()))), report)
 
 
 def shown(page, *arguments):

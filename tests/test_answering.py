@@ -17,15 +17,16 @@ from conftest import GOOD, make_model, make_tokenizer
 from processes import environment
 from rich.console import Console
 
-from sgm_finetune import serving
-from sgm_finetune.answering import Sampling, answer, answer_ends, generate, prompt_ids, read_prompts
-from sgm_finetune.chatting import chat
-from sgm_finetune.cli import main
-from sgm_finetune.config import load_config
-from sgm_finetune.errors import UserError
-from sgm_finetune.generation import continue_prompts
-from sgm_finetune.pipeline import finetune, load_result
-from sgm_finetune.voice import Voice
+from sgm_finetune.base.config import load_config
+from sgm_finetune.base.console import StepLog
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands import serve as serving
+from sgm_finetune.commands.chat import chat
+from sgm_finetune.commands.cli import main
+from sgm_finetune.commands.finetune import finetune
+from sgm_finetune.commands.generate import generate, read_prompts
+from sgm_finetune.results.answers import Sampling, answer, answer_ends, load_result, prompt_ids
+from sgm_finetune.results.generation import continue_prompts
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} <eos> {% endfor %}"
@@ -46,7 +47,7 @@ def trained(folder: Path, *overrides: str) -> list[str]:
 
 
 def loaded(names: list[str]):
-    return load_result(load_config(None, names), names, Voice(quiet()))
+    return load_result(load_config(None, names), names, StepLog(quiet()))
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +90,12 @@ def test_a_class_comes_with_its_probabilities(reviewer):
 
 def test_the_answer_before_is_that_of_the_base_model(reviewer):
     """Without adapter and with the head as it was before the training: logits of the base that a run starts from."""
-    from sgm_finetune.materials import prepare
-    from sgm_finetune.pipeline import load_base
+    from sgm_finetune.data.prepared import prepare_data
+    from sgm_finetune.train.base_model import load_base
 
     result = loaded(reviewer)
     (before,) = answer(result, ["good great fine film"], Sampling(), "before")
-    base, _ = load_base(result.config, prepare(result.config, Voice(quiet())))
+    base, _ = load_base(result.config, prepare_data(result.config, StepLog(quiet())))
     with torch.no_grad():
         logits = base(**result.tokenizer("good great fine film", return_tensors="pt")).logits[0]
     expected = dict(zip(result.labels, logits.softmax(-1).tolist(), strict=True))
@@ -199,7 +200,7 @@ def test_generate_streams_to_a_terminal(talker):
 
 def test_a_chat_keeps_its_turns_until_it_is_cleared(talker, monkeypatch):
     asked: list[int] = []
-    from sgm_finetune import chatting
+    from sgm_finetune.commands import chat as chatting
 
     def watched(result, prompts, *arguments, **options):
         asked.append(len(prompts[0]))

@@ -12,12 +12,12 @@ from architectures import DECODERS, ENCODER_DECODERS, ENCODERS, save_pico
 from peft import PeftModel
 from rich.console import Console
 
-from sgm_finetune import pipeline
-from sgm_finetune.adapters.plan_file import load_plan
-from sgm_finetune.config import load_config
-from sgm_finetune.errors import UserError
-from sgm_finetune.export import attach_adapter, load_pth
-from sgm_finetune.models import load_model
+from sgm_finetune.base.config import load_config
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.measure.plan_file import load_plan
+from sgm_finetune.model.load import load_model
+from sgm_finetune.results.load import attach_adapter, load_pth
 
 READERS = {  # of a layer's first block: what is expected to read the same activations
     "gpt2": [], "gpt_neox": [], "phi3": [], "modernbert": [],  # one matrix for q, k and v

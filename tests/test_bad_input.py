@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sgm_finetune.cli import main
+from sgm_finetune.commands.cli import main
 
 
 @dataclass(frozen=True)

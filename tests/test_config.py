@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sgm_finetune.config import Config, known_keys, load_config, parse_config
-from sgm_finetune.errors import UserError
+from sgm_finetune.base.config import Config, known_keys, load_config, parse_config
+from sgm_finetune.base.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = [name for name in Config.model_fields if name != "plan"]

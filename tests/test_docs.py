@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+CLI = "sgm_finetune.commands.cli"
 PAGES = ["index.md", *sorted(str(path.relative_to(DOCS)) for path in DOCS.glob("tutorials/*.md"))]
 
 
@@ -31,7 +32,7 @@ def test_the_page_of_the_command_line_is_that_of_this_version(tmp_path):
     """`make docs` writes it."""
     target = tmp_path / "cli.md"
     subprocess.run(
-        [sys.executable, "-m", "typer", "sgm_finetune.cli", "utils", "docs", "--name", "sgm", "--output", str(target)],
+        [sys.executable, "-m", "typer", CLI, "utils", "docs", "--name", "sgm", "--output", str(target)],
         check=True, capture_output=True,
     )  # fmt: skip
     assert (DOCS / "reference" / "cli.md").read_text(encoding="utf-8") == target.read_text(encoding="utf-8")

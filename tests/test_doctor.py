@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 from rich.console import Console
 
-from sgm_finetune import doctor
-from sgm_finetune.cli import main
+from sgm_finetune.commands import doctor
+from sgm_finetune.commands.cli import main
 
 
 def named(findings, area):

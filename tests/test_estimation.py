@@ -10,18 +10,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
-from sgm_finetune import pipeline
-from sgm_finetune.cli import main
-from sgm_finetune.config import Config, load_config
-from sgm_finetune.errors import UserError
-from sgm_finetune.estimation import ALLOCATOR, Estimate, estimate
-from sgm_finetune.fitting import as_begun, check_fits, fit
-from sgm_finetune.materials import Materials, prepare
-from sgm_finetune.models import adaptable, load_model, skeleton
-from sgm_finetune.stand_ins import stored_bytes
-from sgm_finetune.voice import Voice
+from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.console import StepLog
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands.cli import main
+from sgm_finetune.data.prepared import PreparedData, prepare_data
+from sgm_finetune.model.load import load_model, skeleton
+from sgm_finetune.model.matrices import adaptable
+from sgm_finetune.model.stand_ins import stored_bytes
+from sgm_finetune.train.budget.estimate import ALLOCATOR, Estimate, estimate
+from sgm_finetune.train.budget.fit import as_begun, check_fits, fit
 
-QUIET = Voice(Console(quiet=True))
+QUIET = StepLog(Console(quiet=True))
 
 
 @pytest.fixture
@@ -33,9 +34,9 @@ def described(llama_folder: Path, reviews: Path, tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def made(described: list[str], *more: str) -> tuple[Config, Materials]:
+def made(described: list[str], *more: str) -> tuple[Config, PreparedData]:
     config = load_config(None, [*described, *more])
-    return config, prepare(config, QUIET)
+    return config, prepare_data(config, QUIET)
 
 
 def predicted(described: list[str], *more: str) -> Estimate:
@@ -43,9 +44,9 @@ def predicted(described: list[str], *more: str) -> Estimate:
 
 
 def test_weights_adapters_and_optimizer_are_what_the_run_holds(described) -> None:
-    config, materials = made(described, "merge.side=none", "training.optimizer=adamw")
-    needed = estimate(config, materials)
-    model, new = load_model(config.model, materials.folder, materials.splits.labels, 0)
+    config, prepared = made(described, "merge.side=none", "training.optimizer=adamw")
+    needed = estimate(config, prepared)
+    model, new = load_model(config.model, prepared.folder, prepared.splits.labels, 0)
     assert needed.weights_bytes == sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     plain = get_peft_model(
         model, LoraConfig(r=4, target_modules=list(adaptable(model)), task_type="SEQ_CLS", modules_to_save=list(new))
@@ -75,10 +76,10 @@ def test_what_costs_memory_is_said_to(described) -> None:
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_quantised_skeleton_weighs_what_bitsandbytes_holds(described, quantization) -> None:
-    config, materials = made(described, f"model.quantization={quantization}")
-    labels = materials.splits.labels
-    hollow = skeleton(config.model, materials.folder, labels, 0)
-    model, _ = load_model(config.model, materials.folder, labels, 0)
+    config, prepared = made(described, f"model.quantization={quantization}")
+    labels = prepared.splits.labels
+    hollow = skeleton(config.model, prepared.folder, labels, 0)
+    model, _ = load_model(config.model, prepared.folder, labels, 0)
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -86,7 +87,7 @@ def test_a_quantised_skeleton_weighs_what_bitsandbytes_holds(described, quantiza
         scales = getattr(getattr(module, "weight", None), "SCB", None)
         held += 4 * scales.numel() if isinstance(scales, torch.Tensor) else 0
     assert stored_bytes(hollow) == pytest.approx(held, rel=0.01)
-    assert estimate(config, materials).weights_bytes == stored_bytes(hollow)
+    assert estimate(config, prepared).weights_bytes == stored_bytes(hollow)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's allocator is asked for what it allocates")
@@ -95,9 +96,9 @@ def test_what_is_dropped_in_a_step_leaves_holes_of_its_own_size(described, monke
     """Dequantised weights of the base, whatever the adapters', and without checkpointing the products of gated MLPs."""
     monkeypatch.setitem(ALLOCATOR, "step", 0.0)
     settings = ("model.quantization=nf4", "model.dtype=float32", f"training.checkpointing={str(checkpointing).lower()}")
-    config, materials = made(described, *settings)
-    needed = estimate(config, materials)
-    base = adaptable(skeleton(config.model, materials.folder, materials.splits.labels, 0))
+    config, prepared = made(described, *settings)
+    needed = estimate(config, prepared)
+    base = adaptable(skeleton(config.model, prepared.folder, prepared.splits.labels, 0))
     held = needed.process_bytes + needed.weights_bytes + needed.adapter_bytes + needed.optimizer_bytes
     widths = sum(matrix.shape[0] for name, matrix in base.items() if name.endswith("gate_proj"))
     padded = -(-needed.longest // 8) * 8
@@ -106,17 +107,17 @@ def test_what_is_dropped_in_a_step_leaves_holes_of_its_own_size(described, monke
 
 
 def test_a_budget_changes_the_least_costly_first_and_is_kept(described, monkeypatch) -> None:
-    monkeypatch.setattr("sgm_finetune.estimation.held_memory", lambda: 0)  # which is another at every call
+    monkeypatch.setattr("sgm_finetune.train.budget.estimate.held_memory", lambda: 0)  # which is another at every call
     batches = ("training.batch_size=32", "training.eval_batch_size=64", "data.max_length=24")
-    config, materials = made(described, *batches, "merge.side=none")
-    whole = estimate(config, materials)
+    config, prepared = made(described, *batches, "merge.side=none")
+    whole = estimate(config, prepared)
     floor = whole.process_bytes + whole.weights_bytes
-    assert fit(config, materials, 2 * whole.peak_bytes).given_up == ()
+    assert fit(config, prepared, 2 * whole.peak_bytes).given_up == ()
     seen: list[str] = []
     for share in (0.3, 0.1, 0.05, 0.03):
         budget = floor + int(share * (whole.firm_bytes - floor))
         try:
-            fitted = fit(config, materials, budget)
+            fitted = fit(config, prepared, budget)
         except UserError:
             break
         assert fitted.estimate.firm_bytes <= budget
@@ -130,13 +131,13 @@ def test_a_budget_changes_the_least_costly_first_and_is_kept(described, monkeypa
 
 
 def test_what_is_not_enough_is_said_with_a_remedy(described, monkeypatch) -> None:
-    monkeypatch.setattr("sgm_finetune.estimation.held_memory", lambda: 0)
-    config, materials = made(described)
+    monkeypatch.setattr("sgm_finetune.train.budget.estimate.held_memory", lambda: 0)
+    config, prepared = made(described)
     with pytest.raises(UserError, match=r"memory.budget=0.01 GiB is not enough: .*model.quantization=nf4"):
-        fit(config, materials, 10 * 2**20)
-    needed = estimate(config, materials)
+        fit(config, prepared, 10 * 2**20)
+    needed = estimate(config, prepared)
     with pytest.raises(UserError, match=r"with all else as small as it gets.*model.quantization=nf4"):
-        fit(config, materials, needed.process_bytes + needed.weights_bytes + 2**19)
+        fit(config, prepared, needed.process_bytes + needed.weights_bytes + 2**19)
     with pytest.raises(UserError, match=r"needs about .* within reach .*model.quantization=nf4"):
         check_fits(needed, needed.weights_bytes, config)
     with pytest.raises(UserError, match=r"memory.budget=\d+\.\dGiB finds what fits"):
@@ -157,9 +158,9 @@ def test_a_run_stops_before_anything_is_loaded_where_it_cannot_fit(described, mo
 
 
 def test_a_run_within_a_budget_says_what_it_gave_up_and_goes_on_so(described, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("sgm_finetune.estimation.held_memory", lambda: 0)
-    config, materials = made(described, "training.batch_size=32", "training.eval_batch_size=64")
-    whole = estimate(config, materials)
+    monkeypatch.setattr("sgm_finetune.train.budget.estimate.held_memory", lambda: 0)
+    config, prepared = made(described, "training.batch_size=32", "training.eval_batch_size=64")
+    whole = estimate(config, prepared)
     step = whole.phases["step"]
     budget = step - (step - whole.process_bytes - whole.weights_bytes) // 4
     console = Console(width=250)

@@ -8,21 +8,20 @@ from architectures import DECODERS, save_pico
 from conftest import make_tokenizer
 from datasets import Dataset
 
-from sgm_finetune.config import ModelConfig
-from sgm_finetune.data import collator
-from sgm_finetune.data.encoding import IGNORED
-from sgm_finetune.errors import UserError
-from sgm_finetune.evaluation import (
-    check_packing,
+from sgm_finetune.base.config import ModelConfig
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.data.encoding import IGNORED, collator
+from sgm_finetune.data.questions import Question, has_answers, questions
+from sgm_finetune.model.load import load_model
+from sgm_finetune.results.evaluation import evaluate_model
+from sgm_finetune.results.generation import answer_metrics, generate_answers
+from sgm_finetune.results.metrics import (
     describe_metrics,
-    evaluate_model,
     multilabel_metrics,
     regression_metrics,
-    summed_loss,
     tagging_metrics,
 )
-from sgm_finetune.generation import Question, answer_metrics, generate_answers, has_answers, questions
-from sgm_finetune.models import load_model
+from sgm_finetune.train.losses import check_packing, summed_loss
 
 CASES = [
     ("bert", "sequence-classification", "class", torch.tensor([0, 2, 1])),

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from datasets import Dataset
 
-from sgm_finetune.data import DataSplits
-from sgm_finetune.examples import KEPT_PREDICTIONS, MAX_TEXT, changed_examples, fingerprint_of_test, kept_predictions
+from sgm_finetune.data.splits import DataSplits
+from sgm_finetune.results.examples import (
+    KEPT_PREDICTIONS,
+    MAX_TEXT,
+    changed_examples,
+    fingerprint_of_test,
+    kept_predictions,
+)
 
 
 def splits(columns: dict, labels: tuple[str, ...] = ("bad", "good"), kind=None) -> DataSplits:

@@ -9,17 +9,18 @@ import torch
 from architectures import save_pico
 from conftest import make_batches, measured_numbers
 
-from sgm_finetune.adapters.apply import apply_plan, lora_layers
-from sgm_finetune.adapters.descent import FactorDescent, Pair, factor_pairs, laid, stored
-from sgm_finetune.adapters.shard import shard_base
-from sgm_finetune.config import ModelConfig, load_config
-from sgm_finetune.errors import UserError
+from sgm_finetune.base.config import ModelConfig, load_config
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.measure.scan import scan
-from sgm_finetune.method.plan import Group, PlanSettings, build_plan
+from sgm_finetune.method.build_plan import Group, PlanSettings, build_plan
 from sgm_finetune.method.subspace import spectral_basis, test_matrix
-from sgm_finetune.models import adaptable, load_model, out_of_reach
-from sgm_finetune.planning import make_plan
+from sgm_finetune.model.load import load_model
+from sgm_finetune.model.matrices import adaptable, out_of_reach
+from sgm_finetune.train.adapters.apply import apply_plan, lora_layers
+from sgm_finetune.train.adapters.optimizer import FactorDescent, Pair, factor_pairs, laid, stored
+from sgm_finetune.train.adapters.shard import shard_base
 
 STACK = "model.layers.1.mlp.experts.gate_up_proj"
 NAMES = ["mixtral", "qwen2_moe", "gpt_oss"]

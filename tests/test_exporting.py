@@ -17,23 +17,23 @@ from conftest import WORDS, make_model, make_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
 
-from sgm_finetune import pipeline
-from sgm_finetune.adapters.apply import apply_plan
-from sgm_finetune.config import LabelKind, Task, load_config
-from sgm_finetune.errors import UserError
-from sgm_finetune.export import attach_adapter, save_pth
-from sgm_finetune.exporting import check, merge
-from sgm_finetune.exporting.chat_format import CONVERSATIONS, find_format, modelfile
-from sgm_finetune.exporting.command import Request, export_result
-from sgm_finetune.exporting.gguf_file import rope_order
-from sgm_finetune.exporting.gguf_vocabulary import vocabulary
-from sgm_finetune.exporting.merge import linear_update, merged_tensors, stack_update
-from sgm_finetune.exporting.result import load_unquantised, read_result
-from sgm_finetune.exporting.shards import write_shards
+from sgm_finetune.base.config import LabelKind, Task, load_config
+from sgm_finetune.base.console import StepLog
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands.export import Request, export_result
+from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.scan import scan
-from sgm_finetune.models import auto_class, load_model
-from sgm_finetune.planning import make_plan
-from sgm_finetune.voice import Voice
+from sgm_finetune.model.load import auto_class, load_model
+from sgm_finetune.results.export import check, merge
+from sgm_finetune.results.export.chat_format import CONVERSATIONS, find_format, modelfile
+from sgm_finetune.results.export.gguf_file import rope_order
+from sgm_finetune.results.export.gguf_vocabulary import vocabulary
+from sgm_finetune.results.export.merge import linear_update, merged_tensors, stack_update
+from sgm_finetune.results.export.shards import write_shards
+from sgm_finetune.results.files import save_pth
+from sgm_finetune.results.load import attach_adapter, load_unquantised, read_result
+from sgm_finetune.train.adapters.apply import apply_plan
 
 ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 """Largest relative error of one rounding to the type."""
@@ -90,7 +90,7 @@ def train(model: Path, task: Task, source: Path, output: Path, *more: str) -> li
 
 
 def read(where: list[str]):
-    return read_result(load_config(None, where), [], Voice(quiet()))
+    return read_result(load_config(None, where), [], StepLog(quiet()))
 
 
 def exported(where: list[str], to: str, **asked) -> dict:
@@ -205,7 +205,7 @@ def test_no_more_than_one_shard_is_in_memory(llama, tmp_path, monkeypatch):
     tensors, _ = merged_tensors(read(llama))
     limit = max(tensor.num_bytes for tensor in tensors)
     held = []
-    from sgm_finetune.exporting import shards
+    from sgm_finetune.results.export import shards
 
     save = shards.save_file
     monkeypatch.setattr(
@@ -403,7 +403,7 @@ def test_a_tokenizer_of_sentencepiece_s_kind_goes_the_same_way(data, tmp_path):
 
 @needs_llama_cpp
 def test_a_tokenizer_that_llama_cpp_cuts_otherwise_is_refused(data, tmp_path, monkeypatch):
-    from sgm_finetune.exporting import gguf_vocabulary
+    from sgm_finetune.results.export import gguf_vocabulary
 
     model = save_decoder("llama", tmp_path / "m", bpe_tokenizer(divides_digits=False))
     where = train(model, "causal-lm", data["causal-lm"], tmp_path / "out")
@@ -582,7 +582,7 @@ def test_the_command_prints_one_object_and_says_what_it_measured(llama, command)
 
 
 def test_a_disk_without_room_is_found_before_anything_is_loaded(llama, tmp_path, monkeypatch):
-    from sgm_finetune.exporting import command
+    from sgm_finetune.commands import export as command
 
     monkeypatch.setattr(command, "disk_free", lambda folder: 1000)
     monkeypatch.setattr(command, "reference", None)

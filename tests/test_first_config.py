@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sgm_finetune.cli import main
-from sgm_finetune.config import Task, known_keys, load_config, parse_config
-from sgm_finetune.first_config import begin
-from sgm_finetune.models import fitting_tasks
-from sgm_finetune.reference import commented_yaml, json_schema, keys, reference_page
+from sgm_finetune.base.config import Task, known_keys, load_config, parse_config
+from sgm_finetune.base.reference import commented_yaml, json_schema, keys, reference_page
+from sgm_finetune.commands.cli import main
+from sgm_finetune.commands.init import begin
+from sgm_finetune.model.load import fitting_tasks
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,7 +138,7 @@ def test_every_key_has_a_type_and_a_description():
 
 
 def test_the_pages_of_the_documentation_are_those_of_this_version():
-    """`python -m sgm_finetune.reference docs/reference` writes them."""
+    """`python -m sgm_finetune.base.reference docs/reference` writes them."""
     assert (ROOT / "docs/reference/config.md").read_text(encoding="utf-8") == reference_page()
     assert json.loads((ROOT / "docs/reference/config.schema.json").read_text()) == json_schema()
 

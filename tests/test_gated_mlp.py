@@ -10,8 +10,8 @@ from conftest import adapted, make_batches, make_model
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from sgm_finetune.adapters.forward import use_fast_step
-from sgm_finetune.gated_mlp import recompute_mlps, recomputed_width
+from sgm_finetune.train.fast.adapter_forward import use_fast_step
+from sgm_finetune.train.fast.gated_mlp import recompute_mlps, recomputed_width
 
 
 def trained(model: nn.Module, fast: bool) -> nn.Module:

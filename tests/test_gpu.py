@@ -14,13 +14,14 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import nn
 
-from sgm_finetune import pipeline
-from sgm_finetune.adapters.descent import FactorDescent, Pair
-from sgm_finetune.adapters.forward import use_fast_step
-from sgm_finetune.config import ModelConfig, load_config
-from sgm_finetune.head_loss import head_loss, linear_cross_entropy
-from sgm_finetune.liger import use_liger
-from sgm_finetune.models import adaptable, load_model
+from sgm_finetune.base.config import ModelConfig, load_config
+from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.model.load import load_model
+from sgm_finetune.model.matrices import adaptable
+from sgm_finetune.train.adapters.optimizer import FactorDescent, Pair
+from sgm_finetune.train.fast.adapter_forward import use_fast_step
+from sgm_finetune.train.fast.head_loss import head_loss, linear_cross_entropy
+from sgm_finetune.train.fast.liger import use_liger
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -106,7 +107,7 @@ def test_in_four_bits_the_fast_step_has_pefts_gradients(tmp_path: Path) -> None:
 def test_one_kernel_dequantises_as_bitsandbytes_does(shape: tuple[int, int], nested: bool) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     pytest.importorskip("triton")
-    from sgm_finetune.adapters.nf4_kernel import dequantize
+    from sgm_finetune.train.fast.nf4_kernel import dequantize
 
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.randn(shape).to("cuda", dtype)
@@ -116,7 +117,7 @@ def test_one_kernel_dequantises_as_bitsandbytes_does(shape: tuple[int, int], nes
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_loss_in_parts_is_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sgm_finetune.head_loss._CHUNK", {"cpu": 100, "cuda": 100})
+    monkeypatch.setattr("sgm_finetune.train.fast.head_loss._CHUNK", {"cpu": 100, "cuda": 100})
     hidden = torch.randn(2, 9, 16).to("cuda", dtype).requires_grad_()
     weight = torch.randn(32, 16).to("cuda", dtype)
     labels = torch.randint(0, 32, (2, 9)).cuda()
@@ -161,7 +162,7 @@ def test_a_step_waits_for_the_gpu_a_few_times_whatever_the_number_of_layers() ->
     labels = batch.pop("labels")
     in_parts = head_loss(model, batch)
     assert in_parts is not None
-    from sgm_finetune.adapters.descent import create_optimizer
+    from sgm_finetune.train.adapters.optimizer import create_optimizer
 
     optimizer = create_optimizer(model, lr=0.01)
 

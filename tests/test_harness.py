@@ -10,9 +10,10 @@ import pytest
 from conftest import BAD, GOOD, OTHER
 from rich.console import Console
 
-from sgm_finetune import harness, pipeline
-from sgm_finetune.config import load_config
-from sgm_finetune.errors import UserError
+from sgm_finetune.base.config import load_config
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.results import harness
 
 TASK = """
 task: pico-verdict

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sgm_finetune.checkpoints import CONTENTS, is_whole, last_whole_checkpoint, seal
-from sgm_finetune.cli import main
+from sgm_finetune.commands.cli import main
+from sgm_finetune.train.checkpoints import CONTENTS, is_whole, last_whole_checkpoint, seal
 
 STEPS, EVERY = 18, 3
 
@@ -34,7 +34,7 @@ def run(arguments: list[str], quiet: bool = True) -> None:
 def processes():
     """Starts a process in which everything is imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sgm_finetune.pipeline"])
+    context.set_forkserver_preload(["sgm_finetune.commands.finetune"])
     return context
 
 

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from processes import ROOT, assert_one_run, remove, run_processes
 
-from sgm_finetune import launch
-from sgm_finetune.config import Config, load_config
-from sgm_finetune.errors import UserError
-from sgm_finetune.launch import check_launch, follow_launcher
+from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.train import launch
+from sgm_finetune.train.launch import check_launch, follow_launcher
 
 FILES = ROOT / "configs" / "accelerate"
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed")

@@ -7,8 +7,8 @@ from fnmatch import fnmatch
 
 import pytest
 
-from sgm_finetune.errors import UserError
-from sgm_finetune.model_folder import EMBEDDED, local_folder
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.model.folder import EMBEDDED, local_folder
 
 
 def test_a_folder_is_its_own_folder(llama_folder):

@@ -9,17 +9,11 @@ import pytest
 import torch
 from conftest import make_model
 
-from sgm_finetune.config import ModelConfig
-from sgm_finetune.errors import UserError
-from sgm_finetune.model_folder import local_folder
-from sgm_finetune.models import (
-    adaptable,
-    check_model,
-    load_model,
-    load_tokenizer,
-    matrix_shape,
-    skeleton,
-)
+from sgm_finetune.base.config import ModelConfig
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.model.folder import local_folder
+from sgm_finetune.model.load import check_model, load_model, load_tokenizer, skeleton
+from sgm_finetune.model.matrices import adaptable, matrix_shape
 
 
 def test_linear_layers_come_in_the_models_order_without_heads_and_embeddings():

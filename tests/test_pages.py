@@ -19,16 +19,16 @@ from made_up_runs import (
 )
 from rich.console import Console
 
-from sgm_finetune import pipeline
-from sgm_finetune.adapters.plan_file import save_plan
-from sgm_finetune.config import load_config, parse_config
-from sgm_finetune.export import write_config
-from sgm_finetune.files import write_json
-from sgm_finetune.method.plan import Plan
-from sgm_finetune.report.compare import compare_runs
-from sgm_finetune.report.comparing import render_comparison
-from sgm_finetune.report.page import remake_report
-from sgm_finetune.report.pictures import save_pictures
+from sgm_finetune.base.config import load_config, parse_config
+from sgm_finetune.base.files import write_json
+from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.measure.plan_file import save_plan
+from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.results.files import write_config
+from sgm_finetune.results.report.comparison import compare_runs
+from sgm_finetune.results.report.comparison_page import render_comparison
+from sgm_finetune.results.report.page import remake_report
+from sgm_finetune.results.report.pictures import save_pictures
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
 

@@ -9,9 +9,9 @@ import pytest
 from architectures import save_pico
 from rich.console import Console
 
-from sgm_finetune.cli import main
-from sgm_finetune.config import load_config
-from sgm_finetune.preview import preview
+from sgm_finetune.base.config import load_config
+from sgm_finetune.commands.cli import main
+from sgm_finetune.commands.data import preview
 
 
 @pytest.fixture

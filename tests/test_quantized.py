@@ -10,13 +10,15 @@ import pytest
 import torch
 from conftest import llama_config, make_batches, make_tokenizer, measured_numbers
 
-from sgm_finetune.adapters.apply import apply_plan
-from sgm_finetune.cli import main
-from sgm_finetune.config import ModelConfig
+from sgm_finetune.base.config import ModelConfig
+from sgm_finetune.commands.cli import main
 from sgm_finetune.measure.probe import probe
-from sgm_finetune.method.plan import Plan, PlanSettings, build_plan
-from sgm_finetune.model_folder import local_folder
-from sgm_finetune.models import adaptable, load_model, load_tokenizer, ready_for_backward
+from sgm_finetune.method.build_plan import Plan, PlanSettings, build_plan
+from sgm_finetune.model.folder import local_folder
+from sgm_finetune.model.four_bit import ready_for_backward
+from sgm_finetune.model.load import load_model, load_tokenizer
+from sgm_finetune.model.matrices import adaptable
+from sgm_finetune.train.adapters.apply import apply_plan
 
 pytest.importorskip("bitsandbytes")
 

@@ -15,14 +15,14 @@ from fuzz_seeds import as_gguf, finished_run
 from processes import environment
 from rich.console import Console
 
-from sgm_finetune import pipeline
-from sgm_finetune.cli import main
-from sgm_finetune.config import Config, load_config
-from sgm_finetune.errors import UserError
-from sgm_finetune.export import load_pth, stored_config
-from sgm_finetune.measure.weights import stored_matrices, weight_files
-from sgm_finetune.models import check_model
-from sgm_finetune.reading import MAX_JSON, check_inside, parse_json, parse_yaml, read_json, read_torch
+from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.untrusted import MAX_JSON, check_inside, parse_json, parse_yaml, read_json, read_torch
+from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands.cli import main
+from sgm_finetune.model.load import check_model
+from sgm_finetune.model.weights.stored import stored_matrices, weight_files
+from sgm_finetune.results.load import load_pth, stored_config
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_pickle_makes_no_room_for_what_it_claims(claim, tmp_path):
     path = tmp_path / "claims.bin"
     path.write_bytes(b"\x80\x02N" + claim + b".")
     code = (
-        "import resource, sys; from pathlib import Path; from sgm_finetune.reading import _Rehearsal\n"
+        "import resource, sys; from pathlib import Path; from sgm_finetune.base.untrusted import _Rehearsal\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"try: _Rehearsal(Path({str(path)!r}).open('rb'), 100).load()\n"
         "except Exception as error: print(type(error).__name__)\n"
@@ -233,7 +233,7 @@ def strangers(tmp_path):
 def test_a_strangers_pth_gives_peft_no_other_settings(changes, why, strangers):
     names = strangers(peft_config=changes)
     with pytest.raises(UserError, match=why.replace("(", r"\(")):
-        pipeline.load_result(load_config(None, names), names, pipeline.Voice(Console(quiet=True)))
+        pipeline.load_result(load_config(None, names), names, pipeline.StepLog(Console(quiet=True)))
 
 
 def test_a_strangers_pth_switches_on_no_code_and_moves_no_output(strangers, tmp_path):

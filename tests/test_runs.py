@@ -24,12 +24,12 @@ from processes import ROOT, adapter, assert_one_run, environment, losses, remove
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
-from sgm_finetune import pipeline
-from sgm_finetune.adapters.plan_file import load_plan
-from sgm_finetune.cli import main
-from sgm_finetune.config import load_config
-from sgm_finetune.data import load_splits
-from sgm_finetune.materials import prepare
+from sgm_finetune.base.config import load_config
+from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands.cli import main
+from sgm_finetune.data.prepared import prepare_data
+from sgm_finetune.data.splits import load_splits
+from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.measure.scan import scan
 
 TOLERANCE = {"merged": 1e-4}
@@ -148,7 +148,7 @@ def test_the_adapter_folder_loads_in_an_unmodified_peft(finished, llama_folder, 
 
 
 def test_the_adapter_folder_gives_the_logits_of_the_pth(finished, llama_folder):
-    from sgm_finetune.export import attach_adapter, load_pth
+    from sgm_finetune.results.load import attach_adapter, load_pth
 
     output, *_ = finished
     batch = {"input_ids": torch.randint(3, 28, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
@@ -483,8 +483,8 @@ import json, sys
 import torch
 from pathlib import Path
 from rich.console import Console
-from sgm_finetune import pipeline
-from sgm_finetune.config import load_config
+from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.base.config import load_config
 
 seen = []
 inner = pipeline.train
@@ -535,16 +535,17 @@ def test_early_stopping_stops_and_the_best_checkpoint_is_what_is_saved(settings,
 
 def validation_loss(settings: list[str], output: Path) -> float:
     """Of the saved .pth, on the validation data."""
-    from sgm_finetune.evaluation import evaluate_model
-    from sgm_finetune.export import PTH, attach_adapter, load_pth
+    from sgm_finetune.results.evaluation import evaluate_model
+    from sgm_finetune.results.files import PTH
+    from sgm_finetune.results.load import attach_adapter, load_pth
 
     config = load_config(None, settings)
-    voice = pipeline.Voice(Console(quiet=True))
-    materials = prepare(config, voice)
+    log = pipeline.StepLog(Console(quiet=True))
+    prepared = prepare_data(config, log)
     path = output / PTH
-    model = attach_adapter(pipeline.load_base(config, materials)[0], load_pth(path), path)
-    task, labels = config.model.task, materials.splits.labels
-    return evaluate_model(model, materials.validation.dataset, materials.collate, task, 32, labels)["loss"]
+    model = attach_adapter(pipeline.load_base(config, prepared)[0], load_pth(path), path)
+    task, labels = config.model.task, prepared.splits.labels
+    return evaluate_model(model, prepared.validation.dataset, prepared.collate, task, 32, labels)["loss"]
 
 
 # (h) merging nothing
@@ -554,7 +555,8 @@ def test_a_run_without_merging_is_plain_peft_under_the_plain_trainer(settings, t
     """20 steps: the same parameters, bit for bit, from a LoraConfig written by hand and `transformers.Trainer`."""
     from transformers import Trainer, set_seed
 
-    from sgm_finetune.trainer import LengthGroupedSampler, training_arguments
+    from sgm_finetune.data.batches import LengthGroupedSampler
+    from sgm_finetune.train.arguments import training_arguments
 
     settings = [
         *settings, "merge.side=none", "training.step=peft", "training.optimizer=adamw",
@@ -562,14 +564,14 @@ def test_a_run_without_merging_is_plain_peft_under_the_plain_trainer(settings, t
     ]  # fmt: skip
     command("finetune", settings)
     config = load_config(None, settings)
-    materials = prepare(config, pipeline.Voice(Console(quiet=True)))
-    dataset = materials.train.dataset
+    prepared = prepare_data(config, pipeline.StepLog(Console(quiet=True)))
+    dataset = prepared.train.dataset
 
     class PlainTrainer(Trainer):
         def _get_train_sampler(self, train_dataset=None):
             return LengthGroupedSampler([len(ids) for ids in dataset["input_ids"]], config.training.batch_size, 0)
 
-    base, _ = pipeline.load_base(config, materials)
+    base, _ = pipeline.load_base(config, prepared)
     set_seed(config.training.seed)
     names = [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
     plain = get_peft_model(base, LoraConfig(r=4, lora_alpha=32, target_modules=names, task_type="SEQ_CLS"))
@@ -577,8 +579,8 @@ def test_a_run_without_merging_is_plain_peft_under_the_plain_trainer(settings, t
         model=plain,
         args=training_arguments(config, tmp_path / "plain", len(dataset), 1),
         train_dataset=dataset,
-        eval_dataset=materials.validation.dataset,
-        data_collator=materials.collate,
+        eval_dataset=prepared.validation.dataset,
+        data_collator=prepared.collate,
     )
     trainer.train()
     expected, found = get_peft_model_state_dict(plain), adapter(tmp_path / "out")

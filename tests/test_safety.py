@@ -17,13 +17,13 @@ from processes import ROOT, environment
 from rich.console import Console
 from safetensors.torch import load_file
 
-from sgm_finetune import pipeline
-from sgm_finetune.checkpoints import last_whole_checkpoint, seal
-from sgm_finetune.cli import main
-from sgm_finetune.config import load_config
-from sgm_finetune.errors import UserError
-from sgm_finetune.files import locked, whole_file
-from sgm_finetune.trainer import SGMTrainer
+from sgm_finetune.base.config import load_config
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.files import locked, whole_file
+from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands.cli import main
+from sgm_finetune.train.checkpoints import last_whole_checkpoint, seal
+from sgm_finetune.train.trainer import SGMTrainer
 
 
 def finetune(settings: list[str]) -> dict:
@@ -100,7 +100,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(sett
     line = refused([*settings, f"output.dir={tmp_path / 'file' / 'out'}"], tmp_path, capfd)
     assert line.endswith(f"cannot be made: {tmp_path / 'file'} is a file; name another folder")
     monkeypatch.setattr(os, "access", lambda path, mode, **options: mode != os.W_OK)
-    monkeypatch.setattr(pipeline, "prepare", lambda *arguments: pytest.fail("read the data"))
+    monkeypatch.setattr(pipeline, "prepare_data", lambda *arguments: pytest.fail("read the data"))
     assert "is read-only for you" in refused(settings, tmp_path, capfd)
 
 
@@ -116,7 +116,7 @@ def test_the_lock_of_a_process_that_was_killed_is_gone(tmp_path):
     code = f"""
 import time
 from pathlib import Path
-from sgm_finetune.files import locked
+from sgm_finetune.base.files import locked
 with locked(Path({str(tmp_path)!r})):
     print("held", flush=True)
     time.sleep(60)
@@ -236,7 +236,7 @@ def test_a_signal_outside_of_training_ends_with_one_line(settings, tmp_path, cap
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("went on")
 
-    monkeypatch.setattr(pipeline, "prepare", prepared)
+    monkeypatch.setattr(pipeline, "prepare_data", prepared)
     (tmp_path / "empty.yaml").write_text("")
     (tmp_path / "out").mkdir()
     with pytest.raises(SystemExit) as caught:

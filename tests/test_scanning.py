@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from sgm_finetune.cli import main
+from sgm_finetune.commands.cli import main
 from sgm_finetune.measure.scan import scan
 from sgm_finetune.measure.scan_formats import load_scan
 
@@ -112,7 +112,7 @@ def test_a_stopped_scan_says_how_far_it_came_and_goes_on_there(tmp_path):
     )
     cache, output = tmp_path / "cache", tmp_path / "scan.json"
     listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also in a background job
-    program = f"{listening}; from sgm_finetune.cli import main; main()"
+    program = f"{listening}; from sgm_finetune.commands.cli import main; main()"
     command = [sys.executable, "-c", program, "scan", str(tmp_path / "m.safetensors"), "-o", str(output)]
     environment = os.environ | {"SGM_CACHE": str(cache)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from sgm_finetune.cli import main
-from sgm_finetune.config import parse_config
-from sgm_finetune.errors import UserError
-from sgm_finetune.trainer import check_machine
+from sgm_finetune.base.config import parse_config
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands.cli import main
+from sgm_finetune.train.arguments import check_machine
 
 
 def test_one_name_is_a_list_of_one():

@@ -15,31 +15,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sgm_finetune.adapters.apply import apply_plan, tie
-    from sgm_finetune.adapters.descent import create_optimizer
-    from sgm_finetune.adapters.forward import use_fast_step
-    from sgm_finetune.adapters.plan_file import load_plan, save_plan
-    from sgm_finetune.config import Config, load_config
-    from sgm_finetune.errors import UserError
+    from sgm_finetune.base.config import Config, load_config
+    from sgm_finetune.base.errors import UserError
+    from sgm_finetune.measure.make_plan import make_plan
+    from sgm_finetune.measure.plan_file import load_plan, save_plan
     from sgm_finetune.measure.probe import probe
     from sgm_finetune.measure.scan import scan
-    from sgm_finetune.planning import make_plan
-    from sgm_finetune.trainer import SGMTrainer
+    from sgm_finetune.train.adapters.apply import apply_plan, tie
+    from sgm_finetune.train.adapters.optimizer import create_optimizer
+    from sgm_finetune.train.fast.adapter_forward import use_fast_step
+    from sgm_finetune.train.trainer import SGMTrainer
 
 _HOMES = {
     "scan": "measure.scan",
     "probe": "measure.probe",
-    "make_plan": "planning",
-    "apply_plan": "adapters.apply",
-    "tie": "adapters.apply",
-    "create_optimizer": "adapters.descent",
-    "use_fast_step": "adapters.forward",
-    "load_plan": "adapters.plan_file",
-    "save_plan": "adapters.plan_file",
-    "Config": "config",
-    "load_config": "config",
-    "SGMTrainer": "trainer",
-    "UserError": "errors",
+    "make_plan": "measure.make_plan",
+    "apply_plan": "train.adapters.apply",
+    "tie": "train.adapters.apply",
+    "create_optimizer": "train.adapters.optimizer",
+    "use_fast_step": "train.fast.adapter_forward",
+    "load_plan": "measure.plan_file",
+    "save_plan": "measure.plan_file",
+    "Config": "base.config",
+    "load_config": "base.config",
+    "SGMTrainer": "train.trainer",
+    "UserError": "base.errors",
 }
 
 __all__ = [

@@ -1,5 +1,5 @@
 """`python -m sgm_finetune` is `sgm`."""
 
-from sgm_finetune.cli import main
+from sgm_finetune.commands.cli import main
 
 main()

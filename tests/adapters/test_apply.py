@@ -10,10 +10,18 @@ import torch
 from conftest import make_batches, make_model, measured_numbers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
-from sgm_finetune.adapters.apply import apply_plan, check_plan, check_starts, lora_layers, shared_factors, tie
-from sgm_finetune.errors import UserError
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.probe import probe
-from sgm_finetune.method.plan import PlanSettings, adapter_parameters, build_plan
+from sgm_finetune.method.build_plan import PlanSettings, build_plan
+from sgm_finetune.method.plan_rules import adapter_parameters
+from sgm_finetune.train.adapters.apply import (
+    apply_plan,
+    check_plan,
+    check_starts,
+    lora_layers,
+    shared_factors,
+    tie,
+)
 
 SHARES = ["activation", "input", "output"]
 """Readers of the same activations, or the layers of a kind and their side."""

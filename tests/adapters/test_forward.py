@@ -10,10 +10,10 @@ from conftest import adapted, make_batches, make_model
 from peft import PeftModel
 from torch import nn
 
-from sgm_finetune.adapters.apply import lora_layers
-from sgm_finetune.adapters.forward import _Fast, use_fast_step
-from sgm_finetune.attention import _Attention, recompute_attention
-from sgm_finetune.head_loss import head_loss, linear_cross_entropy
+from sgm_finetune.train.adapters.apply import lora_layers
+from sgm_finetune.train.fast.adapter_forward import _Fast, use_fast_step
+from sgm_finetune.train.fast.attention import _Attention, recompute_attention
+from sgm_finetune.train.fast.head_loss import head_loss, linear_cross_entropy
 
 
 def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -119,7 +119,7 @@ def test_layers_that_are_stored_transposed_have_the_same_gradients() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_loss_in_parts_is_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sgm_finetune.head_loss._CHUNK", {"cpu": 100})  # three rows at a time
+    monkeypatch.setattr("sgm_finetune.train.fast.head_loss._CHUNK", {"cpu": 100})  # three rows at a time
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 9, 16, generator=draw).to(dtype).requires_grad_()
     weight = torch.randn(32, 16, generator=draw).to(dtype)

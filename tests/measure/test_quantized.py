@@ -13,9 +13,9 @@ import torch
 from conftest import llama_config
 from safetensors.torch import load_file, save_file
 
-from sgm_finetune.errors import UserError
-from sgm_finetune.measure import quantized
-from sgm_finetune.measure.weights import StoredMatrix, stored_matrices
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.model.weights import quantized
+from sgm_finetune.model.weights.stored import StoredMatrix, stored_matrices
 
 CHUNKS = [1, 100, 2**22]
 """Elements at a time: single rows, ranges that end inside blocks, everything."""

@@ -14,13 +14,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from sgm_finetune.errors import UserError
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.scan import _batches, measured_spectra, scan
 from sgm_finetune.measure.scan_formats import axolotl_format, load_scan, save_scan, spectrum_format
-from sgm_finetune.measure.weights import weight_files
 from sgm_finetune.method.singular_values import singular_values, spectra
 from sgm_finetune.method.snr import NO_SIGNAL_DB, signal_to_noise
-from sgm_finetune.method.spectrum import kind_of, layer_of
+from sgm_finetune.model.names import kind_of, layer_of
+from sgm_finetune.model.weights.stored import weight_files
 
 NUM_LAYERS = 11
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from sgm_finetune.errors import UserError
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.scan import scan
 from sgm_finetune.measure.scan_formats import axolotl_format, load_scan, selection_notes, spectrum_format
 

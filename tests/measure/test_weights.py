@@ -11,8 +11,8 @@ import torch
 from conftest import make_model
 from safetensors.torch import save_file
 
-from sgm_finetune.errors import UserError
-from sgm_finetune.measure.weights import StoredMatrix, stored_matrices, weight_files
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.model.weights.stored import StoredMatrix, stored_matrices, weight_files
 
 
 def listed(path: Path) -> list[str]:

@@ -9,12 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgm_finetune.method.singular_values import (
-    FLOAT64_BELOW,
-    exact_bfloat16_products,
-    singular_values,
-    spectra,
-)
+from sgm_finetune.method.singular_values import FLOAT64_BELOW, exact_bfloat16_products, singular_values, spectra
 from sgm_finetune.method.snr import signal_to_noise
 
 FLOAT64_ERROR = 1e-7  # of the largest value: the Gram matrix squares the condition

@@ -10,12 +10,12 @@ import pytest
 import yaml
 from made_up_runs import classification_metrics, language_metrics, read, sample_history, sample_plan
 
-from sgm_finetune.adapters.plan_file import save_plan
-from sgm_finetune.cli import main
-from sgm_finetune.config import parse_config
-from sgm_finetune.errors import UserError
-from sgm_finetune.report.compare import compare_runs
-from sgm_finetune.report.comparing import render_comparison
+from sgm_finetune.base.config import parse_config
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands.cli import main
+from sgm_finetune.measure.plan_file import save_plan
+from sgm_finetune.results.report.comparison import compare_runs
+from sgm_finetune.results.report.comparison_page import render_comparison
 
 
 def leave_run(folder: Path, accuracy: float, fingerprint: str | None = "a", metrics: dict | None = None, **training):

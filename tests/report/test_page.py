@@ -20,13 +20,13 @@ from made_up_runs import (
     sample_plan,
 )
 
-from sgm_finetune.config import parse_config
-from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, PlanSettings
-from sgm_finetune.report import figures
-from sgm_finetune.report.commands import commands
-from sgm_finetune.report.page import render_report
-from sgm_finetune.report.pictures import Pictures, Table
-from sgm_finetune.report.run_folder import Run
+from sgm_finetune.base.config import parse_config
+from sgm_finetune.method.build_plan import Group, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.results.report import figures
+from sgm_finetune.results.report.page import render_report
+from sgm_finetune.results.report.pictures import Pictures, Table
+from sgm_finetune.results.report.run_files import Run
+from sgm_finetune.results.report.usage import commands
 
 
 def render(
@@ -226,7 +226,7 @@ def test_every_command_on_the_page_is_one_of_sgm(task):
     import typer
     from typer.testing import CliRunner
 
-    from sgm_finetune.cli import app
+    from sgm_finetune.commands.cli import app
 
     known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for command in commands(parse_config({"model": {"task": task}}), Path("/a b")):

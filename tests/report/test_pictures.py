@@ -9,12 +9,18 @@ import pytest
 import torch
 from conftest import make_batches, make_model, measured_numbers
 
-from sgm_finetune.adapters.plan_file import plan_document
-from sgm_finetune.errors import UserError
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.measure.plan_file import plan_document
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.measure.scan import scan
-from sgm_finetune.method.plan import Plan, PlanSettings, Similarity, build_plan
-from sgm_finetune.report.pictures import Pictures, histograms_of, parse_pictures, save_pictures, tables_of
+from sgm_finetune.method.build_plan import Plan, PlanSettings, Similarity, build_plan
+from sgm_finetune.results.report.pictures import (
+    Pictures,
+    histograms_of,
+    parse_pictures,
+    save_pictures,
+    tables_of,
+)
 
 
 def made(tmp_path: Path, **settings) -> tuple[Plan, Path]:

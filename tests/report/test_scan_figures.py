@@ -14,8 +14,14 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from sgm_finetune.measure.scan import measured_spectra, scan
-from sgm_finetune.method.spectrum import MatrixScan, Scan
-from sgm_finetune.report.scan_figures import NOISE, SIGNAL, draw_histogram, save_heat_map, save_histogram
+from sgm_finetune.measure.scan_result import MatrixScan, Scan
+from sgm_finetune.results.report.scan_figures import (
+    NOISE,
+    SIGNAL,
+    draw_histogram,
+    save_heat_map,
+    save_histogram,
+)
 
 
 def stored(tmp_path: Path, **named: torch.Tensor) -> Path:

@@ -8,9 +8,9 @@ import math
 import pytest
 from rich.console import Console
 
+from sgm_finetune.measure.scan_result import Control, MatrixScan, Scan
 from sgm_finetune.method.snr import NO_SIGNAL_DB, ratio_decibels
-from sgm_finetune.method.spectrum import Control, MatrixScan, Scan
-from sgm_finetune.report.scan_table import kinds_in_order, scan_summary, scan_table, short_kinds
+from sgm_finetune.results.report.scan_table import kinds_in_order, scan_summary, scan_table, short_kinds
 
 LLAMA = {
     "lm_head": 1, "model.embed_tokens": 1, "model.layers.*.mlp.down_proj": 3, "model.layers.*.mlp.gate_proj": 3,

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sgm_finetune.config import LabelKind, Role, Task
+from sgm_finetune.base.config import LabelKind, Role, Task
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.tables import Table
-from sgm_finetune.errors import UserError
 
 
 @dataclass(frozen=True)

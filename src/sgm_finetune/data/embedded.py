@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.tables import Table, one_line, read_file, running_text
-from sgm_finetune.errors import UserError
 
 R_LIBRARIES = (
     Path("/usr/lib/R/site-library"),

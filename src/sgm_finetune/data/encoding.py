@@ -14,9 +14,9 @@ import pyarrow as pa
 import torch
 import xxhash
 
-from sgm_finetune.config import Task
+from sgm_finetune.base.config import Task
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.tables import one_line
-from sgm_finetune.errors import UserError
 
 logger = logging.getLogger(__name__)
 

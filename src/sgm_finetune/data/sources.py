@@ -13,10 +13,10 @@ from typing import Any, Literal
 import datasets
 from datasets.exceptions import DatasetsError
 
-from sgm_finetune.config import DataConfig
+from sgm_finetune.base.config import DataConfig
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.embedded import EMBEDDED
 from sgm_finetune.data.tables import Table, class_names, one_line, read_file, table_of, type_of
-from sgm_finetune.errors import UserError
 
 Split = Literal["train", "validation", "test"]
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
-from sgm_finetune.config import DataConfig, LabelKind, Task
+from sgm_finetune.base.config import DataConfig, LabelKind, Task
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.data import columns
 from sgm_finetune.data.sources import Source, Split, open_source
 from sgm_finetune.data.tables import Table
-from sgm_finetune.errors import UserError
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.table import InMemoryTable
 
-from sgm_finetune.errors import UserError
+from sgm_finetune.base.errors import UserError
 
 Format = Literal["csv", "tsv", "json", "jsonl", "parquet", "text", "conll"]
 

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgm_finetune.errors import UserError
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.method.subspace import Sketch, sketch_batch, sketch_stack, test_matrix
-from sgm_finetune.models import Matrix, adaptable, ready_for_backward, stored_to_model_names
+from sgm_finetune.model.four_bit import ready_for_backward
+from sgm_finetune.model.matrices import Matrix, adaptable
+from sgm_finetune.model.names import stored_to_model_names
 
 
 @dataclass(frozen=True)

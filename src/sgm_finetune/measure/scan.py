@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sgm_finetune.errors import UserError
-from sgm_finetune.measure.remembered import content_key, recall, remember
-from sgm_finetune.measure.weights import StoredMatrix, stored_matrices
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.measure.scan_cache import content_key, recall, remember
+from sgm_finetune.measure.scan_result import Control, MatrixScan, Scan
 from sgm_finetune.method.singular_values import Spectrum, exact_bfloat16_products, spectra
 from sgm_finetune.method.snr import Estimator, SpectrumStatistics, signal_to_noise
-from sgm_finetune.method.spectrum import Control, MatrixScan, Scan, kind_of, layer_of, module_of
-from sgm_finetune.model_folder import local_folder
+from sgm_finetune.model.folder import local_folder
+from sgm_finetune.model.names import kind_of, layer_of, module_of
+from sgm_finetune.model.weights.stored import StoredMatrix, stored_matrices
 
 _WORKERS = 2  # matrices in memory; each has its share of the threads
 _BATCH = 2**26  # elements decomposed together on a GPU

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sgm_finetune.errors import UserError
-from sgm_finetune.files import write_text
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.files import write_text
+from sgm_finetune.base.untrusted import read_json
+from sgm_finetune.measure.scan_result import MatrixScan, Scan, by_parameter
 from sgm_finetune.method.selection import KindChoice, choose_per_kind, ties
 from sgm_finetune.method.snr import Estimator, ratio_decibels
-from sgm_finetune.method.spectrum import MatrixScan, Scan, by_parameter, layer_of
-from sgm_finetune.reading import read_json
+from sgm_finetune.model.names import layer_of
 
 _REMEDY = (
     "MODEL is a model (a folder, a .safetensors, .bin or .gguf file, a hub id), the JSON that "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from sgm_finetune.method.plan import MatrixNumbers, PlanSettings
 
 
 @dataclass(frozen=True)
@@ -90,3 +92,18 @@ def _refuse_nonsense(snrs: Mapping[str, float]) -> None:
     for name, snr in snrs.items():
         if math.isnan(snr) or snr == -math.inf:
             raise ValueError(f"the SNR of {name} is {snr}, which is no ratio")
+
+
+def select_matrices(matrices: Sequence[MatrixNumbers], settings: PlanSettings) -> list[str]:
+    """Names of the matrices that are trained, in order: the top fraction per kind by SNR or by depth, those above a
+    threshold of SNR, else all."""
+    if settings.top_fraction is None and settings.snr_threshold is None:
+        return [matrix.name for matrix in matrices]
+    if settings.prefer_depth and settings.top_fraction is not None:
+        depths = {matrix.name: float(-1 if matrix.layer is None else matrix.layer) for matrix in matrices}
+        return top_fraction_per_kind(depths, {m.name: m.kind for m in matrices}, settings.top_fraction)
+    snrs = {matrix.name: math.inf if matrix.snr is None else matrix.snr for matrix in matrices}
+    if settings.top_fraction is not None:
+        return top_fraction_per_kind(snrs, {m.name: m.kind for m in matrices}, settings.top_fraction)
+    assert settings.snr_threshold is not None
+    return above_threshold(snrs, settings.snr_threshold)

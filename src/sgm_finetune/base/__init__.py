@@ -1,0 +1,1 @@
+"""What every room stands on: configuration, errors, files, memory, devices, processes, the console."""

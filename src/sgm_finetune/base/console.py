@@ -1,0 +1,44 @@
+"""What a command says while it works: one line a step, and bars. A leaf."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class StepLog:
+    """One line a step, and bars, on a console; a quiet console keeps the processes beside the first one silent."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    def line(self, step: str, line: str) -> None:
+        """Prints the line as it is: names and paths may hold brackets, which are no markup here."""
+        self.console.print(f"[bold]{step:<8}[/bold] {escape(line)}", highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, step: str) -> Iterator[Callable[..., None]]:
+        """A function (done, total, *what) that moves a bar; the bar goes away when the step is done."""
+        columns = (TextColumn(f"[bold]{step:<8}[/bold]"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            task = progress.add_task(step, total=None)
+            yield lambda done, total, *what: progress.update(task, completed=done, total=total)
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

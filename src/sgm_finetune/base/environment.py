@@ -1,0 +1,67 @@
+"""Where a run was made: what has to be equal for the same bits."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from sgm_finetune.base.config import Config
+
+_PACKAGES = ("sgm-finetune", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
+_ALL = (*_PACKAGES, "numpy", "safetensors", "tokenizers", "liger-kernel", "triton", "deepspeed")
+_VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "CUDA_", "CUBLAS_", "NCCL_", "PYTORCH_", "TORCH_", "HF_", "ACCELERATE_",
+              "WORLD_SIZE", "SGM_")  # fmt: skip
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+
+
+def environment() -> dict[str, str]:
+    """Versions and the device, for metrics.json and the report."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {"python": platform.python_version(), **_versions(_PACKAGES), "device": device}
+
+
+def environment_file(config: Config) -> dict[str, Any]:
+    """environment.json: versions, the machine, the variables that libraries compute by, the command and the seeds."""
+    units = torch.cpu.get_capabilities()
+    return {
+        "versions": {"python": platform.python_version(), **_versions(_ALL), "cuda": torch.version.cuda},
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor() or platform.machine(),
+            "units": sorted(name for name, has in units.items() if has is True),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        },
+        "variables": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_VARIABLES) and not any(word in name for word in _SECRET)
+        },
+        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        "seeds": {"training": config.training.seed, "data": config.data.seed, "probe": config.probe.seed},
+    }
+
+
+def _versions(names: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    """Its name as Linux tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        return platform.processor()

@@ -1,0 +1,170 @@
+"""The configuration described from its own types: a commented YAML file, a JSON Schema, a page of the documentation."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Collection, Iterator
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from sgm_finetune.base.config import Config, known_keys
+
+WIDTH = 100
+
+
+class Key(NamedTuple):
+    """One key of the configuration."""
+
+    name: str
+    """Dotted."""
+    type: str
+    bounds: str
+    """As mathematics writes an interval; "" for none."""
+    default: Any
+    description: str
+
+
+def keys() -> Iterator[Key]:
+    """Every key, in the order of the configuration."""
+    for name in known_keys():
+        section, _, leaf = name.rpartition(".")
+        model: type[BaseModel] = Config.model_fields[section].annotation if section else Config  # type: ignore[assignment]
+        field = model.model_fields[leaf]
+        text = " ".join((field.description or "").split())
+        yield Key(name, _type(field.annotation), _bounds(field), _default(field), text)
+
+
+def commented_yaml(config: Config, said: Collection[str] = (), schema: str | None = None) -> str:
+    """`config` as a YAML file that explains itself: each key that differs from its default, or is in `said` (dotted
+    names), under its description; the other keys of those sections as comments with their defaults.
+
+    It loads as `config` again. `schema`: a path or address of the JSON Schema, by which editors complete keys.
+    """
+    lines = [f"# yaml-language-server: $schema={schema}", ""] if schema else []
+    values, described = config.model_dump(mode="json"), {key.name: key for key in keys()}
+    for name in Config.model_fields:
+        inner = (
+            values[name] if isinstance(values[name], dict) and f"{name}." in "".join(described) else {"": values[name]}
+        )
+        dotted = {leaf: f"{name}.{leaf}" if leaf else name for leaf in inner}
+        written = [leaf for leaf in inner if dotted[leaf] in said or inner[leaf] != described[dotted[leaf]].default]
+        if not written:
+            continue
+        indent = "  " if "" not in inner else ""
+        lines += [f"{name}:"] * bool(indent)
+        for leaf, value in inner.items():
+            key = described[dotted[leaf]]
+            if leaf in written:
+                lines += _wrapped(_explained(key), f"{indent}# ", f"{indent}# ")
+                lines.append(f"{indent}{leaf or name}: {_scalar(value)}")
+        rest = ", ".join(f"{leaf}: {_scalar(value)}" for leaf, value in inner.items() if leaf not in written)
+        if rest:
+            begin = f"{indent}# defaults: "
+            lines += _wrapped(rest, begin, f"{indent}#   ")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a configuration file. A section may be empty."""
+    schema = Config.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sgm-finetune configuration", **schema}
+
+
+def reference_page() -> str:
+    """docs/reference/config.md: a table for each section."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every key of config.yaml, with what it takes and its default. On the command line: `section.key=value`.",
+        "An unknown key, a wrong type and a value out of range stop a command with one line before anything is loaded.",
+        "The same as a [JSON Schema](config.schema.json), by which editors complete and check the file: begin it with",
+        "`# yaml-language-server: $schema=config.schema.json`; `sgm init` writes such a line.",
+        "",
+        "This page is generated: `python -m sgm_finetune.base.reference docs/reference`.",
+    ]
+    section = None
+    for key in keys():
+        heading, _, leaf = key.name.rpartition(".")
+        if heading != section:
+            section = heading
+            lines += ["", f"## {heading or 'plan'}", "", "| key | takes | default | |", "|---|---|---|---|"]
+        takes = f"{key.type} {key.bounds}".strip().replace("|", "\\|")
+        description = re.sub(r"([<>|])", r"\\\1", key.description)
+        lines.append(f"| `{leaf}` | {takes} | `{_scalar(key.default)}` | {description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(text: str, first: str, rest: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
+def _explained(key: Key) -> str:
+    """The description, and what it takes where that is a choice or has bounds."""
+    takes = f"{key.type}, {key.bounds}" if key.bounds else key.type if " | " in key.type else ""
+    return f"{key.description} ({takes})" if takes else key.description
+
+
+def _default(field: FieldInfo) -> Any:
+    value = field.get_default(call_default_factory=True)
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _type(annotation: Any) -> str:
+    """In words that a person writing YAML uses."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type(argument) for argument in arguments)
+    if origin is Literal:
+        return " | ".join(_scalar(argument) for argument in arguments)
+    if origin is list:
+        return f"list of {_type(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    return {int: "whole number", float: "number", str: "text", bool: "true | false", type(None): "null"}[annotation]
+
+
+def _bounds(field: FieldInfo) -> str:
+    """
+    >>> [key.bounds for key in keys() if key.name in ("probe.num_batches", "adapter.dropout")]
+    ['[2, 10000]', '[0, 1)']
+    """
+    found: dict[str, Any] = {}
+    for part in field.metadata:
+        for name in ("ge", "gt", "le", "lt"):
+            if (value := getattr(part, name, None)) is not None:
+                found[name] = value
+    if not found:
+        return ""
+    low = f"[{found['ge']}" if "ge" in found else f"({found.get('gt', '−∞')}"
+    high = f"{found['le']}]" if "le" in found else f"{found.get('lt', '∞')})"
+    return f"{low}, {high}"
+
+
+def _scalar(value: Any) -> str:
+    """In YAML, on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _write_reference(folder: str) -> None:
+    from pathlib import Path
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "config.md").write_text(reference_page(), encoding="utf-8")
+    (Path(folder) / "config.schema.json").write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    import sys
+
+    _write_reference(sys.argv[1])

@@ -1,0 +1,46 @@
+"""Short texts that several rooms print: sizes, and what went wrong, in one line."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+
+def gib(num_bytes: float) -> str:
+    """A number of bytes in GiB.
+
+    >>> gib(3 * 2**29)
+    '1.50 GiB'
+    """
+    return f"{num_bytes / 2**30:,.2f} GiB"
+
+
+def mib(num_bytes: float) -> str:
+    """A number of bytes in whole MiB.
+
+    >>> mib(3 * 2**29)
+    '1,536 MiB'
+    """
+    return f"{num_bytes / 2**20:,.0f} MiB"
+
+
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """The first line of an exception's message, at most `limit` characters; its type where it has no message.
+
+    >>> first_line(ValueError("no number\\nin row 3")), first_line(KeyError())
+    ('no number', 'KeyError')
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:limit]
+
+
+def first_mistake(error: ValidationError) -> str:
+    """The first mistake that pydantic found: where it is, and what is wrong.
+
+    >>> from pydantic import TypeAdapter
+    >>> try:
+    ...     TypeAdapter(dict[str, int]).validate_python({"rank": "many"})
+    ... except ValidationError as error:
+    ...     first_mistake(error)
+    '`rank`: input should be a valid integer, unable to parse string as an integer'
+    """
+    first = error.errors()[0]
+    return f"`{'.'.join(map(str, first['loc'])) or 'it'}`: {first['msg'].lower()}"

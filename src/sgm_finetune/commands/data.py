@@ -1,0 +1,121 @@
+"""What `sgm data` shows: examples as the model will see them, and how long they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.console import StepLog
+from sgm_finetune.data.encoding import IGNORED
+from sgm_finetune.data.prepared import PreparedData, prepare_data
+from sgm_finetune.data.splits import SPLITS
+from sgm_finetune.results.harness import check_harness
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+LEARNT = ("⟦", "⟧")
+"""Around what the loss counts, where it cannot be told by brightness."""
+
+
+def preview(config: Config, console: Console, num_examples: int = 3) -> dict[str, Any]:
+    """Prints the first training examples, and quantiles of the lengths of every split; returns the same as data.
+
+    Example: {"text", "parts": [[text, learnt], ...], "label" or "target" where there is one, "tokens"}.
+    """
+    check_harness(config.evaluation.harness, config.model.task)
+    prepared = prepare_data(config, StepLog(console))
+    dataset = prepared.train.dataset
+    examples = [_described(dataset[i], i, prepared, config) for i in range(min(num_examples, len(dataset)))]
+    lengths = {split: _lengths(getattr(prepared, split).dataset) for split in SPLITS}
+    bright = console.is_terminal and not console.no_color
+    for number, example in enumerate(examples, start=1):
+        console.print(Rule(f"training example {number} of {len(dataset):,} · {example['tokens']} tokens", align="left"))
+        console.print(_shown(example, bright), highlight=False, soft_wrap=True)
+    console.print(Rule("tokens an example", align="left"))
+    console.print(_length_table(lengths, config.data.max_length))
+    return {
+        "data": prepared.splits.description,
+        "examples": examples,
+        "tokens": lengths,
+        "num_truncated": {split: getattr(prepared, split).num_truncated for split in SPLITS},
+        "num_dropped": {split: getattr(prepared, split).num_dropped for split in SPLITS},
+    }
+
+
+def _described(encoded: Mapping[str, Any], index: int, prepared: PreparedData, config: Config) -> dict[str, Any]:
+    ids, labels, tokenizer, names = (
+        encoded["input_ids"],
+        encoded["labels"],
+        prepared.tokenizer,
+        prepared.splits.labels,
+    )
+    found: dict[str, Any] = {"text": tokenizer.decode(ids), "tokens": len(ids)}
+    match config.model.task:
+        case "causal-lm":  # a position is learnt as the next token's target, so the first never is
+            flags = [label != IGNORED for label in labels]
+            found["parts"] = [
+                [tokenizer.decode([ids[at] for at, _ in run]), learnt]
+                for learnt, run in ((key, list(group)) for key, group in groupby(enumerate(flags), key=lambda p: p[1]))
+            ]
+        case "seq2seq-lm":
+            found |= {"parts": [[found["text"], False]], "target": tokenizer.decode(labels)}
+        case "token-classification":
+            found["parts"] = [
+                [str(tokenizer.decode([token])) + ("" if label == IGNORED else f"/{names[label]}"), label != IGNORED]
+                for token, label in zip(ids, labels, strict=True)
+            ]
+        case "sequence-classification":
+            found |= {"parts": [[found["text"], False]], "label": _label(labels, names)}
+    return found
+
+
+def _label(label: int | float | list[float], names: tuple[str, ...]) -> str:
+    match label:
+        case int():
+            return names[label]
+        case float():
+            return f"{label:g}"
+    return ", ".join(name for name, here in zip(names, label, strict=True) if here) or "(none)"
+
+
+def _shown(example: Mapping[str, Any], bright: bool) -> Text:
+    text, spaced = Text(), "target" not in example and "label" not in example
+    for part, learnt in example["parts"]:
+        if bright or not learnt:
+            text.append(part, style="" if learnt or not spaced else "dim")
+        else:
+            text.append(part.join(LEARNT))
+    for key in ("label", "target"):
+        if key in example:
+            text.append(f"\n→ {example[key]}", style="bold" if bright else "")
+    return text
+
+
+def _lengths(dataset: Any) -> dict[str, float]:
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    return {
+        "examples": len(lengths),
+        "tokens": sum(lengths),
+        **{_quantile_name(q): float(v) for q, v in zip(QUANTILES, np.quantile(lengths, QUANTILES), strict=True)},
+    }
+
+
+def _quantile_name(quantile: float) -> str:
+    return {0.0: "shortest", 0.5: "median", 1.0: "longest"}.get(quantile, f"{quantile:.0%}")
+
+
+def _length_table(lengths: Mapping[str, Mapping[str, float]], max_length: int) -> Table:
+    table = Table(caption=f"data.max_length is {max_length}", caption_justify="left", box=None)
+    table.add_column("split")
+    for name in next(iter(lengths.values())):
+        table.add_column(name, justify="right")
+    for split, values in lengths.items():
+        table.add_row(split, *(f"{value:,.0f}" for value in values.values()))
+    return table

@@ -1,0 +1,90 @@
+"""Batches: their order, their division over processes, and how many predictions they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from sgm_finetune.base.config import Config, Task
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.data.encoding import IGNORED
+
+
+def by_length(encoded: Dataset) -> list[int]:
+    """The indices of a data set from its longest to its shortest sequence, so that batches hold little padding."""
+    return longest_first([len(ids) for ids in encoded["input_ids"]])
+
+
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """
+    >>> longest_first([3, 9, 5])
+    [1, 2, 0]
+    """
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+
+def num_predictions(labels: Tensor, task: Task) -> int:
+    """What a batch's mean loss is a mean over: examples, predicted tokens or tagged words."""
+    if task == "sequence-classification":
+        return len(labels)
+    return int(((labels[:, 1:] if task == "causal-lm" else labels) != IGNORED).sum())
+
+
+_WINDOW = 16  # batches within which examples are sorted by length
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Every example once an epoch, in batches of similar length; the last batch is filled up from the beginning.
+
+    The order is a seeded permutation; within windows of 16 batches examples are sorted by length, cut into batches,
+    and the batches shuffled. It depends on the *global* batch size only, and every batch is full, so any number of
+    processes that share each batch see the same batches.
+
+    >>> sampler = LengthGroupedSampler([5, 5, 9, 9, 5], batch_size=2, seed=0)
+    >>> len(sampler), sorted(set(sampler))
+    (6, [0, 1, 2, 3, 4])
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        order = [order[i % len(order)] for i in range(len(self))]
+        size = self.batch_size
+        for first in range(0, len(order), _WINDOW * size):
+            window = sorted(order[first : first + _WINDOW * size], key=lambda i: -self.lengths[i])
+            batches = [window[at : at + size] for at in range(0, len(window), size)]
+            for index in torch.randperm(len(batches), generator=generator).tolist():
+                yield from batches[index]
+
+
+def divided_batch(config: Config, world_size: int) -> tuple[int, int]:
+    """(examples in a micro-batch, micro-batches of each process in a step). Raises UserError where the batch cannot be
+    divided over the processes."""
+    batch = config.training.batch_size
+    micro = config.training.micro_batch_size or max(1, batch // world_size)
+    if batch % (micro * world_size):
+        raise UserError(
+            f"training.batch_size={batch} cannot be divided into micro-batches of {micro} on {world_size} processes; "
+            "choose multiples"
+        )
+    return micro, batch // (micro * world_size)
+
+
+def num_steps(config: Config, num_train: int) -> int:
+    """Optimizer steps of the run: `training.max_steps`, or as many as the epochs hold."""
+    if config.training.max_steps is not None:
+        return config.training.max_steps
+    return max(1, round(config.training.epochs * -(-num_train // config.training.batch_size)))

@@ -1,0 +1,69 @@
+"""plan.json, and plan.safetensors beside it: its spectral starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pydantic
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.files import whole_file, write_json
+from sgm_finetune.base.text import first_mistake
+from sgm_finetune.base.untrusted import read_json_object, refuse
+from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.method.plan_rules import inconsistency
+
+_PLAN = pydantic.TypeAdapter(Plan)
+_TENSORS = ("starts", "similarities")
+
+
+def plan_document(plan: Plan) -> dict:
+    """The plan as plain data, without its tensors."""
+    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in _TENSORS}
+    return json.loads(json.dumps(fields, default=dataclasses.asdict))
+
+
+def parse_plan(document: dict, where: str, starts: dict | None = None) -> Plan:
+    """The plan in plain data; UserError in one line names the first wrong entry."""
+    if foreign := next((name for name in _TENSORS if name in document), None):
+        refuse(where, "plan", ValueError(f"`{foreign}`: no part of the file"))
+    try:
+        plan = dataclasses.replace(_PLAN.validate_python(document), starts=starts or {})
+    except pydantic.ValidationError as error:
+        refuse(where, "plan", ValueError(first_mistake(error)))
+    if (wrong := inconsistency(plan)) is not None:
+        refuse(where, "plan", ValueError(wrong))
+    return plan
+
+
+def save_plan(plan: Plan, path: Path | str) -> None:
+    """Writes `path` and, where groups start from spectra, the tensors beside it; each appears only when complete."""
+    path = Path(path)
+    tensors = path.with_suffix(".safetensors")
+    if plan.starts:
+        with whole_file(tensors) as scratch:
+            save_file({name: start.contiguous() for name, start in plan.starts.items()}, scratch)
+    else:
+        tensors.unlink(missing_ok=True)
+    write_json(path, plan_document(plan))
+
+
+def load_plan(path: Path | str) -> Plan:
+    """The plan in `path` with the starts beside it. Raises UserError for a missing, broken or foreign file."""
+    path = Path(path)
+    try:
+        document = read_json_object(path)
+    except FileNotFoundError:
+        raise UserError(f"No plan file {path}; make one with `sgm plan --output {path}`") from None
+    except (OSError, ValueError) as error:
+        refuse(path, "plan", error)
+    tensors = path.with_suffix(".safetensors")
+    try:
+        starts = load_file(tensors) if tensors.is_file() else {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{tensors} cannot be read: {error}") from None
+    return parse_plan(document, str(path), starts)

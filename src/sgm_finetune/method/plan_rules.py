@@ -1,0 +1,56 @@
+"""What makes a plan valid, and how many parameters it trains."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from sgm_finetune.method.plan import Plan
+from sgm_finetune.method.subspace import (
+    width,
+)
+
+MAX_RANK = 2**16
+
+
+def inconsistency(plan: Plan) -> str | None:
+    """What is wrong with a plan in itself, whatever model it is for; None where nothing is."""
+    settings = plan.settings
+    if not (1 <= settings.rank <= MAX_RANK and 0 < settings.alpha < math.inf and 0 <= settings.dropout < 1):
+        return (
+            f"rank {settings.rank}, alpha {settings.alpha:g} and dropout {settings.dropout:g} are no settings of LoRA"
+        )
+    names = Counter(matrix.name for matrix in plan.matrices)
+    if twice := next((name for name, times in names.items() if times > 1), None):
+        return f"`{twice}` is in it twice"
+    for matrix in plan.matrices:
+        if min(*matrix.shape, 1 if matrix.num_experts is None else matrix.num_experts) < 1:
+            return f"`{matrix.name}` has no entries"
+    selected = {matrix.name: matrix for matrix in plan.selected}
+    seen: dict[str, str] = {}
+    for group in plan.groups:
+        if not group.members:
+            return f"group `{group.name}` holds nothing"
+        for name in group.members:
+            if name not in selected:
+                return f"group `{group.name}` holds `{name}`, which the plan does not select"
+            if name in seen:
+                return f"`{name}` is in two groups of the plan: `{seen[name]}` and `{group.name}`"
+            if selected[name].num_experts is not None:
+                return f"group `{group.name}` holds the experts `{name}`; experts share nothing"
+            seen[name] = group.name
+        widths = {width(selected[name].shape, group.side) for name in group.members}
+        if len(widths) > 1:
+            return f"group `{group.name}` mixes {group.side} widths {sorted(widths)}; only equal ones share"
+    return None
+
+
+def adapter_parameters(plan: Plan) -> tuple[int, int]:
+    """(trainable adapter parameters of the plan, the same without any sharing): r·(d_in + d_out) a matrix, less what
+    groups share: r·d of the shared side for each member but the first."""
+    rank = plan.settings.rank
+    plain = sum(rank * sum(matrix.shape) * (matrix.num_experts or 1) for matrix in plan.selected)
+    saved = 0
+    for group in plan.groups:
+        saved += rank * width(plan.shape_of(group.members[0]), group.side) * (len(group.members) - 1)
+    return plain - saved, plain

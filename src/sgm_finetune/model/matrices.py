@@ -1,0 +1,97 @@
+"""The weight matrices of a loaded model that an adapter can change."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.core_model_loading import WeightConverter
+from transformers.pytorch_utils import Conv1D
+
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.model.names import _conversions, block_of
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight that can be adapted: a linear layer's, or a stack of one matrix for each expert."""
+
+    module: nn.Module
+    shape: tuple[int, int]
+    """(d_out, d_in), of one expert."""
+    num_experts: int | None = None
+    """None: a linear layer."""
+    parameter: str = "weight"
+
+    @property
+    def transposed(self) -> bool:
+        """Whether each expert's matrix is stored as d_in x d_out."""
+        return bool(getattr(self.module, "is_transposed", False))
+
+
+def adaptable(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Matrix]:
+    """Name -> weight, in `named_modules()` order: `names`, or all inside numbered layers (no heads, no embeddings).
+
+    A linear layer has its module's name, a stack of experts its parameter's: `model.layers.0.mlp.experts.down_proj`.
+    Raises UserError for a name that is no such weight of the model.
+    """
+    beyond = set(out_of_reach(model))
+    found = {name: matrix for name, matrix in _all_matrices(model).items() if name not in beyond}
+    if names is None:
+        inside = {name: matrix for name, matrix in found.items() if block_of(name) is not None}
+        if not inside:
+            raise UserError(
+                f"{type(model).__name__} has no linear layers inside numbered blocks; nothing can be adapted"
+            )
+        return inside
+    missing = [name for name in names if name not in found]
+    if missing:
+        kinds = sorted({name.rpartition(".")[2] for name in found})
+        raise UserError(f"No linear layer is called `{missing[0]}`; this {type(model).__name__} has {', '.join(kinds)}")
+    wanted = set(names)
+    return {name: matrix for name, matrix in found.items() if name in wanted}
+
+
+def _all_matrices(model: nn.Module) -> dict[str, Matrix]:
+    return {
+        name: matrix
+        for module_name, module in model.named_modules()
+        for name, matrix in _matrices_of(module_name, module)
+        if name
+    }
+
+
+def _matrices_of(name: str, module: nn.Module) -> Iterator[tuple[str, Matrix]]:
+    if isinstance(module, nn.Linear | Conv1D):
+        if min(shape := matrix_shape(module)) > 1:  # one row is no matrix
+            yield name, Matrix(module, shape)
+    elif isinstance(getattr(module, "num_experts", None), int):
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and parameter.is_floating_point():
+                num_experts, rows, cols = parameter.shape
+                shape = (cols, rows) if getattr(module, "is_transposed", False) else (rows, cols)
+                yield f"{name}.{leaf}", Matrix(module, shape, num_experts, leaf)
+
+
+def out_of_reach(model: nn.Module) -> list[str]:
+    """Linear layers beside experts that PEFT takes for these, so that they cannot be adapted: it reads a target
+    `...shared_expert.gate_proj` as the name by which the experts of that model type are stored, and adapts these."""
+    stored = {
+        leaf
+        for conversion in _conversions(model)
+        if isinstance(conversion, WeightConverter)
+        for pattern in conversion.source_patterns
+        if ".experts.*." in f".{pattern}" and (leaf := pattern.removesuffix(".weight").rpartition(".")[2])
+    }
+    if not stored:
+        return []
+    return [name for name in _all_matrices(model) if name.rpartition(".")[2] in stored and ".experts." not in name]
+
+
+def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in), also of Transformers' Conv1D, whose weight is stored transposed, and of packed 4-bit weights."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    assert isinstance(layer, nn.Linear)
+    return layer.out_features, layer.in_features

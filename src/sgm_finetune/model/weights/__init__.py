@@ -1,0 +1,1 @@
+"""Weight matrices read from a model's files, tensor by tensor."""

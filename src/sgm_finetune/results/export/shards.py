@@ -1,0 +1,67 @@
+"""A merged model as a folder that Transformers loads: safetensors files, config, tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from sgm_finetune.base.files import write_json
+from sgm_finetune.results.export.merge import MergedTensor
+from sgm_finetune.results.load import Result
+
+SHARD_BYTES = 2**29
+"""Most bytes of one file, of which one is in memory at a time."""
+_COPIED = ("generation_config.json", "*.model", "vocab.json", "vocab.txt", "merges.txt", "LICENSE*")
+"""What else of the base's folder belongs to the merged model."""
+
+
+def write_shards(
+    tensors: Sequence[MergedTensor], folder: Path, limit: int, progress: Callable[..., None] = lambda *_: None
+) -> None:
+    """Writes model.safetensors, or shards of at most `limit` bytes (one tensor at least) and their index."""
+    named = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        named,  # type: ignore[arg-type]  # the factory asks the functions below alone
+        get_storage_size=lambda tensor: tensor.num_bytes,  # type: ignore[attr-defined]
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    done = 0
+    for file, names in split.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            shard[name] = named[name].rounded().contiguous()
+            progress(done := done + 1, len(named))
+        try:
+            save_file(shard, folder / file, {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_config_files(result: Result, skeleton: PreTrainedModel, folder: Path) -> None:
+    """config.json of the base with what the task changes in it, the tokenizer with its chat template, and what else the
+    base's folder has of use."""
+    write_json(folder / "config.json", merged_config(result, skeleton))
+    for pattern in (*_COPIED, *(["*.py"] if result.config.model.trust_remote_code else [])):
+        for file in result.folder.glob(pattern):
+            shutil.copy(file, folder / file.name)
+    result.tokenizer.save_pretrained(folder)
+
+
+def merged_config(result: Result, skeleton: PreTrainedModel) -> dict[str, Any]:
+    config = {**result.base_config, "architectures": [type(skeleton).__name__]}
+    if result.config.model.task in ("sequence-classification", "token-classification"):
+        described = skeleton.config.to_dict()
+        names = ("id2label", "label2id", "problem_type", "pad_token_id")
+        config |= {name: described[name] for name in names if described.get(name) is not None}
+    return config

@@ -1,0 +1,115 @@
+"""Answers that a model generates, and how near they come to those in the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgm_finetune.base.config import Task
+from sgm_finetune.data.batches import longest_first
+from sgm_finetune.data.questions import Question, answer_limit
+
+
+def generate_answers(
+    model: Any,
+    asked: Sequence[Question],
+    tokenizer: Any,
+    task: Task,
+    batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """The model's greedy answer to each question, as long as the longest answer in the data and half as long again.
+
+    An answer ends with a token that ends one in the data: a turn's end, or the end of the sequence.
+    """
+    special = set(tokenizer.all_special_ids)
+    ends = {q.answer[-1] for q in asked if q.answer[-1] in special} | {tokenizer.eos_token_id} - {None}
+    prompts, limit = [question.prompt for question in asked], answer_limit(asked)
+    return continue_prompts(model, prompts, tokenizer, task, sorted(ends), limit, batch_size, progress)
+
+
+def continue_prompts(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    task: Task,
+    ends: Sequence[int],
+    limit: int,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
+) -> list[str]:
+    """What the model writes after each prompt of token ids, up to one of the tokens `ends` or `limit` tokens; greedy,
+    where `options` of Transformers' `generate` do not say otherwise. Longest prompts first, `batch_size` together; the
+    model's mode is restored. The texts are without special tokens, and without white space around."""
+    device = next(model.parameters()).device
+    order = longest_first([len(prompt) for prompt in prompts])
+    answers: dict[int, str] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            ids, mask = _padded([prompts[i] for i in chosen], tokenizer.pad_token_id, left=task == "causal-lm")
+            with torch.no_grad(), _contiguous_reads(model.get_output_embeddings()):
+                written = model.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    **{"do_sample": False, "use_cache": True, "num_beams": 1, "max_new_tokens": limit, **options},
+                    eos_token_id=list(ends),
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            start = ids.shape[1] if task == "causal-lm" else 0
+            for index, row in zip(chosen, written[:, start:].tolist(), strict=True):
+                answers[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            progress(len(answers), len(order))
+    finally:
+        model.train(was_training)
+    return [answers[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def _contiguous_reads(head: nn.Module | None) -> Iterator[None]:
+    """Transformers hands the output layer the last position of every prompt as a slice. Its product with a matrix is a
+    batched one then, for which a CPU copies the matrix for every prompt: 57 MB each with SmolLM2."""
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, read: (read[0].contiguous(), *read[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(1, *(len(row) for row in rows))
+    ids, mask = [], []
+    for row in rows:
+        blank, there = [pad] * (width - len(row)), [1] * len(row)
+        ids.append([*blank, *row] if left else [*row, *blank])
+        mask.append([0] * len(blank) + there if left else there + [0] * len(blank))
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def answer_metrics(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Exact match (up to white space), ROUGE-L (F-measure, Lin 2004), BLEU (0 to 100, sacrebleu's corpus BLEU).
+
+    >>> answer_metrics(["a b c d"], ["a  b c d"])
+    {'exact_match': 1.0, 'rouge_l': 1.0, 'bleu': 100.0}
+    """
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    pairs = list(zip(answers, references, strict=True))
+    rouge = [scorer.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs]
+    return {
+        "exact_match": sum(a.split() == r.split() for a, r in pairs) / len(pairs),
+        "rouge_l": sum(rouge) / len(pairs),
+        "bleu": round(sacrebleu.corpus_bleu(list(answers), [list(references)]).score, 6),
+    }

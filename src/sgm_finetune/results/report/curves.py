@@ -1,0 +1,111 @@
+"""How the training went: curves by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from sgm_finetune.results.report.svg import INK, TRAIN, VALIDATION, plot, svg
+
+TOKENS_PER_SECOND, MEMORY = "train_tokens_per_second", "train_peak_memory_bytes"
+RUN_COLOURS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#b8a035", "#33a8c7", "#cc3311", "#8866cc")
+_MAX_POINTS = 400
+
+Points = list[tuple[float, float]]
+
+
+def training_figure(history: Sequence[Mapping[str, Any]], best_step: int | None) -> Markup | None:
+    """Training loss per step, its running mean, and the validation losses; None where no loss was logged."""
+    train, validation = points_of(history, "loss"), points_of(history, "eval_loss")
+    if not train and not validation:
+        return None
+    width, height = 440, 270
+
+    def draw(figure: Figure) -> None:
+        axes = plot(figure, width, height, "step")
+        if best_step is not None:
+            axes.axvline(best_step, color=INK, linewidth=1, linestyle=(0, (2, 3)))
+        thinned = thin(train)
+        smooth = running_mean(thinned)
+        if thinned:
+            faint = 0.35 if smooth else 1.0
+            mark = "o" if len(thinned) == 1 else ""
+            axes.plot(*zip(*thinned, strict=True), color=TRAIN, linewidth=1.2, alpha=faint, marker=mark)
+        if smooth:
+            axes.plot(*zip(*smooth, strict=True), color=TRAIN, linewidth=2.2)
+        if validation:
+            axes.plot(*zip(*validation, strict=True), color=VALIDATION, linewidth=1.2, marker="o", markersize=7)
+
+    return svg("training", "Loss by step", width, height, draw)
+
+
+def step_figure(
+    history: Sequence[Mapping[str, Any]], key: str, title: str, scale: float = 1.0, expected: float | None = None
+) -> Markup | None:
+    """One quantity of each step, times `scale`, from 0 up; `expected` is a dashed line. None where none was logged."""
+    points = [(step, value * scale) for step, value in thin(points_of(history, key, beside="loss"))]
+    if not points:
+        return None
+    width, height = 330, 170
+
+    def draw(figure: Figure) -> None:
+        axes = plot(figure, width, height, "step", y_ticks=4)
+        axes.plot(*zip(*points, strict=True), color=TRAIN, linewidth=1.8, marker="o" if len(points) == 1 else "")
+        if expected is not None:
+            axes.axhline(expected * scale, color=VALIDATION, linewidth=1.4, linestyle=(0, (5, 3)))
+        axes.set_ylim(0, 1.12 * max(expected * scale if expected is not None else 0.0, *(v for _, v in points), 1e-30))
+
+    return svg(key.replace("_", "-"), title, width, height, draw)
+
+
+def loss_figure_of(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], key: str, title: str) -> Markup | None:
+    """Several runs' (name, history) over each other, in `RUN_COLOURS`; the training loss smoothed."""
+    width, height = 440, 270
+    curves = [(at, thin(points_of(history, key))) for at, (_, history) in enumerate(runs)]
+    curves = [(at, points) for at, points in curves if points]
+    if not curves:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = plot(figure, width, height, "step")
+        for at, points in curves:
+            colour = RUN_COLOURS[at % len(RUN_COLOURS)]
+            smooth = running_mean(points) if key == "loss" else []
+            mark = "o" if key == "eval_loss" or len(points) == 1 else ""
+            if smooth:
+                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1, alpha=0.25)
+            axes.plot(*zip(*(smooth or points), strict=True), color=colour, linewidth=2, marker=mark, markersize=5)
+
+    return svg(key.replace("_", "-"), title, width, height, draw)
+
+
+def points_of(history: Sequence[Mapping[str, Any]], key: str, beside: str | None = None) -> Points:
+    """(step, value) of every finite entry of `key` in Transformers' log history, where `beside` stands, too."""
+    entries = [entry for entry in history if beside is None or beside in entry]
+    pairs = [(entry.get("step"), entry.get(key)) for entry in entries]
+    return [(float(s), float(v)) for s, v in pairs if s is not None and v is not None and math.isfinite(float(v))]
+
+
+def thin(points: Points) -> Points:
+    """At most _MAX_POINTS points: means of equal runs."""
+    size = -(-len(points) // _MAX_POINTS) if points else 1
+    return [_mean(points[at : at + size]) for at in range(0, len(points), size)]
+
+
+def running_mean(points: Points) -> Points:
+    """Each point's value the mean over a centred window of about a tenth of the run; empty for under 20 points."""
+    if len(points) < 20:
+        return []
+    reach = max(2, len(points) // 20)
+    means = []
+    for i, (step, _) in enumerate(points):
+        means.append((step, _mean(points[max(0, i - reach) : i + reach + 1])[1]))
+    return means
+
+
+def _mean(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return sum(step for step, _ in points) / len(points), sum(value for _, value in points) / len(points)

@@ -1,0 +1,105 @@
+"""pictures.json: what the report draws of the measurements, and the plan does not hold. Small: a few matrices, by rule.
+
+One histogram a kind (of the matrix of median SNR, at most 8 kinds, as `sgm scan --plot` takes them), and of the
+similarities the layers of at most 8 kinds and the readers of the same activations.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pydantic
+from torch import Tensor
+
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.files import write_text
+from sgm_finetune.measure.scan import measured_spectra
+from sgm_finetune.measure.scan_result import Scan
+from sgm_finetune.method.build_plan import Similarity
+from sgm_finetune.results.report.histogram import Histogram, histogram_of
+from sgm_finetune.results.report.scan_table import kinds_in_order, lowest_median_highest
+
+MAX_KINDS = 8
+MAX_LAYERS = 128
+
+
+@dataclass(frozen=True)
+class Table:
+    """One `Similarity`: of n members the n·(n-1)/2 values below the diagonal, row by row, to three digits."""
+
+    kind: str
+    side: Literal["input", "output"] | None
+    members: tuple[str, ...]
+    values: tuple[float, ...]
+
+    def whole(self) -> list[list[float]]:
+        """n x n, symmetric, 1 on the diagonal."""
+        size = len(self.members)
+        table = [[1.0] * size for _ in range(size)]
+        below = iter(self.values)
+        for row in range(size):
+            for column in range(row):
+                table[row][column] = table[column][row] = next(below)
+        return table
+
+
+@dataclass(frozen=True)
+class Pictures:
+    __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
+
+    histograms: tuple[Histogram, ...] = ()
+    similarities: tuple[Table, ...] = ()
+    format: Literal["sgm-pictures/1"] = "sgm-pictures/1"
+
+
+_PICTURES = pydantic.TypeAdapter(Pictures)
+
+
+def histograms_of(scanned: Scan, folder: Path) -> tuple[Histogram, ...]:
+    """Of the model in `folder`, whose singular values the scan has remembered; two matrices in memory at a time."""
+    layered = [matrix for matrix in scanned.matrices if matrix.layer is not None]
+    kinds = kinds_in_order(layered)[:MAX_KINDS]
+    chosen = [lowest_median_highest(m for m in layered if m.kind == kind)[1].name for kind in kinds]
+    found = {m.name: histogram_of(s, m) for s, m in measured_spectra(folder, chosen, scanned.estimator)}
+    return tuple(found[name] for name in chosen if name in found)
+
+
+def tables_of(similarities: tuple[Similarity, ...]) -> tuple[Table, ...]:
+    """Of a plan just made; one from a file has none."""
+    kinds = list(dict.fromkeys(one.kind for one in similarities))[: 2 * MAX_KINDS]
+    return tuple(
+        Table(one.kind, one.side, one.members, _below(one.values))
+        for one in similarities
+        if one.kind in kinds and len(one.members) <= MAX_LAYERS
+    )
+
+
+def _below(values: Tensor) -> tuple[float, ...]:
+    return tuple(round(value, 3) + 0.0 for row, line in enumerate(values.tolist()) for value in line[:row])
+
+
+def save_pictures(pictures: Pictures, path: Path) -> None:
+    """A line for each picture, so that a person can still read it."""
+    lines = [f'"format": {json.dumps(pictures.format)}']
+    for name in ("histograms", "similarities"):
+        rows = ",\n  ".join(json.dumps(asdict(one), ensure_ascii=False) for one in getattr(pictures, name))
+        lines.append(f'"{name}": [\n  {rows}\n ]' if rows else f'"{name}": []')
+    write_text(path, "{" + ",\n ".join(lines) + "}\n")
+
+
+def parse_pictures(document: object, where: str) -> Pictures:
+    """Raises UserError in one line for what `save_pictures` would not write."""
+    try:
+        pictures = _PICTURES.validate_python(document)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "it"
+        raise UserError(f"{where} holds no pictures: {place}: {first['msg'].lower()}") from None
+    for table in pictures.similarities:
+        size = len(table.members)
+        if len(table.values) != size * (size - 1) // 2:
+            raise UserError(f"{where} holds no pictures: {size} members of {table.kind} and {len(table.values)} values")
+    return pictures

@@ -1,0 +1,110 @@
+"""What a run left in its folder, read again: all that a report needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import UndefinedError
+
+from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.untrusted import read_json
+from sgm_finetune.measure.plan_file import load_plan
+from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.results.report.pictures import Pictures, parse_pictures
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. What older versions did not keep is empty."""
+
+    folder: Path
+    config: Config
+    plan: Plan
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    pictures: Pictures = field(default_factory=Pictures)
+    examples: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+
+def load_run(folder: Path) -> Run:
+    """Raises UserError, one line, where `folder` holds no finished run or a file in it is another thing."""
+    if not folder.is_dir():
+        raise UserError(f"No folder {folder}; name the output.dir of a run")
+    if not (folder / "metrics.json").is_file():
+        raise UserError(f"{folder} holds no finished run (no metrics.json); train first with `sgm finetune`")
+    pictures = _read(folder / "pictures.json", dict, {})
+    return Run(
+        folder=folder,
+        config=load_config(folder / "config.yaml"),
+        plan=load_plan(folder / "plan.json"),
+        metrics=_checked_metrics(_read(folder / "metrics.json", dict), folder / "metrics.json"),
+        history=_rows(_read(folder / "history.json", list, []), folder / "history.json"),
+        pictures=parse_pictures(pictures, str(folder / "pictures.json")),
+        examples=_checked_examples(_read(folder / "examples.json", dict, {}), folder / "examples.json"),
+        environment=_read(folder / "environment.json", dict, {}),
+    )
+
+
+@contextmanager
+def believed(where: str) -> Iterator[None]:
+    """Turns what goes wrong with values of another kind than a run writes into a UserError: `load_run` looks at what
+    every page needs, not at each value in it."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, UndefinedError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{where} holds files that `sgm finetune` did not write so ({reason})") from None
+
+
+def _read(path: Path, kind: type, default: Any = None) -> Any:
+    """The JSON in `path`; `default` where there is no such file and one is given."""
+    if default is not None and not path.is_file():
+        return default
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, kind):
+        what = "an object" if kind is dict else "a list"
+        raise UserError(f"{path} holds a {type(found).__name__}, not {what}; take a file that `sgm finetune` wrote")
+    return found
+
+
+def _rows(rows: list[Any], path: Path) -> list[dict[str, Any]]:
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not all(isinstance(v, (int, float, type(None))) for v in row.values()):
+            raise UserError(f"{path} is no history: entry {number} is not an object of numbers")
+    return rows
+
+
+_METRICS: dict[str, type | tuple[type, ...]] = {
+    "model": str, "task": str, "data": str, "labels": list, "before": dict, "after": dict, "seconds": dict,
+    "trainable_parameters": int, "plain_lora_parameters": int, "steps": int,
+}  # fmt: skip
+
+
+def _checked_metrics(metrics: dict[str, Any], path: Path) -> dict[str, Any]:
+    for name, kind in _METRICS.items():
+        if not isinstance(metrics.get(name), kind):
+            raise UserError(f"{path} was not written by `sgm finetune`: its {name} is {metrics.get(name)!r:.60}")
+    return metrics
+
+
+_EXAMPLE = {"index": int, "text": str, "truth": str, "before": str, "after": str, "became": str}
+
+
+def _checked_examples(examples: dict[str, Any], path: Path) -> dict[str, Any]:
+    shown = examples.get("examples", [])
+    whole = isinstance(shown, list) and all(
+        isinstance(one, dict) and all(isinstance(one.get(name), kind) for name, kind in _EXAMPLE.items())
+        for one in shown
+    )
+    if not whole or (shown and not isinstance(examples.get("num_changed"), dict)):
+        raise UserError(f"{path} holds no examples as `sgm finetune` writes them")
+    return examples

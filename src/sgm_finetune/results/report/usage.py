@@ -1,0 +1,70 @@
+"""Lines that a person can copy to use a result, wherever its folder lies now."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sgm_finetune.base.config import Config, Task
+
+
+class Command(NamedTuple):
+    what: str
+    line: str
+
+
+def commands(config: Config, folder: Path) -> list[Command]:
+    """Shell lines; `folder` is written in full, so that they work from anywhere."""
+    whole = os.path.abspath(folder)
+    here = shlex.quote(f"output.dir={whole}")
+    found = [
+        Command("Measure it again on the test data", f"sgm evaluate {here}"),
+        Command("Ask it", f'sgm generate --prompt "..." --compare {here}'),
+    ]
+    if config.model.task == "causal-lm":
+        found += [
+            Command("Talk with it", f"sgm chat {here}"),
+            Command("Bring it to llama.cpp and Ollama", f"sgm export --to gguf {here}"),
+        ]
+    repeat = f"sgm finetune --config {shlex.quote(os.path.join(whole, 'config.yaml'))} output.dir=again"
+    return [
+        *found,
+        Command("Merge it into a whole model, for Transformers and vLLM", f"sgm export --to merged {here}"),
+        Command("Repeat the run, digit for digit on the same machine", repeat),
+        Command("Make this page anew", f"sgm report {shlex.quote(whole)}"),
+    ]
+
+
+_AUTO_CLASSES: dict[Task, str] = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+}
+
+
+def python_snippet(config: Config, metrics: Mapping[str, Any], folder: Path) -> str:
+    """Lines of Python that load the adapter with PEFT alone, on the base in full precision."""
+    model = config.model
+    adapter = json.dumps(os.path.join(os.path.abspath(folder), "adapter"), ensure_ascii=False)
+    auto, arguments = _AUTO_CLASSES[model.task], ""
+    if model.task in ("sequence-classification", "token-classification"):
+        arguments = f", num_labels={len(metrics['labels']) or 1}, pad_token_id=tokenizer.pad_token_id"
+    if model.revision is not None:
+        arguments += f", revision={json.dumps(model.revision)}"
+    name = json.dumps(model.name, ensure_ascii=False)
+    by_name = "/" in model.name and not model.name.startswith("~")  # else an embedded model, or a folder beside us
+    lines = [
+        "from peft import PeftModel",
+        f"from transformers import {auto}, AutoTokenizer",
+        *([] if by_name else ["from sgm_finetune.model.folder import local_folder"]),
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({adapter})",
+        f"base = {auto}.from_pretrained({name if by_name else f'local_folder({name})'}{arguments})",
+        f"model = PeftModel.from_pretrained(base, {adapter})",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,250 @@
+"""A torch optimizer for LoRA factors, shared ones included: spectral descent (docs/method.md section 6)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.method.descent import (
+    channel_profile,
+    descent_directions,
+    inverse_roots,
+    partner_floor,
+    partner_metric,
+)
+from sgm_finetune.train.adapters.apply import ADAPTER, lora_layers, num_experts
+
+_CHANNEL_MEMORY = 0.95
+"""Weight of the past in the running means of a factor's channels."""
+HEAD_RATE = 1e-3
+"""AdamW's learning rate for trained parameters that are no factors: a new classification head."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two factors of one layer's update and its scaling; layers of a group hold the same parameter.
+
+    Of a stack of experts `a` is (experts·r) x d_in, expert by expert, and `b` d_out x (r·experts), as PEFT has them.
+    """
+
+    a: nn.Parameter
+    b: nn.Parameter
+    scaling: float
+    num_experts: int = 1
+
+    @property
+    def unit(self) -> float:
+        """Spectral norm of B·D (or D·A) with which ΔW changes by 1 in the norm from RMS to RMS (eq. 17b)."""
+        return math.sqrt(self.b.shape[0] / self.a.shape[1]) / self.scaling
+
+
+def factor_pairs(model: PeftModel) -> list[Pair]:
+    """Every LoRA layer's factors, in the model's order."""
+    return [
+        Pair(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER], num_experts(layer))  # type: ignore
+        for layer in lora_layers(model).values()
+    ]
+
+
+def create_optimizer(
+    model: PeftModel, lr: float, head_lr: float = HEAD_RATE, weight_decay: float = 0.0
+) -> FactorDescent:
+    """The optimizer of everything that `model` trains, for any trainer: `Trainer(optimizers=(optimizer, None))`.
+
+    LoRA factors take steps of `lr`, the norm from RMS to RMS of the change of ΔW; what else is trained (a new head)
+    takes AdamW's at `head_lr`. Schedules scale both. Build it after `apply_plan`, and before a checkpoint is loaded.
+    """
+    pairs = factor_pairs(model)
+    factors = {id(factor) for pair in pairs for factor in (pair.a, pair.b)}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+    return FactorDescent(pairs, lr, others=others, others_lr=head_lr, weight_decay=weight_decay)
+
+
+class FactorDescent(torch.optim.Optimizer):
+    """Momentum, then spectral descent on every factor (eq. 17).
+
+    The step `lr` is the norm from RMS to RMS by which ΔW changes, the metric of a shared factor the mean over its
+    members; no factor changes by more than about 1/`trust` of itself (eq. 18). State of an r x d factor: its momentum
+    and d running means (AdamW: twice the factor). Factors of equal shape step together, in float32; each expert of a
+    stack has its own step. `others` are
+    stepped by AdamW at `others_lr`. Weight decay is decoupled, as AdamW's. Raises UserError for a gradient that is not
+    finite, before any factor has moved.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        lr: float,
+        momentum: float = 0.9,
+        trust: float = 10.0,
+        others: Sequence[nn.Parameter] = (),
+        others_lr: float = HEAD_RATE,
+        weight_decay: float = 0.0,
+    ):
+        self.members: dict[nn.Parameter, tuple[str, list[Pair]]] = {}
+        for pair in pairs:
+            self.members.setdefault(pair.a, ("a", []))[1].append(pair)
+            self.members.setdefault(pair.b, ("b", []))[1].append(pair)
+        groups: list[dict[str, Any]] = [{"params": list(self.members), "lr": lr}]
+        if others:
+            groups.append({"params": list(others), "lr": others_lr})
+        super().__init__(groups, {"momentum": momentum, "weight_decay": weight_decay})
+        self.trust = trust
+        self._made_shares: dict[tuple[int, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        factors, *others = self.param_groups
+        self._step_factors(factors)
+        for group in others:
+            self._step_others(group)
+        return loss
+
+    def _step_factors(self, group: dict[str, Any]) -> None:
+        buckets: dict[_Bucket, list[nn.Parameter]] = {}
+        for factor in group["params"]:
+            if factor.grad is not None:
+                buckets.setdefault(self._bucket(factor), []).append(factor)
+        # before anything is changed, and once: on a GPU each question waits for all that was asked of it before
+        norm = nn.utils.get_total_norm([f.grad for factors in buckets.values() for f in factors])  # type: ignore[misc]
+        if not torch.isfinite(norm):
+            raise UserError("A gradient is not finite; try a smaller training.learning_rate or model.dtype=float32")
+        grams = self._grams()
+        metrics = []
+        for bucket, factors in buckets.items():
+            own = torch.stack([grams[f] for f in factors])
+            floor = partner_floor(_mean_square(own), group["lr"] * bucket.unit, self.trust)
+            metrics.append(partner_metric(self._metric(factors, grams), floor))
+        directions = descent_directions(self._parts(buckets, inverse_roots(metrics), group["momentum"]))
+        # nothing is asked of the factors any more: both step from where both were
+        for (bucket, factors), steps in zip(buckets.items(), directions, strict=True):
+            steps *= group["lr"] * bucket.unit
+            if group["weight_decay"]:
+                torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])  # type: ignore
+            torch._foreach_sub_(factors, [stored(bucket.side, step) for step in steps.unbind()])  # type: ignore
+
+    def _parts(
+        self, buckets: dict[_Bucket, list[nn.Parameter]], roots: Sequence[Tensor], momentum: float
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(Nesterov's look ahead, S⁻¹, channels) of each bucket; the running means take this step's values in."""
+        for (bucket, factors), root in zip(buckets.items(), roots, strict=True):
+            gradients = torch.stack([laid(bucket.side, f.grad.float(), bucket.experts) for f in factors])  # type: ignore[union-attr]
+            moved = self._running("momentum", factors, gradients, momentum)
+            channels = self._running("channels", factors, channel_profile(root @ gradients), _CHANNEL_MEMORY)
+            yield moved.lerp_(gradients, 1 - momentum), root, channels
+
+    def _running(self, name: str, factors: list[nn.Parameter], values: Tensor, memory: float) -> Tensor:
+        """The factors' running means of `values`, (n, ...), with this step's value in them; a copy."""
+        means = []
+        for factor, value in zip(factors, values, strict=True):
+            state = self.state[factor]
+            if name not in state:
+                state[name] = torch.zeros_like(value)
+            means.append(state[name])
+        torch._foreach_lerp_(means, list(values.unbind()), 1 - memory)  # type: ignore
+        return torch.stack(means)
+
+    def _step_others(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            [p.grad for p in params],  # type: ignore[misc]  # not None
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )
+
+    def _bucket(self, factor: nn.Parameter) -> _Bucket:
+        side, pairs = self.members[factor]
+        return _Bucket(side, pairs[0].num_experts, factor.shape, self._unit(factor), len(pairs))
+
+    def _unit(self, factor: nn.Parameter) -> float:
+        """The first member's; `_metric` measures the others in it."""
+        return self.members[factor][1][0].unit
+
+    def _grams(self) -> dict[nn.Parameter, Tensor]:
+        """Every factor's A·Aᵀ or Bᵀ·B, experts x r x r."""
+        alike: dict[tuple[str, int, torch.Size], list[nn.Parameter]] = {}
+        for factor, (side, pairs) in self.members.items():
+            alike.setdefault((side, pairs[0].num_experts, factor.shape), []).append(factor)
+        grams: dict[nn.Parameter, Tensor] = {}
+        for (side, experts, _), factors in alike.items():
+            rows = torch.stack([laid(side, f.float(), experts) for f in factors])
+            grams.update(zip(factors, (rows @ rows.mT).unbind(), strict=True))
+        return grams
+
+    def _metric(self, factors: list[nn.Parameter], grams: dict[nn.Parameter, Tensor]) -> Tensor:
+        """Mean Gram matrix (n x experts x r x r) of each factor's partners, each in its own layer's unit."""
+        members = [self.members[f] for f in factors]
+        partners = [grams[pair.b if side == "a" else pair.a] for side, pairs in members for pair in pairs]
+        gram = torch.stack(partners).unflatten(0, (len(factors), -1))
+        if gram.shape[1] > 1:
+            gram = gram * self._shares(factors, gram.device)
+        return gram.mean(1)
+
+    def _shares(self, factors: list[nn.Parameter], device: torch.device) -> Tensor:
+        """How much a member's change counts, (n, members, 1, 1, 1); made once: making it has a GPU wait."""
+        key = tuple(map(id, factors))
+        if key not in self._made_shares:
+            shares = [[(self._unit(f) / pair.unit) ** 2 for pair in self.members[f][1]] for f in factors]
+            self._made_shares[key] = torch.tensor(shares, dtype=torch.float32, device=device)[..., None, None, None]
+        return self._made_shares[key]
+
+
+class _Bucket(NamedTuple):
+    """What factors that step together have in common."""
+
+    side: str
+    experts: int
+    shape: torch.Size
+    unit: float
+    num_members: int
+
+
+def laid(side: str, factor: Tensor, experts: int = 1) -> Tensor:
+    """The factors as experts x r x d, from how PEFT stores them.
+
+    >>> laid("b", torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), experts=2).tolist()
+    [[[1, 5], [3, 7]], [[2, 6], [4, 8]]]
+    """
+    if side == "a":
+        return factor.unflatten(0, (experts, -1))
+    return factor.unflatten(1, (-1, experts)).permute(2, 1, 0)
+
+
+def stored(side: str, factors: Tensor) -> Tensor:
+    """Inverse of `laid`."""
+    return factors.flatten(0, 1) if side == "a" else factors.permute(2, 1, 0).flatten(1, 2)
+
+
+def _mean_square(gram: Tensor) -> Tensor:
+    """Mean squared singular value, (..., 1, 1)."""
+    return gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]

@@ -1,0 +1,86 @@
+"""Transformers' TrainingArguments for a run, and what this machine cannot do of them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    TrainingArguments,
+)
+
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.device import has_gpu
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.data.batches import divided_batch, num_steps
+
+
+def training_arguments(config: Config, checkpoints: Path, num_train: int, world_size: int) -> TrainingArguments:
+    """Transformers' arguments for the run. Raises UserError where the batch cannot be divided over the processes."""
+    training = config.training
+    micro, num_micro = divided_batch(config, world_size)
+    steps = num_steps(config, num_train)
+    every = training.eval_steps or max(1, -(-steps // 4))
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=num_micro,
+        per_device_eval_batch_size=training.eval_batch_size,
+        max_steps=steps,
+        learning_rate=training.peak_learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(training.warmup_fraction * steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        **_OPTIMIZERS.get(training.optimizer, {}),
+        activation_checkpointing=bool(training.checkpointing),
+        activation_checkpointing_kwargs=_CHECKPOINTING[training.checkpointing],
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all" if config.data.packing else "non_padding",
+        restore_callback_states_from_checkpoint=True,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        prediction_loss_only=True,
+        seed=training.seed,
+        data_seed=training.seed,
+        use_cpu=not has_gpu(),
+        bf16=False,
+        report_to=list(training.report_to) or "none",
+        disable_tqdm=True,
+        dataloader_pin_memory=has_gpu(),
+        remove_unused_columns=True,
+        ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if world_size > 1 and not has_gpu() else None,
+    )
+
+
+_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw_8bit": {"optim": "adamw_bnb_8bit"}, "paged_adamw_8bit": {"optim": "paged_adamw_8bit"},
+}  # fmt: skip
+"""Our names for what Trainer makes by another."""
+
+
+_CHECKPOINTING: dict[bool | str, dict[str, bool] | None] = {
+    False: None, True: {"use_reentrant": False}, "offload": {"use_reentrant": False, "offload": True},
+}  # fmt: skip
+
+
+def check_machine(config: Config) -> None:
+    """Raises UserError for an optimizer, a place for activations, or a tracker, that this machine has not."""
+    if config.training.checkpointing == "offload" and not has_gpu():
+        raise UserError("training.checkpointing=offload is for GPUs, and there is none here; take true")
+    name = config.training.optimizer
+    if "8bit" in name and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"training.optimizer={name} needs bitsandbytes; pip install bitsandbytes, or take adamw")
+    if name.startswith("paged") and not has_gpu():
+        raise UserError(f"training.optimizer={name} is for GPUs, and there is none here; take adamw_8bit")
+    for tracker in config.training.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"training.report_to={tracker} needs its package; pip install {tracker}, or leave it out")

@@ -1,0 +1,160 @@
+"""Callbacks of Transformers' Trainer: signals, progress, non-finite losses, the sampler's epoch."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.memory import peak_memory
+from sgm_finetune.base.processes import any_process
+from sgm_finetune.data.batches import LengthGroupedSampler
+
+
+class SamplerEpoch(TrainerCallback):
+    """Tells the sampler its epoch. The data loader does not reach it when several processes resume within an epoch."""
+
+    def __init__(self) -> None:
+        self.sampler: LengthGroupedSampler | None = None
+
+    def on_epoch_begin(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        if self.sampler is not None:
+            self.sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+class StepMeter(TrainerCallback):
+    """Times steps: what is between them (validation, checkpoints) does not count."""
+
+    def __init__(self) -> None:
+        self.began: tuple[float, int] | None = None
+
+    def on_step_begin(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        if self.began is None:
+            self.began = time.perf_counter(), state.num_input_tokens_seen
+
+    def read(self, state: TrainerState) -> dict[str, float]:
+        """Since the step that began after the last reading; named as Transformers names what differs between runs."""
+        measured: dict[str, float] = {"train_peak_memory_bytes": peak_memory()}
+        if self.began is not None:
+            seconds, tokens = time.perf_counter() - self.began[0], state.num_input_tokens_seen - self.began[1]
+            if seconds > 0 and tokens > 0:
+                measured["train_tokens_per_second"] = tokens / seconds
+        self.began = None
+        return measured
+
+
+class NonFiniteLoss(TrainerCallback):
+    """Stops the run on a loss or gradient that is not finite, naming the step."""
+
+    def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        for name in ("loss", "grad_norm", "eval_loss"):
+            value = (logs or {}).get(name)
+            if value is not None and not torch.isfinite(torch.tensor(float(value))):
+                raise UserError(
+                    f"{name} is {value} at step {state.global_step}; try a smaller training.learning_rate "
+                    "or model.dtype=float32"
+                )
+
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Interruption(TrainerCallback):
+    """Ctrl-C, SIGTERM, or a closed terminal: finish the step, save a checkpoint, stop. A second signal stops now."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name is not None:
+            if signal.Signals(number).name == "SIGHUP":  # shells send it again
+                return
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+        if not torch.distributed.is_initialized():  # else perhaps there will be no end of this step
+            self._say()
+
+    def _say(self) -> None:
+        print(f"{self.signal_name}: finishing this step and saving a checkpoint", file=sys.stderr, flush=True)
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        if any_process(self.signal_name is not None) and state.global_step < state.max_steps:
+            if torch.distributed.is_initialized() and state.is_world_process_zero:
+                self._say()
+            self.signal_name = self.signal_name or "signal on another process"
+            control.should_save = control.should_training_stop = True  # and a validation that is due comes first
+        return control
+
+
+class TrainingBar(TrainerCallback):
+    """A bar with loss, validation loss, tokens/s and memory; without a terminal, a line now and then."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.columns: dict[str, Any] = {"loss": "", "validation": "", "rate": "", "memory": ""}
+        self.progress: Progress | None = None
+        self.first_step = self.first_tokens = 0
+        self.started = time.perf_counter()
+
+    def on_train_begin(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.started = time.perf_counter()
+        self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
+        self.progress = Progress(
+            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]} {task.fields[validation]} {task.fields[rate]} {task.fields[memory]}"),
+            console=self.console, transient=True, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, **self.columns)
+        self.progress.start()
+
+    def on_step_end(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        if self.progress is not None:
+            self.columns["memory"] = f"{peak_memory() / 2**30:.1f} GiB"
+            self.progress.update(self.task, completed=state.global_step, **self.columns)
+
+    def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if self.progress is None:
+            return
+        if "loss" in logs:
+            self.columns["loss"] = f"loss {logs['loss']:.4f}"
+        if "eval_loss" in logs:
+            self.columns["validation"] = f"validation {logs['eval_loss']:.4f}"
+        steps = max(1, state.global_step - self.first_step)
+        seconds = time.perf_counter() - self.started
+        tokens = state.num_input_tokens_seen - self.first_tokens
+        self.columns["rate"] = f"{tokens / seconds:,.0f} tokens/s · {seconds / steps:.2f} s/step"
+        self.progress.update(self.task, **self.columns)
+        if "eval_loss" in logs and not self.console.is_terminal:
+            shown = " · ".join(text for text in self.columns.values() if text)
+            line = f"  step {state.global_step}/{state.max_steps} · {shown}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def on_train_end(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        if self.progress is not None:
+            self.progress.stop()

@@ -1,0 +1,1 @@
+"""The parts of training.step=fast (docs/method.md section 8)."""

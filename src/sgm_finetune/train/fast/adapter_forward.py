@@ -1,0 +1,204 @@
+"""The fast adapter step: a LoRA layer as one function, without copies (docs/method.md section 8).
+
+PEFT's own forward casts what a layer reads to float32, keeps that copy for the backward pass, and adds three more
+tensors of the output's size. Here u = x Aᵀ is computed in the base's type, once for all readers of x that share A, and
+s·u Bᵀ is added into the base's output where it lies. Kept for the backward pass: x, which its readers share, and u;
+4-bit weights are dequantised again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import Linear, LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from sgm_finetune.model.names import block_of
+from sgm_finetune.train.adapters.apply import ADAPTER, lora_layers
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """y = x Wᵀ + bias + s·u Bᵀ. x: (..., d_in); B: (d_out, r), of any type, as A. `left` is A (r, d_in), of which u =
+    x Aᵀ is made, or u itself (..., r) where layers share it. W and the bias, frozen, are those of `base`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, left: Tensor, b: Tensor, base: nn.Module, scaling: float, shared: bool) -> Tensor:
+        rows, weight = x.reshape(-1, x.shape[-1]), _weight(base, x.dtype)
+        bias: Any = base.bias.to(x.dtype) if base.bias is not None else None  # type: ignore[union-attr, operator]
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])  # no view of what a product gives: some models change it
+        flat = y.view(-1, y.shape[-1])
+        if bias is None:
+            torch.mm(rows, weight.T, out=flat)
+        else:
+            torch.addmm(bias, rows, weight.T, out=flat)
+        kept = weight if isinstance(base, Conv1D) or type(base) is nn.Linear else None
+        del weight
+        a = None if shared else left.to(x.dtype)
+        u = left.reshape(-1, b.shape[1]) if a is None else nn.functional.linear(rows, a)
+        b_rounded = b.to(x.dtype)
+        flat.addmm_(u, b_rounded.T, alpha=scaling)
+        ctx.base, ctx.scaling, ctx.shapes = base, scaling, (x.shape, left.shape)
+        ctx.types = left.dtype, b.dtype
+        ctx.save_for_backward(None if shared else rows, a, u, b_rounded, kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, a, u, b, weight = ctx.saved_tensors
+        x_shape, left_shape = ctx.shapes
+        delta = gradients[0].reshape(-1, gradients[0].shape[-1])
+        for_u = _scaled_product(delta, b, ctx.scaling)
+        # the few rows first: the other way round takes twice as long in float32 on a CPU
+        for_b = torch.empty(b.shape, dtype=ctx.types[1], device=b.device)
+        for_b.copy_(_scaled_product(u.T, delta, ctx.scaling).T)
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            for_x = delta @ (_weight(ctx.base, delta.dtype) if weight is None else weight)
+            if a is not None:
+                for_x.addmm_(for_u, a)
+            for_x = for_x.view(x_shape)
+        left = for_u.view(left_shape) if a is None else (for_u.T @ rows).to(ctx.types[0])
+        return for_x, left, for_b, None, None, None
+
+
+def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """s·a b, in one kernel."""
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scaling)
+
+
+def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """(d_out, d_in), as it lies or dequantised."""
+    weight: Any = base.weight
+    if isinstance(base, Conv1D):
+        return weight.T
+    if type(base) is nn.Linear:
+        return weight
+    if weight.is_meta:  # a stand-in
+        return weight.new_empty((base.out_features, base.in_features), dtype=dtype)  # type: ignore[arg-type]
+    return _dequantiser(weight.is_cuda)(weight, weight.quant_state, dtype)
+
+
+@cache
+def _dequantiser(on_gpu: bool) -> Callable[[Tensor, Any, torch.dtype], Tensor]:
+    """One kernel where there is Triton, else bitsandbytes' three."""
+    if on_gpu and importlib.util.find_spec("triton") is not None:
+        from sgm_finetune.train.fast.nf4_kernel import dequantize
+
+        return dequantize
+    from bitsandbytes.functional import dequantize_4bit
+
+    return lambda weight, state, dtype: dequantize_4bit(weight, state).to(dtype)
+
+
+class _Projection:
+    """u = x Aᵀ of the layers that hold one A: computed when the first of them reads x, and given to the others."""
+
+    def __init__(self, num_readers: int) -> None:
+        self.num_readers, self.left = num_readers, 0
+        self.read: Tensor | None = None
+        self.version = -1
+        self.u: Tensor | None = None
+
+    def __call__(self, x: Tensor, a: Tensor) -> Tensor:
+        if self.u is None or self.read is not x or self.version != x._version:
+            u = nn.functional.linear(x, a.to(x.dtype))
+            if self.num_readers == 1 or x.is_inference():  # such a tensor does not tell that it was changed
+                return u
+            self.read, self.version, self.u, self.left = x, x._version, u, self.num_readers
+        u = self.u
+        self.left -= 1
+        if self.left == 0:  # nothing is held that the backward pass does not hold
+            self.read = self.u = None
+        assert u is not None
+        return u
+
+
+class _Fast:
+    """What is added to PEFT's layers: a forward for plain LoRA on a base whose weights have the input's type."""
+
+    projection: _Projection
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base_layer
+        asked = x if x.is_meta or not torch.is_autocast_enabled(x.device.type) else _autocast(x)
+        if args or kwargs or self.merged or self.disable_adapters or not _fits(base, asked, self.active_adapters):
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        x = asked
+        a, b, scaling = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
+        shared = self.projection.num_readers > 1
+        if not torch.is_grad_enabled():  # single tokens have kernels of their own
+            y = base(x).contiguous()
+            y.view(-1, y.shape[-1]).addmm_(self.projection(x, a).reshape(-1, len(a)), b.to(y.dtype).T, alpha=scaling)
+            return y
+        return _AdaptedLinear.apply(x, self.projection(x, a) if shared else a, b, base, scaling, shared)
+
+
+class FastLinear(_Fast, Linear):
+    """PEFT's, by `_Fast`."""
+
+
+def _autocast(x: Tensor) -> Tensor:
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def _fits(base: nn.Module, x: Tensor, active: list[str]) -> bool:
+    """Whether the base's own forward would do no more than x Wᵀ + bias: it has no hooks (weights that lie elsewhere),
+    nothing of it is trained, and x has its type."""
+    weight: Any = base.weight
+    if active != [ADAPTER] or base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"):
+        return False
+    if weight.requires_grad or (base.bias is not None and base.bias.requires_grad):  # type: ignore[union-attr]
+        return False
+    if isinstance(base, nn.Linear) and type(base) is not nn.Linear:  # bitsandbytes'
+        state = getattr(weight, "quant_state", None)
+        packed = getattr(state, "packing_format_for_cpu", False)
+        return base.compute_dtype == x.dtype and not packed and (state is not None or weight.is_meta)
+    return weight.dtype == x.dtype
+
+
+def _fast_types() -> dict[type, type]:
+    """PEFT's class of a layer -> its fast one."""
+    import peft.tuners.lora as lora
+
+    found: dict[type, type] = {Linear: FastLinear}
+    if (four_bits := getattr(lora, "Linear4bit", None)) is not None:
+        found[four_bits] = _fast_four_bits(four_bits)
+    return found
+
+
+@cache
+def _fast_four_bits(four_bits: type) -> type:
+    return type("FastLinear4bit", (_Fast, four_bits), {"__doc__": FastLinear.__doc__, "__module__": __name__})
+
+
+def use_fast_step(model: PeftModel) -> list[str]:
+    """Has every LoRA layer that can compute the fast way do so; returns the names of those that keep PEFT's forward:
+    those with dropout, a bias of their own or another variant (DoRA), experts, and layers that are neither plain nor
+    4-bit ones. A layer becomes one of a subclass of its class; what that does not know, PEFT's forward does.
+    """
+    layers = lora_layers(model)
+    types = _fast_types()
+    fast = {name: layer for name, layer in layers.items() if _is_plain(layer, types)}
+    readers: dict[tuple[nn.Parameter, str | None], list[LoraLayer]] = {}
+    for name, layer in fast.items():  # of one block, since blocks may be computed again, each by itself (checkpointing)
+        readers.setdefault((layer.lora_A[ADAPTER].weight, block_of(name)), []).append(layer)  # type: ignore
+    for members in readers.values():
+        projection = _Projection(len(members))
+        for layer in members:
+            layer.__class__ = types.get(type(layer), type(layer))
+            layer.projection = projection  # type: ignore[assignment]
+    return [name for name in layers if name not in fast]
+
+
+def _is_plain(layer: nn.Module, types: dict[type, type]) -> bool:
+    if type(layer) not in (*types, *types.values()) or layer.lora_variant or layer.lora_bias[ADAPTER]:  # type: ignore
+        return False
+    base = layer.base_layer
+    known = type(base) in (nn.Linear, Conv1D) or type(layer) not in (Linear, FastLinear)
+    return known and isinstance(layer.lora_dropout[ADAPTER], nn.Identity)  # type: ignore[index]
