@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import torch
 
 from sgm_finetune.measure.scan_result import MatrixScan
-from sgm_finetune.method.build_plan import Energy, Group, KindNumbers, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.method.plan import Energy, Group, KindNumbers, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.method.singular_values import Spectrum
 from sgm_finetune.method.snr import signal_to_noise
 from sgm_finetune.results.report.histogram import histogram_of
