@@ -40,8 +40,8 @@ from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.measure.probe_batches import probe_batches
 from sgm_finetune.measure.scan_result import Scan
-from sgm_finetune.method.build_plan import Group, Plan, PlannedMatrix
-from sgm_finetune.method.plan_rules import adapter_parameters
+from sgm_finetune.method.parameter_count import adapter_parameters
+from sgm_finetune.method.plan import Group, Plan, PlannedMatrix
 from sgm_finetune.method.subspace import (
     SIDES,
     energy_kept,

@@ -36,7 +36,7 @@ _NEAREST = 1.5  # how much farther than the nearest bulk one with fewer signals 
 
 
 @dataclass(frozen=True)
-class SpectrumStatistics:
+class SnrStatistics:
     """What the singular values of one matrix say about noise and signal."""
 
     sigma: float
@@ -156,7 +156,7 @@ def estimate_noise(singular_values: Tensor | Sequence[float], rows: int, cols: i
 
 def signal_to_noise(
     singular_values: Tensor | Sequence[float], rows: int, cols: int, estimator: Estimator = "mp"
-) -> SpectrumStatistics:
+) -> SnrStatistics:
     """Noise level, signal rank and signal-to-noise ratio of a rows x cols matrix with these singular values (eq. 6).
 
     "mp" is finite for every finite matrix: zeros and pure noise have SNR 0 (NO_SIGNAL_DB), and a matrix without noise
@@ -176,7 +176,7 @@ def signal_to_noise(
             snr = s[:rank].square().sum().item() / noise if rank else 0.0
         case "spectrum":
             sigma, rank, edge, snr = _published(s, rows, cols, largest)
-    return SpectrumStatistics(sigma * largest, edge * largest, rank, snr, ratio_decibels(snr))
+    return SnrStatistics(sigma * largest, edge * largest, rank, snr, ratio_decibels(snr))
 
 
 def _normalised(singular_values: Tensor | Sequence[float], rows: int, cols: int) -> tuple[Tensor, float]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from sgm_finetune.base.config import Config, LabelKind
 from sgm_finetune.base.files import whole_file, write_text, writing
 from sgm_finetune.measure.plan_file import plan_document
-from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.method.plan import Plan
 from sgm_finetune.train.adapters.apply import ADAPTER
 
 PTH = "sgm_finetuned.pth"

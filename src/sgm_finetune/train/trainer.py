@@ -30,7 +30,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import writing
 from sgm_finetune.base.processes import sum_over_processes
 from sgm_finetune.data.batches import LengthGroupedSampler, by_length
-from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.method.plan import Plan
 from sgm_finetune.train.adapters.apply import tie
 from sgm_finetune.train.adapters.optimizer import create_optimizer
 from sgm_finetune.train.callbacks import Interruption, NonFiniteLoss, SamplerEpoch, StepMeter, TrainingBar
