@@ -19,7 +19,7 @@ from sgm_finetune.method.subspace import (
     Sketch,
     cosines,
     energy_kept,
-    equalised,
+    equalise_channels,
     leading_basis,
     leading_rows,
     pairwise_retention,
@@ -81,7 +81,7 @@ class KindAgreement:
 
 def side_agreement(members: Sequence[MatrixNumbers], side: Side, rank: int) -> SideAgreement:
     """Returns how well `members`, which have been probed and are equally wide on `side`, can share a basis there."""
-    loud = equalised([half.side(side) for matrix in members for half in probed_halves(matrix)])
+    loud = equalise_channels([half.side(side) for matrix in members for half in probed_halves(matrix)])
     sketches = list(zip(loud[::2], loud[1::2], strict=True))
     firsts, seconds = [first for first, _ in sketches], [second for _, second in sketches]
     kept_own = [

@@ -96,7 +96,7 @@ def _decompose(talls: Sequence[Tensor], dtype: torch.dtype) -> list[SingularValu
     eigenvalues = torch.linalg.eigvalsh(stacked).double().flip(-1).cpu()
     found: list[SingularValues | None] = []
     for values, (gram, scale, rows) in zip(eigenvalues, grams, strict=True):
-        if dtype == torch.float32 and not _resolved(values):
+        if dtype == torch.float32 and not _is_resolved(values):
             found.append(None)
         else:
             alive = int((gram.diagonal() > 0).sum())
@@ -105,7 +105,7 @@ def _decompose(talls: Sequence[Tensor], dtype: torch.dtype) -> list[SingularValu
     return found
 
 
-def _resolved(eigenvalues: Tensor) -> bool:
+def _is_resolved(eigenvalues: Tensor) -> bool:
     """Whether float32 is enough for these (descending): few zeros, and noise that is not small beside the largest."""
     size, largest = len(eigenvalues), eigenvalues[0]
     num_tiny = int((eigenvalues <= _SINGULAR * largest).sum())
