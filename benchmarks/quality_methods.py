@@ -40,12 +40,12 @@ from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.measure.probe_batches import probe_batches
 from sgm_finetune.measure.scan import scan
 from sgm_finetune.measure.scan_result import Scan
+from sgm_finetune.method.parameter_count import adapter_parameters
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix
-from sgm_finetune.method.plan_rules import adapter_parameters
 from sgm_finetune.method.subspace import (
     SIDES,
     energy_kept,
-    equalised,
+    equalise_channels,
     leading_basis,
     leading_rows,
     shared_basis,
@@ -347,7 +347,7 @@ def energy_retained(plan: Plan, probed: Probe) -> float:
     over all adapted matrices, 1 for one without a group."""
     rank, shares = plan.settings.rank, dict.fromkeys((matrix.name for matrix in plan.selected), 1.0)
     for group in plan.groups:
-        loud = equalised([half.side(group.side) for name in group.members for half in probed.halves[name]])
+        loud = equalise_channels([half.side(group.side) for name in group.members for half in probed.halves[name]])
         halves = loud[::2], loud[1::2]
         together, own = torch.zeros(len(group.members)), torch.zeros(len(group.members))
         for fit, held_out in (halves, halves[::-1]):

@@ -26,7 +26,7 @@ from sgm_finetune.data.splits import load_splits
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.measure.scan_formats import load_scan
 from sgm_finetune.measure.scan_result import by_parameter
-from sgm_finetune.method.plan_rules import adapter_parameters
+from sgm_finetune.method.parameter_count import adapter_parameters
 from sgm_finetune.model.load import check_model, load_tokenizer, skeleton
 from sgm_finetune.model.weights.stored import stored_matrices
 from sgm_finetune.results.folder import as_it_began, recall_start

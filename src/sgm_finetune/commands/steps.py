@@ -22,8 +22,8 @@ from sgm_finetune.measure.probe_batches import probe_batches, probe_pieces
 from sgm_finetune.measure.scan import scan
 from sgm_finetune.measure.scan_formats import load_scan
 from sgm_finetune.measure.scan_result import Scan
+from sgm_finetune.method.parameter_count import adapter_parameters
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.method.plan_rules import adapter_parameters
 from sgm_finetune.model.matrices import adaptable, out_of_reach
 from sgm_finetune.results.evaluation import evaluate_answers, evaluate_model
 from sgm_finetune.results.examples import kept_predictions
