@@ -206,18 +206,19 @@ def scan(
     from sgm_finetune.commands import scan as scanning
 
     try:
-        scanned = scanning.scan_to(
+        request = scanning.ScanRequest(
             model,
-            _console(as_json or (output is None and format is not None), result=output is None),
             output=output,
             format=None if as_json else format,
             estimator=estimator,
             top_fraction=top_fraction,
             control=control,
             plot=plot,
-            matrices=matrix or (),
+            matrices=tuple(matrix or ()),
             fresh=fresh,
         )
+        console = _console(as_json or (output is None and format is not None), result=output is None)
+        scanned = scanning.run_scan(request, console)
     except scanning.ScanInterrupted as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(130) from None

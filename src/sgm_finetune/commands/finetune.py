@@ -25,8 +25,9 @@ from sgm_finetune.base.processes import on_main, processes
 from sgm_finetune.base.text import gib
 from sgm_finetune.data.prepared import PreparedData, prepare_data
 from sgm_finetune.data.questions import has_answers, questions
-from sgm_finetune.measure.make_plan import describe_plan, make_plan, remarks
+from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.plan_file import load_plan
+from sgm_finetune.measure.plan_summary import describe_plan, plan_remarks
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.measure.probe_batches import probe_batches, probe_pieces
 from sgm_finetune.measure.scan import scan
@@ -409,7 +410,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _tell_plan(plan: Plan, log: StepLog) -> None:
     log.line("plan", describe_plan(plan))
-    for remark in remarks(plan):
+    for remark in plan_remarks(plan):
         log.line("", remark)
 
 
