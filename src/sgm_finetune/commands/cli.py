@@ -181,21 +181,22 @@ def scan_command(
         raise UserError("--matrix says which histograms to draw; it needs --plot FOLDER")
     if as_json and format not in (None, "json"):
         raise UserError(f"--json and --format {format} print two things; leave one of them out")
-    from sgm_finetune.commands.scan import ScanInterrupted, scan_to
+    from sgm_finetune.commands.scan import ScanInterrupted, ScanRequest, run_scan
 
+    request = ScanRequest(
+        model,
+        output=output,
+        format=None if as_json else format,
+        estimator=estimator,
+        top_fraction=top_fraction,
+        control=control,
+        plot=plot,
+        matrices=tuple(matrix or ()),
+        fresh=fresh,
+    )
+    console = _console(as_json or (output is None and format is not None), result=output is None)
     try:
-        scanned = scan_to(
-            model,
-            _console(as_json or (output is None and format is not None), result=output is None),
-            output=output,
-            format=None if as_json else format,
-            estimator=estimator,
-            top_fraction=top_fraction,
-            control=control,
-            plot=plot,
-            matrices=matrix or (),
-            fresh=fresh,
-        )
+        scanned = run_scan(request, console)
     except ScanInterrupted as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(130) from None

@@ -13,7 +13,7 @@ from transformers import TextStreamer, set_seed
 from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.encoding import asked_text, written_answers
-from sgm_finetune.model.load import num_positions
+from sgm_finetune.model.architecture import num_positions
 from sgm_finetune.results.generation import continue_prompts
 from sgm_finetune.results.load import LoadedResult, Result
 

@@ -33,7 +33,7 @@ from sgm_finetune.measure.probe import following
 from sgm_finetune.measure.probe_batches import probe_batches, probe_pieces
 from sgm_finetune.method.plan import Group, MatrixNumbers, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.method.selection import select_matrices
-from sgm_finetune.model.load import check_checkpointing, skeleton
+from sgm_finetune.model.load import Head, check_checkpointing, skeleton
 from sgm_finetune.model.matrices import Matrix, adaptable
 from sgm_finetune.model.names import kind_of, layer_of
 from sgm_finetune.model.stand_ins import stored_bytes
@@ -118,10 +118,9 @@ def estimate(
     release_memory()
     process = 0 if has_gpu() else held_memory() + LIBRARIES_LATER
     try:
-        model = skeleton(
-            config.model, prepared.folder, prepared.splits.labels, prepared.tokenizer.pad_token_id,  # type: ignore
-            prepared.splits.label_kind,
-        )  # fmt: skip
+        splits, padding = prepared.splits, prepared.tokenizer.pad_token_id
+        head = Head(splits.labels, splits.label_kind, padding)  # type: ignore[arg-type]  # one token's id
+        model = skeleton(config.model, prepared.folder, head)
         return _Estimator(config, prepared, model, process, {} if followed is None else followed).run(plan)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise PredictionError(
