@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sgm_finetune.base.config import Config, known_keys, load_config, parse_config
+from sgm_finetune.base.config import Config, known_keys
+from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sgm_finetune.base.config import Task, known_keys, load_config, parse_config
+from sgm_finetune.base.config import Task, known_keys
+from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.reference import commented_yaml, json_schema, keys, reference_page
 from sgm_finetune.commands.cli import main
 from sgm_finetune.commands.init import begin

@@ -15,7 +15,8 @@ from fuzz_seeds import as_gguf, finished_run
 from processes import environment
 from rich.console import Console
 
-from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.untrusted import MAX_JSON, check_inside, parse_json, parse_yaml, read_json, read_torch
 from sgm_finetune.commands import finetune as pipeline

@@ -17,7 +17,7 @@ from processes import ROOT, environment
 from rich.console import Console
 from safetensors.torch import load_file
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import locked, whole_file
 from sgm_finetune.commands import finetune as pipeline

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from made_up_runs import classification_metrics, language_metrics, read, sample_history, sample_plan
 
-from sgm_finetune.base.config import parse_config
+from sgm_finetune.base.config_file import parse_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.cli import main
 from sgm_finetune.measure.plan_file import save_plan

@@ -15,7 +15,8 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.generate import side_by_side
-from sgm_finetune.results.answers import Message, Result, Sampling, When, answer, load_result, trained_config
+from sgm_finetune.data.columns import Message
+from sgm_finetune.results.answers import Result, Sampling, When, answer, load_result, trained_config
 
 HELP = "/clear begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 

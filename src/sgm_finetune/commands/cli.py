@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sgm_finetune.base.config import Config, Quantization, Task, load_config
+from sgm_finetune.base.config import Config, Quantization, Task
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.exit_status import (
     Terminated,

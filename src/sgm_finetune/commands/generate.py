@@ -18,9 +18,9 @@ from sgm_finetune.base.config import Config, Role, Task
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data import columns
+from sgm_finetune.data.columns import Message
 from sgm_finetune.data.tables import one_line, read_file
 from sgm_finetune.results.answers import (
-    Message,
     Prompt,
     Result,
     Sampling,

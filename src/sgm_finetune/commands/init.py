@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.prompt import Prompt
 
-from sgm_finetune.base.config import Config, Quantization, Role, Task, parse_config
+from sgm_finetune.base.config import Config, Quantization, Role, Task
+from sgm_finetune.base.config_file import parse_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_json, write_text
 from sgm_finetune.base.memory import memory_within_reach

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from sgm_finetune.base.config import Config, LabelKind, Task
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.data.columns import Message
 from sgm_finetune.data.encoding import asked_text, written_answers
 from sgm_finetune.model.folder import announce_own_code, local_folder
 from sgm_finetune.model.load import check_model, load_tokenizer, num_positions
@@ -26,10 +27,6 @@ from sgm_finetune.train.base_model import _load_base
 from sgm_finetune.train.launch import follow_launcher
 
 When = Literal["before", "after"]
-
-
-Message = dict[str, str]
-
 
 Prompt = str | tuple[str, str] | list[Message] | list[str]
 """A text; two texts; a conversation; or the words of a sentence."""

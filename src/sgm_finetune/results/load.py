@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sgm_finetune.base.config import Config, LabelKind, ModelConfig, parse_config, set_overrides
+from sgm_finetune.base.config import Config, LabelKind, ModelConfig
+from sgm_finetune.base.config_file import parse_config, set_overrides
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.device import device_for
 from sgm_finetune.base.errors import UserError

@@ -1,0 +1,140 @@
+"""Reads the configuration from a YAML file and `key=value` overrides, and says in one line what is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from sgm_finetune.base.config import Config, known_keys, sections
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.untrusted import parse_yaml, read_yaml
+
+
+def load_config(path: Path | str | None, overrides: typing.Sequence[str] = ()) -> Config:
+    """The configuration in a YAML file (None: all defaults) with `section.key=value` overrides applied.
+
+    Raises UserError, one line each, for a missing or unreadable file, an unknown key (with the nearest known one),
+    a value of the wrong type or out of its range, and an override that is not `key=value`.
+    """
+    where = str(path) if path is not None else "defaults"
+    values = _read_yaml(Path(path)) if path is not None else {}
+    origin = dict.fromkeys(_leaf_keys(values), where)
+    return parse_config(values, where, origin | set_overrides(values, overrides))
+
+
+def set_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, str]:
+    """Writes `section.key=value` overrides into nested plain `values`; returns each key's origin, for messages."""
+    origin = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"`{override}` is not key=value; write for example training.epochs=1")
+        try:
+            value = parse_yaml(text) if text.strip() else None
+        except ValueError:
+            value = text
+        _set_key(values, key.strip(), value, override)
+        origin[key.strip()] = f"`{override}`"
+    return origin
+
+
+def parse_config(
+    values: dict[str, Any], where: str = "config", origin: typing.Mapping[str, str] = types.MappingProxyType({})
+) -> Config:
+    """The configuration in nested plain `values`; errors name `where` they stood, or a key's own `origin`."""
+    _reject_unknown_keys(values, Config, (), where, origin)
+    try:  # a section with nothing under it is None, and means its defaults
+        return Config.model_validate({key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        raise UserError(_one_line(error, where, origin)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = read_yaml(path)
+    except FileNotFoundError:
+        raise UserError(f"No configuration file {path}; give one with --config, or begin one with sgm init") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {_describe(values)}; a configuration is a list of `key: value` lines")
+    return values
+
+
+def _leaf_keys(values: dict[str, Any], prefix: str = "") -> typing.Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaf_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _set_key(values: dict[str, Any], dotted: str, value: Any, override: str) -> None:
+    *sections, leaf = dotted.split(".")
+    for section in sections:
+        inner = values.get(section)
+        if inner is None:
+            inner = values[section] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"`{override}`: `{section}` holds {_describe(inner)}, not further keys")
+        values = inner
+    values[leaf] = value
+
+
+def _reject_unknown_keys(values, model, path, where, origin) -> None:
+    for key, value in values.items():
+        dotted = ".".join((*path, str(key)))
+        if key not in model.model_fields:
+            raise UserError(
+                f"{_origin(dotted, where, origin)}: unknown key `{dotted}`{_suggestion(str(key), model, dotted)}"
+            )
+        section = sections(model).get(key)
+        if section is not None:
+            if value is None:
+                continue
+            if not isinstance(value, dict):
+                keys = ", ".join(section.model_fields)
+                raise UserError(f"{where}: `{dotted}` is {_describe(value)}; it takes the keys {keys}")
+            _reject_unknown_keys(value, section, (*path, key), where, origin)
+
+
+def _origin(dotted: str, where: str, origin: typing.Mapping[str, str]) -> str:
+    """Where the key, or one below it, was written."""
+    return origin.get(dotted) or next((o for key, o in origin.items() if key.startswith(f"{dotted}.")), where)
+
+
+def _suggestion(key: str, model: type[BaseModel], dotted: str) -> str:
+    near = difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean `{near[0]}`?"
+    elsewhere = [known for known in known_keys() if known.rpartition(".")[2] == key]
+    elsewhere += difflib.get_close_matches(dotted, known_keys(), n=1, cutoff=0.6)
+    if elsewhere:
+        return f"; did you mean `{elsewhere[0]}`?"
+    return f"; known here: {', '.join(model.model_fields)}"
+
+
+def _one_line(error: ValidationError, where: str, origin: typing.Mapping[str, str]) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    dotted = ".".join(location)
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if first["type"] == "value_error" and len(location) <= 1:  # a rule across keys names them itself
+        return f"{where}: {message}"
+    known = next((key for key in known_keys() if dotted == key or dotted.startswith(f"{key}.")), dotted)
+    return f"{_origin(known, where, origin)}: `{known}` is {_describe(first['input'])}; {message}"
+
+
+def _describe(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
