@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -13,12 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sgm_finetune.base.errors import UserError
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from sgm_finetune.base.errors import UserError
 
 
 @contextmanager
@@ -48,37 +46,42 @@ def _disk_says(error: Exception, path: Path) -> str | None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds `folder` against other processes; the lock goes with the process, however it ends. Raises UserError where
-    another one holds it. File systems without locks (some of a network) do not hold anything."""
-    if fcntl is None:
-        yield
-        return
+    """Holds `folder`, which it makes, against other processes. The lock ends with the process, however that ends.
+
+    Raises UserError with the name of the holder when another process has the folder. A file system without locks
+    (some network file systems) does not stop the run.
+    """
     path = folder / LOCK
-    while True:
-        with writing(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+", encoding="utf-8")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise UserError(f"{folder} is in use by {holder}; wait for it, or name another output.dir") from None
-            except OSError:
-                pass
-            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
-                continue  # who held it has just removed it
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
+    lock = FileLock(path, timeout=0.2, fallback_to_soft=False)  # a holder may be removing the file: try again
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            holder = _holder(path) or "another process"
+            raise UserError(f"{folder} is in use by {holder}; wait for it, or name another output.dir") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+    try:
+        with suppress(OSError):  # the name is for messages only
+            path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+        yield
+    finally:
+        with suppress(PermissionError):  # Windows does not remove an open file
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
+def _holder(path: Path) -> str:
+    """The text that the holder of a lock left in its file; "" when there is none to read."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 LOCK = ".lock"
 
 
