@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from sgm_finetune.base.config import Config, known_keys, sections
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.text import short_repr
 from sgm_finetune.base.untrusted import parse_yaml, read_yaml
 
 
@@ -66,7 +67,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds {_describe(values)}; a configuration is a list of `key: value` lines")
+        raise UserError(f"{path} holds {short_repr(values, limit=60)}; a configuration is a list of `key: value` lines")
     return values
 
 
@@ -85,7 +86,7 @@ def _set_key(values: dict[str, Any], dotted: str, value: Any, override: str) -> 
         if inner is None:
             inner = values[section] = {}
         if not isinstance(inner, dict):
-            raise UserError(f"`{override}`: `{section}` holds {_describe(inner)}, not further keys")
+            raise UserError(f"`{override}`: `{section}` holds {short_repr(inner, limit=60)}, not further keys")
         values = inner
     values[leaf] = value
 
@@ -103,7 +104,7 @@ def _reject_unknown_keys(values, model, path, where, origin) -> None:
                 continue
             if not isinstance(value, dict):
                 keys = ", ".join(section.model_fields)
-                raise UserError(f"{where}: `{dotted}` is {_describe(value)}; it takes the keys {keys}")
+                raise UserError(f"{where}: `{dotted}` is {short_repr(value, limit=60)}; it takes the keys {keys}")
             _reject_unknown_keys(value, section, (*path, key), where, origin)
 
 
@@ -132,9 +133,4 @@ def _one_line(error: ValidationError, where: str, origin: typing.Mapping[str, st
     if first["type"] == "value_error" and len(location) <= 1:  # a rule across keys names them itself
         return f"{where}: {message}"
     known = next((key for key in known_keys() if dotted == key or dotted.startswith(f"{key}.")), dotted)
-    return f"{_origin(known, where, origin)}: `{known}` is {_describe(first['input'])}; {message}"
-
-
-def _describe(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{_origin(known, where, origin)}: `{known}` is {short_repr(first['input'], limit=60)}; {message}"

@@ -32,6 +32,26 @@ def first_line(error: BaseException, limit: int = 160) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:limit]
 
 
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """An exception's whole message on one line of at most `limit` characters; its type when it has no message.
+
+    >>> one_line(ValueError("no number\\n in row 3"))
+    'no number in row 3'
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def short_repr(value: object, limit: int = 40) -> str:
+    """`repr(value)`, cut to `limit` characters.
+
+    >>> short_repr("much too long a value", limit=12)
+    "'much too..."
+    """
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def first_mistake(error: ValidationError) -> str:
     """The first mistake that pydantic found: where it is, and what is wrong.
 

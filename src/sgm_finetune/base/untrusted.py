@@ -43,7 +43,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def require_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model or a run. Raises UserError."""
     try:
         return read_json_object(path)

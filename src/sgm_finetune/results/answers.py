@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from sgm_finetune.base.config import Config, LabelKind, Task
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.data.chat import asked_text, written_answers
 from sgm_finetune.data.columns import Message
-from sgm_finetune.data.encoding import asked_text, written_answers
 from sgm_finetune.model.folder import announce_own_code, local_folder
 from sgm_finetune.model.load import check_model, load_tokenizer, num_positions
 from sgm_finetune.results.files import PTH

@@ -19,7 +19,7 @@ from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.device import device_for
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import first_mistake
-from sgm_finetune.base.untrusted import check_bounded, read_object, read_torch, refuse
+from sgm_finetune.base.untrusted import check_bounded, read_torch, refuse, require_json_object
 from sgm_finetune.measure.plan_file import parse_plan
 from sgm_finetune.model.folder import announce_own_code, local_folder
 from sgm_finetune.model.four_bit import ready_for_backward
@@ -166,13 +166,13 @@ class Result:
     @property
     def base_config(self) -> dict[str, Any]:
         """The base model's config.json."""
-        return read_object(self.folder / "config.json")
+        return require_json_object(self.folder / "config.json")
 
     @property
     def metrics(self) -> dict[str, Any]:
         """metrics.json beside the result; {} where it is gone."""
         path = self.path.parent / "metrics.json"
-        return read_object(path) if path.is_file() else {}
+        return require_json_object(path) if path.is_file() else {}
 
 
 def read_result(config: Config, overrides: Sequence[str], log: StepLog) -> Result:
