@@ -17,12 +17,14 @@ from rich.console import Console
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.config_file import load_config
+from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.untrusted import MAX_JSON, check_inside, parse_json, parse_yaml, read_json, read_torch
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands.cli import main
 from sgm_finetune.model.load import check_model
 from sgm_finetune.model.weights.stored import stored_matrices, weight_files
+from sgm_finetune.results.answers import load_result
 from sgm_finetune.results.load import load_pth, stored_config
 
 
@@ -234,7 +236,7 @@ def strangers(tmp_path):
 def test_a_strangers_pth_gives_peft_no_other_settings(changes, why, strangers):
     names = strangers(peft_config=changes)
     with pytest.raises(UserError, match=why.replace("(", r"\(")):
-        pipeline.load_result(load_config(None, names), names, pipeline.StepLog(Console(quiet=True)))
+        load_result(load_config(None, names), names, StepLog(Console(quiet=True)))
 
 
 def test_a_strangers_pth_switches_on_no_code_and_moves_no_output(strangers, tmp_path):

@@ -116,7 +116,8 @@ def init(
         raise UserError("sgm init asks, and there is no terminal; give the four answers as options, or --yes")
     from sgm_finetune.commands import init as first_config
 
-    first_config.begin(path, console, model, data, task, quantization, ask=not yes, overwrite=force)
+    given = first_config.Answers(model, data, task, quantization)
+    first_config.write_first_config(path, console, given, ask=not yes, overwrite=force)
     console.print(f"[bold]{'saved':<8}[/bold] {path}\n{first_config.next_steps(path)}", highlight=False, soft_wrap=True)
 
 
