@@ -45,7 +45,7 @@ def _disk_says(error: Exception, path: Path) -> str | None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Holds `folder`, which it makes, against other processes. The lock ends with the process, however that ends.
 
     Raises UserError with the name of the holder when another process has the folder. A file system without locks

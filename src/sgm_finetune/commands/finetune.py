@@ -19,7 +19,7 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import Clock, StepLog
 from sgm_finetune.base.environment import environment
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import disk_free, locked, write_json, write_text
+from sgm_finetune.base.files import disk_free, lock_folder, write_json, write_text
 from sgm_finetune.base.memory import memory_within_reach, peak_memory, release_memory
 from sgm_finetune.base.processes import on_main, processes
 from sgm_finetune.base.text import gib
@@ -187,7 +187,7 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
 def _hold(output: Path, held: ExitStack) -> None:
     """By the first process, for all."""
     if processes().is_main_process:
-        held.enter_context(locked(output))
+        held.enter_context(lock_folder(output))
 
 
 def _estimated(config: Config, prepared: PreparedData, plan: Plan | None, log: StepLog) -> tuple[Config, Estimate]:

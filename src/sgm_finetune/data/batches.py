@@ -106,7 +106,7 @@ def _collate(examples: Sequence[Mapping[str, Any]], pad_id: int, task: Task, mul
     return batch
 
 
-def divided_batch(config: Config, world_size: int) -> tuple[int, int]:
+def divide_batch(config: Config, world_size: int) -> tuple[int, int]:
     """(examples in a micro-batch, micro-batches of each process in a step). Raises UserError where the batch cannot be
     divided over the processes."""
     batch = config.training.batch_size
