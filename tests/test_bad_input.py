@@ -277,7 +277,11 @@ TASKS: list[Row] = [
         ["`label` is 3, no list", "[] for none"],
     ),
     ("packed reviews", lambda p: ["data.packing=true"], ["data.packing=true", "completion and chat"]),
-    ("a stream of unknown length", lambda p: ["data.streaming=true"], ["data.num_train", "how many rows to take"]),
+    (
+        "a stream of unknown length",
+        lambda p: ["data.streaming=true"],
+        ["data.num_train", "the number of rows to read"],
+    ),
     (
         "a stream of text",
         lambda p: [LM, f"data.train={p.file('x.txt', REVIEWS)}", *STREAM],

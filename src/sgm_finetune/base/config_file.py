@@ -1,4 +1,4 @@
-"""Reads the configuration from a YAML file and `key=value` overrides, and says in one line what is wrong with it."""
+"""Reads the configuration from a YAML file and `key=value` overrides; reports a mistake in one line."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sgm_finetune.base.untrusted import parse_yaml, read_yaml
 
 
 def load_config(path: Path | str | None, overrides: typing.Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file (None: all defaults) with `section.key=value` overrides applied.
+    """The configuration in a YAML file (None: all defaults), with `section.key=value` overrides applied.
 
-    Raises UserError, one line each, for a missing or unreadable file, an unknown key (with the nearest known one),
-    a value of the wrong type or out of its range, and an override that is not `key=value`.
+    Raises UserError for a missing or unreadable file, an unknown key (the message names the nearest known key), a value
+    of the wrong type or out of range, and an override that is not `key=value`.
     """
     where = str(path) if path is not None else "defaults"
     values = _read_yaml(Path(path)) if path is not None else {}
@@ -29,7 +29,10 @@ def load_config(path: Path | str | None, overrides: typing.Sequence[str] = ()) -
 
 
 def set_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, str]:
-    """Writes `section.key=value` overrides into nested plain `values`; returns each key's origin, for messages."""
+    """Writes `section.key=value` overrides into the nested `values`. Returns the origin of each key, for messages.
+
+    Raises UserError when an override is not `key=value` or puts a key below a plain value.
+    """
     origin = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -47,19 +50,22 @@ def set_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> di
 def parse_config(
     values: dict[str, Any], where: str = "config", origin: typing.Mapping[str, str] = types.MappingProxyType({})
 ) -> Config:
-    """The configuration in nested plain `values`; errors name `where` they stood, or a key's own `origin`."""
+    """The configuration in the nested `values`.
+
+    Raises UserError for an unknown key or a wrong value. The message begins with the `origin` of the key, else `where`.
+    """
     _reject_unknown_keys(values, Config, (), where, origin)
-    try:  # a section with nothing under it is None, and means its defaults
+    try:  # an empty section is None in YAML and takes its defaults
         return Config.model_validate({key: value for key, value in values.items() if value is not None})
     except ValidationError as error:
-        raise UserError(_one_line(error, where, origin)) from None
+        raise UserError(_describe_error(error, where, origin)) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = read_yaml(path)
     except FileNotFoundError:
-        raise UserError(f"No configuration file {path}; give one with --config, or begin one with sgm init") from None
+        raise UserError(f"No configuration file {path}; name one with --config, or create one with sgm init") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except ValueError as error:
@@ -67,7 +73,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds {short_repr(values, limit=60)}; a configuration is a list of `key: value` lines")
+        raise UserError(f"{path} holds {short_repr(values, limit=60)}; write `key: value` lines")
     return values
 
 
@@ -80,18 +86,19 @@ def _leaf_keys(values: dict[str, Any], prefix: str = "") -> typing.Iterator[str]
 
 
 def _set_key(values: dict[str, Any], dotted: str, value: Any, override: str) -> None:
-    *sections, leaf = dotted.split(".")
-    for section in sections:
+    *parents, leaf = dotted.split(".")
+    for section in parents:
         inner = values.get(section)
         if inner is None:
             inner = values[section] = {}
         if not isinstance(inner, dict):
-            raise UserError(f"`{override}`: `{section}` holds {short_repr(inner, limit=60)}, not further keys")
+            raise UserError(f"`{override}`: `{section}` holds {short_repr(inner, limit=60)}, which has no keys")
         values = inner
     values[leaf] = value
 
 
 def _reject_unknown_keys(values, model, path, where, origin) -> None:
+    """Raises UserError for a key that the model does not have, at any depth below `path`."""
     for key, value in values.items():
         dotted = ".".join((*path, str(key)))
         if key not in model.model_fields:
@@ -109,11 +116,12 @@ def _reject_unknown_keys(values, model, path, where, origin) -> None:
 
 
 def _origin(dotted: str, where: str, origin: typing.Mapping[str, str]) -> str:
-    """Where the key, or one below it, was written."""
+    """The place where the key, or a key below it, was written."""
     return origin.get(dotted) or next((o for key, o in origin.items() if key.startswith(f"{dotted}.")), where)
 
 
 def _suggestion(key: str, model: type[BaseModel], dotted: str) -> str:
+    """The end of a message about an unknown key: the nearest known key, else the keys of its section."""
     near = difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.6)
     if near:
         return f"; did you mean `{near[0]}`?"
@@ -121,16 +129,16 @@ def _suggestion(key: str, model: type[BaseModel], dotted: str) -> str:
     elsewhere += difflib.get_close_matches(dotted, known_keys(), n=1, cutoff=0.6)
     if elsewhere:
         return f"; did you mean `{elsewhere[0]}`?"
-    return f"; known here: {', '.join(model.model_fields)}"
+    return f"; known keys: {', '.join(model.model_fields)}"
 
 
-def _one_line(error: ValidationError, where: str, origin: typing.Mapping[str, str]) -> str:
+def _describe_error(error: ValidationError, where: str, origin: typing.Mapping[str, str]) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     dotted = ".".join(location)
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if first["type"] == "value_error" and len(location) <= 1:  # a rule across keys names them itself
+    if first["type"] == "value_error" and len(location) <= 1:  # a rule about several keys names them itself
         return f"{where}: {message}"
     known = next((key for key in known_keys() if dotted == key or dotted.startswith(f"{key}.")), dotted)
     return f"{_origin(known, where, origin)}: `{known}` is {short_repr(first['input'], limit=60)}; {message}"
