@@ -355,7 +355,7 @@ MODEL: list[Row] = [
 
 PLAN: list[Row] = [
     ("no such plan", lambda p: [f"plan={p.folder / 'x.json'}"], ["x.json", "sgm plan"]),
-    ("a plan that is no JSON", lambda p: [f"plan={p.file('plan.json', 'a: b')}"], ["plan.json", "no usable plan"]),
+    ("a plan that is no JSON", lambda p: [f"plan={p.file('plan.json', 'a: b')}"], ["plan.json", "not a usable plan"]),
     ("a plan that is a list", lambda p: [f"plan={p.file('plan.json', '[]')}"], ["plan.json", "a list"]),
     (
         "a plan with an unknown entry",

@@ -139,7 +139,7 @@ def test_a_report_is_made_again_where_the_folder_lies_now(tmp_path, capfd):
         ("metrics.json", "{", "cannot be read"), ("metrics.json", "[]", "holds a list, not an object"),
         ("metrics.json", "{}", "was not written by `sgm finetune`"), ("history.json", "[1]", "is no history"),
         ("history.json", '[{"loss": "low"}]', "is no history"), ("pictures.json", '{"a": 1}', "holds no pictures"),
-        ("examples.json", '{"examples": [{}]}', "holds no examples"), ("plan.json", "{}", "is no usable plan"),
+        ("examples.json", '{"examples": [{}]}', "holds no examples"), ("plan.json", "{}", "is not a usable plan"),
         ("config.yaml", "a: 1", "unknown key"), ("environment.json", '{"machine": 3}', "did not write so"),
     ],
 )  # fmt: skip

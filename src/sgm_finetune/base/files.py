@@ -111,7 +111,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a scratch folder to write into. It replaces `path` when the block ends; it is deleted when the block raises.
+    """Yields a scratch folder to write into. It replaces `path` at the end of the block; an exception deletes it.
 
     Raises UserError when a file cannot be written.
     """
