@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.data.batches import LengthGroupedSampler, by_length
 from sgm_finetune.data.prepared import PreparedData, prepare_data

@@ -21,7 +21,8 @@ from conftest import make_model, make_tokenizer
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import save
 
-from sgm_finetune.base.config import Config, ModelConfig, load_config
+from sgm_finetune.base.config import Config, ModelConfig
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.data.splits import load_splits
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.measure.scan_formats import load_scan

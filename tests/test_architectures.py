@@ -12,7 +12,7 @@ from architectures import DECODERS, ENCODER_DECODERS, ENCODERS, save_pico
 from peft import PeftModel
 from rich.console import Console
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands.evaluate import evaluate

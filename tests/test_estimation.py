@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
-from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import finetune as pipeline

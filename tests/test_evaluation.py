@@ -10,7 +10,8 @@ from datasets import Dataset
 
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.encoding import IGNORED, collator
+from sgm_finetune.data.batches import collator
+from sgm_finetune.data.encoding import IGNORED
 from sgm_finetune.data.questions import Question, has_answers, questions
 from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.results.evaluation import evaluate_model

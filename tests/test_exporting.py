@@ -17,7 +17,8 @@ from conftest import WORDS, make_model, make_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
 
-from sgm_finetune.base.config import LabelKind, Task, load_config
+from sgm_finetune.base.config import LabelKind, Task
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import finetune as pipeline

@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import nn
 
-from sgm_finetune.base.config import ModelConfig, load_config
+from sgm_finetune.base.config import ModelConfig
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands.evaluate import evaluate
 from sgm_finetune.model.load import Head, load_model

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sgm_finetune.base.config import Config, Quantization, Task, load_config
+from sgm_finetune.base.config import Config, Quantization, Task
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.exit_status import run_and_exit
 
@@ -89,9 +90,10 @@ def init_command(
     console = _console(False, result=True)
     if not yes and not sys.stdin.isatty() and None in (model, data, task, quantization):
         raise UserError("sgm init asks, and there is no terminal; give the four answers as options, or --yes")
-    from sgm_finetune.commands.init import begin, next_steps
+    from sgm_finetune.commands.init import Answers, next_steps, write_first_config
 
-    begin(path, console, model, data, task, quantization, ask=not yes, overwrite=force)
+    given = Answers(model, data, task, quantization)
+    write_first_config(path, console, given, ask=not yes, overwrite=force)
     _print_saved(console, f"{path}\n{next_steps(path)}")
 
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.encoding import Encoded, collator, encode, pack
+from sgm_finetune.data.batches import collator
+from sgm_finetune.data.encoding import Encoded, encode, pack
 from sgm_finetune.data.questions import has_answers
 from sgm_finetune.data.splits import DataSplits, load_splits
 from sgm_finetune.model.files import ModelFiles, find_model_files

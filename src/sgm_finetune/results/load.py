@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sgm_finetune.base.config import Config, LabelKind, ModelConfig
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.untrusted import read_object
+from sgm_finetune.base.untrusted import require_json_object
 from sgm_finetune.measure.plan_file import parse_plan
 from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.files import ModelFiles, find_model_files
@@ -59,13 +59,13 @@ class Result:
     @property
     def base_config(self) -> dict[str, Any]:
         """The base model's config.json."""
-        return read_object(self.folder / "config.json")
+        return require_json_object(self.folder / "config.json")
 
     @property
     def metrics(self) -> dict[str, Any]:
         """metrics.json beside the result; {} where it is gone."""
         path = self.path.parent / "metrics.json"
-        return read_object(path) if path.is_file() else {}
+        return require_json_object(path) if path.is_file() else {}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.memory import held_memory, release_memory
 from sgm_finetune.base.processes import processes
 from sgm_finetune.base.text import first_line
-from sgm_finetune.data.batches import LengthGroupedSampler, divided_batch, longest_first, num_predictions, num_steps
+from sgm_finetune.data.batches import LengthGroupedSampler, divide_batch, longest_first, num_predictions, num_steps
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.data.questions import answer_limit, has_answers, questions
 from sgm_finetune.measure.make_plan import check_rank
@@ -136,7 +136,7 @@ class _Estimator:
         self.followed = followed
         self.matrices = adaptable(model)  # before adapters are, whose factors are linear layers too
         self.num_processes = processes().num_processes
-        self.micro, self.num_micro = divided_batch(config, self.num_processes)
+        self.micro, self.num_micro = divide_batch(config, self.num_processes)
         self.vocabulary = getattr(model.config.get_text_config(), "vocab_size", -1)
         self.weights = stored_bytes(model)
         splits = {name: getattr(prepared, name).dataset for name in ("train", "validation", "test")}
