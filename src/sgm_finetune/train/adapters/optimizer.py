@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from sgm_finetune.base.config import Optimizer
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.method.descent import (
     channel_profile,
@@ -217,6 +218,32 @@ class FactorDescent(torch.optim.Optimizer):
             shares = [[(self._unit(f) / pair.unit) ** 2 for pair in self.members[f][1]] for f in factors]
             self._made_shares[key] = torch.tensor(shares, dtype=torch.float32, device=device)[..., None, None, None]
         return self._made_shares[key]
+
+
+def state_bytes(trained: Iterable[nn.Parameter], optimizer: Optimizer) -> int:
+    """Bytes of the state that `optimizer` holds of the `trained` parameters after its first step.
+
+    Spectral descent holds 4 bytes for each number of a factor and for each of its channels, as `FactorDescent` makes
+    them; AdamW 8 bytes a number; AdamW in 8 bits 2 bytes a number (its scales not counted), and 8 in tensors of less
+    than 4,096 numbers, which bitsandbytes keeps in 32 bits. Not for stacks of experts. A matrix that is no factor (a
+    new head's) counts as if it were one.
+    """
+    match optimizer:
+        case "adamw":
+            return sum(8 * p.numel() for p in trained)
+        case "adamw_8bit" | "paged_adamw_8bit":
+            return sum(2 * p.numel() if p.numel() >= 4096 else 8 * p.numel() for p in trained)
+        case "spectral":
+            return sum(4 * (p.numel() + max(p.shape)) if p.dim() == 2 else 8 * p.numel() for p in trained)
+
+
+def workspace_bytes(trained: Iterable[nn.Parameter]) -> int:
+    """Bytes that a step of `FactorDescent` needs beside its state: factors of one shape step together, in about five
+    tensors of their size, beside the directions already made of all of them."""
+    buckets: dict[torch.Size, int] = {}
+    for parameter in trained:
+        buckets[parameter.shape] = buckets.get(parameter.shape, 0) + 4 * parameter.numel()
+    return sum(buckets.values()) + 5 * max(buckets.values(), default=0)
 
 
 class _Bucket(NamedTuple):

@@ -11,7 +11,8 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import gib
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.method.build_plan import Plan
-from sgm_finetune.train.budget.estimate import Estimate, estimate
+from sgm_finetune.train.budget.estimate import estimate
+from sgm_finetune.train.budget.needs import PHASES, Estimate
 
 FITTED = {
     "training": ("micro_batch_size", "eval_batch_size", "checkpointing"),
@@ -19,17 +20,6 @@ FITTED = {
     "selection": ("top_fraction", "prefer_depth"),
 }
 """What `fit` may change."""
-
-
-PHASES = {
-    "load": "loading",
-    "test": "testing the untouched model",
-    "probe": "probing",
-    "step": "training",
-    "validate": "validating",
-    "test after": "testing",
-}
-"""In words."""
 
 
 SMALLEST_RANK = 4

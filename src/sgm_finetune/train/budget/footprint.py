@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -19,6 +20,14 @@ from torch.utils.flop_counter import flop_registry
 _aten = torch.ops.aten
 _WORKSPACES = {_aten.logsumexp.default: 1.0}
 """Operation -> bytes that its CPU kernel holds within, in units of its first argument."""
+
+
+def saved_elsewhere() -> saved_tensors_hooks:
+    """A context in which tensors kept for the backward pass do not count: the host holds them instead of the GPU, as
+    with `training.checkpointing=offload`, where they are what the checkpointed blocks read."""
+    return saved_tensors_hooks(
+        lambda kept: (kept.shape, kept.dtype), lambda sent: torch.empty(sent[0], dtype=sent[1], device="meta")
+    )
 
 
 class Footprint(TorchDispatchMode):

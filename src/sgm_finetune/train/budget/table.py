@@ -5,8 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from sgm_finetune.base.text import gib
-from sgm_finetune.train.budget.estimate import Estimate
-from sgm_finetune.train.budget.fit import PHASES
+from sgm_finetune.train.budget.needs import PHASES, Estimate
 
 _PARTS = {
     "process_bytes": "libraries and data",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from peft import PeftModel
 from torch import Tensor
@@ -21,14 +22,23 @@ _COLUMNS = 64
 """As many tokens of a batch show whether a model computes the same in another way."""
 
 
+class FastBase(NamedTuple):
+    """What `prepare_base` gives beside the model that it changes."""
+
+    head_loss: HeadLoss | None
+    """The loss computed in parts, or None where the model's own loss is used."""
+    remarks: list[str]
+    """One line for each part of the fast step that this model does without, and why."""
+
+
 def prepare_base(
     config: Config, model: PreTrainedModel, new_modules: Sequence[str], batch: dict[str, Tensor]
-) -> tuple[HeadLoss | None, list[str]]:
+) -> FastBase:
     """Attention that keeps no probabilities (on a CPU), Liger's kernels (on a GPU) and the loss in parts (a causal
     language model's), where they give what the model itself gives for the beginning of `batch`; the remarks say where
     they do not."""
     if config.training.step == "peft":
-        return None, []
+        return FastBase(None, [])
     remarks = []
     beginning = {name: x[:, :_COLUMNS] if x.dim() == 2 else x for name, x in batch.items()}
     beginning = {name: x.to(model.device) for name, x in beginning.items()}
@@ -40,13 +50,13 @@ def prepare_base(
     if not has_gpu() and not config.training.checkpointing:
         recompute_mlps(model, beginning)
     if config.model.task != "causal-lm":
-        return None, remarks
+        return FastBase(None, remarks)
     found = None
     if not new_modules and zero_stage() < 3:  # a new output layer is trained; ZeRO-3 has it in pieces
         found = head_loss(model, {"input_ids": beginning["input_ids"]})
     if found is None:
         remarks.append("the loss from all logits of a batch: this model's cannot be had in parts")
-    return found, remarks
+    return FastBase(found, remarks)
 
 
 def prepare_adapters(config: Config, adapted: PeftModel) -> list[str]:
