@@ -18,7 +18,7 @@ from sgm_finetune.base.config import Task, known_keys, load_config, parse_config
 from sgm_finetune.base.reference import commented_yaml, json_schema, keys, reference_page
 from sgm_finetune.commands.cli import main
 from sgm_finetune.commands.init import begin
-from sgm_finetune.model.load import fitting_tasks
+from sgm_finetune.model.architecture import fitting_tasks
 
 ROOT = Path(__file__).parents[1]
 

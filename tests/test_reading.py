@@ -20,7 +20,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.untrusted import MAX_JSON, check_inside, parse_json, parse_yaml, read_json, read_torch
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands.cli import main
-from sgm_finetune.model.load import check_model
+from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.weights.stored import stored_matrices, weight_files
 from sgm_finetune.results.load import load_pth, stored_config
 

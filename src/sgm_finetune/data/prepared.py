@@ -17,8 +17,9 @@ from sgm_finetune.base.processes import processes
 from sgm_finetune.data.encoding import Encoded, collator, encode, pack
 from sgm_finetune.data.questions import has_answers
 from sgm_finetune.data.splits import DataSplits, load_splits
+from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.folder import announce_own_code, local_folder
-from sgm_finetune.model.load import check_model, load_tokenizer
+from sgm_finetune.model.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

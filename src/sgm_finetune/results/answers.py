@@ -17,8 +17,9 @@ from sgm_finetune.base.config import Config, LabelKind, Task
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.encoding import asked_text, written_answers
+from sgm_finetune.model.architecture import check_model, num_positions
 from sgm_finetune.model.folder import announce_own_code, local_folder
-from sgm_finetune.model.load import check_model, load_tokenizer, num_positions
+from sgm_finetune.model.tokenizer import load_tokenizer
 from sgm_finetune.results.files import PTH
 from sgm_finetune.results.generation import continue_prompts
 from sgm_finetune.results.load import attach_adapter, load_pth, stored_config

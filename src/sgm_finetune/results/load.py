@@ -15,14 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sgm_finetune.base.config import Config, LabelKind, ModelConfig, parse_config, set_overrides
 from sgm_finetune.base.console import StepLog
-from sgm_finetune.base.device import device_for
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import first_mistake
 from sgm_finetune.base.untrusted import check_bounded, read_object, read_torch, refuse
 from sgm_finetune.measure.plan_file import parse_plan
+from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.folder import announce_own_code, local_folder
 from sgm_finetune.model.four_bit import ready_for_backward
-from sgm_finetune.model.load import check_model, load_model, load_tokenizer, skeleton
+from sgm_finetune.model.load import Head, load_model, skeleton
+from sgm_finetune.model.tokenizer import load_tokenizer
 from sgm_finetune.results.files import FORMAT, PTH, _plain
 from sgm_finetune.train.adapters.apply import check_plan, lora_layers, tie
 
@@ -198,23 +199,19 @@ def unquantised(model: ModelConfig, dtype: str = "auto") -> ModelConfig:
 
 def base_skeleton(result: Result) -> PreTrainedModel:
     """The unquantised base model on device "meta", with the head of the task."""
-    return skeleton(
-        unquantised(result.config.model), result.folder, result.labels, _pad(result), result.label_kind
-    )  # fmt: skip
+    return skeleton(unquantised(result.config.model), result.folder, _head(result))
 
 
 def load_unquantised(result: Result, dtype: str) -> PreTrainedModel:
     """The base model as its files have it, computing in `dtype`."""
     set_seed(result.config.training.seed)  # a new head is random, until the adapter brings its own
-    model, _ = load_model(
-        unquantised(result.config.model, dtype), result.folder, result.labels, _pad(result), device_for(),
-        result.label_kind,
-    )  # fmt: skip
+    model, _ = load_model(unquantised(result.config.model, dtype), result.folder, _head(result))
     return model
 
 
-def _pad(result: Result) -> int | None:
-    return result.tokenizer.pad_token_id  # type: ignore[return-value]  # one token's id
+def _head(result: Result) -> Head:
+    padding = result.tokenizer.pad_token_id
+    return Head(result.labels, result.label_kind, padding)  # type: ignore[arg-type]  # one token's id
 
 
 def dtype_name(dtype: torch.dtype) -> str:

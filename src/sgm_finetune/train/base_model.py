@@ -15,7 +15,7 @@ from sgm_finetune.base.memory import release_memory
 from sgm_finetune.base.processes import processes
 from sgm_finetune.base.text import gib
 from sgm_finetune.data.prepared import PreparedData
-from sgm_finetune.model.load import load_model
+from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.train.adapters.shard import Sharded, shard_base
 
 
@@ -49,10 +49,8 @@ def _load_base(
     model, new_modules = load_model(
         config.model,
         folder,
-        labels,
-        tokenizer.pad_token_id,  # type: ignore[arg-type]  # one token's id
+        Head(labels, label_kind, tokenizer.pad_token_id),  # type: ignore[arg-type]  # one token's id
         torch.device("cpu") if shard else device,
-        label_kind,
     )
     if shard:
         sharded = shard_base(model, device, new_modules)

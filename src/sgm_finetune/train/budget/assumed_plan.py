@@ -10,16 +10,13 @@ from sgm_finetune.method.selection import select_matrices
 from sgm_finetune.model.matrices import Matrix
 from sgm_finetune.model.names import kind_of, layer_of
 
-Readers = Callable[[Mapping[str, Matrix]], list[list[str]]]
-"""Matrices -> the names of those that read the same activations, together."""
 
-
-def assume_plan(config: Config, matrices: Mapping[str, Matrix], find_readers: Readers) -> Plan:
+def assume_plan(config: Config, matrices: Mapping[str, Matrix], find_readers: Callable[[], list[list[str]]]) -> Plan:
     """A plan for `matrices` as large as the one that the run will make.
 
     All matrices count as equally good, since nothing is scanned: of each kind the first are selected, which lie as low
     in the model as any choice by SNR. Selected matrices that read the same activations share `lora_A` where
-    `merge.scope=activation`.
+    `merge.scope=activation`; `find_readers` gives the names of all matrices, those that read the same together.
     """
     settings = PlanSettings(
         config.adapter.rank, config.adapter.alpha, config.adapter.dropout,
@@ -31,12 +28,11 @@ def assume_plan(config: Config, matrices: Mapping[str, Matrix], find_readers: Re
         PlannedMatrix(n, kind_of(n), layer_of(n), m.shape, n in selected, num_experts=m.num_experts)
         for n, m in matrices.items()
     )
-    groups: tuple[Group, ...] = ()
+    groups: list[Group] = []
     if config.merge.side != "none" and config.merge.scope == "activation":
-        readers = find_readers({n: m for n, m in matrices.items() if n in selected and m.num_experts is None})
-        groups = tuple(
-            Group(members[0], kind_of(members[0]), "input", tuple(members), "random")
-            for members in readers
-            if len(members) > 1
-        )
-    return Plan(config.model.name, settings, planned, groups)
+        shareable = {name for name in selected if matrices[name].num_experts is None}
+        for readers in find_readers():
+            members = tuple(name for name in readers if name in shareable)
+            if len(members) > 1:
+                groups.append(Group(members[0], kind_of(members[0]), "input", members, "random"))
+    return Plan(config.model.name, settings, planned, tuple(groups))

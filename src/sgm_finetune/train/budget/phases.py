@@ -6,10 +6,8 @@ have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +19,8 @@ from sgm_finetune.base.processes import processes
 from sgm_finetune.data.batches import LengthGroupedSampler, divided_batch, longest_first, num_predictions, num_steps
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.data.questions import answer_limit, has_answers, questions
-from sgm_finetune.measure.probe import following
+from sgm_finetune.measure.probe import following, readers_of_same_activations
 from sgm_finetune.measure.probe_batches import probe_batches, probe_pieces
-from sgm_finetune.model.matrices import Matrix
 from sgm_finetune.train.budget.footprint import Footprint, saved_elsewhere
 from sgm_finetune.train.fast.prepare import prepare_base
 from sgm_finetune.train.losses import summed_loss
@@ -124,28 +121,11 @@ class Follower:
             parameter.grad = None
         return _work(footprint, batch["input_ids"].numel(), peak=footprint.peak + earlier_gradients)
 
-    def readers(self, matrices: Mapping[str, Matrix]) -> list[list[str]]:
-        """Names of the layers among `matrices` that are given the same activations, together."""
-        given: list[Any] = []  # keeps every activation alive, so that no two have one identity
-        read: dict[str, list[int]] = {name: [] for name in matrices}
-
-        def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-            given.append(args[0])
-            read[name].append(id(args[0]))
-
-        hooks = [m.module.register_forward_pre_hook(partial(note, name)) for name, m in matrices.items()]
+    def readers(self) -> list[list[str]]:
+        """Names of all matrices of the model, those that read the same activations together."""
         batch, _ = self._longest_batch("train", 1)
-        try:
-            with Footprint(num_selected=1), torch.no_grad():
-                self._loss(self.model, batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        together: dict[tuple[int, ...], list[str]] = {}
-        for name, activations in read.items():
-            if activations:
-                together.setdefault(tuple(activations), []).append(name)
-        return list(together.values())
+        with Footprint(num_selected=1), torch.no_grad():
+            return readers_of_same_activations(self.model, lambda: self._loss(self.model, batch))
 
     def _longest_batch(self, split: str, size: int) -> tuple[dict[str, Tensor], int]:
         """The `size` longest examples of a split, and the number of their predictions."""
