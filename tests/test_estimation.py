@@ -20,7 +20,7 @@ from sgm_finetune.model.load import Head, load_model, skeleton
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.stand_ins import stored_bytes
 from sgm_finetune.train.budget.estimate import ALLOCATOR, Estimate, estimate
-from sgm_finetune.train.budget.fit import as_begun, check_fits, fit
+from sgm_finetune.train.budget.fit import check_fits, fit, reuse_fit
 
 QUIET = StepLog(Console(quiet=True))
 
@@ -172,9 +172,9 @@ def test_a_run_within_a_budget_says_what_it_gave_up_and_goes_on_so(described, tm
     assert metrics["predicted"]["peak_bytes"] > 0
     assert "predicted" in said.splitlines()[-2]
     begun = load_config(tmp_path / "out" / "config.yaml")
-    assert as_begun(load_config(None, asked), begun) == begun
+    assert reuse_fit(load_config(None, asked), begun) == begun
     by_hand = load_config(None, [*asked, "adapter.rank=3"])
-    assert as_begun(by_hand, begun, load_config(None, asked)).adapter.rank == 3
+    assert reuse_fit(by_hand, begun, load_config(None, asked)).adapter.rank == 3
     with pytest.raises(UserError, match=r"`adapter.rank` is 3 now and was 4 when the run began"):
         pipeline.finetune(load_config(None, [*asked, "adapter.rank=3", "training.resume=true"]), Console(quiet=True))
 

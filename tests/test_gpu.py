@@ -20,7 +20,7 @@ from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.train.adapters.optimizer import FactorDescent, Pair
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
-from sgm_finetune.train.fast.head_loss import head_loss, linear_cross_entropy
+from sgm_finetune.train.fast.head_loss import find_head_loss, linear_cross_entropy
 from sgm_finetune.train.fast.liger import use_liger
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -73,7 +73,7 @@ def test_ligers_kernels_and_the_fast_step_have_the_gradients_of_a_cpu(dtype: tor
     fast = adapted(make_model("causal-lm").to("cuda", dtype))
     assert use_liger(fast.get_base_model(), {"input_ids": batch["input_ids"].cuda()}) is None
     assert use_fast_step(fast) == []
-    in_parts = head_loss(fast, {"input_ids": batch["input_ids"].cuda()})
+    in_parts = find_head_loss(fast, {"input_ids": batch["input_ids"].cuda()})
     assert in_parts is not None
     assert off(gradients(fast, on_gpu(batch), in_parts), wanted) < tolerance
 
@@ -117,7 +117,7 @@ def test_one_kernel_dequantises_as_bitsandbytes_does(shape: tuple[int, int], nes
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_loss_in_parts_is_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sgm_finetune.train.fast.head_loss._CHUNK", {"cpu": 100, "cuda": 100})
+    monkeypatch.setattr("sgm_finetune.train.fast.head_loss.NUM_LOGITS", {"cpu": 100, "cuda": 100})
     hidden = torch.randn(2, 9, 16).to("cuda", dtype).requires_grad_()
     weight = torch.randn(32, 16).to("cuda", dtype)
     labels = torch.randint(0, 32, (2, 9)).cuda()
@@ -160,7 +160,7 @@ def test_a_step_waits_for_the_gpu_a_few_times_whatever_the_number_of_layers() ->
     assert use_fast_step(model) == []
     batch = on_gpu(make_batches(1, task="causal-lm")[0])
     labels = batch.pop("labels")
-    in_parts = head_loss(model, batch)
+    in_parts = find_head_loss(model, batch)
     assert in_parts is not None
     from sgm_finetune.train.adapters.optimizer import create_optimizer
 

@@ -15,7 +15,7 @@ from processes import ROOT, assert_one_run, remove, run_processes
 from sgm_finetune.base.config import Config, load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.train import launch
-from sgm_finetune.train.launch import check_launch, follow_launcher
+from sgm_finetune.train.launch import apply_launcher, check_launch
 
 FILES = ROOT / "configs" / "accelerate"
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed")
@@ -39,11 +39,11 @@ def deepspeed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_the_launchers_fsdp_is_our_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    config = follow_launcher(Config())
+    config = apply_launcher(Config())
     assert config.training.shard
     assert "ACCELERATE_USE_FSDP" not in os.environ  # the trainer would cut the factors too
     check_launch(config, 2)
-    assert follow_launcher(Config()) == Config()
+    assert apply_launcher(Config()) == Config()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_fsdp_that_cannot_be_followed_is_refused(
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **variables}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        follow_launcher(Config())
+        apply_launcher(Config())
 
 
 @pytest.mark.parametrize(

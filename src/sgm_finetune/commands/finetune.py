@@ -60,7 +60,7 @@ from sgm_finetune.train.budget.table import describe_estimate, estimate_table
 from sgm_finetune.train.checkpoints import discard_after
 from sgm_finetune.train.fast.head_loss import HeadLoss
 from sgm_finetune.train.fast.prepare import prepare_adapters, prepare_base
-from sgm_finetune.train.launch import check_launch, follow_launcher, in_pieces, whole_factors
+from sgm_finetune.train.launch import apply_launcher, check_launch, gather_factors, model_is_sharded
 from sgm_finetune.train.losses import check_packing
 from sgm_finetune.train.trainer import train
 
@@ -83,7 +83,7 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
     """`held`: keeps the output folder locked, from the beginning where it is there, else from the first file on."""
     started = time.perf_counter()
     log, clock = _step_log(console), Clock()
-    config = follow_launcher(config)
+    config = apply_launcher(config)
     output = Path(config.output.dir)
     if was_there := output.is_dir() and not dry_run:
         _hold(output, held)
@@ -168,7 +168,7 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
         "probe": measured.probe,
         "environment": environment(),
     }
-    with whole_factors(adapted):
+    with gather_factors(adapted):
         if processes().is_main_process:
             examples = changed_examples(
                 prepared.splits, config.model.task, prepared.test.dataset, (measured.predicted, predicted),
@@ -504,7 +504,7 @@ def _step_log(console: Console) -> StepLog:
 
 def _agreed(config: Config, measured: Callable[[], Any]) -> Any:
     """What is measured on the model, as the first process found it; on a model in pieces all compute it together."""
-    if not in_pieces(config):
+    if not model_is_sharded(config):
         return on_main(measured)
     found = measured()
     return on_main(lambda: found)

@@ -24,7 +24,7 @@ from sgm_finetune.results.files import PTH
 from sgm_finetune.results.generation import continue_prompts
 from sgm_finetune.results.load import attach_adapter, load_pth, stored_config
 from sgm_finetune.train.base_model import _load_base
-from sgm_finetune.train.launch import follow_launcher
+from sgm_finetune.train.launch import apply_launcher
 
 When = Literal["before", "after"]
 
@@ -193,7 +193,7 @@ def _read_result(config: Config, overrides: Sequence[str]) -> tuple[Path, dict[s
     """Where `config` has its sgm_finetuned.pth, what is in it, and the configuration there, changed by `overrides`."""
     path = Path(config.output.dir) / PTH
     content = load_pth(path)
-    return path, content, follow_launcher(stored_config(content, path, config, overrides))
+    return path, content, apply_launcher(stored_config(content, path, config, overrides))
 
 
 def trained_config(config: Config, overrides: Sequence[str]) -> Config:

@@ -95,15 +95,15 @@ class Interruption(TrainerCallback):
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
         if not torch.distributed.is_initialized():  # else perhaps there will be no end of this step
-            self._say()
+            self._announce()
 
-    def _say(self) -> None:
+    def _announce(self) -> None:
         print(f"{self.signal_name}: finishing this step and saving a checkpoint", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if any_process(self.signal_name is not None) and state.global_step < state.max_steps:
             if torch.distributed.is_initialized() and state.is_world_process_zero:
-                self._say()
+                self._announce()
             self.signal_name = self.signal_name or "signal on another process"
             control.should_save = control.should_training_stop = True  # and a validation that is due comes first
         return control

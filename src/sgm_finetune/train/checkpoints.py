@@ -7,6 +7,7 @@ older ones go. So a run that was killed at any moment finds the last checkpoint 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def is_whole(folder: Path) -> bool:
 
 def last_whole_checkpoint(checkpoints: Path) -> Path | None:
     """The newest checkpoint that is whole, or None."""
-    return next((folder for folder in reversed(_numbered(checkpoints)) if is_whole(folder)), None)
+    return next((folder for folder in reversed(_checkpoints_by_step(checkpoints)) if is_whole(folder)), None)
 
 
 def best_checkpoint(checkpoint: Path) -> Path | None:
@@ -79,20 +80,17 @@ def best_checkpoint(checkpoint: Path) -> Path | None:
 
 def discard_after(checkpoint: Path) -> None:
     """Removes what was begun after `checkpoint` and never became whole."""
-    numbered = _numbered(checkpoint.parent)
+    numbered = _checkpoints_by_step(checkpoint.parent)
     for folder in numbered[numbered.index(checkpoint) + 1 :]:
         shutil.rmtree(folder)
 
 
-def _numbered(checkpoints: Path) -> list[Path]:
+def _checkpoints_by_step(checkpoints: Path) -> list[Path]:
     """The checkpoints by their step; clocks play no part."""
     found = [path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while piece := file.read(2**22):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]  # not of hashlib

@@ -17,7 +17,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import divided_batch
 
 
-def follow_launcher(config: Config) -> Config:
+def apply_launcher(config: Config) -> Config:
     """`config` as the launcher wants it: its FSDP is `training.shard`, which is done here and not by the trainer, since
     factors stay whole. Raises UserError for what cannot be done as asked. (DeepSpeed: `check_launch`.)"""
     if os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":
@@ -105,14 +105,14 @@ def zero_stage() -> int:
     return int(DeepSpeedPlugin().zero_stage) if launched else 0
 
 
-def in_pieces(config: Config) -> bool:
+def model_is_sharded(config: Config) -> bool:
     """Whether no process holds the whole model now, so that all of them have to compute together. (ZeRO-3 cuts it when
     the training begins.)"""
     return config.training.shard or is_deepspeed_zero3_enabled()
 
 
 @contextmanager
-def whole_factors(model: nn.Module) -> Iterator[None]:
+def gather_factors(model: nn.Module) -> Iterator[None]:
     """What is trained, whole on every process: ZeRO-3 has it in pieces. To be entered by all of them."""
     if not is_deepspeed_zero3_enabled():
         yield

@@ -53,7 +53,7 @@ def apply_plan(model: PreTrainedModel, plan: Plan, new_modules: Sequence[str] = 
     reached = set(lora_layers(adapted)) ^ {matrix.name for matrix in plan.selected}
     if reached:
         raise AssertionError(f"PEFT adapted other layers than planned: {sorted(reached)[:3]}")
-    _start(adapted, plan)
+    _set_starts(adapted, plan)
     tie(adapted, plan)
     return adapted  # type: ignore[return-value]
 
@@ -93,7 +93,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         if (found.shape, found.num_experts) != (tuple(matrix.shape), matrix.num_experts):
             raise UserError(
                 f"The plan was made for another model ({plan.model}): `{matrix.name}` is "
-                f"{_size(matrix.shape, matrix.num_experts)} there and {_size(found.shape, found.num_experts)} here; "
+                f"{_describe_shape(matrix.shape, matrix.num_experts)} there and {_describe_shape(found.shape, found.num_experts)} here; "
                 "make a new one with `sgm plan`"
             )
         if matrix.selected and matrix.num_experts is not None and plan.settings.dropout > 0:
@@ -105,7 +105,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         raise UserError(f"The plan cannot be followed: {wrong}")
 
 
-def _size(shape: tuple[int, int], num_experts: int | None) -> str:
+def _describe_shape(shape: tuple[int, int], num_experts: int | None) -> str:
     return "x".join(map(str, shape if num_experts is None else (num_experts, *shape)))
 
 
@@ -135,14 +135,14 @@ def _check_start(plan: Plan, what: str, name: str, length: int) -> None:
 
 
 @torch.no_grad()
-def _start(model: PeftModel, plan: Plan) -> None:
+def _set_starts(model: PeftModel, plan: Plan) -> None:
     """Eq. 15: the r directions of a group's shared factor, or of a lone matrix's lora_A, are its spectral basis, each
     scaled to 1/√3, the length that PEFT's own start gives a row of lora_A on average; the other factor is zero."""
     layers = lora_layers(model)
     for group in plan.groups:
         for name in group.members:
             if group.start == "spectral":
-                _start_at(plan.starts[group.name], layers[name], group.side)
+                _set_start(plan.starts[group.name], layers[name], group.side)
             elif group.side == "output":
                 # PEFT starts lora_B at zero: a shared random lora_B needs the mirrored start
                 shared, own = _factors(layers[name], group.side)
@@ -150,10 +150,10 @@ def _start(model: PeftModel, plan: Plan) -> None:
                 own.weight.zero_()
     for matrix in plan.selected:
         if matrix.group is None and matrix.start == "spectral":
-            _start_at(plan.starts[matrix.name], layers[matrix.name], "input")
+            _set_start(plan.starts[matrix.name], layers[matrix.name], "input")
 
 
-def _start_at(basis: Tensor, layer: nn.Module, side: Side) -> None:
+def _set_start(basis: Tensor, layer: nn.Module, side: Side) -> None:
     factor, other = _factors(layer, side)
     scaled = basis.to(factor.weight) / math.sqrt(3)
     # a stack's lora_A is its experts' one below another

@@ -99,7 +99,7 @@ class FactorDescent(torch.optim.Optimizer):
             groups.append({"params": list(others), "lr": others_lr})
         super().__init__(groups, {"momentum": momentum, "weight_decay": weight_decay})
         self.trust = trust
-        self._made_shares: dict[tuple[int, ...], Tensor] = {}
+        self._member_weight_cache: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -122,31 +122,31 @@ class FactorDescent(torch.optim.Optimizer):
         norm = nn.utils.get_total_norm([f.grad for factors in buckets.values() for f in factors])  # type: ignore[misc]
         if not torch.isfinite(norm):
             raise UserError("A gradient is not finite; try a smaller training.learning_rate or model.dtype=float32")
-        grams = self._grams()
+        grams = self._gram_matrices()
         metrics = []
         for bucket, factors in buckets.items():
             own = torch.stack([grams[f] for f in factors])
             floor = partner_floor(_mean_square(own), group["lr"] * bucket.unit, self.trust)
-            metrics.append(partner_metric(self._metric(factors, grams), floor))
-        directions = descent_directions(self._parts(buckets, inverse_roots(metrics), group["momentum"]))
+            metrics.append(partner_metric(self._partner_gram(factors, grams), floor))
+        directions = descent_directions(self._step_inputs(buckets, inverse_roots(metrics), group["momentum"]))
         # nothing is asked of the factors any more: both step from where both were
         for (bucket, factors), steps in zip(buckets.items(), directions, strict=True):
             steps *= group["lr"] * bucket.unit
             if group["weight_decay"]:
                 torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])  # type: ignore
-            torch._foreach_sub_(factors, [stored(bucket.side, step) for step in steps.unbind()])  # type: ignore
+            torch._foreach_sub_(factors, [pack_factor(bucket.side, step) for step in steps.unbind()])  # type: ignore
 
-    def _parts(
+    def _step_inputs(
         self, buckets: dict[_Bucket, list[nn.Parameter]], roots: Sequence[Tensor], momentum: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(Nesterov's look ahead, S⁻¹, channels) of each bucket; the running means take this step's values in."""
         for (bucket, factors), root in zip(buckets.items(), roots, strict=True):
-            gradients = torch.stack([laid(bucket.side, f.grad.float(), bucket.experts) for f in factors])  # type: ignore[union-attr]
-            moved = self._running("momentum", factors, gradients, momentum)
-            channels = self._running("channels", factors, channel_profile(root @ gradients), _CHANNEL_MEMORY)
+            gradients = torch.stack([unpack_factor(bucket.side, f.grad.float(), bucket.experts) for f in factors])  # type: ignore[union-attr]
+            moved = self._update_means("momentum", factors, gradients, momentum)
+            channels = self._update_means("channels", factors, channel_profile(root @ gradients), _CHANNEL_MEMORY)
             yield moved.lerp_(gradients, 1 - momentum), root, channels
 
-    def _running(self, name: str, factors: list[nn.Parameter], values: Tensor, memory: float) -> Tensor:
+    def _update_means(self, name: str, factors: list[nn.Parameter], values: Tensor, memory: float) -> Tensor:
         """The factors' running means of `values`, (n, ...), with this step's value in them; a copy."""
         means = []
         for factor, value in zip(factors, values, strict=True):
@@ -188,36 +188,38 @@ class FactorDescent(torch.optim.Optimizer):
         return _Bucket(side, pairs[0].num_experts, factor.shape, self._unit(factor), len(pairs))
 
     def _unit(self, factor: nn.Parameter) -> float:
-        """The first member's; `_metric` measures the others in it."""
+        """The first member's; `_partner_gram` measures the others in it."""
         return self.members[factor][1][0].unit
 
-    def _grams(self) -> dict[nn.Parameter, Tensor]:
+    def _gram_matrices(self) -> dict[nn.Parameter, Tensor]:
         """Every factor's A·Aᵀ or Bᵀ·B, experts x r x r."""
         alike: dict[tuple[str, int, torch.Size], list[nn.Parameter]] = {}
         for factor, (side, pairs) in self.members.items():
             alike.setdefault((side, pairs[0].num_experts, factor.shape), []).append(factor)
         grams: dict[nn.Parameter, Tensor] = {}
         for (side, experts, _), factors in alike.items():
-            rows = torch.stack([laid(side, f.float(), experts) for f in factors])
+            rows = torch.stack([unpack_factor(side, f.float(), experts) for f in factors])
             grams.update(zip(factors, (rows @ rows.mT).unbind(), strict=True))
         return grams
 
-    def _metric(self, factors: list[nn.Parameter], grams: dict[nn.Parameter, Tensor]) -> Tensor:
+    def _partner_gram(self, factors: list[nn.Parameter], grams: dict[nn.Parameter, Tensor]) -> Tensor:
         """Mean Gram matrix (n x experts x r x r) of each factor's partners, each in its own layer's unit."""
         members = [self.members[f] for f in factors]
         partners = [grams[pair.b if side == "a" else pair.a] for side, pairs in members for pair in pairs]
         gram = torch.stack(partners).unflatten(0, (len(factors), -1))
         if gram.shape[1] > 1:
-            gram = gram * self._shares(factors, gram.device)
+            gram = gram * self._member_weights(factors, gram.device)
         return gram.mean(1)
 
-    def _shares(self, factors: list[nn.Parameter], device: torch.device) -> Tensor:
+    def _member_weights(self, factors: list[nn.Parameter], device: torch.device) -> Tensor:
         """How much a member's change counts, (n, members, 1, 1, 1); made once: making it has a GPU wait."""
         key = tuple(map(id, factors))
-        if key not in self._made_shares:
+        if key not in self._member_weight_cache:
             shares = [[(self._unit(f) / pair.unit) ** 2 for pair in self.members[f][1]] for f in factors]
-            self._made_shares[key] = torch.tensor(shares, dtype=torch.float32, device=device)[..., None, None, None]
-        return self._made_shares[key]
+            self._member_weight_cache[key] = torch.tensor(shares, dtype=torch.float32, device=device)[
+                ..., None, None, None
+            ]
+        return self._member_weight_cache[key]
 
 
 def state_bytes(trained: Iterable[nn.Parameter], optimizer: Optimizer) -> int:
@@ -256,10 +258,10 @@ class _Bucket(NamedTuple):
     num_members: int
 
 
-def laid(side: str, factor: Tensor, experts: int = 1) -> Tensor:
+def unpack_factor(side: str, factor: Tensor, experts: int = 1) -> Tensor:
     """The factors as experts x r x d, from how PEFT stores them.
 
-    >>> laid("b", torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), experts=2).tolist()
+    >>> unpack_factor("b", torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), experts=2).tolist()
     [[[1, 5], [3, 7]], [[2, 6], [4, 8]]]
     """
     if side == "a":
@@ -267,8 +269,8 @@ def laid(side: str, factor: Tensor, experts: int = 1) -> Tensor:
     return factor.unflatten(1, (-1, experts)).permute(2, 1, 0)
 
 
-def stored(side: str, factors: Tensor) -> Tensor:
-    """Inverse of `laid`."""
+def pack_factor(side: str, factors: Tensor) -> Tensor:
+    """Inverse of `unpack_factor`."""
     return factors.flatten(0, 1) if side == "a" else factors.permute(2, 1, 0).flatten(1, 2)
 
 

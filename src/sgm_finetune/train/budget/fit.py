@@ -14,7 +14,7 @@ from sgm_finetune.method.build_plan import Plan
 from sgm_finetune.train.budget.estimate import estimate
 from sgm_finetune.train.budget.needs import PHASES, Estimate
 
-FITTED = {
+ADJUSTABLE = {
     "training": ("micro_batch_size", "eval_batch_size", "checkpointing"),
     "adapter": ("rank", "alpha"),
     "selection": ("top_fraction", "prefer_depth"),
@@ -54,7 +54,7 @@ def fit(config: Config, prepared: PreparedData, budget: int, plan: Plan | None =
         if (fixed := needed.weights_bytes + needed.process_bytes) > budget:
             raise UserError(
                 f"memory.budget={gib(budget)} is not enough: weights, libraries and data take {gib(fixed)} before "
-                f"anything is computed; {_lighter(config)}"
+                f"anything is computed; {_smaller_weights(config)}"
             )
         smaller = _concession(found, needed, plan)
         if smaller is None:
@@ -70,7 +70,7 @@ def _concession(config: Config, needed: Estimate, plan: Plan | None) -> Config |
     training = config.training
     match needed.firm_phase:
         case "test" | "validate" | "test after" if training.eval_batch_size > 1:
-            return _with(config, "training", eval_batch_size=training.eval_batch_size // 2)
+            return _replace(config, "training", eval_batch_size=training.eval_batch_size // 2)
         case "step":
             return _smaller_step(config, needed, plan)
         case "probe" if needed.micro_batch_size > 1:  # its pieces are of half of that
@@ -82,23 +82,23 @@ def _smaller_step(config: Config, needed: Estimate, plan: Plan | None) -> Config
     training = config.training
     if needed.micro_batch_size > 1:
         divisors = (n for n in range(needed.micro_batch_size // 2, 0, -1) if training.batch_size % n == 0)
-        return _with(config, "training", micro_batch_size=next(divisors))
+        return _replace(config, "training", micro_batch_size=next(divisors))
     if not training.checkpointing:
-        return _with(config, "training", checkpointing=True)
+        return _replace(config, "training", checkpointing=True)
     if training.checkpointing != "offload" and has_gpu():
-        return _with(config, "training", checkpointing="offload")
+        return _replace(config, "training", checkpointing="offload")
     if plan is not None:
         return None
     if config.adapter.rank > SMALLEST_RANK:
         rank = max(SMALLEST_RANK, config.adapter.rank // 2)
-        return _with(config, "adapter", rank=rank, alpha=config.adapter.alpha * rank / config.adapter.rank)
+        return _replace(config, "adapter", rank=rank, alpha=config.adapter.alpha * rank / config.adapter.rank)
     fraction = config.selection.top_fraction or 1.0
     if fraction > SMALLEST_FRACTION and config.selection.snr_threshold is None:
-        return _with(config, "selection", top_fraction=max(SMALLEST_FRACTION, fraction / 2), prefer_depth=True)
+        return _replace(config, "selection", top_fraction=max(SMALLEST_FRACTION, fraction / 2), prefer_depth=True)
     return None
 
 
-def _with(config: Config, section: str, **values: Any) -> Config:
+def _replace(config: Config, section: str, **values: Any) -> Config:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
@@ -107,32 +107,32 @@ def _changes(before: Config, now: Config) -> list[str]:
     for section, values in before.model_dump().items():
         for key, value in values.items() if isinstance(values, dict) else ():
             if (changed := getattr(getattr(now, section), key)) != value:
-                found.append(f"{section}.{key}={_written(changed)} (was {_written(value)})")
+                found.append(f"{section}.{key}={_format_value(changed)} (was {_format_value(value)})")
     return found
 
 
-def _written(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool | str) else f"{value:g}"
 
 
 def _remedy(config: Config) -> str:
-    return f"{_lighter(config)}, or a smaller data.max_length"
+    return f"{_smaller_weights(config)}, or a smaller data.max_length"
 
 
-def _lighter(config: Config) -> str:
+def _smaller_weights(config: Config) -> str:
     return "try model.quantization=nf4" if config.model.quantization == "none" else "try a smaller model"
 
 
-def as_begun(config: Config, earlier: Config, asked: Config | None = None) -> Config:
+def reuse_fit(config: Config, earlier: Config, asked: Config | None = None) -> Config:
     """`config` with what was fitted to the same budget when its run began. Of `asked`, what it began from, a key that
     differs from it now was changed by a person since, and stays as it is."""
     if config.memory.budget is None or config.memory.budget != earlier.memory.budget:
         return config
     asked = asked or config
-    for section, keys in FITTED.items():
+    for section, keys in ADJUSTABLE.items():
         now, then, began = (getattr(part, section) for part in (config, asked, earlier))
         fitted = {key: getattr(began, key) for key in keys if getattr(now, key) == getattr(then, key)}
-        config = _with(config, section, **fitted)
+        config = _replace(config, section, **fitted)
     return config
 
 
@@ -141,7 +141,11 @@ def check_fits(needed: Estimate, within_reach: int, config: Config) -> None:
     if needed.firm_bytes <= within_reach:
         return
     fixed = needed.weights_bytes + needed.process_bytes
-    helps = f"memory.budget={within_reach / 2**30:.1f}GiB finds what fits" if fixed < within_reach else _lighter(config)
+    helps = (
+        f"memory.budget={within_reach / 2**30:.1f}GiB finds what fits"
+        if fixed < within_reach
+        else _smaller_weights(config)
+    )
     raise UserError(
         f"This run needs about {gib(needed.firm_bytes)} of memory ({PHASES[needed.firm_phase]}), and "
         f"{gib(within_reach)} are within reach on this {needed.device}; {helps}"

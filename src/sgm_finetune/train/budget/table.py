@@ -42,13 +42,13 @@ def estimate_table(needed: Estimate, within_reach: int) -> Table:
     where = f"micro-batch of {needed.micro_batch_size}, the longest of {needed.longest} tokens"
     table.add_row("[bold]a step consists of[/bold]", "MiB", where)
     for key, name in _PARTS.items():
-        table.add_row(f"  {name}", _mib(getattr(needed, key)))
+        table.add_row(f"  {name}", _in_mib(getattr(needed, key)))
     table.add_row(
-        "[bold]most memory while[/bold]", "MiB", f"on this {needed.device}: {_mib(within_reach)} within reach"
+        "[bold]most memory while[/bold]", "MiB", f"on this {needed.device}: {_in_mib(within_reach)} within reach"
     )
     for phase, num_bytes in needed.phases.items():
-        table.add_row(f"  {PHASES[phase]}", _mib(num_bytes), "the most" if phase == needed.peak_phase else "")
-    table.add_row("[bold]disk[/bold]", _mib(needed.disk_bytes), "adapter, .pth, checkpoints")
+        table.add_row(f"  {PHASES[phase]}", _in_mib(num_bytes), "the most" if phase == needed.peak_phase else "")
+    table.add_row("[bold]disk[/bold]", _in_mib(needed.disk_bytes), "adapter, .pth, checkpoints")
     table.add_row(
         "[bold]time after the scan[/bold]", "s", f"{needed.steps:,} steps; measured beside: a product, a copy"
     )
@@ -57,5 +57,5 @@ def estimate_table(needed: Estimate, within_reach: int) -> Table:
     return table
 
 
-def _mib(num_bytes: int) -> str:
+def _in_mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.0f}"

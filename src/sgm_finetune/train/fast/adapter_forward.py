@@ -29,7 +29,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, left: Tensor, b: Tensor, base: nn.Module, scaling: float, shared: bool) -> Tensor:
-        rows, weight = x.reshape(-1, x.shape[-1]), _weight(base, x.dtype)
+        rows, weight = x.reshape(-1, x.shape[-1]), _base_weight(base, x.dtype)
         bias: Any = base.bias.to(x.dtype) if base.bias is not None else None  # type: ignore[union-attr, operator]
         y = x.new_empty(*x.shape[:-1], weight.shape[0])  # no view of what a product gives: some models change it
         flat = y.view(-1, y.shape[-1])
@@ -59,7 +59,7 @@ class _AdaptedLinear(torch.autograd.Function):
         for_b.copy_(_scaled_product(u.T, delta, ctx.scaling).T)
         for_x = None
         if ctx.needs_input_grad[0]:
-            for_x = delta @ (_weight(ctx.base, delta.dtype) if weight is None else weight)
+            for_x = delta @ (_base_weight(ctx.base, delta.dtype) if weight is None else weight)
             if a is not None:
                 for_x.addmm_(for_u, a)
             for_x = for_x.view(x_shape)
@@ -72,7 +72,7 @@ def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scaling)
 
 
-def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
+def _base_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """(d_out, d_in), as it lies or dequantised."""
     weight: Any = base.weight
     if isinstance(base, Conv1D):
@@ -81,11 +81,11 @@ def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
         return weight
     if weight.is_meta:  # a stand-in
         return weight.new_empty((base.out_features, base.in_features), dtype=dtype)  # type: ignore[arg-type]
-    return _dequantiser(weight.is_cuda)(weight, weight.quant_state, dtype)
+    return _dequantize_function(weight.is_cuda)(weight, weight.quant_state, dtype)
 
 
 @cache
-def _dequantiser(on_gpu: bool) -> Callable[[Tensor, Any, torch.dtype], Tensor]:
+def _dequantize_function(on_gpu: bool) -> Callable[[Tensor, Any, torch.dtype], Tensor]:
     """One kernel where there is Triton, else bitsandbytes' three."""
     if on_gpu and importlib.util.find_spec("triton") is not None:
         from sgm_finetune.train.fast.nf4_kernel import dequantize
@@ -119,15 +119,21 @@ class _Projection:
         return u
 
 
-class _Fast:
+class FastForward:
     """What is added to PEFT's layers: a forward for plain LoRA on a base whose weights have the input's type."""
 
     projection: _Projection
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
-        asked = x if x.is_meta or not torch.is_autocast_enabled(x.device.type) else _autocast(x)
-        if args or kwargs or self.merged or self.disable_adapters or not _fits(base, asked, self.active_adapters):
+        asked = x if x.is_meta or not torch.is_autocast_enabled(x.device.type) else _cast_as_autocast(x)
+        if (
+            args
+            or kwargs
+            or self.merged
+            or self.disable_adapters
+            or not _can_compute(base, asked, self.active_adapters)
+        ):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         x = asked
         a, b, scaling = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight, self.scaling[ADAPTER]
@@ -139,15 +145,15 @@ class _Fast:
         return _AdaptedLinear.apply(x, self.projection(x, a) if shared else a, b, base, scaling, shared)
 
 
-class FastLinear(_Fast, Linear):
-    """PEFT's, by `_Fast`."""
+class FastLinear(FastForward, Linear):
+    """PEFT's, by `FastForward`."""
 
 
-def _autocast(x: Tensor) -> Tensor:
+def _cast_as_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
-def _fits(base: nn.Module, x: Tensor, active: list[str]) -> bool:
+def _can_compute(base: nn.Module, x: Tensor, active: list[str]) -> bool:
     """Whether the base's own forward would do no more than x Wᵀ + bias: it has no hooks (weights that lie elsewhere),
     nothing of it is trained, and x has its type."""
     weight: Any = base.weight
@@ -162,19 +168,19 @@ def _fits(base: nn.Module, x: Tensor, active: list[str]) -> bool:
     return weight.dtype == x.dtype
 
 
-def _fast_types() -> dict[type, type]:
+def _fast_classes() -> dict[type, type]:
     """PEFT's class of a layer -> its fast one."""
     import peft.tuners.lora as lora
 
     found: dict[type, type] = {Linear: FastLinear}
     if (four_bits := getattr(lora, "Linear4bit", None)) is not None:
-        found[four_bits] = _fast_four_bits(four_bits)
+        found[four_bits] = _fast_four_bit_class(four_bits)
     return found
 
 
 @cache
-def _fast_four_bits(four_bits: type) -> type:
-    return type("FastLinear4bit", (_Fast, four_bits), {"__doc__": FastLinear.__doc__, "__module__": __name__})
+def _fast_four_bit_class(four_bits: type) -> type:
+    return type("FastLinear4bit", (FastForward, four_bits), {"__doc__": FastLinear.__doc__, "__module__": __name__})
 
 
 def use_fast_step(model: PeftModel) -> list[str]:
@@ -183,7 +189,7 @@ def use_fast_step(model: PeftModel) -> list[str]:
     4-bit ones. A layer becomes one of a subclass of its class; what that does not know, PEFT's forward does.
     """
     layers = lora_layers(model)
-    types = _fast_types()
+    types = _fast_classes()
     fast = {name: layer for name, layer in layers.items() if _is_plain(layer, types)}
     readers: dict[tuple[nn.Parameter, str | None], list[LoraLayer]] = {}
     for name, layer in fast.items():  # of one block, since blocks may be computed again, each by itself (checkpointing)

@@ -16,11 +16,11 @@ from transformers.masking_utils import eager_mask
 from sgm_finetune.train.fast.same_output import ROUNDING, output_change
 
 NAME = "sgm_recomputed"
-_MORE = ("softcap", "s_aux", "position_bias", "head_mask")
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
 """What some models hand to attention beside a mask."""
 
 
-class _Attention(torch.autograd.Function):
+class RecomputedAttention(torch.autograd.Function):
     """softmax(s·q kᵀ + mask) v, sequence by sequence. q: (batch, heads, length, d); k, v: (batch, key heads, keys, d),
     each for heads / key heads consecutive heads; mask, added: (batch or 1, 1, length, keys) or None."""
 
@@ -29,7 +29,7 @@ class _Attention(torch.autograd.Function):
         output = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
         for i in range(len(q)):
             grouped = q[i].reshape(k.shape[1], -1, q.shape[-1])
-            probabilities = _probabilities(grouped, k[i], _of(mask, i), scaling, q.shape[-2])
+            probabilities = _probabilities(grouped, k[i], _sequence_mask(mask, i), scaling, q.shape[-2])
             torch.bmm(probabilities, v[i], out=output[i].view(k.shape[1], -1, v.shape[-1]))
         ctx.scaling = scaling
         ctx.save_for_backward(q, k, v, mask)
@@ -41,7 +41,7 @@ class _Attention(torch.autograd.Function):
         for_q, for_k, for_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         for i in range(len(q)):
             grouped, delta = (x[i].reshape(k.shape[1], -1, x.shape[-1]) for x in (q, gradients[0]))
-            probabilities = _probabilities(grouped, k[i], _of(mask, i), ctx.scaling, q.shape[-2])
+            probabilities = _probabilities(grouped, k[i], _sequence_mask(mask, i), ctx.scaling, q.shape[-2])
             torch.bmm(probabilities.mT, delta, out=for_v[i])
             p, for_p = probabilities.float(), torch.bmm(delta, v[i].mT).float()
             # softmax's derivative: p (for_p - Σ p for_p)
@@ -51,7 +51,7 @@ class _Attention(torch.autograd.Function):
         return for_q, for_k, for_v, None, None
 
 
-def _of(mask: Tensor | None, i: int) -> Tensor | None:
+def _sequence_mask(mask: Tensor | None, i: int) -> Tensor | None:
     return None if mask is None else mask[min(i, len(mask) - 1)]
 
 
@@ -67,11 +67,11 @@ def _forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    if dropout or any(kwargs.get(name) is not None for name in _MORE):
+    if dropout or any(kwargs.get(name) is not None for name in _UNSUPPORTED):
         raise NotImplementedError("attention with dropout, caps, sinks or biases of position")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask = attention_mask[..., : key.shape[-2]] if attention_mask is not None else None
-    output = _Attention.apply(query, key, value, mask, scaling)
+    output = RecomputedAttention.apply(query, key, value, mask, scaling)
     return output.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
 
 

@@ -51,14 +51,14 @@ def _forward(module: Any, x: Tensor) -> Tensor:
     there = product.untyped_storage()._cdata  # type: ignore[union-attr]
     gate, up = gate.detach(), up.detach()
 
-    def packed(kept: Tensor) -> Tensor | torch.Size:
+    def pack(kept: Tensor) -> Tensor | torch.Size:
         same = kept.untyped_storage()._cdata == there and kept.numel() == gate.numel()
         return kept.shape if same and kept.is_contiguous() else kept
 
-    def unpacked(found: Tensor | torch.Size) -> Tensor:
+    def unpack(found: Tensor | torch.Size) -> Tensor:
         return found if isinstance(found, Tensor) else act(gate).mul_(up).view(found)
 
-    with saved_tensors_hooks(packed, unpacked):
+    with saved_tensors_hooks(pack, unpack):
         return module.down_proj(product)
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from sgm_finetune.data.encoding import IGNORED
 
-_CHUNK = {"cpu": 2**21, "cuda": 2**25}
+NUM_LOGITS = {"cpu": 2**21, "cuda": 2**25}
 """Logits that exist at a time. On a CPU larger ones take more memory and no less time (docs/LOG.md)."""
 
 
@@ -27,7 +27,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, _CHUNK.get(hidden.device.type, _CHUNK["cpu"]) // weight.shape[0])
+        size = max(1, NUM_LOGITS.get(hidden.device.type, NUM_LOGITS["cpu"]) // weight.shape[0])
         for first in range(0, len(hidden), size):
             rows = slice(first, first + size)
             targets = labels[rows, None]
@@ -69,7 +69,7 @@ class HeadLoss:
         """(sum in nats, count). `model` may be wrapped; its own logits are computed for one position."""
         # by index: a slice is not contiguous, for which the output layer's weights are copied for every example
         first = torch.zeros(1, dtype=torch.long, device=labels.device)
-        hidden, _ = _decoded(model, self.decoder, {**batch, "logits_to_keep": first})
+        hidden, _ = _run_decoder(model, self.decoder, {**batch, "logits_to_keep": first})
         return linear_cross_entropy(hidden, self.head.weight, labels)
 
     def mean(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -79,7 +79,7 @@ class HeadLoss:
 
 
 @torch.no_grad()
-def head_loss(model: nn.Module, batch: dict[str, Tensor]) -> HeadLoss | None:
+def find_head_loss(model: nn.Module, batch: dict[str, Tensor]) -> HeadLoss | None:
     """`HeadLoss` of a causal language model, where its logits for the beginning of `batch` are what its output layer
     makes of its decoder's output; None where they are scaled or capped, or the layer is in pieces. A model that
     trains its output layer must not use it."""
@@ -91,14 +91,14 @@ def head_loss(model: nn.Module, batch: dict[str, Tensor]) -> HeadLoss | None:
         return None
     passed: list[Any] = []
     with head.register_forward_hook(lambda module, args, output: passed.append((args[0], output))):
-        hidden, logits = _decoded(model, decoder, {"input_ids": batch["input_ids"][:1, :32]})
+        hidden, logits = _run_decoder(model, decoder, {"input_ids": batch["input_ids"][:1, :32]})
     if logits.is_meta:  # nothing can be computed: whether the same tensors went through
         given, made = passed[-1]
         return HeadLoss(decoder, head) if made is logits and given._base is hidden else None
     return HeadLoss(decoder, head) if torch.equal(logits, head(hidden)) else None
 
 
-def _decoded(model: nn.Module, decoder: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _run_decoder(model: nn.Module, decoder: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """What the decoder gives the output layer, and the logits."""
     seen: list[Tensor] = []
     with decoder.register_forward_hook(lambda module, args, output: seen.append(output[0])):

@@ -16,7 +16,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.model.stand_ins import stand_in_kernels
 from sgm_finetune.train.fast.same_output import output_change
 
-_OFF = 0.05
+_MAX_CHANGE = 0.05
 """Relative difference of logits beyond which another model is computed; bfloat16's rounding makes less."""
 
 
@@ -34,7 +34,7 @@ def use_liger(model: PreTrainedModel, batch: dict[str, Tensor]) -> str | None:
         return None
     settings = {"fused_linear_cross_entropy": False, "cross_entropy": False}
     off = output_change(model, batch, lambda: apply_liger_kernel(model, settings))
-    if not off <= _OFF:
+    if not off <= _MAX_CHANGE:
         raise UserError(
             f"With liger-kernel's kernels this {type(model).__name__} computes another output ({off:.1%} off); take "
             "training.step=peft, or pip uninstall liger-kernel"

@@ -14,7 +14,7 @@ from sgm_finetune.base.device import has_gpu
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.attention import recompute_attention
 from sgm_finetune.train.fast.gated_mlp import recompute_mlps
-from sgm_finetune.train.fast.head_loss import HeadLoss, head_loss
+from sgm_finetune.train.fast.head_loss import HeadLoss, find_head_loss
 from sgm_finetune.train.fast.liger import use_liger
 from sgm_finetune.train.launch import zero_stage
 
@@ -53,7 +53,7 @@ def prepare_base(
         return FastBase(None, remarks)
     found = None
     if not new_modules and zero_stage() < 3:  # a new output layer is trained; ZeRO-3 has it in pieces
-        found = head_loss(model, {"input_ids": beginning["input_ids"]})
+        found = find_head_loss(model, {"input_ids": beginning["input_ids"]})
     if found is None:
         remarks.append("the loss from all logits of a batch: this model's cannot be had in parts")
     return FastBase(found, remarks)
