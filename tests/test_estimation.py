@@ -136,7 +136,7 @@ def test_what_is_not_enough_is_said_with_a_remedy(described, monkeypatch) -> Non
     with pytest.raises(UserError, match=r"memory.budget=0.01 GiB is not enough: .*model.quantization=nf4"):
         fit(config, prepared, 10 * 2**20)
     needed = estimate(config, prepared)
-    with pytest.raises(UserError, match=r"with all else as small as it gets.*model.quantization=nf4"):
+    with pytest.raises(UserError, match=r"with every other setting at its smallest.*model.quantization=nf4"):
         fit(config, prepared, needed.process_bytes + needed.weights_bytes + 2**19)
     with pytest.raises(UserError, match=r"needs about .* within reach .*model.quantization=nf4"):
         check_fits(needed, needed.weights_bytes, config)

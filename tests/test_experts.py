@@ -104,7 +104,7 @@ def test_linear_layers_that_peft_takes_for_experts_are_left_alone(folders):
 
 def test_what_experts_cannot_do_is_refused(folders):
     model = loaded(folders["mixtral"])
-    with pytest.raises(UserError, match=r"shard=true is not possible with a model of experts; take training.shard=fal"):
+    with pytest.raises(UserError, match=r"shard=true is not possible with a model of experts; set training.shard=fal"):
         shard_base(model, torch.device("cpu"))
     numbers = [
         replace(one, num_experts=4 if "experts" in one.name else None)

@@ -84,7 +84,8 @@ def test_a_model_that_liger_does_not_know_is_told() -> None:
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=2)).cuda()
     assert (
-        use_liger(model, {"input_ids": torch.ones(1, 4, dtype=torch.long).cuda()}) == "liger-kernel has none for gpt2"
+        use_liger(model, {"input_ids": torch.ones(1, 4, dtype=torch.long).cuda()})
+        == "liger-kernel has no kernels for gpt2"
     )
 
 

@@ -49,9 +49,9 @@ def test_the_launchers_fsdp_is_our_sharding(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"FSDP_VERSION": "1"}, "version 1; write fsdp_version: 2 into"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params cannot be followed; write false"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing cannot be followed"),
+        ({"FSDP_VERSION": "1"}, "version 1; set fsdp_version: 2 in"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: true is not supported; set it to false"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing: true is not supported"),
     ],
 )
 def test_fsdp_that_cannot_be_followed_is_refused(
@@ -66,16 +66,20 @@ def test_fsdp_that_cannot_be_followed_is_refused(
 @pytest.mark.parametrize(
     ("overrides", "configuration", "message"),
     [
-        ([], {}, "training.optimizer=spectral needs whole matrices, .*; take training.optimizer=adamw, or FSDP2"),
-        (["training.optimizer=adamw", "training.shard=true"], {}, "training.shard=true is FSDP2, and the launcher"),
+        ([], {}, "training.optimizer=spectral needs whole matrices, .*; set training.optimizer=adamw, or use FSDP2"),
+        (["training.optimizer=adamw", "training.shard=true"], {}, "training.shard=true is FSDP2, but the launcher"),
         (["training.optimizer=adamw", "model.quantization=nf4"], {"stage": 3}, "nf4 is not possible with .* ZeRO-3"),
         (
             ["training.optimizer=adamw"],
             {"gradient_clipping": 0.5},
-            "says gradient_clipping: 0.5, .*max_grad_norm makes it 1.0; write auto",
+            "has gradient_clipping: 0.5, .*max_grad_norm makes it 1.0; set it to auto",
         ),
-        (["training.optimizer=adamw"], {"train_batch_size": 7}, "says train_batch_size: 7, .* makes it 32; write auto"),
-        (["training.optimizer=adamw"], {"bf16": {"enabled": True}}, "enables bf16; leave it out, model.dtype says"),
+        (
+            ["training.optimizer=adamw"],
+            {"train_batch_size": 7},
+            "has train_batch_size: 7, .* makes it 32; set it to auto",
+        ),
+        (["training.optimizer=adamw"], {"bf16": {"enabled": True}}, "enables bf16; remove it, since model.dtype sets"),
         (["training.optimizer=adamw", "training.batch_size=5"], {}, "batch_size=5 cannot be divided"),
     ],
 )
@@ -99,14 +103,14 @@ def test_a_checkpoint_goes_on_as_it_began(deepspeed, tmp_path: Path) -> None:
     check_launch(config, 4, written)
     for name in ("latest", "rng_state_0.pth", "rng_state_1.pth"):
         (written / name).touch()
-    with pytest.raises(UserError, match="checkpoint-5 was begun with DeepSpeed; go on so, not without it"):
+    with pytest.raises(UserError, match="checkpoint-5 was written with DeepSpeed; resume with it, not without it"):
         check_launch(config, 2, written)
     deepspeed()
     check_launch(config, 2, written)
-    with pytest.raises(UserError, match="written by 2 processes with DeepSpeed; go on with as many, not 4"):
+    with pytest.raises(UserError, match="written by 2 processes with DeepSpeed; resume with as many, not 4"):
         check_launch(config, 4, written)
     (written / "latest").unlink()
-    with pytest.raises(UserError, match="was begun without DeepSpeed; go on so, not with it"):
+    with pytest.raises(UserError, match="was written without DeepSpeed; resume without it, not with it"):
         check_launch(config, 2, written)
 
 

@@ -227,19 +227,19 @@ def broken(plan, what):
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "message"),
     [
         ("another model", "made for another model .* has no `h.0.attn`"),
-        ("another shape", "is 1x2 there and 64x64 here"),
+        ("another shape", "is 1x2 in the plan and 64x64 in this model"),
         ("nothing selected", "selects no matrix"),
         ("a member not selected", "does not select"),
         ("a layer in two groups", "two groups"),
         ("no start", "no spectral start"),
-        ("a start of another rank", "64x2, its factor 64x4"),
+        ("a start of another rank", "64x2, but its factor is 64x4"),
         ("shapes mixed", "mixes input widths"),
     ],
 )
-def test_a_plan_that_does_not_fit_is_refused_in_one_line(what, said):
+def test_a_plan_that_does_not_fit_is_refused_in_one_line(what, message):
     model = make_model()
     plan = broken(make_plan(model), what)
 
@@ -247,6 +247,6 @@ def test_a_plan_that_does_not_fit_is_refused_in_one_line(what, said):
         check_plan(model, plan)
         check_starts(plan)
 
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         check()
     assert "\n" not in str(caught.value)

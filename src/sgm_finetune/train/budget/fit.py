@@ -1,4 +1,4 @@
-"""A run that fits into `memory.budget`: what it gives up for that, the least costly first (docs/estimate.md)."""
+"""Makes a run fit into `memory.budget`: what it gives up for that, cheapest first (docs/estimate.md)."""
 
 from __future__ import annotations
 
@@ -19,18 +19,14 @@ ADJUSTABLE = {
     "adapter": ("rank", "alpha"),
     "selection": ("top_fraction", "prefer_depth"),
 }
-"""What `fit` may change."""
-
-
+"""The keys that `fit` may change, by section."""
 SMALLEST_RANK = 4
-
-
 SMALLEST_FRACTION = 0.25
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """The configuration that fits, what it will need, and the keys that were changed: `key: before -> now`."""
+    """A configuration that fits, its estimate, and the keys that changed, as `key=now (was before)`."""
 
     config: Config
     estimate: Estimate
@@ -38,42 +34,45 @@ class Fitted:
 
 
 def fit(config: Config, prepared: PreparedData, budget: int, plan: Plan | None = None) -> Fitted:
-    """Changes `config` until its predicted peak is within `budget` bytes, always in the phase that needs most.
+    """Returns `config`, changed until its predicted peak is within `budget` bytes.
 
-    A test takes smaller batches: its results stay. A step, and with it the probe, takes smaller micro-batches (the same
-    gradient), then checkpointing (the same gradient, computed partly twice; then, on a GPU, from what the host holds),
-    then a smaller rank, then fewer layers, the ones nearest to the output; a given plan's rank and layers stay. Raises
-    UserError where that is not enough.
+    Each change concerns the phase that needs most. A test takes smaller batches, which keeps its results. A step or the
+    probe takes, in this order: smaller micro-batches (the same gradient); checkpointing (the same gradient, parts of it
+    computed twice), then on a GPU checkpointing with offload to the host; a smaller rank; fewer layers, those nearest
+    to the output. A given plan keeps its rank and layers. Raises UserError when all of this is not enough.
     """
-    first = found = config
-    followed: dict[tuple, Any] = {}
+    current = config
+    cache: dict[tuple, Any] = {}
     while True:
-        needed = estimate(found, prepared, plan, followed)
+        needed = estimate(current, prepared, plan, cache)
         if needed.firm_bytes <= budget:
-            return Fitted(found, needed, tuple(_changes(first, found)))
-        if (fixed := needed.weights_bytes + needed.process_bytes) > budget:
+            return Fitted(current, needed, tuple(_changes(config, current)))
+        fixed = needed.weights_bytes + needed.process_bytes
+        if fixed > budget:
             raise UserError(
                 f"memory.budget={gib(budget)} is not enough: weights, libraries and data take {gib(fixed)} before "
-                f"anything is computed; {_smaller_weights(config)}"
+                f"the run computes anything; {_smaller_weights(config)}"
             )
-        smaller = _concession(found, needed, plan)
+        smaller = _concession(current, needed, plan)
         if smaller is None:
             raise UserError(
                 f"memory.budget={gib(budget)} is not enough: {PHASES[needed.firm_phase]} needs "
-                f"{gib(needed.firm_bytes)} with all else as small as it gets, {gib(needed.weights_bytes)} of it "
-                f"weights, {gib(needed.process_bytes)} libraries and data; {_remedy(found)}"
+                f"{gib(needed.firm_bytes)} with every other setting at its smallest ({gib(needed.weights_bytes)} "
+                f"weights, {gib(needed.process_bytes)} libraries and data); {_smaller_weights(current)}, or a smaller "
+                "data.max_length"
             )
-        found = smaller
+        current = smaller
 
 
 def _concession(config: Config, needed: Estimate, plan: Plan | None) -> Config | None:
+    """`config` with the cheapest change that makes its largest phase smaller, or None when none is left."""
     training = config.training
     match needed.firm_phase:
         case "test" | "validate" | "test after" if training.eval_batch_size > 1:
             return _replace(config, "training", eval_batch_size=training.eval_batch_size // 2)
         case "step":
             return _smaller_step(config, needed, plan)
-        case "probe" if needed.micro_batch_size > 1:  # its pieces are of half of that
+        case "probe" if needed.micro_batch_size > 1:  # the probe's pieces are half a micro-batch
             return _smaller_step(config, needed, plan)
     return None
 
@@ -103,50 +102,53 @@ def _replace(config: Config, section: str, **values: Any) -> Config:
 
 
 def _changes(before: Config, now: Config) -> list[str]:
-    found = []
+    changes = []
     for section, values in before.model_dump().items():
-        for key, value in values.items() if isinstance(values, dict) else ():
-            if (changed := getattr(getattr(now, section), key)) != value:
-                found.append(f"{section}.{key}={_format_value(changed)} (was {_format_value(value)})")
-    return found
+        if not isinstance(values, dict):
+            continue
+        for key, value in values.items():
+            current = getattr(getattr(now, section), key)
+            if current != value:
+                changes.append(f"{section}.{key}={_format_value(current)} (was {_format_value(value)})")
+    return changes
 
 
 def _format_value(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool | str) else f"{value:g}"
-
-
-def _remedy(config: Config) -> str:
-    return f"{_smaller_weights(config)}, or a smaller data.max_length"
+    """A value as config.yaml writes it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool | str) else f"{value:g}"
 
 
 def _smaller_weights(config: Config) -> str:
+    """A remedy: how to make the weights smaller."""
     return "try model.quantization=nf4" if config.model.quantization == "none" else "try a smaller model"
 
 
 def reuse_fit(config: Config, earlier: Config, asked: Config | None = None) -> Config:
-    """`config` with what was fitted to the same budget when its run began. Of `asked`, what it began from, a key that
-    differs from it now was changed by a person since, and stays as it is."""
+    """Returns `config` with the settings that `fit` found when the run began, if the budget is the same.
+
+    `earlier` is the fitted configuration of the run, `asked` the one that it was fitted from (default: `config`). A key
+    that differs between `asked` and `config` was changed by the user since, and keeps the user's value.
+    """
     if config.memory.budget is None or config.memory.budget != earlier.memory.budget:
         return config
     asked = asked or config
     for section, keys in ADJUSTABLE.items():
         now, then, began = (getattr(part, section) for part in (config, asked, earlier))
-        fitted = {key: getattr(began, key) for key in keys if getattr(now, key) == getattr(then, key)}
-        config = _replace(config, section, **fitted)
+        unchanged = {key: getattr(began, key) for key in keys if getattr(now, key) == getattr(then, key)}
+        config = _replace(config, section, **unchanged)
     return config
 
 
 def check_fits(needed: Estimate, within_reach: int, config: Config) -> None:
-    """Raises UserError, with what would help, where a run needs more memory than there is."""
+    """Raises UserError, with a remedy, when a run needs more than the `within_reach` bytes of memory."""
     if needed.firm_bytes <= within_reach:
         return
-    fixed = needed.weights_bytes + needed.process_bytes
-    helps = (
-        f"memory.budget={within_reach / 2**30:.1f}GiB finds what fits"
-        if fixed < within_reach
-        else _smaller_weights(config)
-    )
+    remedy = _smaller_weights(config)
+    if needed.weights_bytes + needed.process_bytes < within_reach:
+        remedy = f"memory.budget={within_reach / 2**30:.1f}GiB finds what fits"
     raise UserError(
         f"This run needs about {gib(needed.firm_bytes)} of memory ({PHASES[needed.firm_phase]}), and "
-        f"{gib(within_reach)} are within reach on this {needed.device}; {helps}"
+        f"{gib(within_reach)} are within reach on this {needed.device}; {remedy}"
     )
