@@ -112,7 +112,7 @@ def test_what_experts_cannot_do_is_refused(folders):
     ]
     plan = build_plan("pico", numbers, PlanSettings(rank=4, alpha=8.0, dropout=0.1))
     with pytest.raises(
-        UserError, match=r"adapter\.dropout=0\.1 is not possible with experts .* take adapter\.dropout=0"
+        UserError, match=r"adapter\.dropout=0\.1 is not possible with experts .* set adapter\.dropout=0"
     ):
         apply_plan(model, plan)
     plan = build_plan("pico", numbers, PlanSettings(rank=4, alpha=8.0))

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same numbers there as on a CPU, by its kernels, and a whole run."""
+"""What only a GPU can show: its kernels give the numbers of a CPU, and a whole run works."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.fixture(autouse=True)
 def _llama_as_it_was():
-    """Liger replaces parts of Transformers' module for the whole process, CPU models made later too."""
+    """Restores Transformers' module, of which Liger replaces parts for the whole process, also for later CPU models."""
     from transformers.models.llama import modeling_llama
 
     before = dict(vars(modeling_llama))
@@ -41,7 +41,7 @@ def on_gpu(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def adapted(model: nn.Module):
-    """As conftest's, but with the same numbers on every device."""
+    """As conftest's `adapted`, but with the same numbers on every device."""
     made = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(adaptable(model))))
     torch.manual_seed(2)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_ligers_kernels_and_the_fast_step_have_the_gradients_of_a_cpu(dtype: tor
     assert off(gradients(fast, on_gpu(batch), in_parts), wanted) < tolerance
 
 
-def test_a_model_that_liger_does_not_know_is_told() -> None:
+def test_a_model_that_liger_does_not_know_is_named() -> None:
     pytest.importorskip("liger_kernel")
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -200,8 +200,8 @@ def test_a_whole_run_learns_and_is_evaluated_again(
         "data.max_length=32", "probe.num_batches=4", "probe.sketch_size=12", "adapter.rank=4", "training.max_steps=20",
         "training.batch_size=16", f"training.checkpointing={checkpointing}", f"output.dir={tmp_path / 'out'}",
     ]  # fmt: skip
-    words = StringIO()
-    metrics = pipeline.finetune(load_config(None, overrides), Console(file=words, width=200))
+    printed = StringIO()
+    metrics = pipeline.finetune(load_config(None, overrides), Console(file=printed, width=200))
     assert metrics["after"]["loss"] < 0.8 * metrics["before"]["loss"]
-    again = pipeline.evaluate(load_config(None, overrides), overrides, Console(file=words, width=200))
+    again = pipeline.evaluate(load_config(None, overrides), overrides, Console(file=printed, width=200))
     assert again["loss"] == pytest.approx(metrics["after"]["loss"], rel=0.02)

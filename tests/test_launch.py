@@ -1,4 +1,4 @@
-"""What `accelerate launch` asks for beside processes: FSDP2 and DeepSpeed, from the files in configs/accelerate/."""
+"""The settings of `accelerate launch`: FSDP2 and DeepSpeed, and the files in configs/accelerate/."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 
 @pytest.fixture
 def deepspeed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The environment of a process that was started for a DeepSpeed configuration."""
+    """Sets the environment of a process that was started with a DeepSpeed configuration."""
 
     def begin(**configuration: object) -> None:
         monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
@@ -41,7 +41,7 @@ def test_the_launchers_fsdp_is_our_sharding(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("FSDP_VERSION", "2")
     config = apply_launcher(Config())
     assert config.training.shard
-    assert "ACCELERATE_USE_FSDP" not in os.environ  # the trainer would cut the factors too
+    assert "ACCELERATE_USE_FSDP" not in os.environ  # with it, the trainer would shard the factors too
     check_launch(config, 2)
     assert apply_launcher(Config()) == Config()
 
@@ -54,7 +54,7 @@ def test_the_launchers_fsdp_is_our_sharding(monkeypatch: pytest.MonkeyPatch) -> 
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing: true is not supported"),
     ],
 )
-def test_fsdp_that_cannot_be_followed_is_refused(
+def test_fsdp_settings_that_are_not_supported_are_refused(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
 ) -> None:
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **variables}.items():
@@ -97,7 +97,7 @@ def test_a_deepspeed_configuration_that_agrees_is_taken(deepspeed) -> None:
     check_launch(config, 2)
 
 
-def test_a_checkpoint_goes_on_as_it_began(deepspeed, tmp_path: Path) -> None:
+def test_a_checkpoint_resumes_only_the_way_it_was_written(deepspeed, tmp_path: Path) -> None:
     config, written = load_config(None, ["training.optimizer=adamw"]), tmp_path / "checkpoint-5"
     written.mkdir()
     check_launch(config, 4, written)
@@ -134,10 +134,10 @@ def test_every_file_for_the_launcher_is_one_it_reads() -> None:
     ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
 )
 def test_what_the_launcher_starts_is_one_run(name: str, settings, tmp_path: Path, command) -> None:
-    """Two processes end as one does, also when they are resumed; ZeRO-3 with every parameter in pieces."""
+    """Two processes end as one does, also when they are resumed. ZeRO-3 cuts every parameter into pieces."""
     settings = [*settings, "training.learning_rate=1e-3", "training.optimizer=adamw"]
     launcher = yaml.safe_load((FILES / f"{name}.yaml").read_text())
-    if name == "zero3":  # pico matrices would stay whole
+    if name == "zero3":  # by default it leaves matrices as small as these whole
         stage = {"stage": 3, "stage3_param_persistence_threshold": 0}
         (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": stage, "gradient_clipping": "auto",
             "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}))  # fmt: skip

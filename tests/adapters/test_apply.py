@@ -1,4 +1,4 @@
-"""A plan becomes an ordinary PEFT model; what is shared is one parameter and behaves as the sum of its members."""
+"""A plan becomes an ordinary PEFT model; a shared factor is one parameter, and its gradient is its members' sum."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sgm_finetune.train.adapters.apply import (
 )
 
 SHARES = ["activation", "input", "output"]
-"""Readers of the same activations, or the layers of a kind and their side."""
+"""What shares a factor: the readers of the same activations, or the layers of a kind on one side."""
 
 
 def make_plan(model, share="activation", rank=4):
@@ -111,7 +111,7 @@ def test_members_are_equal_after_training_and_the_loss_falls(share):
 
 @pytest.mark.parametrize("share", SHARES)
 def test_the_shared_gradient_is_the_sum_of_its_members_gradients(share):
-    """∂L/∂A_g = Σ_l ∂L/∂A_l, each member's from an untied copy, in float64."""
+    """∂L/∂A_g = Σ_l ∂L/∂A_l in float64; each member's gradient comes from an untied copy."""
     batch = make_batches()[0]
 
     def build(tied: bool):
@@ -120,7 +120,7 @@ def test_the_shared_gradient_is_the_sum_of_its_members_gradients(share):
         adapted = apply_plan(model, plan)
         generator = torch.Generator().manual_seed(0)
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name and not float(parameter.detach().abs().sum()):  # a zero factor passes no gradient on
+            if "lora_" in name and not float(parameter.detach().abs().sum()):  # a zero factor passes on no gradient
                 parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
         if not tied:
             for module in adapted.modules():

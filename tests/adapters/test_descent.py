@@ -1,4 +1,4 @@
-"""Truths about the optimizer for factors."""
+"""What holds for every step of the optimizer for factors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def adapted(*sides: str):
 
 
 def one_step(model, optimizer) -> dict[str, torch.Tensor]:
-    """Change of every layer's update s·B·A by one step."""
+    """Layer -> the change of its update s·B·A in one step."""
 
     def updates() -> list[torch.Tensor]:
         return [(p.scaling * p.b @ p.a).detach().clone() for p in factor_pairs(model)]
@@ -65,7 +65,8 @@ def test_the_first_step_changes_every_update_by_the_step_in_spectral_norm(sides)
 
 
 def test_a_factor_shared_by_layers_of_different_outputs_steps_by_the_mean_in_their_own_units():
-    """Mean over q (64 outputs) and k (32) of the squared change from RMS to RMS, in its loudest direction: the step."""
+    """The mean over q (64 outputs) and k (32) of the squared change from RMS to RMS, in its largest direction, is the
+    step."""
     draw = torch.Generator().manual_seed(0)
     a = torch.nn.Parameter(torch.randn(RANK, 64, generator=draw))
     members = [torch.nn.Parameter(torch.randn(rows, RANK, generator=draw)) for rows in (64, 32)]
@@ -198,7 +199,7 @@ def test_weight_decay_shrinks_factors_by_its_share_of_the_step():
 
 
 def test_a_step_of_length_zero_changes_nothing_and_remembers_the_gradient():
-    """Where a schedule's warm-up begins."""
+    """A schedule's warm-up begins with such a step."""
     model = adapted("input", "output")
     optimizer = FactorDescent(factor_pairs(model), lr=0.0)
     assert all(not change.any() for change in one_step(model, optimizer).values())

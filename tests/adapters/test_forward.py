@@ -1,4 +1,4 @@
-"""The fast step is PEFT's step: same outputs, same gradients, same files, in less memory."""
+"""The fast step equals PEFT's step: the same outputs, gradients and files, in less memory."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_gradients_are_as_near_to_float64s_as_pefts(dtype: torch.dtype, share: b
     wanted, (_, theirs), (_, ours) = (gradients(m, batch) for m in (oracle, slow, fast))
     assert ours.keys() == theirs.keys() == wanted[1].keys()
     for name, gradient in wanted[1].items():
-        off, their_off = ((found[name] - gradient).norm() / gradient.norm() for found in (ours, theirs))
-        assert off < (1e-5 if dtype == torch.float32 else max(0.05, 2 * float(their_off))), name
+        off, peft_off = ((found[name] - gradient).norm() / gradient.norm() for found in (ours, theirs))
+        assert off < (1e-5 if dtype == torch.float32 else max(0.05, 2 * float(peft_off))), name
 
 
 def test_what_readers_share_is_computed_once_and_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,14 +55,14 @@ def test_what_readers_share_is_computed_once_and_not_held(monkeypatch: pytest.Mo
     computed: list[torch.Size] = []
     linear = nn.functional.linear
 
-    def counted(x, weight, bias=None):
+    def count(x, weight, bias=None):
         if weight.shape[0] == 4:
             computed.append(x.shape)
         return linear(x, weight, bias)
 
-    monkeypatch.setattr(nn.functional, "linear", counted)
+    monkeypatch.setattr(nn.functional, "linear", count)
     model(**make_batches(1)[0])
-    assert len(computed) == 4 * 4  # of seven matrices a layer: readers of two activations, o and down
+    assert len(computed) == 4 * 4  # one a layer for q, k, v; for gate, up; for o; for down
     projections = [layer.projection for layer in lora_layers(model).values()]
     assert all(projection.u is None and projection.read is None for projection in projections)
 
@@ -149,7 +149,7 @@ def test_a_language_models_loss_needs_no_logits() -> None:
     )
 
 
-def test_logits_that_are_changed_behind_the_head_are_not_passed_by() -> None:
+def test_a_model_that_changes_its_logits_after_the_head_gets_no_loss_in_parts() -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
