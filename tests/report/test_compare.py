@@ -70,7 +70,7 @@ def test_losses_over_different_tokens_are_not_compared(tmp_path):
     other["after"] |= {"num_tokens": 30_000, "loss": 1.0, "perplexity": 2.718}
     runs = [leave_run(tmp_path / "a", 0, metrics=language_metrics()), leave_run(tmp_path / "b", 0, metrics=other)]
     found = compare_runs(runs)
-    assert "no measure in common" in found.verdict
+    assert "no metric in common" in found.verdict
     assert not any("perplexity" in row.name for row in found.rows)
 
 

@@ -20,15 +20,15 @@ from sgm_finetune.base.memory import peak_memory, release_memory
 from sgm_finetune.base.untrusted import read_object
 from sgm_finetune.results.export import gguf_file
 from sgm_finetune.results.export.adapter import write_adapter
-from sgm_finetune.results.export.card import Format, hub_model, model_card
+from sgm_finetune.results.export.card import ExportFormat, hub_model, model_card
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, ChatFormat, find_format, modelfile
 from sgm_finetune.results.export.check import (
-    Comparison,
-    Reference,
+    LogitCheck,
+    ReferenceLogits,
     check_adapter,
     check_gguf,
     check_merged,
-    reference,
+    compute_reference,
 )
 from sgm_finetune.results.export.gguf_file import GgufType
 from sgm_finetune.results.export.hub import check_push, push
@@ -41,16 +41,16 @@ REPORT = "export.json"
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportRequest:
     """What was asked for on the command line."""
 
-    to: Format
+    to: ExportFormat
     output: Path | None = None
     gguf_type: GgufType | None = None
     push_to_hub: str | None = None
 
 
-def export_result(config: Config, overrides: Sequence[str], request: Request, console: Console) -> dict[str, Any]:
+def export_result(config: Config, overrides: Sequence[str], request: ExportRequest, console: Console) -> dict[str, Any]:
     """Exports the result in `config.output.dir`; returns what was measured, the content of export.json.
 
     The folder appears under its name only when its logits have been compared with the reference's; a comparison that
@@ -72,12 +72,12 @@ def export_result(config: Config, overrides: Sequence[str], request: Request, co
     export = _PREPARE[request.to](result, request, log)
     _check_room(folder, export.num_bytes)
     log.line("export", export.described)
-    expected = reference(result, export.num_parameters)
+    expected = compute_reference(result, export.num_parameters)
     with whole_folder(folder) as scratch:
         files = export.write(scratch)
         release_memory()
         found = export.compare(scratch, expected)
-        if not found.passed():
+        if not found.passes():
             raise UserError(
                 f"The export as {export.kind} computes something else than was trained: logits differ by "
                 f"{found.difference:.2g} (at most {found.tolerance:g}), {_percent(found.arrived)} of the update is in "
@@ -106,7 +106,7 @@ def _percent(share: float | None) -> str:
     return "nothing" if share is None else f"{share:.0%}"
 
 
-def _told(found: Comparison) -> str:
+def _told(found: LogitCheck) -> str:
     moved = f"the update moves them by {found.effect:.2g}"
     if found.arrived is not None:
         moved += f", of which {found.arrived:.1%} is there"
@@ -154,10 +154,10 @@ class _Prepared:
     described: str
     write: Callable[[Path], dict[str, str]]
     """Into a folder; returns the names of files by their role."""
-    compare: Callable[[Path, Reference], Comparison]
+    compare: Callable[[Path, ReferenceLogits], LogitCheck]
 
 
-def _adapter(result: Result, request: Request, log: StepLog) -> _Prepared:
+def _adapter(result: Result, request: ExportRequest, log: StepLog) -> _Prepared:
     skeleton = base_skeleton(result)
     num_parameters = _num_parameters(skeleton)
     num_bytes = sum(tensor.nbytes for tensor in result.content["adapter"].values()) + _TEXT_BYTES
@@ -177,7 +177,7 @@ def _adapter(result: Result, request: Request, log: StepLog) -> _Prepared:
     )
 
 
-def _merged(result: Result, request: Request, log: StepLog) -> _Prepared:
+def _merged(result: Result, request: ExportRequest, log: StepLog) -> _Prepared:
     tensors, skeleton = merged_tensors(result)
     stored_in = _stored_in(tensors)
 
@@ -198,7 +198,7 @@ def _merged(result: Result, request: Request, log: StepLog) -> _Prepared:
     )
 
 
-def _gguf(result: Result, request: Request, log: StepLog) -> _Prepared:
+def _gguf(result: Result, request: ExportRequest, log: StepLog) -> _Prepared:
     kind = request.gguf_type or "f16"
     words = gguf_file.check_exportable(result, AutoConfig.from_pretrained(result.folder))
     tensors, skeleton = merged_tensors(result)
@@ -224,7 +224,7 @@ def _gguf(result: Result, request: Request, log: StepLog) -> _Prepared:
     )
 
 
-_PREPARE: dict[Format, Callable[[Result, Request, StepLog], _Prepared]] = {
+_PREPARE: dict[ExportFormat, Callable[[Result, ExportRequest, StepLog], _Prepared]] = {
     "adapter": _adapter,
     "merged": _merged,
     "gguf": _gguf,

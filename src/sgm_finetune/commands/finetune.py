@@ -47,7 +47,7 @@ from sgm_finetune.results.load import attach_adapter
 from sgm_finetune.results.metrics import describe_metrics
 from sgm_finetune.results.report.histogram import Histogram
 from sgm_finetune.results.report.page import render_report
-from sgm_finetune.results.report.pictures import Pictures, histograms_of, save_pictures, tables_of
+from sgm_finetune.results.report.pictures import Pictures, histograms_of, save_pictures, similarity_tables
 from sgm_finetune.results.report.run_files import load_run
 from sgm_finetune.results.report.scan_table import scan_summary
 from sgm_finetune.train.adapters.apply import apply_plan, check_plan, check_starts
@@ -129,7 +129,7 @@ def _finetune(config: Config, console: Console, dry_run: bool, held: ExitStack) 
         if not was_there:
             _hold(output, held)
         begin(config, asked, output, measured, prepared, clock.seconds)
-        save_pictures(Pictures(histograms, tables_of(measured.plan.similarities)), output / "pictures.json")
+        save_pictures(Pictures(histograms, similarity_tables(measured.plan.similarities)), output / "pictures.json")
     elif checkpoint is not None and processes().is_main_process:
         discard_after(checkpoint)
     processes().wait_for_everyone()

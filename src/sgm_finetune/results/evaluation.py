@@ -12,7 +12,7 @@ from torch import nn
 from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import by_length
-from sgm_finetune.results.metrics import _task_metrics
+from sgm_finetune.results.metrics import task_metrics
 from sgm_finetune.train.fast.head_loss import HeadLoss
 from sgm_finetune.train.losses import Collator, Progress, sum_losses
 
@@ -54,4 +54,4 @@ def evaluate_with_predictions(
         raise UserError(f"The evaluation's loss is {mean}; try model.dtype=float32")
     found = {"loss": mean, "num_examples": len(encoded)}
     predicted = [losses.predictions[i] for i in range(len(encoded))]
-    return {**found, **_task_metrics(task, encoded, predicted, losses, labels)}, predicted
+    return {**found, **task_metrics(task, encoded, predicted, losses, labels)}, predicted

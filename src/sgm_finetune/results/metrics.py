@@ -18,7 +18,7 @@ from sgm_finetune.train.losses import Losses
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """How a metric is called and shown."""
 
     key: str
@@ -30,24 +30,24 @@ class Measure:
     unit: str = ""
 
 
-MEASURES = (
-    Measure("accuracy", "accuracy", baseline="majority_accuracy"),
-    Measure("entity_f1", "entity F1"),
-    Measure("micro_f1", "micro-F1"),
-    Measure("macro_f1", "macro-F1"),
-    Measure("r2", "R²"),
-    Measure("pearson", "Pearson's r"),
-    Measure("mae", "mean absolute error", higher_is_better=False, digits=3),
-    Measure("exact_match", "exact match", digits=3),
-    Measure("rouge_l", "ROUGE-L", digits=3),
-    Measure("bleu", "BLEU", digits=1),
-    Measure("perplexity", "perplexity", higher_is_better=False, digits=3),
-    Measure("loss", "loss", higher_is_better=False, unit="nats"),
+METRICS = (
+    Metric("accuracy", "accuracy", baseline="majority_accuracy"),
+    Metric("entity_f1", "entity F1"),
+    Metric("micro_f1", "micro-F1"),
+    Metric("macro_f1", "macro-F1"),
+    Metric("r2", "R²"),
+    Metric("pearson", "Pearson's r"),
+    Metric("mae", "mean absolute error", higher_is_better=False, digits=3),
+    Metric("exact_match", "exact match", digits=3),
+    Metric("rouge_l", "ROUGE-L", digits=3),
+    Metric("bleu", "BLEU", digits=1),
+    Metric("perplexity", "perplexity", higher_is_better=False, digits=3),
+    Metric("loss", "loss", higher_is_better=False, unit="nats"),
 )
 """In the order of interest; a task has some of them."""
 
 
-def _task_metrics(
+def task_metrics(
     task: Task, encoded: Dataset, predicted: Sequence[Any], losses: Losses, labels: Sequence[str]
 ) -> dict[str, Any]:
     truth = list(encoded["labels"])
@@ -130,13 +130,13 @@ def tagging_metrics(
 
 
 def describe_metrics(metrics: dict[str, Any]) -> str:
-    """One line: every measure, in the order of interest, and what it was measured on."""
+    """One line: every metric, in the order of interest, and what it was measured on."""
     parts = []
-    for measure in MEASURES:
-        if measure.key in metrics:
-            text = f"{measure.name} {metrics[measure.key]:.{measure.digits}f}"
-            if measure.baseline in metrics:
-                text += f" (majority class {metrics[measure.baseline]:.{measure.digits}f})"
+    for metric in METRICS:
+        if metric.key in metrics:
+            text = f"{metric.name} {metrics[metric.key]:.{metric.digits}f}"
+            if metric.baseline in metrics:
+                text += f" (majority class {metrics[metric.baseline]:.{metric.digits}f})"
             parts.append(text)
     number, what = next(
         (metrics[key], what) for key, what in (("num_tokens", "tokens"), ("num_examples", "examples")) if key in metrics

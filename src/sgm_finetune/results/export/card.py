@@ -12,9 +12,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from sgm_finetune.measure.make_plan import describe_plan
 from sgm_finetune.measure.plan_file import parse_plan
 from sgm_finetune.results.load import Result
-from sgm_finetune.results.metrics import MEASURES, Measure
+from sgm_finetune.results.metrics import METRICS, Metric
 
-Format = Literal["adapter", "merged", "gguf"]
+ExportFormat = Literal["adapter", "merged", "gguf"]
 
 _PIPELINES = {
     "causal-lm": "text-generation",
@@ -30,7 +30,7 @@ _AUTO = {
 }
 
 
-def model_card(result: Result, to: Format, comparison: Mapping[str, Any], files: Mapping[str, str]) -> str:
+def model_card(result: Result, to: ExportFormat, comparison: Mapping[str, Any], files: Mapping[str, str]) -> str:
     """The text of README.md. `files`: what the folder holds of use, by role (`gguf`, `modelfile`)."""
     config, metrics = result.config, result.metrics
     hub_id = hub_model(config.model.name)
@@ -73,7 +73,7 @@ def title(result: Result) -> str:
     return f"{base_name(result.config.model.name)}, trained on {base_name(data.name or data.train or 'data')}"
 
 
-def _contents(result: Result, to: Format, comparison: Mapping[str, Any]) -> str:
+def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -> str:
     quantised = result.config.model.quantization
     lines = {
         "adapter": "A PEFT adapter: the update alone. It needs the base model.",
@@ -97,20 +97,20 @@ def _contents(result: Result, to: Format, comparison: Mapping[str, Any]) -> str:
 def _scores(metrics: Mapping[str, Any]) -> str:
     before, after = metrics.get("before", {}), metrics.get("after", {})
     rows = [
-        f"| {measure.name} | {_number(before.get(measure.key), measure)} | {_number(after[measure.key], measure)} |"
-        for measure in MEASURES
-        if measure.key in after
+        f"| {metric.name} | {_number(before.get(metric.key), metric)} | {_number(after[metric.key], metric)} |"
+        for metric in METRICS
+        if metric.key in after
     ]
     if not rows:
         return ""
     return "\n".join(["## Scores on test data", "", "| | before | after |", "|---|---|---|", *rows])
 
 
-def _number(value: float | None, measure: Measure) -> str:
-    return "–" if value is None else f"{value:.{measure.digits}f}"
+def _number(value: float | None, metric: Metric) -> str:
+    return "–" if value is None else f"{value:.{metric.digits}f}"
 
 
-def _usage(result: Result, to: Format, files: Mapping[str, str]) -> str:
+def _usage(result: Result, to: ExportFormat, files: Mapping[str, str]) -> str:
     auto = _AUTO[result.config.model.task]
     base = base_name(result.config.model.name)
     labels = ""

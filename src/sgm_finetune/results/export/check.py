@@ -49,7 +49,7 @@ _LENGTH = 24
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LogitCheck:
     """Of an export's logits with the reference's."""
 
     difference: float
@@ -71,7 +71,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def passed(self) -> bool:
+    def passes(self) -> bool:
         if not self.difference <= self.tolerance:  # also where it is no number
             return False
         visible = self.arrived is not None and self.effect >= self.tolerance / 4
@@ -79,7 +79,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceLogits:
     """What an export is compared with."""
 
     ids: Tensor
@@ -91,17 +91,17 @@ class Reference:
     computed_in: str
 
 
-def reference(result: Result, num_parameters: int) -> Reference:
+def compute_reference(result: Result, num_parameters: int) -> ReferenceLogits:
     """Computed in float32 where that fits into memory, else in bfloat16. Raises UserError where neither does."""
     dtype = _computing_dtype(num_parameters)
     ids = check_ids(result)
     model = attach_adapter(load_unquantised(result, dtype), result.content, result.path)
-    trained = logits(model, ids)
+    trained = compute_logits(model, ids)
     with model.disable_adapter():
-        base = logits(model, ids)
+        base = compute_logits(model, ids)
     del model
     free_models()
-    return Reference(ids, trained, base, dtype)
+    return ReferenceLogits(ids, trained, base, dtype)
 
 
 def _computing_dtype(num_parameters: int) -> str:
@@ -130,7 +130,7 @@ def check_ids(result: Result) -> Tensor:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
+def compute_logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Float32 on the CPU: (sequences, length, vocabulary), of a classifier (sequences, classes)."""
     device = next(model.parameters()).device
     batch = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids, device=device)}
@@ -139,13 +139,13 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     return model.eval()(**batch).logits.float().cpu()
 
 
-def compare(found: Tensor, expected: Reference, stored_in: str, by: str) -> Comparison:
+def compare_logits(found: Tensor, expected: ReferenceLogits, stored_in: str, by: str) -> LogitCheck:
     """`stored_in`: the type of the export's matrices, a key of TOLERANCES."""
     z, z0 = expected.trained.double(), expected.base.double()
     found = found.double()
     size, moved = float(z.norm()), float((z - z0).norm())
     arrived = float(((found - z0) * (z - z0)).sum()) / moved**2 if moved else None
-    return Comparison(
+    return LogitCheck(
         difference=float((found - z).norm()) / size,
         largest=float((found - z).abs().max()),
         top_agreement=float((found.argmax(-1) == z.argmax(-1)).double().mean()),
@@ -158,17 +158,17 @@ def compare(found: Tensor, expected: Reference, stored_in: str, by: str) -> Comp
     )
 
 
-def check_adapter(result: Result, folder: Path, expected: Reference) -> Comparison:
+def check_adapter(result: Result, folder: Path, expected: ReferenceLogits) -> LogitCheck:
     """The folder, loaded by PEFT on the base."""
     base = load_unquantised(result, expected.computed_in)
     model = PeftModel.from_pretrained(base, str(folder))
-    found = logits(model, expected.ids)
+    found = compute_logits(model, expected.ids)
     del base, model
     free_models()
-    return compare(found, expected, "float32", "PEFT")
+    return compare_logits(found, expected, "float32", "PEFT")
 
 
-def check_merged(result: Result, folder: Path, expected: Reference, stored_in: str) -> Comparison:
+def check_merged(result: Result, folder: Path, expected: ReferenceLogits, stored_in: str) -> LogitCheck:
     """The folder, loaded by Transformers alone; nothing may be missing from it."""
     model, outcome = auto_class(result.config.model.task).from_pretrained(
         folder,
@@ -180,13 +180,13 @@ def check_merged(result: Result, folder: Path, expected: Reference, stored_in: s
     missing = [*outcome["missing_keys"], *(key for key, *_ in outcome["mismatched_keys"])]
     if missing:
         raise UserError(f"The merged model lacks `{missing[0]}`, so it was not kept; take --to adapter")
-    found = logits(model, expected.ids)
+    found = compute_logits(model, expected.ids)
     del model
     free_models()
-    return compare(found, expected, stored_in, "Transformers")
+    return compare_logits(found, expected, stored_in, "Transformers")
 
 
-def check_gguf(result: Result, file: Path, expected: Reference, stored_in: str) -> Comparison:
+def check_gguf(result: Result, file: Path, expected: ReferenceLogits, stored_in: str) -> LogitCheck:
     """The file, loaded by llama.cpp, whose tokens have to be the tokenizer's too; without it by Transformers."""
     if importlib.util.find_spec("llama_cpp") is None:
         from transformers import AutoModelForCausalLM
@@ -194,12 +194,12 @@ def check_gguf(result: Result, file: Path, expected: Reference, stored_in: str) 
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, device_map={"": device_for()}
         )
-        found = logits(model, expected.ids)
+        found = compute_logits(model, expected.ids)
         del model
         free_models()
-        return compare(found, expected, stored_in, "Transformers")
+        return compare_logits(found, expected, stored_in, "Transformers")
     found = _llama_cpp_logits(result, file, expected.ids)
-    return compare(found, expected, stored_in, "llama.cpp")
+    return compare_logits(found, expected, stored_in, "llama.cpp")
 
 
 def _llama_cpp_logits(result: Result, file: Path, ids: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.results.export.gguf_vocabulary import Vocabulary, vocabulary
-from sgm_finetune.results.export.merge import MergedTensor, checked
+from sgm_finetune.results.export.merge import MergedTensor, checked_finite
 from sgm_finetune.results.load import Result
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
@@ -86,8 +86,8 @@ def write_gguf(
     for at, ((name, tensor, change), stored) in enumerate(zip(planned, types, strict=True), start=1):
         values = change(tensor.read().to(torch.float32))
         if stored == gguf.GGMLQuantizationType.F16:
-            checked(values.to(torch.float16), name)
-        writer.write_tensor_data(gguf.quants.quantize(checked(values, name).contiguous().numpy(), stored))
+            checked_finite(values.to(torch.float16), name)
+        writer.write_tensor_data(gguf.quants.quantize(checked_finite(values, name).contiguous().numpy(), stored))
         progress(at, len(planned))
     if factors is not None:
         writer.write_tensor_data(factors.numpy())

@@ -44,12 +44,12 @@ class MergedTensor:
     def num_bytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
-    def rounded(self) -> Tensor:
+    def read_rounded(self) -> Tensor:
         """In the files' dtype, rounded once. Raises UserError where a number is not finite there."""
-        return checked(self.read().to(self.dtype), self.name)
+        return checked_finite(self.read().to(self.dtype), self.name)
 
 
-def checked(tensor: Tensor, name: str) -> Tensor:
+def checked_finite(tensor: Tensor, name: str) -> Tensor:
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise UserError(
             f"`{name}` is not finite as {tensor.dtype}; export to a wider type, and look at the base's files"
@@ -75,7 +75,7 @@ def stack_update(A: Tensor, B: Tensor, scale: float, num_experts: int, transpose
     return update.transpose(1, 2) if transposed else update
 
 
-def added(weight: Tensor, update: Tensor) -> Tensor:
+def add_update(weight: Tensor, update: Tensor) -> Tensor:
     """W + ΔW in float32, or in W's own type where that is wider."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     return wide.add_(update)
@@ -119,7 +119,7 @@ def merged_tensors(result: Result) -> tuple[list[MergedTensor], PreTrainedModel]
 
 
 def _read_merged(tensor: StoredTensor, update: Callable[[], Tensor]) -> Tensor:
-    return added(tensor.get(), update())
+    return add_update(tensor.get(), update())
 
 
 def _updates(

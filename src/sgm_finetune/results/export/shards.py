@@ -37,7 +37,7 @@ def write_shards(
     for file, names in split.filename_to_tensors.items():
         shard = {}
         for name in names:
-            shard[name] = named[name].rounded().contiguous()
+            shard[name] = named[name].read_rounded().contiguous()
             progress(done := done + 1, len(named))
         try:
             save_file(shard, folder / file, {"format": "pt"})

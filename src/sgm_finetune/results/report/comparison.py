@@ -11,7 +11,7 @@ from typing import Any, Literal
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.results.files import PTH
-from sgm_finetune.results.metrics import MEASURES, Measure
+from sgm_finetune.results.metrics import METRICS, Metric
 from sgm_finetune.results.report.formats import count, decimal, duration, finite, memory
 from sgm_finetune.results.report.run_files import Run, load_run
 
@@ -37,7 +37,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     names: tuple[str, ...]
     """The runs' folders, as they were given."""
     runs: tuple[Run, ...]
@@ -67,7 +67,7 @@ class Comparison:
         }  # fmt: skip
 
 
-def compare_runs(folders: Sequence[Path]) -> Comparison:
+def compare_runs(folders: Sequence[Path]) -> RunComparison:
     """Raises UserError for fewer than two runs, one named twice, or a folder without a finished run."""
     if len(folders) < 2:
         raise UserError("sgm compare takes two runs or more; name their folders")
@@ -78,10 +78,10 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
     names = tuple(str(folder) for folder in folders)
     marks = [run.metrics.get("test_fingerprint") for run in runs]
     alike = tuple(at == 0 or (mark is not None and mark == marks[0]) for at, mark in enumerate(marks))
-    measures = _measures(runs, alike)
-    rows = [_quality(measure, runs, alike) for measure in measures] + _harness(runs)
-    verdict, chance = _verdict(names, runs, alike, measures)
-    return Comparison(
+    metrics = _shared_metrics(runs, alike)
+    rows = [_quality(metric, runs, alike) for metric in metrics] + _harness(runs)
+    verdict, chance = _verdict(names, runs, alike, metrics)
+    return RunComparison(
         names, runs, alike, (*rows, *_costs(runs)), differing_keys([run.config for run in runs]), verdict,
         (*_test_remarks(names, marks, alike), *chance),
     )  # fmt: skip
@@ -105,22 +105,22 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
     return found
 
 
-def _measures(runs: Sequence[Run], alike: Sequence[bool]) -> list[Measure]:
+def _shared_metrics(runs: Sequence[Run], alike: Sequence[bool]) -> list[Metric]:
     """Those that any run has; a loss per token only where the runs that were tested alike count the same tokens."""
     tokens = {run.metrics["after"].get("num_tokens") for run, same in zip(runs, alike, strict=True) if same}
     return [
-        measure
-        for measure in MEASURES
-        if any(finite(run.metrics["after"].get(measure.key)) for run in runs)
-        and not (measure.key in _PER_TOKEN and len(tokens) > 1)
+        metric
+        for metric in METRICS
+        if any(finite(run.metrics["after"].get(metric.key)) for run in runs)
+        and not (metric.key in _PER_TOKEN and len(tokens) > 1)
     ]
 
 
-def _quality(measure: Measure, runs: Sequence[Run], alike: Sequence[bool]) -> Row:
-    values = tuple(_number(run.metrics["after"].get(measure.key)) for run in runs)
-    texts = tuple(decimal(value, measure.digits) for value in values)
-    better = "higher" if measure.higher_is_better else "lower"
-    return Row(measure.name, values, texts, better, _best(measure, values, alike))
+def _quality(metric: Metric, runs: Sequence[Run], alike: Sequence[bool]) -> Row:
+    values = tuple(_number(run.metrics["after"].get(metric.key)) for run in runs)
+    texts = tuple(decimal(value, metric.digits) for value in values)
+    better = "higher" if metric.higher_is_better else "lower"
+    return Row(metric.name, values, texts, better, _best(metric, values, alike))
 
 
 def _harness(runs: Sequence[Run]) -> list[Row]:
@@ -133,8 +133,8 @@ def _harness(runs: Sequence[Run]) -> list[Row]:
     return rows
 
 
-def _best(measure: Measure, values: Sequence[float | None], alike: Sequence[bool]) -> int | None:
-    sign = 1 if measure.higher_is_better else -1
+def _best(metric: Metric, values: Sequence[float | None], alike: Sequence[bool]) -> int | None:
+    sign = 1 if metric.higher_is_better else -1
     there = [(sign * value, at) for at, value in enumerate(values) if value is not None and alike[at]]
     if len(there) < 2 or max(there)[0] == min(there)[0]:
         return None
@@ -169,42 +169,42 @@ def _number(value: Any) -> float | None:
 
 
 def _verdict(
-    names: Sequence[str], runs: Sequence[Run], alike: Sequence[bool], measures: Sequence[Measure]
+    names: Sequence[str], runs: Sequence[Run], alike: Sequence[bool], metrics: Sequence[Metric]
 ) -> tuple[str, list[str]]:
-    """By the first measure that all runs tested alike have: (one line, remarks on it)."""
+    """By the first metric that all runs tested alike have: (one line, remarks on it)."""
     compared = [at for at, same in enumerate(alike) if same]
     if len(compared) < 2:
         return "No two of these runs were tested on the same data, so none is called better.", []
-    for measure in measures:
-        values = {at: _number(runs[at].metrics["after"].get(measure.key)) for at in compared}
+    for metric in metrics:
+        values = {at: _number(runs[at].metrics["after"].get(metric.key)) for at in compared}
         known = {at: value for at, value in values.items() if value is not None}
         if len(known) == len(compared):
             break
     else:
-        return "These runs have no measure in common, so none is called better.", []
-    order = sorted(known, key=lambda at: -known[at] if measure.higher_is_better else known[at])
-    (first, second), digits = order[:2], measure.digits
+        return "These runs have no metric in common, so none is called better.", []
+    order = sorted(known, key=lambda at: -known[at] if metric.higher_is_better else known[at])
+    (first, second), digits = order[:2], metric.digits
     if known[first] == known[second]:
-        return f"{names[first]} and {names[second]} are level: {measure.name} {decimal(known[first], digits)}.", []
+        return f"{names[first]} and {names[second]} are level: {metric.name} {decimal(known[first], digits)}.", []
     gap = abs(known[first] - known[second])
-    word = "more" if measure.higher_is_better else "less"
+    word = "more" if metric.higher_is_better else "less"
     line = (
-        f"{names[first]} is better: {measure.name} {decimal(known[first], digits)}, {decimal(gap, digits)} {word} than "
+        f"{names[first]} is better: {metric.name} {decimal(known[first], digits)}, {decimal(gap, digits)} {word} than "
         f"{names[second]}."
     )
-    return line, _chance(measure, known[first], known[second], runs[first].metrics["after"].get("num_examples"))
+    return line, _chance(metric, known[first], known[second], runs[first].metrics["after"].get("num_examples"))
 
 
-def _chance(measure: Measure, one: float, two: float, number: Any) -> list[str]:
+def _chance(metric: Metric, one: float, two: float, number: Any) -> list[str]:
     """Of a share of examples: whether two other samples of as many could differ as much."""
-    if measure.key not in ("accuracy", "exact_match") or not finite(number) or number < 1:
+    if metric.key not in ("accuracy", "exact_match") or not finite(number) or number < 1:
         return []
     error = math.sqrt(max(0.0, one * (1 - one) + two * (1 - two)) / number)
     if abs(one - two) >= 2 * error:
         return []
     return [
         f"That is within what chance does on {count(number)} test examples (two standard errors: "
-        f"{decimal(2 * error, measure.digits)}); test on more, or repeat with other seeds."
+        f"{decimal(2 * error, metric.digits)}); test on more, or repeat with other seeds."
     ]
 
 
@@ -214,5 +214,5 @@ def _test_remarks(names: Sequence[str], marks: Sequence[Any], alike: Sequence[bo
         return []
     unknown = [name for name, mark in zip(names, marks, strict=True) if mark is None]
     if unknown:
-        return [f"What {', '.join(unknown)} was tested on is not known (an older run): measures are not compared."]
-    return [f"{', '.join(others)} was tested on other data than {names[0]}: those measures are not compared."]
+        return [f"What {', '.join(unknown)} was tested on is not known (an older run): metrics are not compared."]
+    return [f"{', '.join(others)} was tested on other data than {names[0]}: those metrics are not compared."]

@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sgm_finetune.results.report.comparison import Comparison
-from sgm_finetune.results.report.curves import RUN_COLOURS, loss_figure_of
+from sgm_finetune.results.report.comparison import RunComparison
 from sgm_finetune.results.report.formats import NOTHING
 from sgm_finetune.results.report.render import render
+from sgm_finetune.results.report.training_figures import RUN_COLOURS, compared_losses_figure
 
 
-def print_comparison(comparison: Comparison, console: Console) -> None:
+def print_comparison(comparison: RunComparison, console: Console) -> None:
     """A column a run; the better value of a measure is bold with a star."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("↑ higher, ↓ lower is better", overflow="fold")
@@ -31,7 +31,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def render_comparison(comparison: Comparison) -> str:
+def render_comparison(comparison: RunComparison) -> str:
     """The page, with the runs' curves over each other."""
     curves = [(name, run.history) for name, run in zip(comparison.names, comparison.runs, strict=True)]
     return render(
@@ -41,8 +41,11 @@ def render_comparison(comparison: Comparison) -> str:
         figures=[
             (figure, caption)
             for figure, caption in (
-                (loss_figure_of(curves, "loss", "Training loss by step"), "Training loss (faint: of each step)"),
-                (loss_figure_of(curves, "eval_loss", "Validation loss by step"), "Validation loss"),
+                (
+                    compared_losses_figure(curves, "loss", "Training loss by step"),
+                    "Training loss (faint: of each step)",
+                ),
+                (compared_losses_figure(curves, "eval_loss", "Validation loss by step"), "Validation loss"),
             )
             if figure is not None
         ],

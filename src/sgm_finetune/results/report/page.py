@@ -14,20 +14,20 @@ from matplotlib.colors import to_hex
 from sgm_finetune.base.files import write_text
 from sgm_finetune.method.build_plan import Plan
 from sgm_finetune.results.examples import SHOWN
-from sgm_finetune.results.report import curves, figures
-from sgm_finetune.results.report.analysis_figures import (
+from sgm_finetune.results.report import grid_figures, training_figures
+from sgm_finetune.results.report.formats import count, finite, layer_ranges
+from sgm_finetune.results.report.headlines import headlines
+from sgm_finetune.results.report.pictures import SimilarityTable
+from sgm_finetune.results.report.render import render
+from sgm_finetune.results.report.run_files import Run, catch_bad_values, load_run
+from sgm_finetune.results.report.scan_table import short_kinds
+from sgm_finetune.results.report.similarity_figures import (
     LOWEST_SHOWN,
     histogram_figure,
     layers_figure,
     readers_figure,
     similarity_gradient,
 )
-from sgm_finetune.results.report.formats import count, finite, layer_ranges
-from sgm_finetune.results.report.headlines import headlines
-from sgm_finetune.results.report.pictures import Table
-from sgm_finetune.results.report.render import render
-from sgm_finetune.results.report.run_files import Run, believed, load_run
-from sgm_finetune.results.report.scan_table import short_kinds
 from sgm_finetune.results.report.svg import readable_on
 from sgm_finetune.results.report.usage import commands, python_snippet
 
@@ -42,7 +42,7 @@ def remake_report(folder: Path) -> Path:
     """Writes report.html from the other files in `folder`, wherever that lies now, and returns its path. Raises
     UserError where they are not those of a finished run."""
     run = load_run(folder)
-    with believed(str(folder)):
+    with catch_bad_values(str(folder)):
         page = render_report(run)
     write_text(folder / "report.html", page)
     return folder / "report.html"
@@ -125,18 +125,21 @@ def _training(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) 
     seconds = metrics.get("seconds") or {}
     best, predicted = metrics.get("best_step"), (metrics.get("predicted") or {}).get("peak_bytes")
     small = [
-        (curves.step_figure(history, "learning_rate", "Learning rate by step"), "learning rate"),
-        (curves.step_figure(history, curves.TOKENS_PER_SECOND, "Tokens per second by step"), "tokens per second"),
+        (training_figures.step_figure(history, "learning_rate", "Learning rate by step"), "learning rate"),
         (
-            curves.step_figure(history, curves.MEMORY, "Peak memory by step", 2.0**-30, predicted),
+            training_figures.step_figure(history, training_figures.TOKENS_PER_SECOND, "Tokens per second by step"),
+            "tokens per second",
+        ),
+        (
+            training_figures.step_figure(history, training_figures.MEMORY, "Peak memory by step", 2.0**-30, predicted),
             "most memory so far, GiB" + (" (dashed: predicted)" if predicted else ""),
         ),
     ]
     return {
-        "training_figure": curves.training_figure(history, best),
+        "training_figure": training_figures.training_figure(history, best),
         "step_figures": [(figure, caption) for figure, caption in small if figure is not None],
-        "has_validation": bool(curves.points_of(history, "eval_loss")),
-        "has_mean": bool(curves.running_mean(curves.points_of(history, "loss"))),
+        "has_validation": bool(training_figures.points_of(history, "eval_loss")),
+        "has_mean": bool(training_figures.running_mean(training_figures.points_of(history, "loss"))),
         "stages": [(stage, seconds.get(stage)) for stage in _STAGES],
     }
 
@@ -145,13 +148,13 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
     trainable, plain = metrics.get("trainable_parameters"), metrics.get("plain_lora_parameters")
     saved = 1 - trainable / plain if finite(trainable) and finite(plain) and plain else None
     by_name = {matrix.name: matrix for matrix in plan.matrices}
-    numbers, beginning = figures.group_numbers(plan), shared_beginning(plan)
+    numbers, beginning = grid_figures.group_numbers(plan), shared_beginning(plan)
     groups = [
         {
             "group": group,
             "name": group.name.removeprefix(beginning),
             "number": numbers[group.name],
-            "colour": (colour := figures.group_colour(numbers[group.name])),
+            "colour": (colour := grid_figures.group_colour(numbers[group.name])),
             "text": readable_on(colour),
             "layers": layer_ranges(by_name[name].layer for name in group.members),
         }
@@ -162,7 +165,7 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "saved": saved,
         "num_merged": sum(len(group.members) for group in plan.groups),
         "why_no_groups": _why_no_groups(plan),
-        "groups_figure": figures.groups_figure(plan),
+        "groups_figure": grid_figures.groups_figure(plan),
         "beginning": beginning,
         "kinds": [
             (kind, kind.kind.removeprefix(beginning), sum(group.kind == kind.kind for group in plan.groups))
@@ -193,18 +196,18 @@ def _why_no_groups(plan: Plan) -> str:
 
 
 def _snr(plan: Plan) -> dict[str, Any]:
-    colours = colormaps[figures.SNR_COLOURS]
+    colours = colormaps[grid_figures.SNR_COLOURS]
     return {
-        "snr_figure": figures.snr_figure(plan),
-        "snr_range": figures.snr_range(plan),
+        "snr_figure": grid_figures.snr_figure(plan),
+        "snr_range": grid_figures.snr_range(plan),
         "snr_gradient": ", ".join(to_hex(colours(step / 6)) for step in range(7)),
     }
 
 
 def _measured(run: Run) -> dict[str, Any]:
     """Histograms, and the similarities that the grouping saw: of layers x layers, or of readers by layer."""
-    readers: dict[str, list[Table]] = {}
-    layers: dict[str, list[Table]] = {}
+    readers: dict[str, list[SimilarityTable]] = {}
+    layers: dict[str, list[SimilarityTable]] = {}
     kinds = {matrix.kind for matrix in run.plan.matrices}
     for table in run.pictures.similarities:
         of_layers = table.kind in kinds or "[" in table.kind or table.side != "input"

@@ -62,7 +62,9 @@ def step_figure(
     return svg(key.replace("_", "-"), title, width, height, draw)
 
 
-def loss_figure_of(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], key: str, title: str) -> Markup | None:
+def compared_losses_figure(
+    runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], key: str, title: str
+) -> Markup | None:
     """Several runs' (name, history) over each other, in `RUN_COLOURS`; the training loss smoothed."""
     width, height = 440, 270
     curves = [(at, thin(points_of(history, key))) for at, (_, history) in enumerate(runs)]

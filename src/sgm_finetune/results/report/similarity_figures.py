@@ -13,7 +13,7 @@ from matplotlib.path import Path
 
 from sgm_finetune.method.build_plan import Plan
 from sgm_finetune.results.report.histogram import Histogram, law_of_noise
-from sgm_finetune.results.report.pictures import Table
+from sgm_finetune.results.report.pictures import SimilarityTable
 from sgm_finetune.results.report.svg import INK, LAW, NOISE, SIGNAL, canvas, plot, svg
 
 SIMILARITY_COLOURS = "viridis"
@@ -44,7 +44,7 @@ def histogram_figure(histogram: Histogram, number: int) -> Markup:
     return svg(f"spectrum-{number}", f"Singular values of {histogram.name}", width, height, draw)
 
 
-def layers_figure(table: Table, plan: Plan, number: int) -> Markup:
+def layers_figure(table: SimilarityTable, plan: Plan, number: int) -> Markup:
     """Layers x layers of one kind on one side; the groups of that kind and side are outlined."""
     layers = _layers(table, plan)
     size = len(layers)
@@ -58,7 +58,7 @@ def layers_figure(table: Table, plan: Plan, number: int) -> Markup:
 
     def draw(figure: Figure) -> None:
         axes = canvas(figure, width, height)
-        _image(axes, np.array(table.whole()), left, top, cell, cell)
+        _image(axes, np.array(table.matrix()), left, top, cell, cell)
         _outline(axes, together, left, top, cell, cell)
         step = _label_step(size, cell, 18)
         for at in range(0, size, step):
@@ -70,7 +70,7 @@ def layers_figure(table: Table, plan: Plan, number: int) -> Markup:
                height, draw)  # fmt: skip
 
 
-def readers_figure(tables: list[Table], plan: Plan, number: int) -> Markup:
+def readers_figure(tables: list[SimilarityTable], plan: Plan, number: int) -> Markup:
     """Pairs of matrices that read the same activations x layers; pairs within a group are outlined."""
     names = {matrix.name: matrix for matrix in plan.matrices}
     group_of = {name: at for at, group in enumerate(plan.groups) for name in group.members}
@@ -79,7 +79,7 @@ def readers_figure(tables: list[Table], plan: Plan, number: int) -> Markup:
     labels = [f"{endings[j]} · {endings[i]}" for i, j in pairs]
     values, together = np.full((len(pairs), len(tables)), np.nan), np.full((len(pairs), len(tables)), -1)
     for column, table in enumerate(tables):
-        whole = table.whole()
+        whole = table.matrix()
         for row, (i, j) in enumerate(pairs):
             if i < len(whole):
                 values[row, column] = whole[i][j]
@@ -109,7 +109,7 @@ def similarity_gradient() -> str:
     return ", ".join(to_hex(colormaps[SIMILARITY_COLOURS](step / 6)) for step in range(7))
 
 
-def _layers(table: Table, plan: Plan) -> list[str]:
+def _layers(table: SimilarityTable, plan: Plan) -> list[str]:
     found = {matrix.name: matrix.layer for matrix in plan.matrices}
     return ["–" if (layer := found.get(name)) is None else str(layer) for name in table.members]
 
