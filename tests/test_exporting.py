@@ -28,7 +28,7 @@ from sgm_finetune.model.load import auto_class, load_model
 from sgm_finetune.results.export import check, merge
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, find_format, modelfile
 from sgm_finetune.results.export.gguf_file import rope_order
-from sgm_finetune.results.export.gguf_vocabulary import vocabulary
+from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
 from sgm_finetune.results.export.merge import linear_update, merged_tensors, stack_update
 from sgm_finetune.results.export.shards import write_shards
 from sgm_finetune.results.files import save_pth
@@ -245,7 +245,7 @@ def spoiled(name: str, monkeypatch) -> None:
 @pytest.mark.parametrize("name", ["an update that is left out", "an update that is taken away"])
 def test_an_export_that_computes_something_else_is_not_kept(name, llama, tmp_path, monkeypatch):
     spoiled(name, monkeypatch)
-    with pytest.raises(UserError, match=r"computes something else than was trained: .* nothing was kept"):
+    with pytest.raises(UserError, match=r"does not compute what was trained: .* nothing was kept"):
         exported(llama, "merged", output=tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
@@ -408,17 +408,17 @@ def test_a_tokenizer_that_llama_cpp_cuts_otherwise_is_refused(data, tmp_path, mo
     model = save_decoder("llama", tmp_path / "m", bpe_tokenizer(divides_digits=False))
     where = train(model, "causal-lm", data["causal-lm"], tmp_path / "out")
     monkeypatch.setattr(gguf_vocabulary, "_RULES", dict.fromkeys(gguf_vocabulary._RULES, "smollm"))
-    with pytest.raises(UserError, match=r"llama\.cpp cuts .*1,234.* into the tokens"):
+    with pytest.raises(UserError, match=r"llama\.cpp splits .*1,234.* into the tokens"):
         exported(where, "gguf", gguf_type="f32", output=tmp_path / "g")
     assert {path.name for path in tmp_path.iterdir()} == {"m", "out"}
 
 
 def test_the_rule_that_cuts_text_is_told_by_the_tokenizer():
-    assert vocabulary(bpe_tokenizer(), 448).pre == "smollm"
-    assert vocabulary(bpe_tokenizer(divides_digits=False), 448).pre == "gpt-2"
-    assert vocabulary(bpe_tokenizer(byte_fallback=True), 448).model == "llama"
-    with pytest.raises(UserError, match=r"does not know this tokenizer \(WordLevel"):
-        vocabulary(make_tokenizer(), 32)
+    assert read_vocabulary(bpe_tokenizer(), 448).pre == "smollm"
+    assert read_vocabulary(bpe_tokenizer(divides_digits=False), 448).pre == "gpt-2"
+    assert read_vocabulary(bpe_tokenizer(byte_fallback=True), 448).model == "llama"
+    with pytest.raises(UserError, match=r"does not support this tokenizer \(WordLevel"):
+        read_vocabulary(make_tokenizer(), 32)
 
 
 def test_turned_rows_are_a_permutation_of_each_head():
@@ -576,7 +576,7 @@ def test_the_command_prints_one_object_and_says_what_it_measured(llama, command)
     report = command("export", where, "--to", "merged")
     assert report["format"] == "merged"
     assert json.loads((Path(report["folder"]) / "export.json").read_text()).items() <= report.items()
-    assert "top token equal in 100%" in command.said
+    assert "same top token at 100%" in command.said
     again = command("export", where, "--to", "merged")
     assert again["difference"] == report["difference"]
 
