@@ -188,7 +188,8 @@ def test_matrices_that_share_a_cell_or_have_no_layer_are_all_drawn():
 def test_examples_that_became_right_and_wrong_take_turns():
     text = read(render(examples=sample_examples())).text
     assert (
-        "Of the first 200 test examples 8 changed: 7 right now, 1 no longer right, 0 still wrong; some of them:" in text
+        "The prediction changed for 8 of the first 200 test examples: 7 became right, 1 became wrong, 0 stayed wrong. "
+        "Some of them:" in text
     )
     assert text.index("text 0") < text.index("text 1 true: good · before: good · after: bad ✗") < text.index("text 2")
 

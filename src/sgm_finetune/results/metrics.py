@@ -1,4 +1,4 @@
-"""The metrics of each task, and how they are named and shown."""
+"""The metrics of each task, their names, and how they are shown."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from sgm_finetune.train.losses import Losses
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is called and shown."""
+    """Name of a metric, and how it is shown."""
 
     key: str
+    """Key in metrics.json."""
     name: str
     higher_is_better: bool = True
     baseline: str | None = None
-    """Key of what a model that has learnt nothing reaches."""
+    """Key of the value that always naming the most frequent class reaches."""
     digits: int = 4
     unit: str = ""
 
@@ -44,12 +45,13 @@ METRICS = (
     Metric("perplexity", "perplexity", higher_is_better=False, digits=3),
     Metric("loss", "loss", higher_is_better=False, unit="nats"),
 )
-"""In the order of interest; a task has some of them."""
+"""Metrics in the order in which they matter. Each task has some of them."""
 
 
 def task_metrics(
     task: Task, encoded: Dataset, predicted: Sequence[Any], losses: Losses, labels: Sequence[str]
 ) -> dict[str, Any]:
+    """Returns the metrics of the task: perplexity, or those of one of the functions below."""
     truth = list(encoded["labels"])
     match task:
         case "causal-lm" | "seq2seq-lm":
@@ -66,8 +68,10 @@ def task_metrics(
 
 
 def classification_metrics(truth: Sequence[int], predicted: Sequence[int], num_labels: int) -> dict[str, Any]:
-    """Accuracy, macro-F1 (a class that never occurs and is never named counts as 0), confusion matrix (rows: true
-    class, columns: predicted), and the accuracy of always naming the most frequent class.
+    """Returns accuracy, macro-F1, confusion matrix, and the accuracy of always naming the most frequent class.
+
+    Macro-F1 counts a class that neither occurs nor is predicted as 0. The rows of the confusion matrix are true
+    classes, its columns predicted ones.
 
     >>> classification_metrics([0, 1, 1, 1], [0, 1, 1, 0], 2)["accuracy"]
     0.75
@@ -82,8 +86,9 @@ def classification_metrics(truth: Sequence[int], predicted: Sequence[int], num_l
 
 
 def multilabel_metrics(truth: Sequence[Sequence[float]], predicted: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Micro- and macro-F1 over classes, the share of examples whose whole set is right (accuracy), and that of always
-    naming the classes that more than half of the examples have.
+    """Returns micro- and macro-F1 over classes, accuracy, and the accuracy of always naming the frequent classes.
+
+    Accuracy is the share of examples whose whole set is right. More than half of the examples have a frequent class.
 
     >>> multilabel_metrics([[1, 0], [1, 1]], [[1, 0], [1, 0]])["accuracy"]
     0.5
@@ -99,8 +104,9 @@ def multilabel_metrics(truth: Sequence[Sequence[float]], predicted: Sequence[Seq
 
 
 def regression_metrics(truth: Sequence[float], predicted: Sequence[float]) -> dict[str, Any]:
-    """R² (0: no better than always naming the mean), mean absolute error, Pearson's and Spearman's correlation (0 where
-    either side is constant).
+    """Returns R², mean absolute error, and Pearson's and Spearman's correlation.
+
+    R² is 0 for always naming the mean. A correlation is 0 if either side is constant.
 
     >>> regression_metrics([0.0, 1.0, 2.0], [0.0, 1.0, 2.0])["r2"]
     1.0
@@ -117,8 +123,10 @@ def regression_metrics(truth: Sequence[float], predicted: Sequence[float]) -> di
 def tagging_metrics(
     truth: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Over words: accuracy, macro-F1 and confusion matrix of the tags, num_words; over entities, where tags are
-    written B-..., I-..., O: their F1 by seqeval (an entity is right when its type and both its ends are)."""
+    """Returns the metrics of `classification_metrics` over words, num_words, and for B-, I- and O tags the entity F1.
+
+    seqeval computes the entity F1: an entity is right if its type and both its ends are.
+    """
     flat_truth, flat_predicted = ([tag for row in rows for tag in row] for rows in (truth, predicted))
     found = {**classification_metrics(flat_truth, flat_predicted, len(names)), "num_words": len(flat_truth)}
     if any(name.startswith("B-") for name in names):
@@ -130,7 +138,7 @@ def tagging_metrics(
 
 
 def describe_metrics(metrics: dict[str, Any]) -> str:
-    """One line: every metric, in the order of interest, and what it was measured on."""
+    """Returns one line: every metric in the order of METRICS, and the number of test examples or tokens."""
     parts = []
     for metric in METRICS:
         if metric.key in metrics:

@@ -1,4 +1,4 @@
-"""What a run gained: its measures before and after, as text."""
+"""What a run gained: its metrics before and after, as text."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ class Headline(NamedTuple):
 
 
 def headlines(metrics: Mapping[str, Any]) -> list[Headline]:
-    """What a reader wants first: the task's measures, in the order of `METRICS`."""
+    """Returns the metrics of the task in the order of `METRICS`, then those of lm-evaluation-harness."""
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
     found = []
     for metric in METRICS:
-        if metric.key in {**before, **after}:
-            squared = metric.key == "loss" and "r2" in after
-            found.append(_headline(replace(metric, unit="squared error") if squared else metric, before, after))
+        if metric.key == "loss" and "r2" in after:
+            metric = replace(metric, unit="squared error")
+        if metric.key in before or metric.key in after:
+            found.append(_headline(metric, before, after))
     for task, numbers in after.get("harness", {}).items():
         earlier = before.get("harness", {}).get(task, {})
         found += [_headline(Metric(key, f"{task}: {key}"), earlier, numbers) for key in numbers]
