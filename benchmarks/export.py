@@ -91,7 +91,7 @@ def written(folder: Path, to: str) -> dict[str, Any]:
     from sgm_finetune.base.config_file import load_config
     from sgm_finetune.base.console import StepLog
     from sgm_finetune.results.export.gguf_file import write_gguf
-    from sgm_finetune.results.export.gguf_vocabulary import vocabulary
+    from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
     from sgm_finetune.results.export.merge import merged_tensors
     from sgm_finetune.results.export.shards import SHARD_BYTES, write_shards
     from sgm_finetune.results.load import read_result
@@ -112,8 +112,8 @@ def written(folder: Path, to: str) -> dict[str, Any]:
     if to == "merged":
         write_shards(tensors, target, SHARD_BYTES)
     else:
-        words = vocabulary(result.tokenizer, skeleton.config.vocab_size)
-        write_gguf(tensors, skeleton.config, words, result, "q8_0", target / "model.gguf")
+        words = read_vocabulary(result.tokenizer, skeleton.config.vocab_size)
+        write_gguf(tensors, skeleton.config, words, "q8_0", target / "model.gguf")
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()

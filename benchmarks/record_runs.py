@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from sgm_finetune.results.metrics import MEASURES
+from sgm_finetune.results.metrics import METRICS
 
 SHOWN = ("entity_f1", "accuracy", "r2", "rouge_l", "perplexity")
 """Metrics that a row may show, the most telling one first."""
@@ -60,10 +60,10 @@ def kept_own(plan: dict[str, Any]) -> dict[str, dict[str, float]]:
 def row(run: dict[str, Any]) -> str:
     metrics = run["metrics"]
     before, after = metrics["before"], metrics["after"]
-    measure = next(m for key in SHOWN for m in MEASURES if m.key == key and key in after)
-    digits = 2 if measure.key == "perplexity" else 3
+    metric = next(m for key in SHOWN for m in METRICS if m.key == key and key in after)
+    digits = 2 if metric.key == "perplexity" else 3
     return (
-        f"{metrics['model']}: {measure.name} {before[measure.key]:.{digits}f} → {after[measure.key]:.{digits}f}, "
+        f"{metrics['model']}: {metric.name} {before[metric.key]:.{digits}f} → {after[metric.key]:.{digits}f}, "
         f"{metrics['seconds']['total'] / 60:.1f} min, {metrics['trainable_parameters']:,} parameters "
         f"({metrics['plain_lora_parameters']:,} unshared)"
     )

@@ -13,7 +13,7 @@ from sgm_finetune.method.plan import Energy, Group, KindNumbers, Plan, PlannedMa
 from sgm_finetune.method.singular_values import SingularValues
 from sgm_finetune.method.snr import signal_to_noise
 from sgm_finetune.results.report.histogram import histogram_of
-from sgm_finetune.results.report.pictures import Pictures, Table
+from sgm_finetune.results.report.pictures import Pictures, SimilarityTable
 
 READERS, WRITERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -200,5 +200,5 @@ def sample_pictures(plan: Plan) -> Pictures:
     for kind in dict.fromkeys(matrix.kind for matrix in plan.matrices):
         names = tuple(matrix.name for matrix in plan.matrices if matrix.kind == kind)
         values = tuple(0.5 + (at % 50) / 100 for at in range(len(names) * (len(names) - 1) // 2))
-        tables += [Table(kind, side, names, values) for side in ("input", "output")]
+        tables += [SimilarityTable(kind, side, names, values) for side in ("input", "output")]
     return Pictures(tuple(spectra), tuple(tables))

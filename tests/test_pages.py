@@ -121,8 +121,8 @@ def test_a_run_leaves_such_a_page(page, llama_folder, reviews, tmp_path):
     assert_fine(page, tmp_path / "out" / "report.html", PHONE)
     headings = page.run("[...document.querySelectorAll('h2')].map(one => one.textContent)")
     assert headings == [
-        "Where it is right and wrong", "Examples that changed", "Training", "What was trained and what is shared",
-        "Why: what was measured", "Use the result", "How it was made",
+        "Right and wrong predictions", "Examples whose prediction changed", "Training", "Trained and shared matrices",
+        "Measurements behind the plan", "Use the result", "How this run was made",
     ]  # fmt: skip
 
 

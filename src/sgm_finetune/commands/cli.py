@@ -339,10 +339,10 @@ def compare_command(
     from sgm_finetune.base.files import write_text
     from sgm_finetune.results.report.comparison import compare_runs
     from sgm_finetune.results.report.comparison_page import print_comparison, render_comparison
-    from sgm_finetune.results.report.run_files import believed
+    from sgm_finetune.results.report.run_files import catch_bad_values
 
     console = _console(as_json, result=True)
-    with believed("One of these folders"):
+    with catch_bad_values("One of these folders"):
         found = compare_runs(runs)
         print_comparison(found, console)
         page = render_comparison(found) if html is not None else ""
@@ -443,9 +443,11 @@ def export_command(
     if gguf_type is not None and to != "gguf":
         raise UserError(f"--gguf-type {gguf_type} goes with --to gguf, not with --to {to}")
     settings = _config_of_result(config, overrides)
-    from sgm_finetune.commands.export import Request, export_result
+    from sgm_finetune.commands.export import ExportRequest, export_result
 
-    report = export_result(settings, overrides or [], Request(to, output, gguf_type, push_to_hub), _console(as_json))
+    report = export_result(
+        settings, overrides or [], ExportRequest(to, output, gguf_type, push_to_hub), _console(as_json)
+    )
     if as_json:
         print(json.dumps(report))
 

@@ -38,7 +38,7 @@ from sgm_finetune.results.folder import (
 from sgm_finetune.results.pth import PTH, save_pth
 from sgm_finetune.results.report.histogram import Histogram
 from sgm_finetune.results.report.page import render_report
-from sgm_finetune.results.report.pictures import Pictures, histograms_of, save_pictures, tables_of
+from sgm_finetune.results.report.pictures import Pictures, histograms_of, save_pictures
 from sgm_finetune.results.report.run_files import load_run
 from sgm_finetune.train.adapters.apply import check_plan, check_starts
 from sgm_finetune.train.arguments import training_arguments
@@ -126,7 +126,7 @@ def claim_folder(s: Session, start: Start, histograms: tuple[Histogram, ...]) ->
         else:
             s.hold_output()
             begin(s.config, s.asked, s.output, start, s.prepared, s.clock.seconds)
-            save_pictures(Pictures(histograms, tables_of(start.plan.similarities)), s.output / "pictures.json")
+            save_pictures(Pictures(histograms, similarity_tables(start.plan.similarities)), s.output / "pictures.json")
     processes().wait_for_everyone()
 
 

@@ -27,7 +27,7 @@ MAX_LAYERS = 128
 
 
 @dataclass(frozen=True)
-class Table:
+class SimilarityTable:
     """One `Similarity`: of n members the n·(n-1)/2 values below the diagonal, row by row, to three digits."""
 
     kind: str
@@ -35,7 +35,7 @@ class Table:
     members: tuple[str, ...]
     values: tuple[float, ...]
 
-    def whole(self) -> list[list[float]]:
+    def matrix(self) -> list[list[float]]:
         """n x n, symmetric, 1 on the diagonal."""
         size = len(self.members)
         table = [[1.0] * size for _ in range(size)]
@@ -51,7 +51,7 @@ class Pictures:
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
     histograms: tuple[Histogram, ...] = ()
-    similarities: tuple[Table, ...] = ()
+    similarities: tuple[SimilarityTable, ...] = ()
     format: Literal["sgm-pictures/1"] = "sgm-pictures/1"
 
 
@@ -67,11 +67,11 @@ def histograms_of(scanned: Scan, folder: Path) -> tuple[Histogram, ...]:
     return tuple(found[name] for name in chosen if name in found)
 
 
-def tables_of(similarities: tuple[Similarity, ...]) -> tuple[Table, ...]:
+def similarity_tables(similarities: tuple[Similarity, ...]) -> tuple[SimilarityTable, ...]:
     """Of a plan just made; one from a file has none."""
     kinds = list(dict.fromkeys(one.kind for one in similarities))[: 2 * MAX_KINDS]
     return tuple(
-        Table(one.kind, one.side, one.members, _below(one.values))
+        SimilarityTable(one.kind, one.side, one.members, _below(one.values))
         for one in similarities
         if one.kind in kinds and len(one.members) <= MAX_LAYERS
     )

@@ -53,7 +53,7 @@ def load_run(folder: Path) -> Run:
 
 
 @contextmanager
-def believed(where: str) -> Iterator[None]:
+def catch_bad_values(where: str) -> Iterator[None]:
     """Turns what goes wrong with values of another kind than a run writes into a UserError: `load_run` looks at what
     every page needs, not at each value in it."""
     try:
