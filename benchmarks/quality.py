@@ -93,7 +93,7 @@ def run_missing(task: str, method: str, rate: float, seed: int, threads: int, ru
 def run_method(task: str, method: Method, seeds: int, submit: Callable[..., Future]) -> None:
     """The tries, then the seeds with the rate of the lowest validation loss and with the method's default rate;
     `submit(task, method, rate, seed)`."""
-    from quality_tables import best_rate
+    from quality_numbers import best_rate
 
     tries = {rate: submit(task, method.name, rate, TUNING_SEED) for rate in method.rates}
     best = best_rate({rate: run.result()["validation"]["loss"] for rate, run in tries.items()})
