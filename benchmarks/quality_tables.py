@@ -117,7 +117,7 @@ HEADLINE = (
     "LoRA, our step, a third of the bytes", "SGM, a third of the bytes",
 )  # fmt: skip
 """Methods of the short table."""
-README_HEADLINE = "LoRA", "LoRA, our step", "SGM", "SGM, a third of the bytes"
+README_HEADLINE = "LoRA", "LoRA, our step", "SGM"
 """Methods of README's table: the claims, and the control that says how much of them is the optimizer's."""
 
 
