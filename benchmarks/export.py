@@ -61,7 +61,7 @@ def save_large(folder: Path, num_layers: int) -> None:
     from sgm_finetune.measure.make_plan import make_plan
     from sgm_finetune.measure.scan import scan
     from sgm_finetune.model.folder import local_folder
-    from sgm_finetune.results.files import save_pth
+    from sgm_finetune.results.pth import save_pth
     from sgm_finetune.train.adapters.apply import apply_plan
 
     sizes = LlamaConfig(

@@ -31,7 +31,7 @@ from scipy.stats import spearmanr
 from sgm_finetune.measure.scan import measured_spectra, scan
 from sgm_finetune.measure.scan_result import MatrixScan, Scan
 from sgm_finetune.method.selection import choose_per_kind
-from sgm_finetune.method.singular_values import Spectrum, spectra
+from sgm_finetune.method.singular_values import SingularValues, batched_singular_values
 from sgm_finetune.method.snr import signal_to_noise
 from sgm_finetune.model.folder import local_folder
 from sgm_finetune.model.weights.stored import stored_matrices
@@ -45,11 +45,13 @@ NOISE_SHAPES = ((1024, 1024), (1024, 1536), (1024, 2048), (1024, 4096))
 PUBLISHED_EDGE = "#6a3d9a"
 
 
-def noise(rows: int, cols: int) -> Spectrum:
-    return spectra([torch.randn(rows, cols, generator=torch.Generator().manual_seed(0), dtype=torch.float64)])[0]
+def noise(rows: int, cols: int) -> SingularValues:
+    return batched_singular_values(
+        [torch.randn(rows, cols, generator=torch.Generator().manual_seed(0), dtype=torch.float64)]
+    )[0]
 
 
-def described(name: str, found: Spectrum) -> MatrixScan:
+def describe_scan(name: str, found: SingularValues) -> MatrixScan:
     """Our scan of singular values that do not come from a file."""
     rows, cols = found.alive
     s = signal_to_noise(found.values, rows, cols)
@@ -83,7 +85,7 @@ def measure_scale() -> list[dict]:
     rows_ = []
     print("\n| weights | `mp`: SNR | published: SNR |\n|---|---|---|")
     for factor in (0.1, 1.0, 10.0):
-        values = spectra([factor * weights.double()])[0].values
+        values = batched_singular_values([factor * weights.double()])[0].values
         ours, theirs = (signal_to_noise(values, 512, 512, estimator).snr for estimator in ("mp", "spectrum"))
         rows_.append({"factor": factor, "mp": ours, "spectrum": theirs})
         print(f"| {factor:g} W | {ours:.4f} | {theirs:.4g} |")
@@ -183,7 +185,7 @@ def measure_outliers(model: str) -> list[dict]:
             deviation = entries.std()
             cut = entries.clamp(-6 * deviation, 6 * deviation).flatten()
             order = torch.randperm(cut.numel(), generator=torch.Generator().manual_seed(0))
-            values = spectra([cut[order].view(entries.shape)])[0].values
+            values = batched_singular_values([cut[order].view(entries.shape)])[0].values
             row = {
                 "name": matrix.name,
                 "shuffled_signal_rank": matrix.control.signal_rank,
@@ -210,7 +212,7 @@ def _list(numbers: Sequence[int]) -> str:
 # Figures
 
 
-def draw_both(axes: Axes, found: Spectrum, matrix: MatrixScan, title: str) -> None:
+def draw_both(axes: Axes, found: SingularValues, matrix: MatrixScan, title: str) -> None:
     """Draws the histogram with our law and edge and with the published edge."""
     draw_histogram(axes, found, matrix, legend=False)
     rows, cols = found.alive
@@ -232,7 +234,7 @@ def draw_noise() -> None:
     figure.get_layout_engine().set(rect=(0, 0.1, 1, 0.9))  # type: ignore[union-attr]
     for axes, (rows, cols) in zip(figure.subplots(1, 3), [s for s in NOISE_SHAPES if s != (1024, 1536)], strict=True):
         found = noise(rows, cols)
-        draw_both(axes, found, described("noise", found), f"Gaussian noise, {rows} × {cols}")
+        draw_both(axes, found, describe_scan("noise", found), f"Gaussian noise, {rows} × {cols}")
     legend(figure, figure.axes[0])
     save(figure, "published-noise")
 

@@ -34,18 +34,18 @@ from torch import nn
 from sgm_finetune.base.config import DEFAULT_RATES, Config, parse_config, set_overrides
 from sgm_finetune.base.console import Clock, StepLog
 from sgm_finetune.base.device import has_gpu
-from sgm_finetune.commands.finetune import scan_model
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.measure.probe_batches import probe_batches
+from sgm_finetune.measure.scan import scan
 from sgm_finetune.measure.scan_result import Scan
-from sgm_finetune.method.build_plan import Group, Plan, PlannedMatrix
-from sgm_finetune.method.plan_rules import adapter_parameters
+from sgm_finetune.method.parameter_count import adapter_parameters
+from sgm_finetune.method.plan import Group, Plan, PlannedMatrix
 from sgm_finetune.method.subspace import (
     SIDES,
     energy_kept,
-    equalised,
+    equalise_channels,
     leading_basis,
     leading_rows,
     shared_basis,
@@ -338,7 +338,7 @@ def scan_and_probe(base: Base) -> tuple[tuple[Scan, Probe], float]:
     def measure() -> tuple[tuple[Scan, Probe], float]:
         clock = Clock()
         with clock.time("measure"):
-            scanned = scan_model(base.config, base.prepared.folder, base.log, Clock())
+            scanned = scan(base.prepared.folder, estimator=base.config.snr.estimator)
             batches = probe_batches(base.config, base.prepared)
             probed = probe(base.model, batches, sketch_size=sketch_size(base), seed=base.config.probe.seed)
         return (scanned, probed), clock.seconds["measure"]
@@ -353,7 +353,7 @@ def energy_retained(plan: Plan, probed: Probe) -> float:
     """
     rank, shares = plan.settings.rank, dict.fromkeys((matrix.name for matrix in plan.selected), 1.0)
     for group in plan.groups:
-        loud = equalised([half.side(group.side) for name in group.members for half in probed.halves[name]])
+        loud = equalise_channels([half.side(group.side) for name in group.members for half in probed.halves[name]])
         halves = loud[::2], loud[1::2]
         together, own = torch.zeros(len(group.members)), torch.zeros(len(group.members))
         for fit, held_out in (halves, halves[::-1]):
@@ -465,7 +465,7 @@ def half_of_the_layers(order: Order, *overrides: str) -> Callable[[Base], list[s
 
     def choose(base: Base) -> list[str]:
         config = base.with_overrides("merge.side=none", *overrides)
-        plan = make_plan(scan_model(config, base.prepared.folder, base.log, Clock()), None, config, base.model)
+        plan = make_plan(scan(base.prepared.folder, estimator=config.snr.estimator), None, config, base.model)
         chosen = set()
         for kind in dict.fromkeys(matrix.kind for matrix in plan.matrices):
             ordered = order([matrix for matrix in plan.matrices if matrix.kind == kind], base.seed)

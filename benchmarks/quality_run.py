@@ -33,9 +33,10 @@ from sgm_finetune.base.config import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.data.batches import LengthGroupedSampler, by_length
 from sgm_finetune.data.prepared import PreparedData, prepare_data
+from sgm_finetune.model.files import ModelFiles
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.train.adapters.optimizer import HEAD_RATE
-from sgm_finetune.train.base_model import load_base
+from sgm_finetune.train.base_model import load_base_weights
 
 WARMUP = 0.06
 
@@ -48,7 +49,8 @@ def load(task: Task, seed: int) -> Base:
         settings = [*task.configuration(Path(scratch)), f"adapter.rank={task.rank}", f"training.seed={seed}"]
         config = load_config(None, settings)
         prepared = prepare_data(config, log)
-    model, _ = load_base(config, prepared)
+    files, splits = ModelFiles(prepared.folder, prepared.tokenizer), prepared.splits
+    model, _ = load_base_weights(config, files, splits.labels, splits.label_kind, log)
     return Base(task.name, config, prepared, model, log, budget_of(model, task.rank), seed)
 
 

@@ -24,8 +24,8 @@ from recording import append_run, process_memory
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sgm_finetune.base.config import ModelConfig
-from sgm_finetune.method.build_plan import Group, Plan, PlannedMatrix, PlanSettings
-from sgm_finetune.method.plan_rules import adapter_parameters
+from sgm_finetune.method.parameter_count import adapter_parameters
+from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.model.load import load_model
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.names import block_of

@@ -14,6 +14,7 @@ from sgm_finetune.base.config import Config, load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands import session
 from sgm_finetune.commands.cli import main
 from sgm_finetune.data.prepared import PreparedData, prepare_data
 from sgm_finetune.model.load import load_model, skeleton
@@ -146,12 +147,12 @@ def test_what_is_not_enough_is_said_with_a_remedy(described, monkeypatch) -> Non
 
 
 def test_a_run_stops_before_anything_is_loaded_where_it_cannot_fit(described, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline, "memory_within_reach", lambda: 50 * 2**20)
+    monkeypatch.setattr(session, "memory_within_reach", lambda: 50 * 2**20)
     monkeypatch.setattr(pipeline, "load_base", lambda *arguments: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"0\.05 GiB are within reach"):
         pipeline.finetune(load_config(None, described), Console(quiet=True))
     monkeypatch.undo()
-    monkeypatch.setattr(pipeline, "disk_free", lambda folder: 1000)
+    monkeypatch.setattr(session, "disk_free", lambda folder: 1000)
     monkeypatch.setattr(pipeline, "load_base", lambda *arguments: pytest.fail("loaded"))
     with pytest.raises(UserError, match="its disk has 0 MiB free"):
         pipeline.finetune(load_config(None, described), Console(quiet=True))

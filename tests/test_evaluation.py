@@ -21,7 +21,7 @@ from sgm_finetune.results.metrics import (
     regression_metrics,
     tagging_metrics,
 )
-from sgm_finetune.train.losses import check_packing, summed_loss
+from sgm_finetune.train.losses import TestSet, check_packing, summed_loss
 
 CASES = [
     ("bert", "sequence-classification", "class", torch.tensor([0, 2, 1])),
@@ -52,7 +52,8 @@ def test_an_evaluation_gives_the_same_whatever_the_batch(name, task, kind, label
     ids = [[3, 4, 5, 2][: 4 if task != "sequence-classification" else 2 + row] for row in range(3)]
     rows = {"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids], "labels": labels.tolist()}
     collate = collator(make_tokenizer(), task)
-    one, all_ = (evaluate_model(model, Dataset.from_dict(rows), collate, task, size, names) for size in (1, 3))
+    sets = (TestSet(Dataset.from_dict(rows), collate, task, size, names) for size in (1, 3))
+    one, all_ = (evaluate_model(model, test_set).metrics for test_set in sets)
     assert one.keys() == all_.keys()
     assert one["loss"] == pytest.approx(all_["loss"], rel=1e-5)
     assert describe_metrics(one).endswith(("3 test examples", f"{one.get('num_tokens')} test tokens"))

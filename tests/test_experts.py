@@ -14,7 +14,8 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.measure.scan import scan
-from sgm_finetune.method.build_plan import Group, PlanSettings, build_plan
+from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.plan import Group, PlanSettings
 from sgm_finetune.method.subspace import spectral_basis, test_matrix
 from sgm_finetune.model.load import load_model
 from sgm_finetune.model.matrices import adaptable, out_of_reach

@@ -31,8 +31,8 @@ from sgm_finetune.results.export.gguf_file import rope_order
 from sgm_finetune.results.export.gguf_vocabulary import vocabulary
 from sgm_finetune.results.export.merge import linear_update, merged_tensors, stack_update
 from sgm_finetune.results.export.shards import write_shards
-from sgm_finetune.results.files import save_pth
 from sgm_finetune.results.load import attach_adapter, load_unquantised, read_result
+from sgm_finetune.results.pth import save_pth
 from sgm_finetune.train.adapters.apply import apply_plan
 
 ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}

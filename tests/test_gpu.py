@@ -16,6 +16,7 @@ from torch import nn
 
 from sgm_finetune.base.config import ModelConfig, load_config
 from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands.evaluate import evaluate
 from sgm_finetune.model.load import load_model
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.train.adapters.optimizer import FactorDescent, Pair
@@ -202,5 +203,5 @@ def test_a_whole_run_learns_and_is_evaluated_again(
     words = StringIO()
     metrics = pipeline.finetune(load_config(None, overrides), Console(file=words, width=200))
     assert metrics["after"]["loss"] < 0.8 * metrics["before"]["loss"]
-    again = pipeline.evaluate(load_config(None, overrides), overrides, Console(file=words, width=200))
+    again = evaluate(load_config(None, overrides), overrides, Console(file=words, width=200))
     assert again["loss"] == pytest.approx(metrics["after"]["loss"], rel=0.02)

@@ -13,7 +13,8 @@ from conftest import llama_config, make_batches, make_tokenizer, measured_number
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.commands.cli import main
 from sgm_finetune.measure.probe import probe
-from sgm_finetune.method.build_plan import Plan, PlanSettings, build_plan
+from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.plan import Plan, PlanSettings
 from sgm_finetune.model.folder import local_folder
 from sgm_finetune.model.four_bit import ready_for_backward
 from sgm_finetune.model.load import load_model, load_tokenizer

@@ -21,6 +21,7 @@ from sgm_finetune.base.config import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import locked, whole_file
 from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands import session
 from sgm_finetune.commands.cli import main
 from sgm_finetune.train.checkpoints import last_whole_checkpoint, seal
 from sgm_finetune.train.trainer import SGMTrainer
@@ -60,7 +61,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint_leaves_the_one_before(settings, tm
     """The disk has 32 KiB left when the second checkpoint begins, which takes about ten times as much."""
     settings = [*settings, "training.eval_steps=5", "training.learning_rate=1e-2"]
     with small_disk(tmp_path / "disk", "1m") as disk:
-        monkeypatch.setattr(pipeline, "disk_free", lambda folder: 2**40)
+        monkeypatch.setattr(session, "disk_free", lambda folder: 2**40)
         fill = disk / "other"
         output = disk / "out"
         begin = SGMTrainer._save_checkpoint
@@ -100,7 +101,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(sett
     line = refused([*settings, f"output.dir={tmp_path / 'file' / 'out'}"], tmp_path, capfd)
     assert line.endswith(f"cannot be made: {tmp_path / 'file'} is a file; name another folder")
     monkeypatch.setattr(os, "access", lambda path, mode, **options: mode != os.W_OK)
-    monkeypatch.setattr(pipeline, "prepare_data", lambda *arguments: pytest.fail("read the data"))
+    monkeypatch.setattr(session, "prepare_data", lambda *arguments: pytest.fail("read the data"))
     assert "is read-only for you" in refused(settings, tmp_path, capfd)
 
 
@@ -236,7 +237,7 @@ def test_a_signal_outside_of_training_ends_with_one_line(settings, tmp_path, cap
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("went on")
 
-    monkeypatch.setattr(pipeline, "prepare_data", prepared)
+    monkeypatch.setattr(session, "prepare_data", prepared)
     (tmp_path / "empty.yaml").write_text("")
     (tmp_path / "out").mkdir()
     with pytest.raises(SystemExit) as caught:

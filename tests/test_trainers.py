@@ -10,7 +10,8 @@ from conftest import BAD, GOOD, OTHER, make_batches, make_model, make_tokenizer,
 from datasets import Dataset
 
 from sgm_finetune.measure.probe import probe
-from sgm_finetune.method.build_plan import Plan, PlanSettings, build_plan
+from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.plan import Plan, PlanSettings
 from sgm_finetune.train.adapters.apply import apply_plan, shared_factors
 from sgm_finetune.train.adapters.optimizer import create_optimizer
 

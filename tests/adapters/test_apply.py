@@ -12,8 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.probe import probe
-from sgm_finetune.method.build_plan import PlanSettings, build_plan
-from sgm_finetune.method.plan_rules import adapter_parameters
+from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.parameter_count import adapter_parameters
+from sgm_finetune.method.plan import PlanSettings
 from sgm_finetune.train.adapters.apply import (
     apply_plan,
     check_plan,

@@ -7,7 +7,7 @@ import torch
 from conftest import make_batches, make_model
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.method.build_plan import Group, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.train.adapters.apply import apply_plan
 from sgm_finetune.train.adapters.optimizer import FactorDescent, Pair, create_optimizer, factor_pairs
 

@@ -11,8 +11,9 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.probe import Probe
 from sgm_finetune.measure.scan_result import MatrixScan, Scan, by_parameter
-from sgm_finetune.method.build_plan import MatrixNumbers, Plan, PlanSettings, build_plan
-from sgm_finetune.method.plan_rules import adapter_parameters
+from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.parameter_count import adapter_parameters
+from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings
 from sgm_finetune.method.subspace import SIDES
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.names import stored_to_model_names

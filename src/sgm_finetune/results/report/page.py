@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from sgm_finetune.base.files import write_text
-from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.examples import SHOWN
 from sgm_finetune.results.report import curves, figures
 from sgm_finetune.results.report.analysis_figures import (

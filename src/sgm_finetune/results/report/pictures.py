@@ -18,7 +18,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_text
 from sgm_finetune.measure.scan import measured_spectra
 from sgm_finetune.measure.scan_result import Scan
-from sgm_finetune.method.build_plan import Similarity
+from sgm_finetune.method.plan import Similarity
 from sgm_finetune.results.report.histogram import Histogram, histogram_of
 from sgm_finetune.results.report.scan_table import kinds_in_order, lowest_median_highest
 

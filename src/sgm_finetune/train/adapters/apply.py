@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.method.plan import Plan
 from sgm_finetune.method.plan_rules import inconsistency
 from sgm_finetune.method.subspace import Side, width
 from sgm_finetune.model.four_bit import ready_for_backward

@@ -31,7 +31,7 @@ from sgm_finetune.data.questions import answer_limit, has_answers, questions
 from sgm_finetune.measure.make_plan import check_rank
 from sgm_finetune.measure.probe import following
 from sgm_finetune.measure.probe_batches import probe_batches, probe_pieces
-from sgm_finetune.method.build_plan import Group, MatrixNumbers, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.method.plan import Group, MatrixNumbers, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.method.selection import select_matrices
 from sgm_finetune.model.load import check_checkpointing, skeleton
 from sgm_finetune.model.matrices import Matrix, adaptable

@@ -10,7 +10,7 @@ from sgm_finetune.base.device import has_gpu
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import gib
 from sgm_finetune.data.prepared import PreparedData
-from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.method.plan import Plan
 from sgm_finetune.train.budget.estimate import Estimate, estimate
 
 FITTED = {
