@@ -57,7 +57,7 @@ def save_large(folder: Path, num_layers: int) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from sgm_finetune.base.config import load_config
+    from sgm_finetune.base.config_file import load_config
     from sgm_finetune.measure.make_plan import make_plan
     from sgm_finetune.measure.scan import scan
     from sgm_finetune.model.folder import local_folder
@@ -88,7 +88,7 @@ def written(folder: Path, to: str) -> dict[str, Any]:
     """Peak anonymous memory, in MiB above what the process held before, of writing without the comparison."""
     from rich.console import Console
 
-    from sgm_finetune.base.config import load_config
+    from sgm_finetune.base.config_file import load_config
     from sgm_finetune.base.console import StepLog
     from sgm_finetune.results.export.gguf_file import write_gguf
     from sgm_finetune.results.export.gguf_vocabulary import vocabulary

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from recording import append_run
 from scipy.stats import spearmanr
 
-from sgm_finetune.measure.scan import measured_spectra, scan
+from sgm_finetune.measure.scan import measured_singular_values, scan
 from sgm_finetune.measure.scan_result import MatrixScan, Scan
 from sgm_finetune.method.selection import choose_per_kind
 from sgm_finetune.method.singular_values import SingularValues, batched_singular_values
@@ -249,7 +249,7 @@ def draw_model(model: str, kind: str) -> None:
     for axes, name, title in zip(
         figure.subplots(1, 2), (theirs.name, ours.name), ("published puts first: ", "mp puts first: "), strict=True
     ):
-        ((found, matrix),) = measured_spectra(model, [name])
+        ((found, matrix),) = measured_singular_values(model, [name])
         draw_both(axes, found, matrix, title + name.removeprefix("model."))
     legend(figure, figure.axes[0])
     save(figure, f"published-{model}-{kind}")

@@ -31,7 +31,8 @@ from peft import (
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from sgm_finetune.base.config import DEFAULT_RATES, Config, parse_config, set_overrides
+from sgm_finetune.base.config import DEFAULT_RATES, Config
+from sgm_finetune.base.config_file import parse_config, set_overrides
 from sgm_finetune.base.console import Clock, StepLog
 from sgm_finetune.base.device import has_gpu
 from sgm_finetune.data.prepared import PreparedData

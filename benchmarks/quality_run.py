@@ -29,11 +29,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.data.batches import LengthGroupedSampler, by_length
 from sgm_finetune.data.prepared import PreparedData, prepare_data
-from sgm_finetune.model.files import ModelFiles
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.train.adapters.optimizer import HEAD_RATE
 from sgm_finetune.train.base_model import load_base_weights
@@ -49,8 +48,7 @@ def load(task: Task, seed: int) -> Base:
         settings = [*task.configuration(Path(scratch)), f"adapter.rank={task.rank}", f"training.seed={seed}"]
         config = load_config(None, settings)
         prepared = prepare_data(config, log)
-    files, splits = ModelFiles(prepared.folder, prepared.tokenizer), prepared.splits
-    model, _ = load_base_weights(config, files, splits.labels, splits.label_kind, log)
+    model, _ = load_base_weights(config, prepared.folder, prepared.head, log)
     return Base(task.name, config, prepared, model, log, budget_of(model, task.rank), seed)
 
 

@@ -124,7 +124,7 @@ def load_and_cut(folder: str, quantization: str) -> None:
     threading.Thread(target=watch, daemon=True).start()
     device = torch.device("cpu")
     model, _ = load_model(
-        ModelConfig(name=folder, task="causal-lm", quantization=quantization), Path(folder), (), device=device
+        ModelConfig(name=folder, task="causal-lm", quantization=quantization), Path(folder), device=device
     )
     loaded = process_memory("RssAnon")
     cut = shard_base(model, device)

@@ -21,13 +21,16 @@ from conftest import make_model, make_tokenizer
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import save
 
-from sgm_finetune.base.config import Config, ModelConfig, load_config
+from sgm_finetune.base.config import Config, ModelConfig
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.data.splits import load_splits
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.measure.scan_formats import load_scan
 from sgm_finetune.measure.scan_result import by_parameter
 from sgm_finetune.method.parameter_count import adapter_parameters
-from sgm_finetune.model.load import check_model, load_tokenizer, skeleton
+from sgm_finetune.model.architecture import check_model
+from sgm_finetune.model.load import Head, skeleton
+from sgm_finetune.model.tokenizer import load_tokenizer
 from sgm_finetune.model.weights.stored import stored_matrices
 from sgm_finetune.results.folder import as_it_began, recall_start
 from sgm_finetune.results.load import attach_untrained
@@ -144,7 +147,7 @@ def read_pth(path: Path) -> None:
     config = stored_config(content, path, Config(), [])
     assert not config.model.trust_remote_code
     lora_config(content)
-    base = skeleton(ModelConfig(name="pico", dtype="float32"), finished_run() / "model", ("a", "b"), 0, "class")
+    base = skeleton(ModelConfig(name="pico", dtype="float32"), finished_run() / "model", Head(("a", "b"), "class", 0))
     attach_untrained(base, content, path)
 
 

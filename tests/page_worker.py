@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import gradio
 from rich.console import Console
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.commands import serve as serving
 from sgm_finetune.results.load import load_trained, read_result

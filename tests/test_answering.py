@@ -17,7 +17,7 @@ from conftest import GOOD, make_model, make_tokenizer
 from processes import environment
 from rich.console import Console
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import serve as serving

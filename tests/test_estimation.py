@@ -10,14 +10,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
-from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands import session
 from sgm_finetune.commands.cli import main
 from sgm_finetune.data.prepared import PreparedData, prepare_data
-from sgm_finetune.model.load import load_model, skeleton
+from sgm_finetune.model.load import Head, load_model, skeleton
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.stand_ins import stored_bytes
 from sgm_finetune.train.budget.estimate import ALLOCATOR, Estimate, estimate
@@ -47,7 +48,7 @@ def predicted(described: list[str], *more: str) -> Estimate:
 def test_weights_adapters_and_optimizer_are_what_the_run_holds(described) -> None:
     config, prepared = made(described, "merge.side=none", "training.optimizer=adamw")
     needed = estimate(config, prepared)
-    model, new = load_model(config.model, prepared.folder, prepared.splits.labels, 0)
+    model, new = load_model(config.model, prepared.folder, Head(prepared.splits.labels, pad_token_id=0))
     assert needed.weights_bytes == sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     plain = get_peft_model(
         model, LoraConfig(r=4, target_modules=list(adaptable(model)), task_type="SEQ_CLS", modules_to_save=list(new))
@@ -79,8 +80,8 @@ def test_what_costs_memory_is_said_to(described) -> None:
 def test_a_quantised_skeleton_weighs_what_bitsandbytes_holds(described, quantization) -> None:
     config, prepared = made(described, f"model.quantization={quantization}")
     labels = prepared.splits.labels
-    hollow = skeleton(config.model, prepared.folder, labels, 0)
-    model, _ = load_model(config.model, prepared.folder, labels, 0)
+    hollow = skeleton(config.model, prepared.folder, Head(labels, pad_token_id=0))
+    model, _ = load_model(config.model, prepared.folder, Head(labels, pad_token_id=0))
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -99,7 +100,7 @@ def test_what_is_dropped_in_a_step_leaves_holes_of_its_own_size(described, monke
     settings = ("model.quantization=nf4", "model.dtype=float32", f"training.checkpointing={str(checkpointing).lower()}")
     config, prepared = made(described, *settings)
     needed = estimate(config, prepared)
-    base = adaptable(skeleton(config.model, prepared.folder, prepared.splits.labels, 0))
+    base = adaptable(skeleton(config.model, prepared.folder, Head(prepared.splits.labels, pad_token_id=0)))
     held = needed.process_bytes + needed.weights_bytes + needed.adapter_bytes + needed.optimizer_bytes
     widths = sum(matrix.shape[0] for name, matrix in base.items() if name.endswith("gate_proj"))
     padded = -(-needed.longest // 8) * 8

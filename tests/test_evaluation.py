@@ -10,9 +10,10 @@ from datasets import Dataset
 
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.encoding import IGNORED, collator
+from sgm_finetune.data.batches import collator
+from sgm_finetune.data.encoding import IGNORED
 from sgm_finetune.data.questions import Question, has_answers, questions
-from sgm_finetune.model.load import load_model
+from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.results.evaluation import evaluate_model
 from sgm_finetune.results.generation import answer_metrics, generate_answers
 from sgm_finetune.results.metrics import (
@@ -37,7 +38,7 @@ CASES = [
 def test_a_summed_loss_over_its_count_is_the_models_own_mean(name, task, kind, labels, tmp_path):
     config = ModelConfig(task=task, dtype="float32")
     names = () if kind == "number" or task.endswith("lm") else ("a", "b", "c")
-    model, _ = load_model(config, save_pico(name, tmp_path / name), names, 0, label_kind=kind)
+    model, _ = load_model(config, save_pico(name, tmp_path / name), Head(names, kind, 0))
     ids = torch.tensor([[3, 4, 5, 2]] * 3)
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
     total, count = summed_loss(output.logits, labels, task)
@@ -48,7 +49,7 @@ def test_a_summed_loss_over_its_count_is_the_models_own_mean(name, task, kind, l
 def test_an_evaluation_gives_the_same_whatever_the_batch(name, task, kind, labels, tmp_path):
     config = ModelConfig(task=task, dtype="float32")
     names = () if kind == "number" or task.endswith("lm") else ("a", "b", "c")
-    model, _ = load_model(config, save_pico(name, tmp_path / name), names, 0, label_kind=kind)
+    model, _ = load_model(config, save_pico(name, tmp_path / name), Head(names, kind, 0))
     ids = [[3, 4, 5, 2][: 4 if task != "sequence-classification" else 2 + row] for row in range(3)]
     rows = {"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids], "labels": labels.tolist()}
     collate = collator(make_tokenizer(), task)

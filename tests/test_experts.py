@@ -9,7 +9,8 @@ import torch
 from architectures import save_pico
 from conftest import make_batches, measured_numbers
 
-from sgm_finetune.base.config import ModelConfig, load_config
+from sgm_finetune.base.config import ModelConfig
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.probe import probe

@@ -14,10 +14,11 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import nn
 
-from sgm_finetune.base.config import ModelConfig, load_config
+from sgm_finetune.base.config import ModelConfig
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands.evaluate import evaluate
-from sgm_finetune.model.load import load_model
+from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.train.adapters.optimizer import FactorDescent, Pair
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
@@ -96,7 +97,7 @@ def test_in_four_bits_the_fast_step_has_pefts_gradients(tmp_path: Path) -> None:
     torch.manual_seed(1)
     LlamaForCausalLM(llama_config(num_hidden_layers=2)).save_pretrained(tmp_path)
     config = ModelConfig(name=str(tmp_path), task="causal-lm", quantization="nf4")
-    slow = adapted(load_model(config, tmp_path, pad_token_id=0)[0])
+    slow = adapted(load_model(config, tmp_path, Head(pad_token_id=0))[0])
     fast = copy.deepcopy(slow)
     assert use_fast_step(fast) == []
     batch = on_gpu(make_batches(1, task="causal-lm", length=40)[0])

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from processes import ROOT, assert_one_run, remove, run_processes
 
-from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.train import launch
 from sgm_finetune.train.launch import check_launch, follow_launcher

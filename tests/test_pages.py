@@ -19,7 +19,7 @@ from made_up_runs import (
 )
 from rich.console import Console
 
-from sgm_finetune.base.config import load_config, parse_config
+from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.files import write_json
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.measure.plan_file import save_plan

@@ -24,7 +24,7 @@ from processes import ROOT, adapter, assert_one_run, environment, losses, remove
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands.cli import main
@@ -487,7 +487,7 @@ import torch
 from pathlib import Path
 from rich.console import Console
 from sgm_finetune.commands import finetune as pipeline
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 
 seen = []
 inner = pipeline.train

@@ -17,9 +17,9 @@ from processes import ROOT, environment
 from rich.console import Console
 from safetensors.torch import load_file
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import locked, whole_file
+from sgm_finetune.base.files import lock_folder, whole_file
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands import session
 from sgm_finetune.commands.cli import main
@@ -107,7 +107,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(sett
 
 def test_two_runs_into_one_folder_are_one_too_many(settings, tmp_path, capfd):
     output = tmp_path / "out"
-    with locked(output):
+    with lock_folder(output):
         line = refused([*settings, f"output.dir={output}"], tmp_path, capfd)
     assert line.startswith(f"{output} is in use by process {os.getpid()} on ")
     assert list(output.iterdir()) == []
@@ -117,20 +117,20 @@ def test_the_lock_of_a_process_that_was_killed_is_gone(tmp_path):
     code = f"""
 import time
 from pathlib import Path
-from sgm_finetune.base.files import locked
-with locked(Path({str(tmp_path)!r})):
+from sgm_finetune.base.files import lock_folder
+with lock_folder(Path({str(tmp_path)!r})):
     print("held", flush=True)
     time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=f"is in use by process {process.pid} on "), locked(tmp_path):
+    with pytest.raises(UserError, match=f"is in use by process {process.pid} on "), lock_folder(tmp_path):
         pass
     process.kill()
     process.wait()
     process.stdout.close()
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 

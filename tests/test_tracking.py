@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sgm_finetune.base.config import parse_config
+from sgm_finetune.base.config_file import parse_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.cli import main
 from sgm_finetune.train.arguments import check_machine

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.measure.scan import _batches, measured_spectra, scan
+from sgm_finetune.measure.scan import _batches, measured_singular_values, scan
 from sgm_finetune.measure.scan_formats import axolotl_format, load_scan, save_scan, spectrum_format
 from sgm_finetune.method.singular_values import batched_singular_values, singular_values
 from sgm_finetune.method.snr import NO_SIGNAL_DB, signal_to_noise
@@ -369,7 +369,7 @@ def test_shuffled_entries_have_no_signal(tmp_path: Path):
 
 
 def test_the_spectrum_of_one_matrix(folder: Path, tensors: dict[str, torch.Tensor]):
-    ((found, matrix),) = measured_spectra(folder, ["model.layers.3.self_attn.q_proj"])
+    ((found, matrix),) = measured_singular_values(folder, ["model.layers.3.self_attn.q_proj"])
     assert matrix == next(m for m in scan(folder).matrices if m.name == matrix.name)
     direct = torch.linalg.svdvals(tensors["model.layers.3.self_attn.q_proj.weight"].double())
     assert torch.allclose(found.values, direct, rtol=1e-6)

@@ -20,7 +20,7 @@ from made_up_runs import (
     sample_plan,
 )
 
-from sgm_finetune.base.config import parse_config
+from sgm_finetune.base.config_file import parse_config
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.results.report import figures
 from sgm_finetune.results.report.page import render_report

@@ -15,7 +15,8 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.generate import side_by_side
-from sgm_finetune.results.answers import Message, Sampling, When, answer
+from sgm_finetune.data.columns import Message
+from sgm_finetune.results.answers import Sampling, When, answer
 from sgm_finetune.results.load import LoadedResult, load_trained, read_result
 
 HELP = "/clear begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sgm_finetune.base.config import Config, Quantization, Task, load_config
+from sgm_finetune.base.config import Config, Quantization, Task
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.exit_status import run_and_exit
 
@@ -89,9 +90,10 @@ def init_command(
     console = _console(False, result=True)
     if not yes and not sys.stdin.isatty() and None in (model, data, task, quantization):
         raise UserError("sgm init asks, and there is no terminal; give the four answers as options, or --yes")
-    from sgm_finetune.commands.init import begin, next_steps
+    from sgm_finetune.commands.init import Answers, next_steps, write_first_config
 
-    begin(path, console, model, data, task, quantization, ask=not yes, overwrite=force)
+    given = Answers(model, data, task, quantization)
+    write_first_config(path, console, given, ask=not yes, overwrite=force)
     _print_saved(console, f"{path}\n{next_steps(path)}")
 
 
@@ -181,21 +183,22 @@ def scan_command(
         raise UserError("--matrix says which histograms to draw; it needs --plot FOLDER")
     if as_json and format not in (None, "json"):
         raise UserError(f"--json and --format {format} print two things; leave one of them out")
-    from sgm_finetune.commands.scan import ScanInterrupted, scan_to
+    from sgm_finetune.commands.scan import ScanInterrupted, ScanRequest, run_scan
 
+    request = ScanRequest(
+        model,
+        output=output,
+        format=None if as_json else format,
+        estimator=estimator,
+        top_fraction=top_fraction,
+        control=control,
+        plot=plot,
+        matrices=tuple(matrix or ()),
+        fresh=fresh,
+    )
+    console = _console(as_json or (output is None and format is not None), result=output is None)
     try:
-        scanned = scan_to(
-            model,
-            _console(as_json or (output is None and format is not None), result=output is None),
-            output=output,
-            format=None if as_json else format,
-            estimator=estimator,
-            top_fraction=top_fraction,
-            control=control,
-            plot=plot,
-            matrices=matrix or (),
-            fresh=fresh,
-        )
+        scanned = run_scan(request, console)
     except ScanInterrupted as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(130) from None

@@ -18,9 +18,11 @@ from rich.text import Text
 from sgm_finetune.base.config import Config, Role, Task
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.text import one_line
 from sgm_finetune.data import columns
-from sgm_finetune.data.tables import one_line, read_file
-from sgm_finetune.results.answers import Message, Prompt, Sampling, When, answer, generates_text
+from sgm_finetune.data.columns import Message
+from sgm_finetune.data.tables import read_file
+from sgm_finetune.results.answers import Prompt, Sampling, When, answer, generates_text
 from sgm_finetune.results.load import LoadedResult, load_trained, read_result
 
 WIDE = 100
@@ -115,7 +117,7 @@ def read_prompts(path: Path, config: Config) -> list[Prompt]:
         inputs = table.columns.get(chosen.get("input", "input"))
         texts = columns.read_texts(table, name, may_be_empty=False)
         given = [""] * len(texts) if inputs is None else columns.read_inputs(table, chosen.get("input", "input"))
-        return [_question(turns) for turns in columns.instructions(texts, given, [""] * len(texts))]
+        return [_question(turns) for turns in columns.alpaca_conversations(texts, given, [""] * len(texts))]
     if role == "tokens":
         return [[str(word) for word in words] for words in table.columns[name]]
     texts = columns.read_texts(table, name, may_be_empty=False)

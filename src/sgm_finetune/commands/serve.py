@@ -17,8 +17,8 @@ from rich.console import Console
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.data.columns import Message
 from sgm_finetune.results.answers import (
-    Message,
     Prompt,
     Sampling,
     When,

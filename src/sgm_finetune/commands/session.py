@@ -13,7 +13,7 @@ from rich.console import Console
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import Clock, StepLog
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import disk_free, locked
+from sgm_finetune.base.files import disk_free, lock_folder
 from sgm_finetune.base.memory import memory_within_reach, release_memory
 from sgm_finetune.base.processes import on_main, processes
 from sgm_finetune.base.text import gib, mib
@@ -59,7 +59,7 @@ class Session:
     def hold_output(self) -> None:
         """Locks the output folder until the session ends; the first process does it for all of them."""
         if not self.holds_output and processes().is_main_process:
-            self.lock.enter_context(locked(self.output))
+            self.lock.enter_context(lock_folder(self.output))
         self.holds_output = True
 
 
@@ -87,7 +87,7 @@ def open_session(config: Config, console: Console, dry_run: bool = False) -> Ite
     with ExitStack() as lock:
         holds_output = output.is_dir() and not dry_run
         if holds_output and processes().is_main_process:
-            lock.enter_context(locked(output))
+            lock.enter_context(lock_folder(output))
         asked = config
         if config.training.resume:
             config = as_it_began(config, output)

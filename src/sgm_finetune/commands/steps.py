@@ -16,7 +16,8 @@ from sgm_finetune.base.memory import release_memory
 from sgm_finetune.base.processes import on_main, processes
 from sgm_finetune.base.text import mib
 from sgm_finetune.commands.session import Session
-from sgm_finetune.measure.make_plan import describe_plan, make_plan, remarks
+from sgm_finetune.measure.make_plan import make_plan
+from sgm_finetune.measure.plan_summary import describe_plan, plan_remarks
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.measure.probe_batches import probe_batches, probe_pieces
 from sgm_finetune.measure.scan import scan
@@ -150,7 +151,7 @@ def choose_plan(s: Session, base: Base, scanned: Scan, probed: Probe | None) -> 
 
 def print_plan(s: Session, plan: Plan) -> None:
     s.log.line("plan", describe_plan(plan))
-    for remark in remarks(plan):
+    for remark in plan_remarks(plan):
         s.log.line("", remark)
 
 

@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.encoding import Encoded, collator, encode, pack
+from sgm_finetune.data.batches import collator
+from sgm_finetune.data.encoding import Encoded, encode, pack
 from sgm_finetune.data.questions import has_answers
 from sgm_finetune.data.splits import DataSplits, load_splits
 from sgm_finetune.model.files import ModelFiles, find_model_files
+from sgm_finetune.model.load import Head
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,12 @@ class PreparedData:
     validation: Encoded
     test: Encoded
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+
+    @property
+    def head(self) -> Head:
+        """What the data ask of the model's head."""
+        splits, padding = self.splits, self.tokenizer.pad_token_id
+        return Head(splits.labels, splits.label_kind, padding)  # type: ignore[arg-type]  # one token's id
 
 
 def prepare_data(config: Config, log: StepLog, files: ModelFiles | None = None) -> PreparedData:

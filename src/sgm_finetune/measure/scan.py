@@ -63,7 +63,7 @@ def scan(
     purposes = ("", f"shuffled {_SHUFFLE_SEED}") if control else ("",)
     found: dict[str, dict[str, SingularValues]] = {matrix.name: {} for matrix in chosen}
     done = 0
-    with closing(_measured(chosen, purposes, fresh, _device(device))) as measured:  # also where `progress` raises
+    with closing(_measure(chosen, purposes, fresh, _device(device))) as measured:  # also where `progress` raises
         for matrix, purpose, spectrum in measured:
             found[matrix.name][purpose] = spectrum
             if len(found[matrix.name]) == len(purposes):
@@ -74,13 +74,13 @@ def scan(
     return Scan(str(model), estimator, scanned, time.perf_counter() - start)
 
 
-def measured_spectra(
+def measured_singular_values(
     model: str | Path, names: Collection[str], estimator: Estimator = "mp"
 ) -> Iterator[tuple[SingularValues, MatrixScan]]:
     """The spectrum of each of these matrices (the remembered one where there is one), and its scan, in any order.
     Raises UserError as `scan`."""
     chosen = _choose(model, names, split_fused=estimator == "mp")
-    for matrix, _, found in _measured(chosen, ("",), False, _device(None)):
+    for matrix, _, found in _measure(chosen, ("",), False, _device(None)):
         yield found, _matrix_scan(matrix, estimator, found)
 
 
@@ -118,7 +118,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _measured(
+def _measure(
     matrices: Sequence[StoredMatrix], purposes: Sequence[str], fresh: bool, device: torch.device
 ) -> Generator[tuple[StoredMatrix, str, SingularValues]]:
     """(matrix, purpose, spectrum) of every matrix and purpose, in order among the bfloat16 ones and among the others.
@@ -137,7 +137,7 @@ def _measured(
         try:
             with exact_bfloat16_products(kind and device.type == "cpu"):
                 for batch, results in zip(
-                    batches, pool.map(lambda b: _spectra(b, purposes, fresh, device), batches), strict=True
+                    batches, pool.map(lambda b: _find_spectra(b, purposes, fresh, device), batches), strict=True
                 ):
                     for matrix, by_purpose in zip(batch, results, strict=True):
                         yield from ((matrix, purpose, spectrum) for purpose, spectrum in by_purpose.items())
@@ -159,7 +159,7 @@ def _batches(matrices: Iterable[StoredMatrix], device: torch.device) -> Iterator
         yield from (members[at : at + count] for at in range(0, len(members), count))
 
 
-def _spectra(
+def _find_spectra(
     batch: Sequence[StoredMatrix], purposes: Sequence[str], fresh: bool, device: torch.device
 ) -> list[dict[str, SingularValues]]:
     """Spectra by purpose of each matrix of a batch: remembered ones, else computed and remembered."""

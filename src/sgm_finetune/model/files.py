@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.processes import processes
+from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.folder import announce_own_code, local_folder
-from sgm_finetune.model.load import check_model, load_tokenizer
+from sgm_finetune.model.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

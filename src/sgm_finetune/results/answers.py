@@ -12,14 +12,14 @@ from transformers import TextStreamer, set_seed
 
 from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.encoding import asked_text, written_answers
-from sgm_finetune.model.load import num_positions
+from sgm_finetune.data.chat import asked_text, written_answers
+from sgm_finetune.data.columns import Message
+from sgm_finetune.model.architecture import num_positions
 from sgm_finetune.results.generation import continue_prompts
 from sgm_finetune.results.load import LoadedResult, Result
 
 When = Literal["before", "after"]
 """Before: the base model without its adapter. After: the trained model."""
-Message = dict[str, str]
 Prompt = str | tuple[str, str] | list[Message] | list[str]
 """A text; two texts; a conversation; or the words of a sentence."""
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.environment import environment_file
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_json
 from sgm_finetune.base.text import first_mistake
-from sgm_finetune.base.untrusted import read_object, refuse
+from sgm_finetune.base.untrusted import refuse, require_json_object
 from sgm_finetune.data.encoding import fingerprint
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.measure.plan_file import save_plan
@@ -104,7 +105,7 @@ class _Progress(BaseModel):
 
 def _progress(output: Path) -> _Progress:
     try:
-        return _Progress.model_validate(read_object(output / _PROGRESS))
+        return _Progress.model_validate(require_json_object(output / _PROGRESS))
     except ValidationError as error:
         refuse(output / _PROGRESS, "progress of a run", ValueError(first_mistake(error)))
 

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sgm_finetune.base.config import Config, LabelKind, ModelConfig
 from sgm_finetune.base.console import StepLog
-from sgm_finetune.base.device import device_for
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.untrusted import read_object
+from sgm_finetune.base.untrusted import require_json_object
 from sgm_finetune.measure.plan_file import parse_plan
+from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.files import ModelFiles, find_model_files
 from sgm_finetune.model.four_bit import ready_for_backward
-from sgm_finetune.model.load import check_model, load_model, skeleton
+from sgm_finetune.model.load import Head, load_model, skeleton
 from sgm_finetune.results.pth import PTH, load_pth, lora_config, stored_config
 from sgm_finetune.train.adapters.apply import check_plan, lora_layers, tie
 from sgm_finetune.train.base_model import load_base_weights
@@ -53,15 +53,19 @@ class Result:
         return self.base.tokenizer
 
     @property
+    def head(self) -> Head:
+        return Head(self.labels, self.label_kind, self.tokenizer.pad_token_id)  # type: ignore[arg-type]  # one token
+
+    @property
     def base_config(self) -> dict[str, Any]:
         """The base model's config.json."""
-        return read_object(self.folder / "config.json")
+        return require_json_object(self.folder / "config.json")
 
     @property
     def metrics(self) -> dict[str, Any]:
         """metrics.json beside the result; {} where it is gone."""
         path = self.path.parent / "metrics.json"
-        return read_object(path) if path.is_file() else {}
+        return require_json_object(path) if path.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -90,33 +94,20 @@ def read_result(config: Config, overrides: Sequence[str], log: StepLog) -> Resul
 def load_trained(result: Result, log: StepLog) -> LoadedResult:
     """Loads the base model as it was trained, and the adapter; in eval mode. Raises UserError where it does not fit."""
     check_model(result.config.model, result.folder)
-    base, _ = load_base_weights(result.config, result.base, result.labels, result.label_kind, log)
+    base, _ = load_base_weights(result.config, result.folder, result.head, log)
     return LoadedResult(**vars(result), model=attach_adapter(base, result.content, result.path))
 
 
 def load_unquantised(result: Result, dtype: str) -> PreTrainedModel:
     """Loads the base model as its files have it, computing in `dtype`."""
     set_seed(result.config.training.seed)  # a new head is random until the adapter brings its own
-    model, _ = load_model(
-        unquantised(result.config.model, dtype),
-        result.folder,
-        result.labels,
-        result.tokenizer.pad_token_id,  # type: ignore[arg-type]  # one token's id
-        device_for(),
-        result.label_kind,
-    )
+    model, _ = load_model(unquantised(result.config.model, dtype), result.folder, result.head)
     return model
 
 
 def base_skeleton(result: Result) -> PreTrainedModel:
     """The unquantised base model on device "meta", with the head of the task."""
-    return skeleton(
-        unquantised(result.config.model),
-        result.folder,
-        result.labels,
-        result.tokenizer.pad_token_id,  # type: ignore[arg-type]  # one token's id
-        result.label_kind,
-    )
+    return skeleton(unquantised(result.config.model), result.folder, result.head)
 
 
 def unquantised(model: ModelConfig, dtype: str = "auto") -> ModelConfig:

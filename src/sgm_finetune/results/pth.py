@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sgm_finetune.base.config import Config, LabelKind, parse_config, set_overrides
+from sgm_finetune.base.config import Config, LabelKind
+from sgm_finetune.base.config_file import parse_config, set_overrides
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import whole_file
 from sgm_finetune.base.text import first_mistake

@@ -13,13 +13,13 @@ from transformers import (
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.device import has_gpu
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.batches import divided_batch, num_steps
+from sgm_finetune.data.batches import divide_batch, num_steps
 
 
 def training_arguments(config: Config, checkpoints: Path, num_train: int, world_size: int) -> TrainingArguments:
     """Transformers' arguments for the run. Raises UserError where the batch cannot be divided over the processes."""
     training = config.training
-    micro, num_micro = divided_batch(config, world_size)
+    micro, num_micro = divide_batch(config, world_size)
     steps = num_steps(config, num_train)
     every = training.eval_steps or max(1, -(-steps // 4))
     return TrainingArguments(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from sgm_finetune.base.config import Config, LabelKind
+from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.device import device_for, multiplies_bfloat16
 from sgm_finetune.base.memory import release_memory
 from sgm_finetune.base.processes import processes
 from sgm_finetune.base.text import gib
 from sgm_finetune.data.prepared import PreparedData
-from sgm_finetune.model.files import ModelFiles
-from sgm_finetune.model.load import check_checkpointing, load_model
+from sgm_finetune.model.load import Head, check_checkpointing, load_model
 from sgm_finetune.train.adapters.shard import Sharded, shard_base
 from sgm_finetune.train.fast.head_loss import HeadLoss
 from sgm_finetune.train.fast.prepare import prepare_base
@@ -37,8 +37,7 @@ class Base:
 def load_base(config: Config, prepared: PreparedData, log: StepLog) -> Base:
     """Loads the base model and prepares the fast step on it. Raises UserError where packed examples would see each
     other, or where checkpointing is asked for and the architecture cannot do it."""
-    files, splits = ModelFiles(prepared.folder, prepared.tokenizer), prepared.splits
-    model, new_modules = load_base_weights(config, files, splits.labels, splits.label_kind, log)
+    model, new_modules = load_base_weights(config, prepared.folder, prepared.head, log)
     train = prepared.train.dataset
     check_packing(model, train)
     if config.training.checkpointing:
@@ -51,20 +50,13 @@ def load_base(config: Config, prepared: PreparedData, log: StepLog) -> Base:
 
 
 def load_base_weights(
-    config: Config, files: ModelFiles, labels: tuple[str, ...], label_kind: LabelKind | None, log: StepLog
+    config: Config, folder: Path, head: Head, log: StepLog
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Returns the base model, sharded over the processes if training.shard asks for it, and its new modules."""
     device = device_for(processes().local_process_index)
     shard = config.training.shard and processes().num_processes > 1
     set_seed(config.training.seed)  # a new classification head is random
-    model, new_modules = load_model(
-        config.model,
-        files.folder,
-        labels,
-        files.tokenizer.pad_token_id,  # type: ignore[arg-type]  # one token's id
-        torch.device("cpu") if shard else device,
-        label_kind,
-    )
+    model, new_modules = load_model(config.model, folder, head, torch.device("cpu") if shard else device)
     if shard:
         log.line("shard", _describe_sharding(shard_base(model, device, new_modules)))
     if model.dtype == torch.bfloat16 and not multiplies_bfloat16():

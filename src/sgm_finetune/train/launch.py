@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.batches import divided_batch
+from sgm_finetune.data.batches import divide_batch
 
 
 def follow_launcher(config: Config) -> Config:
@@ -31,7 +31,7 @@ def follow_launcher(config: Config) -> Config:
 def check_launch(config: Config, num_processes: int, checkpoint: Path | None = None) -> None:
     """Raises UserError where `config` cannot be trained by as many processes, or as a DeepSpeed configuration says, or
     go on from `checkpoint` so."""
-    divided_batch(config, num_processes)
+    divide_batch(config, num_processes)
     if config.training.shard and num_processes == 1:
         raise UserError("training.shard=true needs several processes; start it with torchrun --nproc_per_node N")
     if launched := os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
@@ -67,7 +67,7 @@ def _check_deepspeed(config: Config, num_processes: int) -> None:
             f"model.quantization={config.model.quantization} is not possible with DeepSpeed's ZeRO-3; take ZeRO-2, or "
             "FSDP2 (configs/accelerate/fsdp2.yaml)"
         )
-    micro, num_micro = divided_batch(config, num_processes)
+    micro, num_micro = divide_batch(config, num_processes)
     wanted = {
         "train_micro_batch_size_per_gpu": ("training.micro_batch_size", micro),
         "gradient_accumulation_steps": ("training.batch_size", num_micro),

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-Message = dict[str, str]
+from sgm_finetune.data.columns import Message
+
 Render = Callable[[Sequence[Message], bool], str]
 """(messages, whether an answer is asked for) -> text, as the tokenizer's chat template."""
 

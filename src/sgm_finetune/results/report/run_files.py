@@ -10,7 +10,8 @@ from typing import Any
 
 from jinja2 import UndefinedError
 
-from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.untrusted import read_json
 from sgm_finetune.measure.plan_file import load_plan

@@ -25,7 +25,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.memory import held_memory, release_memory
 from sgm_finetune.base.processes import processes
 from sgm_finetune.base.text import first_line
-from sgm_finetune.data.batches import LengthGroupedSampler, divided_batch, longest_first, num_predictions, num_steps
+from sgm_finetune.data.batches import LengthGroupedSampler, divide_batch, longest_first, num_predictions, num_steps
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.data.questions import answer_limit, has_answers, questions
 from sgm_finetune.measure.make_plan import check_rank
@@ -33,7 +33,7 @@ from sgm_finetune.measure.probe import following
 from sgm_finetune.measure.probe_batches import probe_batches, probe_pieces
 from sgm_finetune.method.plan import Group, MatrixNumbers, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.method.selection import select_matrices
-from sgm_finetune.model.load import check_checkpointing, skeleton
+from sgm_finetune.model.load import Head, check_checkpointing, skeleton
 from sgm_finetune.model.matrices import Matrix, adaptable
 from sgm_finetune.model.names import kind_of, layer_of
 from sgm_finetune.model.stand_ins import stored_bytes
@@ -118,10 +118,9 @@ def estimate(
     release_memory()
     process = 0 if has_gpu() else held_memory() + LIBRARIES_LATER
     try:
-        model = skeleton(
-            config.model, prepared.folder, prepared.splits.labels, prepared.tokenizer.pad_token_id,  # type: ignore
-            prepared.splits.label_kind,
-        )  # fmt: skip
+        splits, padding = prepared.splits, prepared.tokenizer.pad_token_id
+        head = Head(splits.labels, splits.label_kind, padding)  # type: ignore[arg-type]  # one token's id
+        model = skeleton(config.model, prepared.folder, head)
         return _Estimator(config, prepared, model, process, {} if followed is None else followed).run(plan)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise PredictionError(
@@ -137,7 +136,7 @@ class _Estimator:
         self.followed = followed
         self.matrices = adaptable(model)  # before adapters are, whose factors are linear layers too
         self.num_processes = processes().num_processes
-        self.micro, self.num_micro = divided_batch(config, self.num_processes)
+        self.micro, self.num_micro = divide_batch(config, self.num_processes)
         self.vocabulary = getattr(model.config.get_text_config(), "vocab_size", -1)
         self.weights = stored_bytes(model)
         splits = {name: getattr(prepared, name).dataset for name in ("train", "validation", "test")}
