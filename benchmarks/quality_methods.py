@@ -126,7 +126,7 @@ def adapter_only(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad and id(p) not in heads]
 
 
-# The peers, from PEFT
+# Other methods, from PEFT
 
 
 def peft_method(
@@ -237,7 +237,7 @@ def untouched(base: Base) -> Adapted:
     return Adapted(base.model, lambda rate: [], None)
 
 
-# Ours
+# Our methods
 
 
 def descending(method: Method, name: str, rates: Rates) -> Method:
@@ -324,7 +324,7 @@ def share_between_runs(base: Base, what: str, make: Callable[[], T]) -> T:
     shared = os.environ.get(MEASUREMENTS)
     if not shared:
         return make()
-    head = base.seed if base.config.model.task == "sequence-classification" else "any"  # a new head is random
+    head = base.seed if base.config.model.task == "sequence-classification" else "any"  # a new head depends on the seed
     path = Path(shared) / f"{base.name}-{head}-{what}.pt"
     if not path.exists():
         unfinished = path.with_suffix(f".{os.getpid()}")
@@ -455,7 +455,7 @@ def random_start(plan: Plan, probed: Probe, seed: int) -> Plan:
     return replace(plan, groups=groups, matrices=tuple(replace(matrix, start="random") for matrix in plan.matrices))
 
 
-# Which layers
+# Controls of selection
 
 
 Order = Callable[[list[PlannedMatrix], int], list[PlannedMatrix]]

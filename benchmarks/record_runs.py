@@ -158,7 +158,7 @@ def whole_runs_table() -> str:
             record["metrics"]
             for record in records
             if record["config"]["data"]["name"] == shown.data
-            and record["config"]["training"].get("step", "peft") == shown.step  # before it was a key, PEFT's was taken
+            and record["config"]["training"].get("step", "peft") == shown.step  # older records have no such key
         )
         result = shown.metric.format(metrics["before"], metrics["after"])
         lines.append(f"| {shown.title} | `{shown.command}` | {result}; {metrics['seconds']['total'] / 60:.1f} min |")

@@ -43,7 +43,7 @@ SHAPES = [(8, 8), (8, 512), (64, 64), (64, 1280), (192, 576), (576, 576), (1536,
 SHARES = [0.0, 0.25, 0.5, 0.75]
 NOISE_SIZES = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
 NOISE_ASPECTS = [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]
-QUICK = 4  # smallest number of trials stays 1
+QUICK = 4  # divisor of the number of trials, which stays at least 1
 
 
 def num_trials(rows: int, cols: int) -> int:

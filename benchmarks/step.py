@@ -147,7 +147,7 @@ def work(way: str, quantization: str, dtype: str) -> None:
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     loaded = process_memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     print("{}", flush=True)
     for _ in sys.stdin:
         started = time.perf_counter()
@@ -165,7 +165,7 @@ def measure(quantization: str, dtype: str, repeats: int, ways: Sequence[str]) ->
         for way in ways
     }  # fmt: skip
     said: dict[str, list[dict]] = {way: [] for way in ways}
-    for worker in workers.values():  # all are loaded
+    for worker in workers.values():  # waits until all are loaded
         read(worker)
     for _ in range(repeats + 1):
         for way, worker in workers.items():

@@ -120,7 +120,7 @@ class Way:
 
         self.way = way
         model = sharing_weights(base, own_plain_weights=way == "PEFT QLoRA")
-        self.module, self.rotary = modeling_llama, modeling_llama.apply_rotary_pos_emb  # which Liger replaces for all
+        self.module, self.rotary = modeling_llama, modeling_llama.apply_rotary_pos_emb  # Liger replaces it for all ways
         self.autocast = way == "PEFT QLoRA"
         self.in_parts = None
         peft = way.startswith("PEFT")
@@ -153,7 +153,7 @@ class Way:
                 else torch.optim.AdamW(trained, lr=1e-4, fused=True)
             )
         if way.endswith("compiled"):
-            torch._dynamo.config.recompile_limit = 64  # ways and kinds of blocks share their code
+            torch._dynamo.config.recompile_limit = 64  # all ways and kinds of blocks share code objects
             for layer in self.base.model.layers:
                 layer.compile()
         self.model = model.train()
@@ -257,7 +257,7 @@ def measure(ways: list[Way], batch: int, checkpointing: str, repeats: int) -> li
                     found.setdefault(way.way, []).append(taken)
             except torch.OutOfMemoryError:
                 failed[way.way] = "out of memory"
-            except Exception as error:  # the others go on, and the table says it
+            except Exception as error:  # the other ways continue, and the table shows the error
                 traceback.print_exc()
                 failed[way.way] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             if way.way in failed:
@@ -410,7 +410,7 @@ def main() -> None:
     print(f"built in {time.perf_counter() - started:.0f} s", flush=True)
     ways = [Way(way, base) for way in asked.ways]
     gc.collect()
-    gc.freeze()  # or it looks through all ways' modules in the middle of a step
+    gc.freeze()  # otherwise it traverses all ways' modules during a step
     print(f"ready in {time.perf_counter() - started:.0f} s", flush=True)
     differences = gradient_differences(ways)
     print(json.dumps(differences), flush=True)

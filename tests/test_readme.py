@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
+
+import yaml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -101,6 +104,12 @@ def test_the_demo_in_readme_is_the_last_one_recorded():
     assert after in README
     held, predicted = metrics["peak_memory_bytes"] / 2**30, metrics["predicted"]["peak_bytes"] / 2**30
     assert f"{held:.2f} GiB measured, {predicted:.2f} predicted" in README
+
+
+def test_the_citation_names_this_version_and_licence():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
 
 
 def test_the_python_of_readme_runs_as_it_stands(tmp_path, monkeypatch):
