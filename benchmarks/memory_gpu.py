@@ -23,8 +23,8 @@ from torch import nn
 
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.stand_ins import FUSED_ATTENTION, stand_in, stand_in_kernels
-from sgm_finetune.train.budget.estimate import optimizer_workspace, saved_elsewhere
-from sgm_finetune.train.budget.footprint import Footprint
+from sgm_finetune.train.adapters.optimizer import state_bytes, workspace_bytes
+from sgm_finetune.train.budget.footprint import Footprint, saved_elsewhere
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.head_loss import HeadLoss
 
@@ -59,14 +59,14 @@ def predict_peak(way: str, batch: int, length: int, checkpointing: str) -> float
     in_parts = HeadLoss(model.base_model, model.lm_head)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     factors = sum(4 * p.numel() for p in trained)
-    state = sum(4 * (p.numel() + max(p.shape)) for p in trained) if way == "SGM" else 2 * factors
+    state = state_bytes(trained, "spectral" if way == "SGM" else "adamw")
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     known = [*adapted.parameters(), *adapted.buffers()]
     elsewhere = saved_elsewhere() if checkpointing == "offload" else nullcontext()
     with Footprint(known, batch * (length - 1), LLAMA_8B["vocab_size"]) as footprint, elsewhere:  # type: ignore
         adapted.train()
         in_parts.mean(adapted, {"input_ids": ids, "labels": ids}).backward()
-    optimizing = factors + (optimizer_workspace(adapted) if way == "SGM" else 0)
+    optimizing = factors + (workspace_bytes(trained) if way == "SGM" else 0)
     return (weights + factors + state + max(footprint.peak, optimizing)) / 2**30
 
 

@@ -57,7 +57,7 @@ from sgm_finetune.train.adapters.apply import apply_plan, task_type
 from sgm_finetune.train.adapters.optimizer import FactorDescent, factor_pairs
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.attention import recompute_attention
-from sgm_finetune.train.fast.head_loss import HeadLoss, head_loss
+from sgm_finetune.train.fast.head_loss import HeadLoss, find_head_loss
 
 MEASUREMENTS = "SGM_QUALITY_MEASUREMENTS"
 """Environment variable: the folder in which the runs of one benchmark share their measurements."""
@@ -261,7 +261,7 @@ def fast(method: Method, name: str) -> Method:
         if slow := use_fast_step(made.model):  # type: ignore[arg-type]
             raise ValueError(f"{name}: PEFT's forward in {slow}")
         language = base.config.model.task == "causal-lm"
-        return replace(made, head_loss=head_loss(made.model, first_batch(base)) if language else None)
+        return replace(made, head_loss=find_head_loss(made.model, first_batch(base)) if language else None)
 
     return Method(name, method.rates, adapt, method.default)
 

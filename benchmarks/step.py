@@ -88,7 +88,7 @@ def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
     from sgm_finetune.train.fast.adapter_forward import use_fast_step
     from sgm_finetune.train.fast.attention import recompute_attention
     from sgm_finetune.train.fast.gated_mlp import recompute_mlps
-    from sgm_finetune.train.fast.head_loss import head_loss
+    from sgm_finetune.train.fast.head_loss import find_head_loss
 
     torch.set_num_threads(THREADS)
     config = ModelConfig(name=_MODEL, task="causal-lm", quantization=quantization, dtype=dtype)  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
     ids = torch.randint(0, base.config.vocab_size, (BATCH, LENGTH))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if way.startswith("frozen"):
-        in_parts = head_loss(base, batch) if way.endswith("in parts") else None
+        in_parts = find_head_loss(base, batch) if way.endswith("in parts") else None
         base.train()
 
         def frozen() -> float:
@@ -125,7 +125,7 @@ def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
         raise SystemExit(f"{len(slow)} layers keep PEFT's forward")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = create_optimizer(model, lr=0.0125) if way == "fast, spectral" else torch.optim.AdamW(trained, lr=1e-4)
-    in_parts = head_loss(model, batch) if fast else None
+    in_parts = find_head_loss(model, batch) if fast else None
     if fast and in_parts is None:
         raise SystemExit("The loss cannot be computed in parts")
     model.train()

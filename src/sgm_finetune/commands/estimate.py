@@ -9,7 +9,7 @@ from sgm_finetune.base.memory import memory_within_reach
 from sgm_finetune.commands.session import fitted_estimate, prepare_session, step_log
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.train.arguments import check_machine
-from sgm_finetune.train.budget.estimate import Estimate
+from sgm_finetune.train.budget.needs import Estimate
 from sgm_finetune.train.budget.table import estimate_table
 
 

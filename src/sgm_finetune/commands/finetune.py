@@ -44,7 +44,7 @@ from sgm_finetune.train.adapters.apply import check_plan, check_starts
 from sgm_finetune.train.arguments import training_arguments
 from sgm_finetune.train.base_model import Base
 from sgm_finetune.train.checkpoints import discard_after
-from sgm_finetune.train.launch import whole_factors
+from sgm_finetune.train.launch import gather_factors
 from sgm_finetune.train.trainer import Trained, TrainingJob, train
 
 _STEPS = ("scan", "probe", "train", "evaluate")
@@ -166,7 +166,7 @@ def save(s: Session, start: Start, adapted: Adapted, state: TrainerState, after:
     """Writes the results into output.dir, by the first process, and returns the metrics."""
     s.clock.seconds["total"] = time.perf_counter() - s.started
     metrics = _metrics(s, start, adapted, state, after)
-    with whole_factors(adapted.model):
+    with gather_factors(adapted.model):
         if processes().is_main_process:
             _write_results(s, start, adapted, state, after, metrics)
         processes().wait_for_everyone()

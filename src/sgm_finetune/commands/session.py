@@ -24,10 +24,11 @@ from sgm_finetune.model.files import ModelFiles
 from sgm_finetune.results.folder import as_it_began, check_same_data, claim_output
 from sgm_finetune.results.harness import check_harness
 from sgm_finetune.train.arguments import check_machine
-from sgm_finetune.train.budget.estimate import Estimate, PredictionError, estimate
+from sgm_finetune.train.budget.estimate import PredictionError, estimate
 from sgm_finetune.train.budget.fit import check_fits, fit
+from sgm_finetune.train.budget.needs import Estimate
 from sgm_finetune.train.budget.table import describe_estimate
-from sgm_finetune.train.launch import check_launch, follow_launcher
+from sgm_finetune.train.launch import apply_launcher, check_launch
 
 
 @dataclass
@@ -82,7 +83,7 @@ def open_session(config: Config, console: Console, dry_run: bool = False) -> Ite
     run neither locks nor writes.
     """
     started, log = time.perf_counter(), step_log(console)
-    config = follow_launcher(config)
+    config = apply_launcher(config)
     output = Path(config.output.dir)
     with ExitStack() as lock:
         holds_output = output.is_dir() and not dry_run

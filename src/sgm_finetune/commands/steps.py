@@ -36,7 +36,7 @@ from sgm_finetune.train.adapters.apply import apply_plan
 from sgm_finetune.train.adapters.shard import reduce_factors_only
 from sgm_finetune.train.base_model import Base
 from sgm_finetune.train.fast.prepare import prepare_adapters
-from sgm_finetune.train.launch import in_pieces
+from sgm_finetune.train.launch import model_is_sharded
 from sgm_finetune.train.losses import TestSet
 
 
@@ -178,7 +178,7 @@ def prepare_fast_adapters(s: Session, model: PeftModel) -> None:
 
 def agree(config: Config, measure: Callable[[], Any]) -> Any:
     """What the first process measures, on every process. If the model is sharded, all of them compute it together."""
-    if not in_pieces(config):
+    if not model_is_sharded(config):
         return on_main(measure)
     found = measure()
     return on_main(lambda: found)

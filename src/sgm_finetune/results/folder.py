@@ -22,7 +22,7 @@ from sgm_finetune.measure.plan_file import save_plan
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.files import RESULTS, clear_results, write_config
 from sgm_finetune.results.pth import PTH
-from sgm_finetune.train.budget.fit import as_begun
+from sgm_finetune.train.budget.fit import reuse_fit
 from sgm_finetune.train.checkpoints import best_checkpoint, is_whole, last_whole_checkpoint
 
 _PROGRESS = Path("checkpoints") / "progress.json"
@@ -76,7 +76,7 @@ def as_it_began(config: Config, output: Path) -> Config:
     """The configuration of a resumed run, with what memory.budget chose when the run began."""
     if not (output / "config.yaml").is_file() or not (output / _PROGRESS).is_file():
         return config
-    return as_begun(config, load_config(output / "config.yaml"), _progress(output).asked)
+    return reuse_fit(config, load_config(output / "config.yaml"), _progress(output).asked)
 
 
 def check_same_data(prepared: PreparedData, output: Path) -> None:

@@ -24,7 +24,7 @@ from sgm_finetune.model.load import Head, load_model, skeleton
 from sgm_finetune.results.pth import PTH, load_pth, lora_config, stored_config
 from sgm_finetune.train.adapters.apply import check_plan, lora_layers, tie
 from sgm_finetune.train.base_model import load_base_weights
-from sgm_finetune.train.launch import follow_launcher
+from sgm_finetune.train.launch import apply_launcher
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def read_result(config: Config, overrides: Sequence[str], log: StepLog) -> Resul
     """
     path = Path(config.output.dir) / PTH
     content = load_pth(path)
-    trained = follow_launcher(stored_config(content, path, config, overrides))
+    trained = apply_launcher(stored_config(content, path, config, overrides))
     base = find_model_files(unquantised(trained.model), log)
     labels, kind = tuple(content["labels"]), content.get("label_kind")
     if kind is None and trained.model.task == "sequence-classification" and not labels:
