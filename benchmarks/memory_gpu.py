@@ -1,9 +1,9 @@
-"""A GPU's memory as it is predicted, beside what steps on one held (benchmarks/results/step_gpu.json).
+"""Compares the predicted GPU memory of steps with the measured one (benchmarks/results/step_gpu.json).
 
     python benchmarks/memory_gpu.py     # on any machine: nothing is computed
 
-The steps of benchmarks/step_gpu.py are followed over the 8B model's shapes by what `sgm estimate` follows a run with;
-weights and adapters are counted, nothing is fitted. Printed, as the table of docs/estimate.md.
+The script follows the steps of benchmarks/step_gpu.py over the 8B model's shapes, with the code by which `sgm estimate`
+follows a run. It counts weights and adapters and fits nothing. It prints the table of docs/estimate.md.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from sgm_finetune.train.fast.head_loss import HeadLoss
 PREDICTED = ("fast", "fast, Liger", "SGM")
 
 
-def predicted(way: str, batch: int, length: int, checkpointing: str) -> float:
-    """GiB."""
+def predict_peak(way: str, batch: int, length: int, checkpointing: str) -> float:
+    """Predicted peak of a step, in GiB."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
@@ -77,7 +77,7 @@ def main() -> None:
     with patch("torch.cuda.is_available", return_value=True):
         for row in rows:
             if row["way"] in PREDICTED and "failed" not in row:
-                found = predicted(row["way"], row["batch"], row["length"], row["checkpointing"])
+                found = predict_peak(row["way"], row["batch"], row["length"], row["checkpointing"])
                 offs.append(found / row["peak_gib"] - 1)
                 off = f"{100 * offs[-1]:+.1f} %".replace("-", "−")
                 place = f"| {row['way']} | {row['batch']} × {row['length']:,} | {row['checkpointing']} |"
