@@ -38,7 +38,7 @@ from sgm_finetune.results.folder import (
 from sgm_finetune.results.pth import PTH, save_pth
 from sgm_finetune.results.report.histogram import Histogram
 from sgm_finetune.results.report.page import render_report
-from sgm_finetune.results.report.pictures import Pictures, histograms_of, save_pictures
+from sgm_finetune.results.report.pictures import Pictures, histograms_of, save_pictures, similarity_tables
 from sgm_finetune.results.report.run_files import load_run
 from sgm_finetune.train.adapters.apply import check_plan, check_starts
 from sgm_finetune.train.arguments import training_arguments
