@@ -71,8 +71,12 @@ def step_log(console: Console) -> StepLog:
 
 def prepare_session(config: Config, log: StepLog, files: ModelFiles | None = None) -> Session:
     """A session with its data prepared. Raises UserError for what can be checked without the model's weights."""
+    return Session(config, config, _checked_data(config, log, files), log)
+
+
+def _checked_data(config: Config, log: StepLog, files: ModelFiles | None = None) -> PreparedData:
     check_harness(config.evaluation.harness, config.model.task)
-    return Session(config, config, prepare_data(config, log, files), log)
+    return prepare_data(config, log, files)
 
 
 @contextmanager
@@ -96,11 +100,13 @@ def open_session(config: Config, console: Console, dry_run: bool = False) -> Ite
         check_machine(config)
         check_launch(config, processes().num_processes, checkpoint)
         given_plan = _given_plan(config, output, checkpoint)
-        s = prepare_session(config, log)
-        s.asked, s.given_plan, s.checkpoint, s.started = asked, given_plan, checkpoint, started
-        s.lock, s.holds_output = lock, holds_output
+        prepared = _checked_data(config, log)
         if checkpoint is not None:
-            check_same_data(s.prepared, output)
+            check_same_data(prepared, output)
+        s = Session(
+            config, asked, prepared, log, given_plan, checkpoint,
+            started=started, lock=lock, holds_output=holds_output,
+        )  # fmt: skip
         fit_to_memory(s)
         yield s
 
