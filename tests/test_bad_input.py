@@ -207,12 +207,16 @@ TASKS: list[Row] = [
     (
         "a conversation without an answer",
         lambda p: [LM, lines(p, says("user"))],
-        ["row 1", "no answer of the assistant"],
+        ["row 1", "no answer by the assistant"],
     ),
     ("an unknown speaker", lambda p: [LM, lines(p, says("robot"))], ["message 1 is by 'robot'", "known: system, user"]),
-    ("a message that is a number", lambda p: [LM, lines(p, says("assistant", 7))], ["message 1", "content 7, no text"]),
-    ("a conversation that is text", lambda p: [LM, lines(p, {"messages": "hi"})], ["'hi', no list of messages"]),
-    ("an empty conversation", lambda p: [LM, lines(p, {"messages": []})], ["[], no list of messages"]),
+    (
+        "a message that is a number",
+        lambda p: [LM, lines(p, says("assistant", 7))],
+        ["message 1", "content 7, which is not a text"],
+    ),
+    ("a conversation that is text", lambda p: [LM, lines(p, {"messages": "hi"})], ["'hi', not a list of messages"]),
+    ("an empty conversation", lambda p: [LM, lines(p, {"messages": []})], ["[], not a list of messages"]),
     (
         "a format without its columns",
         lambda p: [LM, "data.format=alpaca", lines(p, {"prompt": "a", "completion": "b"})],
@@ -285,9 +289,9 @@ TASKS: list[Row] = [
     (
         "a stream of text",
         lambda p: [LM, f"data.train={p.file('x.txt', REVIEWS)}", *STREAM],
-        ["x.txt cannot be streamed", "known: csv"],
+        ["x.txt cannot be streamed", "set data.file_type to one of csv"],
     ),
-    ("a stream of what is small", lambda p: ["data.name=imdb", "data.train=", *STREAM], ["imdb is read whole"]),
+    ("a stream of what is small", lambda p: ["data.name=imdb", "data.train=", *STREAM], ["embedded data.name=imdb"]),
     ("a harness for classes", lambda p: ["evaluation.harness=[arc_easy]"], ["evaluation.harness", "leave it out"]),
     ("the same column twice", lambda p: ["data.columns={text: label}"], ["the same column `label`"]),
 ]

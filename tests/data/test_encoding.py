@@ -31,7 +31,7 @@ def test_classification_is_truncated_to_max_length_and_keeps_its_closing_token(e
     assert all((ids[0], ids[-1]) == (2, 3) for ids in encoded.dataset["input_ids"])
     assert encoded.dataset["labels"][:] == [1, 0, 2]
     assert (encoded.num_truncated, encoded.num_dropped) == (1, 0)
-    assert encoding_summary(encoded) == "3 sequences, 21 tokens, 1 examples cut, 0 dropped"
+    assert encoding_summary(encoded) == "3 sequences, 21 tokens, 1 examples truncated, 0 dropped"
 
 
 def test_a_classification_batch_is_padded_to_its_longest_sequence(encoder_tokenizer) -> None:
@@ -112,7 +112,7 @@ def test_special_tokens_of_the_tokenizer_are_kept_and_the_end_is_not_doubled(enc
 def test_language_modelling_needs_an_end_of_sequence_token_and_two_tokens(encoder_tokenizer, causal_tokenizer) -> None:
     with pytest.raises(UserError, match="no end-of-sequence token"):
         encode(datasets.Dataset.from_dict({"text": ["w1"]}), encoder_tokenizer, "causal-lm", max_length=8)
-    with pytest.raises(UserError, match=r"1 text\(s\) make 1 token\(s\)"):
+    with pytest.raises(UserError, match=r"1 text\(s\) have 1 token\(s\)"):
         encode(datasets.Dataset.from_dict({"text": [""]}), causal_tokenizer, "causal-lm", max_length=8)
 
 

@@ -79,10 +79,10 @@ def test_parquet_keeps_class_names_and_reads_categories(tmp_path: Path) -> None:
         ("r.csv", b"text,label\ncaf\xe9,1\n", "is not UTF-8: byte 0xe9 at 14"),
         ("r.json", '[{"text": "a"},\n{"text": }]', "r.json line 2 is not JSON: Expecting value"),
         ("r.json", "[]", "r.json has no rows"),
-        ("r.json", '["a", "b"]', "row 1 is no JSON object"),
+        ("r.json", '["a", "b"]', "row 1 is not a JSON object"),
         ("r.jsonl", '{"text": "a"}\n\n{"text"\n', "line 3 is not JSON"),
-        ("r.jsonl", '{"text": "a"}\n17\n', "line 2 is no JSON object"),
-        ("r.parquet", "text,label\n", "is no Parquet file"),
+        ("r.jsonl", '{"text": "a"}\n17\n', "line 2 is not a JSON object"),
+        ("r.parquet", "text,label\n", "is not a Parquet file"),
         ("r.txt", " \n\n ", "r.txt has no rows"),
         ("r.conll", "-DOCSTART- -X- O\n\n", "r.conll has no rows"),
         ("r.conll", "U.N. NNP B-ORG\nofficial O\n", "line 2 has 2 field(s), the first word 3; write the word first"),
@@ -90,7 +90,7 @@ def test_parquet_keeps_class_names_and_reads_categories(tmp_path: Path) -> None:
         (
             "r.xlsx",
             "",
-            "unknown ending `.xlsx` (known: .csv .tsv .json .jsonl .parquet .txt .conll); say data.file_type",
+            "unknown extension `.xlsx` (known: .csv .tsv .json .jsonl .parquet .txt .conll); set data.file_type",
         ),
     ],
 )
