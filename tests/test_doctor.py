@@ -52,10 +52,10 @@ def test_a_package_that_is_absent_or_too_old_makes_it_not_ready(monkeypatch, cap
 
 
 def test_a_quantised_layer_that_computes_wrongly_is_found(monkeypatch):
-    monkeypatch.setattr(doctor, "_quantised_error", lambda *arguments: float("inf"))
+    monkeypatch.setattr(doctor, "_layer_error", lambda *arguments: float("inf"))
     found = named(doctor.examine(), "4 bits (NF4)")[0]
     assert found.verdict == "missing"
-    assert found.remedy == "take model.quantization=none"
+    assert found.remedy == "use model.quantization=none"
 
 
 def test_a_hub_that_does_not_answer_is_said_with_the_way_around(monkeypatch):
