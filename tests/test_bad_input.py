@@ -169,7 +169,11 @@ DATA: list[Row] = [
     ("a file that is not UTF-8", lambda p: [f"data.train={p.file('x.csv', LATIN_1)}"], ["x.csv", "UTF-8"]),
     ("a broken row", lambda p: [f"data.train={p.file('x.csv', 'text,label', 'a,b,c')}"], ["line 2", "3 fields"]),
     ("a broken JSON line", lambda p: [f"data.train={p.file('x.jsonl', '{a}')}"], ["line 1", "not JSON"]),
-    ("a file that is no Parquet", lambda p: [f"data.train={p.file('x.parquet', 'PAR')}"], ["x.parquet", "no Parquet"]),
+    (
+        "a file that is no Parquet",
+        lambda p: [f"data.train={p.file('x.parquet', 'PAR')}"],
+        ["x.parquet", "not a Parquet"],
+    ),
     ("an unknown column", lambda p: ["data.columns={text: txt}"], ["`txt`", "(has: text, label)", "`text`"]),
     (
         "columns of other names",
@@ -209,7 +213,11 @@ TASKS: list[Row] = [
         lambda p: [LM, lines(p, says("user"))],
         ["row 1", "no answer by the assistant"],
     ),
-    ("an unknown speaker", lambda p: [LM, lines(p, says("robot"))], ["message 1 is by 'robot'", "known: system, user"]),
+    (
+        "an unknown speaker",
+        lambda p: [LM, lines(p, says("robot"))],
+        ["message 1 has the role 'robot'", "known: system, user"],
+    ),
     (
         "a message that is a number",
         lambda p: [LM, lines(p, says("assistant", 7))],
@@ -228,7 +236,11 @@ TASKS: list[Row] = [
         lambda p: [LM, "data.columns={prompt: text, output: label}"],
         ["belong to different formats"],
     ),
-    ("a role that the task lacks", lambda p: ["data.columns={source: text}"], ["role `source`", "takes text, label"]),
+    (
+        "a role that the task lacks",
+        lambda p: ["data.columns={source: text}"],
+        ["role `source`", "its roles are text, label"],
+    ),
     (
         "an instruction without an output",
         lambda p: [LM, lines(p, {"instruction": "a", "output": ""})],
@@ -242,7 +254,7 @@ TASKS: list[Row] = [
     (
         "as many words as tags",
         lambda p: [TAGS, lines(p, {"tokens": ["a", "b"], "tags": ["O"]})],
-        ["2 words", "1 `tags`"],
+        ["2 words", "1 tags in `tags`"],
     ),
     (
         "words that are text",
@@ -268,7 +280,7 @@ TASKS: list[Row] = [
     (
         "numbers that are words",
         lambda p: ["data.label_kind=number", f"data.train={p.file('x.csv', 'text,label', 'a,1.5', 'b,many')}"],
-        ["row 2", "'many', no number"],
+        ["row 2", "'many' in `label`, which is not a number"],
     ),
     (
         "numbers that may be classes",
@@ -278,7 +290,7 @@ TASKS: list[Row] = [
     (
         "sets of classes that are numbers",
         lambda p: ["data.label_kind=classes", lines(p, {"text": "a", "label": 3})],
-        ["`label` is 3, no list", "[] for none"],
+        ["`label` is 3, not a list", "[] for none"],
     ),
     ("packed reviews", lambda p: ["data.packing=true"], ["data.packing=true", "completion and chat"]),
     (
