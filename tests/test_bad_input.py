@@ -216,7 +216,7 @@ TASKS: list[Row] = [
     (
         "an unknown speaker",
         lambda p: [LM, lines(p, says("robot"))],
-        ["message 1 has the role 'robot'", "known: system, user"],
+        ["message 1 has the role 'robot'", "known roles: system, user"],
     ),
     (
         "a message that is a number",
