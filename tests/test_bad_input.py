@@ -1,5 +1,5 @@
-"""One table of what people get wrong: exit status 2, one line that says what, its value and the remedy, no traceback,
-and nothing written."""
+"""A table of user errors. Each ends with exit status 2 and one line (what is wrong, the value, the remedy), without a
+traceback, and writes nothing."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sgm_finetune.commands.cli import main
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row makes what it needs."""
+    """The folders in which a row of the table makes its files."""
 
     folder: Path
     llama: Path
     bert: Path
     finished: Path
-    """A finished run's output folder, to be copied."""
+    """Output folder of a finished run, for a row to copy."""
 
     @property
     def output(self) -> Path:
@@ -37,14 +37,14 @@ class Place:
         return path
 
     def model(self, *, source: Path | None = None) -> Path:
-        """A copy of the pico LLaMA, or of `source`, to be spoiled."""
+        """A copy of the pico LLaMA, or of `source`, for a row to damage."""
         return shutil.copytree(source or self.llama, self.folder / "model")
 
     def earlier_run(self) -> Path:
         return shutil.copytree(self.finished, self.output)
 
     def plan(self, change: Callable[[dict[str, Any]], None]) -> Path:
-        """The finished run's plan with something in it changed."""
+        """A changed copy of the finished run's plan."""
         document = json.loads((self.finished / "plan.json").read_text(encoding="utf-8"))
         change(document)
         shutil.copy(self.finished / "plan.safetensors", self.folder / "plan.safetensors")
@@ -52,7 +52,7 @@ class Place:
 
 
 class Code:
-    """What a hostile .pth holds: an object whose loading would run a program."""
+    """The content of a hostile .pth: loading this object would run a program."""
 
     def __reduce__(self):
         return (print, ("this must never run",))
@@ -101,7 +101,7 @@ def pickled(path: Path) -> Path:
 
 
 def unfinished(folder: Path) -> Path:
-    """As a run leaves it that was stopped after a checkpoint."""
+    """The output folder of a run that was stopped after a checkpoint."""
     (folder / "sgm_finetuned.pth").unlink()
     return folder
 
@@ -495,12 +495,12 @@ SCAN: list[Row] = [
 
 
 def with_result(place: Place, to: str, *more: str) -> list[str]:
-    """`sgm export` of a finished run's copy."""
+    """Arguments of `sgm export` for a copy of a finished run."""
     return ["--to", to, f"output.dir={place.earlier_run()}", *more]
 
 
 def foreign(place: Place) -> Path:
-    """A folder of the user's own."""
+    """A folder that belongs to the user."""
     (place.folder / "mine").mkdir()
     return place.file("mine/a.txt", "mine").parent
 
@@ -569,7 +569,7 @@ OTHER: list[Row] = [
 
 @pytest.fixture(scope="module")
 def finished(llama_folder, reviews, tmp_path_factory) -> Path:
-    """A finished pico run's output folder."""
+    """The output folder of a finished pico run."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "empty.yaml").write_text("")
     with pytest.raises(SystemExit) as caught:
@@ -593,7 +593,7 @@ def place(tmp_path, llama_folder, bert_folder, finished) -> Place:
 
 @pytest.fixture(autouse=True)
 def _as_a_fresh_process(monkeypatch):
-    """Transformers reads these settings when it is imported, which a test before this one may have done."""
+    """Sets what Transformers reads at its import, because an earlier test may have imported it."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -604,7 +604,7 @@ def _as_a_fresh_process(monkeypatch):
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every file below `folder` and its bytes."""
+    """The bytes of every file below `folder`, by path."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
@@ -620,7 +620,7 @@ def refused(arguments: list[str], parts: list[str], place: Place, capfd) -> None
     error = capfd.readouterr().err
     assert caught.value.code == 2, error
     assert error.count("\n") == 1, error
-    assert error.strip(), "nothing was said"
+    assert error.strip(), "no message"
     assert "Traceback" not in error
     for part in parts:
         assert part in error

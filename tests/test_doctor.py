@@ -1,4 +1,4 @@
-"""`sgm doctor` finds what is wrong with a machine, and says what to do."""
+"""`sgm doctor` finds what is wrong with a machine and says what to do."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_quantised_layer_that_computes_wrongly_is_found(monkeypatch):
     assert found.remedy == "use model.quantization=none"
 
 
-def test_a_hub_that_does_not_answer_is_said_with_the_way_around(monkeypatch):
+def test_an_unreachable_hub_is_reported_with_the_alternatives(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     (found,) = named(doctor.examine(hub_timeout=1.0), "hub")

