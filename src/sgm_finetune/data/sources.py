@@ -26,6 +26,7 @@ HUB_SPLITS: dict[Split, tuple[str, ...]] = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
+"""Names of each split in hub data sets and folders, in the order in which SGM looks for them."""
 
 
 @dataclass(frozen=True)
