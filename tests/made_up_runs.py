@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 import torch
 
 from sgm_finetune.measure.scan_result import MatrixScan
-from sgm_finetune.method.build_plan import Energy, Group, KindNumbers, Plan, PlannedMatrix, PlanSettings
-from sgm_finetune.method.singular_values import Spectrum
+from sgm_finetune.method.plan import Energy, Group, KindNumbers, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.method.singular_values import SingularValues
 from sgm_finetune.method.snr import signal_to_noise
 from sgm_finetune.results.report.histogram import histogram_of
-from sgm_finetune.results.report.pictures import Pictures, Table
+from sgm_finetune.results.report.pictures import Pictures, SimilarityTable
 
 READERS, WRITERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -195,10 +195,10 @@ def sample_pictures(plan: Plan) -> Pictures:
         found = signal_to_noise(values, *weights.shape)
         scanned = MatrixScan(f"layers.{at}.fc", "layers.*.fc", at, tuple(weights.shape), found.sigma, found.edge,
                              found.signal_rank, found.snr, found.snr_db, "", 1.0)  # fmt: skip
-        spectra.append(histogram_of(Spectrum(values, (weights.shape[0], weights.shape[1])), scanned))
+        spectra.append(histogram_of(SingularValues(values, (weights.shape[0], weights.shape[1])), scanned))
     tables = []
     for kind in dict.fromkeys(matrix.kind for matrix in plan.matrices):
         names = tuple(matrix.name for matrix in plan.matrices if matrix.kind == kind)
         values = tuple(0.5 + (at % 50) / 100 for at in range(len(names) * (len(names) - 1) // 2))
-        tables += [Table(kind, side, names, values) for side in ("input", "output")]
+        tables += [SimilarityTable(kind, side, names, values) for side in ("input", "output")]
     return Pictures(tuple(spectra), tuple(tables))

@@ -22,18 +22,19 @@ from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import finetune as pipeline
-from sgm_finetune.commands.export import Request, export_result
+from sgm_finetune.commands.export import ExportRequest, export_result
 from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.scan import scan
-from sgm_finetune.model.load import auto_class, load_model
+from sgm_finetune.model.architecture import auto_class
+from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.results.export import check, merge
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, find_format, modelfile
 from sgm_finetune.results.export.gguf_file import rope_order
-from sgm_finetune.results.export.gguf_vocabulary import vocabulary
+from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
 from sgm_finetune.results.export.merge import linear_update, merged_tensors, stack_update
 from sgm_finetune.results.export.shards import write_shards
-from sgm_finetune.results.files import save_pth
 from sgm_finetune.results.load import attach_adapter, load_unquantised, read_result
+from sgm_finetune.results.pth import save_pth
 from sgm_finetune.train.adapters.apply import apply_plan
 
 ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -77,7 +78,7 @@ def train(model: Path, task: Task, source: Path, output: Path, *more: str) -> li
     config = load_config(None, settings)
     labels = ("bad", "good") if task == "sequence-classification" else ()
     kind: LabelKind | None = "class" if labels else None
-    base, new = load_model(config.model, model, labels, make_tokenizer().pad_token_id, None, kind)
+    base, new = load_model(config.model, model, Head(labels, kind, make_tokenizer().pad_token_id))
     plan = make_plan(scan(model), None, config, base)
     adapted = apply_plan(base, plan, new)
     with torch.no_grad():
@@ -95,7 +96,7 @@ def read(where: list[str]):
 
 
 def exported(where: list[str], to: str, **asked) -> dict:
-    return export_result(load_config(None, where), where, Request(to, **asked), quiet())
+    return export_result(load_config(None, where), where, ExportRequest(to, **asked), quiet())
 
 
 @torch.no_grad()
@@ -196,7 +197,7 @@ def test_a_pickled_base_is_merged_as_well(llama, llama_folder, tmp_path):
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
     where = [*llama, f"model.name={base}"]
-    export_result(load_config(None, where), where, Request("merged", tmp_path / "bin"), quiet())
+    export_result(load_config(None, where), where, ExportRequest("merged", tmp_path / "bin"), quiet())
     exported(llama, "merged", output=tmp_path / "m")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("bin", "m"))
     assert all(torch.equal(one[name], two[name]) for name in two)
@@ -238,15 +239,15 @@ def test_a_classifier_keeps_its_head_and_its_labels(data, bert_folder, tmp_path)
 
 def spoiled(name: str, monkeypatch) -> None:
     if name == "an update that is left out":
-        monkeypatch.setattr(merge, "added", lambda weight, update: weight)
+        monkeypatch.setattr(merge, "add_update", lambda weight, update: weight)
     else:
-        monkeypatch.setattr(merge, "added", lambda weight, update: weight - update)
+        monkeypatch.setattr(merge, "add_update", lambda weight, update: weight - update)
 
 
 @pytest.mark.parametrize("name", ["an update that is left out", "an update that is taken away"])
 def test_an_export_that_computes_something_else_is_not_kept(name, llama, tmp_path, monkeypatch):
     spoiled(name, monkeypatch)
-    with pytest.raises(UserError, match=r"computes something else than was trained: .* nothing was kept"):
+    with pytest.raises(UserError, match=r"does not compute what was trained: .* nothing was kept"):
         exported(llama, "merged", output=tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
@@ -254,10 +255,10 @@ def test_an_export_that_computes_something_else_is_not_kept(name, llama, tmp_pat
 def test_an_earlier_export_stays_where_a_new_one_fails(llama, tmp_path, monkeypatch):
     exported(llama, "merged", output=tmp_path / "m")
     before = (tmp_path / "m/model.safetensors").read_bytes()
-    monkeypatch.setattr(merge, "added", lambda weight, update: weight)
+    monkeypatch.setattr(merge, "add_update", lambda weight, update: weight)
     where = [*llama, "output.overwrite=true"]
     with pytest.raises(UserError):
-        export_result(load_config(None, where), where, Request("merged", tmp_path / "m"), quiet())
+        export_result(load_config(None, where), where, ExportRequest("merged", tmp_path / "m"), quiet())
     assert (tmp_path / "m/model.safetensors").read_bytes() == before
 
 
@@ -268,19 +269,19 @@ def test_a_number_that_the_type_cannot_hold_stops_the_merge(llama):
         tensor.name, tensor.name, tensor.shape, torch.float16, True, lambda: tensor.read() * 1e9
     )
     with pytest.raises(UserError, match=rf"`{re.escape(tensor.name)}` is not finite as torch.float16"):
-        narrow.rounded()
+        narrow.read_rounded()
 
 
 def test_a_comparison_sees_how_much_of_the_update_arrived():
     z0, effect = torch.randn(3, 5, 11), torch.randn(3, 5, 11)
-    reference = check.Reference(torch.zeros(3, 5, dtype=torch.long), z0 + effect, z0, "float32")
-    whole, half = (check.compare(z0 + share * effect, reference, "float32", "us") for share in (1.0, 0.4))
-    assert whole.passed()
+    reference = check.ReferenceLogits(torch.zeros(3, 5, dtype=torch.long), z0 + effect, z0, "float32")
+    whole, half = (check.compare_logits(z0 + share * effect, reference, "float32", "us") for share in (1.0, 0.4))
+    assert whole.passes()
     assert (whole.difference, whole.top_agreement) == (pytest.approx(0, abs=1e-7), 1.0)
     assert whole.arrived == pytest.approx(1, rel=1e-6)
     assert half.arrived == pytest.approx(0.4, rel=1e-6)
-    assert not half.passed()
-    assert not check.compare(torch.full_like(z0, float("nan")), reference, "float32", "us").passed()
+    assert not half.passes()
+    assert not check.compare_logits(torch.full_like(z0, float("nan")), reference, "float32", "us").passes()
 
 
 # GGUF
@@ -409,17 +410,17 @@ def test_a_tokenizer_that_llama_cpp_cuts_otherwise_is_refused(data, tmp_path, mo
     model = save_decoder("llama", tmp_path / "m", bpe_tokenizer(divides_digits=False))
     where = train(model, "causal-lm", data["causal-lm"], tmp_path / "out")
     monkeypatch.setattr(gguf_vocabulary, "_RULES", dict.fromkeys(gguf_vocabulary._RULES, "smollm"))
-    with pytest.raises(UserError, match=r"llama\.cpp cuts .*1,234.* into the tokens"):
+    with pytest.raises(UserError, match=r"llama\.cpp splits .*1,234.* into the tokens"):
         exported(where, "gguf", gguf_type="f32", output=tmp_path / "g")
     assert {path.name for path in tmp_path.iterdir()} == {"m", "out"}
 
 
 def test_the_rule_that_cuts_text_is_told_by_the_tokenizer():
-    assert vocabulary(bpe_tokenizer(), 448).pre == "smollm"
-    assert vocabulary(bpe_tokenizer(divides_digits=False), 448).pre == "gpt-2"
-    assert vocabulary(bpe_tokenizer(byte_fallback=True), 448).model == "llama"
-    with pytest.raises(UserError, match=r"does not know this tokenizer \(WordLevel"):
-        vocabulary(make_tokenizer(), 32)
+    assert read_vocabulary(bpe_tokenizer(), 448).pre == "smollm"
+    assert read_vocabulary(bpe_tokenizer(divides_digits=False), 448).pre == "gpt-2"
+    assert read_vocabulary(bpe_tokenizer(byte_fallback=True), 448).model == "llama"
+    with pytest.raises(UserError, match=r"does not support this tokenizer \(WordLevel"):
+        read_vocabulary(make_tokenizer(), 32)
 
 
 def test_turned_rows_are_a_permutation_of_each_head():
@@ -556,7 +557,7 @@ def test_a_checked_export_is_uploaded_whole_and_private(llama, hub, tmp_path):
 
 
 def test_what_fails_its_check_is_not_uploaded(llama, hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "added", lambda weight, update: weight)
+    monkeypatch.setattr(merge, "add_update", lambda weight, update: weight)
     with pytest.raises(UserError, match="nothing was kept"):
         exported(llama, "merged", output=tmp_path / "m", push_to_hub="me/mine")
     assert hub.calls == []
@@ -577,7 +578,7 @@ def test_the_command_prints_one_object_and_says_what_it_measured(llama, command)
     report = command("export", where, "--to", "merged")
     assert report["format"] == "merged"
     assert json.loads((Path(report["folder"]) / "export.json").read_text()).items() <= report.items()
-    assert "top token equal in 100%" in command.said
+    assert "same top token at 100%" in command.said
     again = command("export", where, "--to", "merged")
     assert again["difference"] == report["difference"]
 
@@ -586,7 +587,7 @@ def test_a_disk_without_room_is_found_before_anything_is_loaded(llama, tmp_path,
     from sgm_finetune.commands import export as command
 
     monkeypatch.setattr(command, "disk_free", lambda folder: 1000)
-    monkeypatch.setattr(command, "reference", None)
+    monkeypatch.setattr(command, "compute_reference", None)
     with pytest.raises(UserError, match=r"will take about .* MiB, and its disk has 0 MiB free"):
         exported(llama, "merged", output=tmp_path / "m")
 

@@ -19,7 +19,7 @@ from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.reference import commented_yaml, json_schema, keys, reference_page
 from sgm_finetune.commands.cli import main
 from sgm_finetune.commands.init import Answers, write_first_config
-from sgm_finetune.model.load import fitting_tasks
+from sgm_finetune.model.architecture import fitting_tasks
 
 ROOT = Path(__file__).parents[1]
 

@@ -68,7 +68,7 @@ def test_a_task_is_run_before_and_after(task, settings, tmp_path):
 
 @pytest.mark.slow
 def test_a_task_that_there_is_not_is_refused(tmp_path):
-    with pytest.raises(UserError, match="knows no task `pico-nonsense`"):
+    with pytest.raises(UserError, match="has no task `pico-nonsense`"):
         harness.check_harness(["pico-nonsense"], "causal-lm")
 
 

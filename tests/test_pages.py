@@ -23,7 +23,7 @@ from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.files import write_json
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.measure.plan_file import save_plan
-from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.files import write_config
 from sgm_finetune.results.report.comparison import compare_runs
 from sgm_finetune.results.report.comparison_page import render_comparison
@@ -121,8 +121,8 @@ def test_a_run_leaves_such_a_page(page, llama_folder, reviews, tmp_path):
     assert_fine(page, tmp_path / "out" / "report.html", PHONE)
     headings = page.run("[...document.querySelectorAll('h2')].map(one => one.textContent)")
     assert headings == [
-        "Where it is right and wrong", "Examples that changed", "Training", "What was trained and what is shared",
-        "Why: what was measured", "Use the result", "How it was made",
+        "Right and wrong predictions", "Examples whose prediction changed", "Training", "Trained and shared matrices",
+        "Measurements behind the plan", "Use the result", "How this run was made",
     ]  # fmt: skip
 
 

@@ -20,12 +20,12 @@ from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.untrusted import MAX_JSON, check_inside, parse_json, parse_yaml, read_json, read_torch
-from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands.cli import main
-from sgm_finetune.model.load import check_model
+from sgm_finetune.commands.evaluate import evaluate
+from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.weights.stored import stored_matrices, weight_files
-from sgm_finetune.results.answers import load_result
-from sgm_finetune.results.load import load_pth, stored_config
+from sgm_finetune.results.load import load_trained, read_result
+from sgm_finetune.results.pth import load_pth, stored_config
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_pickle_allocates_nothing_for_its_claims(claim, tmp_path):
 def test_a_strangers_pth_brings_no_harness_file(strangers, tmp_path):
     names = strangers(config={"evaluation": {"harness": [str(tmp_path / "evil.yaml")]}})
     with pytest.raises(UserError, match=r"a file that can run code; say evaluation\.harness"):
-        pipeline.evaluate(load_config(None, names), names, Console(quiet=True))
+        evaluate(load_config(None, names), names, Console(quiet=True))
 
 
 @pytest.mark.parametrize("old_format", [False, True])
@@ -235,8 +235,9 @@ def strangers(tmp_path):
 )
 def test_a_strangers_pth_gives_peft_no_other_settings(changes, why, strangers):
     names = strangers(peft_config=changes)
+    log = StepLog(Console(quiet=True))
     with pytest.raises(UserError, match=why.replace("(", r"\(")):
-        load_result(load_config(None, names), names, StepLog(Console(quiet=True)))
+        load_trained(read_result(load_config(None, names), names, log), log)
 
 
 def test_a_strangers_pth_switches_on_no_code_and_moves_no_output(strangers, tmp_path):

@@ -1,4 +1,4 @@
-"""What training.report_to names is told every step, or refused before anything is loaded."""
+"""Trackers in training.report_to receive every step, or are refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_tracker_that_is_not_there_is_named_before_anything_is_loaded(tracker,
 
 
 @pytest.mark.slow
-def test_tensorboard_is_told_every_step(settings, tmp_path):
+def test_tensorboard_receives_every_step(settings, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -21,10 +21,10 @@ from made_up_runs import (
 )
 
 from sgm_finetune.base.config_file import parse_config
-from sgm_finetune.method.build_plan import Group, Plan, PlannedMatrix, PlanSettings
-from sgm_finetune.results.report import figures
+from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.results.report import grid_figures
 from sgm_finetune.results.report.page import render_report
-from sgm_finetune.results.report.pictures import Pictures, Table
+from sgm_finetune.results.report.pictures import Pictures, SimilarityTable
 from sgm_finetune.results.report.run_files import Run
 from sgm_finetune.results.report.usage import commands
 
@@ -153,7 +153,7 @@ def test_groups_within_a_layer_are_numbered_by_row():
     matrices = tuple(replace(matrix, group=owner.get(matrix.name)) for matrix in plan.matrices)
     settings = PlanSettings(rank=16, alpha=32, scope="activation")
     plan = replace(plan, settings=settings, groups=groups, matrices=matrices)
-    assert list(figures.group_numbers(plan).values()) == [0, 0, 1, 1]
+    assert list(grid_figures.group_numbers(plan).values()) == [0, 0, 1, 1]
     assert "same colour and number in a row: one group" in read(render(plan=plan)).text
 
 
@@ -188,7 +188,8 @@ def test_matrices_that_share_a_cell_or_have_no_layer_are_all_drawn():
 def test_examples_that_became_right_and_wrong_take_turns():
     text = read(render(examples=sample_examples())).text
     assert (
-        "Of the first 200 test examples 8 changed: 7 right now, 1 no longer right, 0 still wrong; some of them:" in text
+        "The prediction changed for 8 of the first 200 test examples: 7 became right, 1 became wrong, 0 stayed wrong. "
+        "Some of them:" in text
     )
     assert text.index("text 0") < text.index("text 1 true: good · before: good · after: bad ✗") < text.index("text 2")
 
@@ -205,7 +206,7 @@ def test_what_was_measured_is_drawn_with_words_for_those_who_do_not_see_it():
 def test_readers_of_the_same_activations_are_drawn_by_layer():
     plan = sample_plan(5)
     tables = tuple(
-        Table("q_proj+k_proj+v_proj", "input",
+        SimilarityTable("q_proj+k_proj+v_proj", "input",
               tuple(f"model.layers.{layer}.{kind}" for kind in ("q_proj", "k_proj", "v_proj")), (0.9, 0.8, 0.99))
         for layer in range(5)
     )  # fmt: skip

@@ -13,13 +13,14 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.plan_file import plan_document
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.measure.scan import scan
-from sgm_finetune.method.build_plan import Plan, PlanSettings, Similarity, build_plan
+from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.plan import Plan, PlanSettings, Similarity
 from sgm_finetune.results.report.pictures import (
     Pictures,
     histograms_of,
     parse_pictures,
     save_pictures,
-    tables_of,
+    similarity_tables,
 )
 
 
@@ -32,7 +33,7 @@ def made(tmp_path: Path, **settings) -> tuple[Plan, Path]:
 @pytest.mark.parametrize("scope", ["layers", "activation"])
 def test_they_come_back_as_they_were(scope, llama_folder, tmp_path):
     plan, path = made(tmp_path, scope=scope)
-    pictures = Pictures(histograms_of(scan(llama_folder), llama_folder), tables_of(plan.similarities))
+    pictures = Pictures(histograms_of(scan(llama_folder), llama_folder), similarity_tables(plan.similarities))
     save_pictures(pictures, path)
     assert parse_pictures(json.loads(path.read_text()), "pictures.json") == pictures
     assert len(pictures.histograms) == 7
@@ -40,20 +41,20 @@ def test_they_come_back_as_they_were(scope, llama_folder, tmp_path):
     assert path.stat().st_size < 20_000
     first = path.read_bytes()
     again = histograms_of(scan(llama_folder), llama_folder)
-    save_pictures(Pictures(again, tables_of(made(tmp_path, scope=scope)[0].similarities)), path)
+    save_pictures(Pictures(again, similarity_tables(made(tmp_path, scope=scope)[0].similarities)), path)
     assert path.read_bytes() == first
 
 
 def test_every_pair_that_the_grouping_compared_is_there(tmp_path):
     plan, _ = made(tmp_path, scope="activation")
-    tables = tables_of(plan.similarities)
+    tables = similarity_tables(plan.similarities)
     assert {table.side for table in tables} == {"input", "output"}
     readers = [table for table in tables if "+" in table.kind]
     assert len(readers) == 2 * 4
     for table, similarity in zip(tables, plan.similarities, strict=True):
-        torch.testing.assert_close(torch.tensor(table.whole()).double(), similarity.values, atol=5e-4, rtol=0)
+        torch.testing.assert_close(torch.tensor(table.matrix()).double(), similarity.values, atol=5e-4, rtol=0)
     by_pair = {
-        frozenset((one, two)): table.whole()[i][j]
+        frozenset((one, two)): table.matrix()[i][j]
         for table in readers for i, one in enumerate(table.members) for j, two in enumerate(table.members) if i != j
     }  # fmt: skip
     for group in plan.groups:
@@ -75,7 +76,7 @@ def test_the_plan_file_knows_nothing_of_them(tmp_path):
 
 def test_large_tables_are_left_out():
     names = tuple(f"layers.{i}.q" for i in range(200))
-    assert tables_of((Similarity("q", "input", names, torch.eye(200)),)) == ()
+    assert similarity_tables((Similarity("q", "input", names, torch.eye(200)),)) == ()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What `sgm export` does: read the result, write it in a format, load that again, compare, and only then keep it."""
+"""`sgm export`: reads the result, writes it in a format, loads that again, compares, and only then keeps it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import disk_free, whole_folder, write_json, write_text
 from sgm_finetune.base.memory import peak_memory, release_memory
+from sgm_finetune.base.text import mib
 from sgm_finetune.base.untrusted import require_json_object
 from sgm_finetune.results.export import gguf_file
 from sgm_finetune.results.export.adapter import write_adapter
-from sgm_finetune.results.export.card import Format, hub_model, model_card
+from sgm_finetune.results.export.card import ExportFormat, hub_model, model_card
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, ChatFormat, find_format, modelfile
 from sgm_finetune.results.export.check import (
-    Comparison,
-    Reference,
+    LogitCheck,
+    ReferenceLogits,
     check_adapter,
     check_gguf,
     check_merged,
-    reference,
+    compute_reference,
 )
 from sgm_finetune.results.export.gguf_file import GgufType
 from sgm_finetune.results.export.hub import check_push, push
@@ -37,25 +38,27 @@ from sgm_finetune.results.export.shards import SHARD_BYTES, write_config_files, 
 from sgm_finetune.results.load import Result, base_skeleton, dtype_name, read_result
 
 REPORT = "export.json"
-"""What was measured; by it a folder is known as an export."""
+"""File with what was measured. A folder that holds it counts as an earlier export."""
+_TEXT_BYTES = 2**24
+"""Approximate size of the tokenizer, configuration and model card together."""
 
 
 @dataclass(frozen=True)
-class Request:
-    """What was asked for on the command line."""
+class ExportRequest:
+    """The options of the command line."""
 
-    to: Format
+    to: ExportFormat
     output: Path | None = None
     gguf_type: GgufType | None = None
     push_to_hub: str | None = None
 
 
-def export_result(config: Config, overrides: Sequence[str], request: Request, console: Console) -> dict[str, Any]:
-    """Exports the result in `config.output.dir`; returns what was measured, the content of export.json.
+def export_result(config: Config, overrides: Sequence[str], request: ExportRequest, console: Console) -> dict[str, Any]:
+    """Exports the result in `config.output.dir`. Returns what was measured: the content of export.json.
 
-    The folder appears under its name only when its logits have been compared with the reference's; a comparison that
-    fails is a UserError and leaves nothing. Raises UserError before anything large is loaded for what can be known
-    then: no result, a format that cannot hold it, no room, no token.
+    The folder gets its name only after its logits have been compared with the reference's. A failed comparison raises
+    UserError and leaves nothing. UserError is also raised, before anything large is loaded, when there is no result,
+    the format cannot hold it, the disk is too full, or a hub token is missing.
     """
     started = time.perf_counter()
     log = StepLog(console)
@@ -66,22 +69,23 @@ def export_result(config: Config, overrides: Sequence[str], request: Request, co
     _check_folder(folder, config.output.overwrite)
     if request.push_to_hub is not None and request.to == "adapter" and hub_model(result.config.model.name) is None:
         raise UserError(
-            f"An adapter on the hub needs a base that others can have, and model.name={result.config.model.name} is no "
-            "hub id; push --to merged or --to gguf, or name the base with model.name=owner/name"
+            f"An adapter on the hub needs a base model that others can download, and model.name="
+            f"{result.config.model.name} is not a hub id; push --to merged or --to gguf, or name the base with "
+            "model.name=owner/name"
         )
     export = _PREPARE[request.to](result, request, log)
     _check_room(folder, export.num_bytes)
-    log.line("export", export.described)
-    expected = reference(result, export.num_parameters)
+    log.line("export", export.description)
+    expected = compute_reference(result, export.num_parameters)
     with whole_folder(folder) as scratch:
         files = export.write(scratch)
         release_memory()
         found = export.compare(scratch, expected)
-        if not found.passed():
+        if not found.passes():
             raise UserError(
-                f"The export as {export.kind} computes something else than was trained: logits differ by "
-                f"{found.difference:.2g} (at most {found.tolerance:g}), {_percent(found.arrived)} of the update is in "
-                "it; nothing was kept. Try a wider type, or --to adapter"
+                f"The export as {export.kind} does not compute what was trained: its logits differ by "
+                f"{found.difference:.2g} (at most {found.tolerance:g} is allowed), and it holds "
+                f"{_percent(found.arrived)} of the update; nothing was kept. Try a wider type, or --to adapter"
             )
         report = {
             "format": request.to,
@@ -94,7 +98,7 @@ def export_result(config: Config, overrides: Sequence[str], request: Request, co
         }
         write_text(scratch / "README.md", model_card(result, request.to, report, files))
         write_json(scratch / REPORT, report)
-    log.line("check", _told(found))
+    log.line("check", _describe_check(found))
     log.line("saved", f"{folder} ({report['bytes'] / 2**20:,.1f} MiB, {report['seconds']:.0f} s)")
     if request.push_to_hub is not None:
         report["address"] = push(folder, request.push_to_hub)
@@ -106,37 +110,38 @@ def _percent(share: float | None) -> str:
     return "nothing" if share is None else f"{share:.0%}"
 
 
-def _told(found: Comparison) -> str:
-    moved = f"the update moves them by {found.effect:.2g}"
+def _describe_check(found: LogitCheck) -> str:
+    effect = f"the update moves the logits by {found.effect:.2g}"
     if found.arrived is not None:
-        moved += f", of which {found.arrived:.1%} is there"
+        effect += f", and the export keeps {found.arrived:.1%} of that"
     return (
-        f"loaded by {found.by}: logits differ by {found.difference:.1e} (at most {found.tolerance:g}), top token equal "
-        f"in {found.top_agreement:.0%} of {found.num_positions} · {moved}"
+        f"loaded by {found.by}: logits differ by {found.difference:.1e} (at most {found.tolerance:g}), same top token "
+        f"at {found.top_agreement:.0%} of {found.num_positions} positions · {effect}"
     )
 
 
 def _check_room(folder: Path, needed: int) -> None:
+    """Raises UserError when the disk has less than `needed` bytes free."""
     free = disk_free(folder)
     if needed > free:
         raise UserError(
-            f"{folder} will take about {needed / 2**20:,.0f} MiB, and its disk has {free / 2**20:,.0f} MiB free; "
-            "make room, or name an --output on another disk"
+            f"{folder} will take about {mib(needed)}, and its disk has {mib(free)} free; make room, or name an "
+            "--output on another disk"
         )
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
-    """UserError unless the folder is new, or an earlier export that may be replaced, on a disk that takes it."""
+    """Raises UserError unless the folder is new, or an earlier export that may be replaced, in a writable place."""
     if folder.exists():
         empty = folder.is_dir() and not any(folder.iterdir())
         if not empty and not (folder / REPORT).is_file():
-            raise UserError(f"{folder} is there and no earlier export; name another --output")
+            raise UserError(f"{folder} exists and is not an earlier export; name another --output")
         if not empty and not overwrite:
             raise UserError(f"{folder} exists; name another --output, or replace it with output.overwrite=true")
     parent = next(path for path in folder.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(
-            f"{folder} cannot be written: {parent} is no folder that you may write to; name another --output"
+            f"{folder} cannot be written: {parent} is not a folder that you may write to; name another --output"
         )
 
 
@@ -145,21 +150,22 @@ class _Prepared:
     """One export, ready to be written."""
 
     kind: str
+    """The format in words, for messages."""
     stored_in: str
-    """Type of its matrices, a key of check.TOLERANCES."""
+    """Type of the matrices in the export, a key of check.TOLERANCES."""
     num_parameters: int
-    """Of the model that it is compared by."""
+    """Parameters of the model that computes the logits for the comparison."""
     num_bytes: int
-    """About what it takes."""
-    described: str
+    """Approximate size on disk."""
+    description: str
     write: Callable[[Path], dict[str, str]]
-    """Into a folder; returns the names of files by their role."""
-    compare: Callable[[Path, Reference], Comparison]
+    """Writes the export into a folder. Returns file names by their role."""
+    compare: Callable[[Path, ReferenceLogits], LogitCheck]
+    """Loads the export from a folder and compares its logits with the reference's."""
 
 
-def _adapter(result: Result, request: Request, log: StepLog) -> _Prepared:
+def _prepare_adapter(result: Result, request: ExportRequest, log: StepLog) -> _Prepared:
     skeleton = base_skeleton(result)
-    num_parameters = _num_parameters(skeleton)
     num_bytes = sum(tensor.nbytes for tensor in result.content["adapter"].values()) + _TEXT_BYTES
 
     def write(folder: Path) -> dict[str, str]:
@@ -169,17 +175,17 @@ def _adapter(result: Result, request: Request, log: StepLog) -> _Prepared:
     return _Prepared(
         kind="an adapter",
         stored_in="float32",
-        num_parameters=num_parameters,
+        num_parameters=_num_parameters(skeleton),
         num_bytes=num_bytes,
-        described=f"a PEFT adapter for {result.config.model.name}",
+        description=f"a PEFT adapter for {result.config.model.name}",
         write=write,
         compare=lambda folder, expected: check_adapter(result, folder, expected),
     )
 
 
-def _merged(result: Result, request: Request, log: StepLog) -> _Prepared:
+def _prepare_merged(result: Result, request: ExportRequest, log: StepLog) -> _Prepared:
     tensors, skeleton = merged_tensors(result)
-    stored_in = _stored_in(tensors)
+    stored_in = _coarsest_type(tensors)
 
     def write(folder: Path) -> dict[str, str]:
         with log.bar("merge") as progress:
@@ -192,25 +198,25 @@ def _merged(result: Result, request: Request, log: StepLog) -> _Prepared:
         stored_in=stored_in,
         num_parameters=_num_parameters(skeleton),
         num_bytes=sum(tensor.num_bytes for tensor in tensors) + _TEXT_BYTES,
-        described=_told_merge(tensors, stored_in),
+        description=_describe_merge(tensors, stored_in),
         write=write,
         compare=lambda folder, expected: check_merged(result, folder, expected, stored_in),
     )
 
 
-def _gguf(result: Result, request: Request, log: StepLog) -> _Prepared:
+def _prepare_gguf(result: Result, request: ExportRequest, log: StepLog) -> _Prepared:
     kind = request.gguf_type or "f16"
-    words = gguf_file.check_exportable(result, AutoConfig.from_pretrained(result.folder))
+    vocabulary = gguf_file.check_exportable(result, AutoConfig.from_pretrained(result.folder))
     tensors, skeleton = merged_tensors(result)
     name = f"model-{kind}.gguf"
 
     def write(folder: Path) -> dict[str, str]:
         with log.bar("gguf") as progress:
-            gguf_file.write_gguf(tensors, skeleton.config, words, result, kind, folder / name, progress)
-        found = _chat_format(result)
-        begin = result.tokenizer.bos_token if words.adds["bos"] else None
-        write_text(folder / "Modelfile", modelfile(name, found, begin, _stops(result, found)))  # type: ignore[arg-type]
-        log.line("", _told_template(result, found))
+            gguf_file.write_gguf(tensors, skeleton.config, vocabulary, kind, folder / name, progress)
+        chat_format = _find_chat_format(result)
+        bos = str(result.tokenizer.bos_token) if vocabulary.adds["bos"] else None
+        write_text(folder / "Modelfile", modelfile(name, chat_format, bos, _stop_texts(result, chat_format)))
+        log.line("", _describe_template(result, chat_format))
         return {"gguf": name}
 
     return _Prepared(
@@ -218,19 +224,17 @@ def _gguf(result: Result, request: Request, log: StepLog) -> _Prepared:
         stored_in=gguf_file.STORED_IN[kind],
         num_parameters=_num_parameters(skeleton),
         num_bytes=gguf_file.num_bytes(tensors, kind) + _TEXT_BYTES,
-        described=f"{_told_merge(tensors, kind)} · tokens as {words.model}, {words.pre}",
+        description=f"{_describe_merge(tensors, kind)} · tokenizer {vocabulary.model}, pre-tokenizer {vocabulary.pre}",
         write=write,
         compare=lambda folder, expected: check_gguf(result, folder / name, expected, gguf_file.STORED_IN[kind]),
     )
 
 
-_PREPARE: dict[Format, Callable[[Result, Request, StepLog], _Prepared]] = {
-    "adapter": _adapter,
-    "merged": _merged,
-    "gguf": _gguf,
+_PREPARE: dict[ExportFormat, Callable[[Result, ExportRequest, StepLog], _Prepared]] = {
+    "adapter": _prepare_adapter,
+    "merged": _prepare_merged,
+    "gguf": _prepare_gguf,
 }
-_TEXT_BYTES = 2**24
-"""About what tokenizer, configuration and card take."""
 
 
 def _num_parameters(skeleton: PreTrainedModel) -> int:
@@ -238,23 +242,24 @@ def _num_parameters(skeleton: PreTrainedModel) -> int:
 
 
 def _base_for_peft(result: Result) -> str:
-    """The base's name in adapter_config.json: a hub id, else where it is here."""
+    """The base model's name for adapter_config.json: its hub id, or else its folder on this machine."""
     return hub_model(result.config.model.name) or str(result.folder.absolute())
 
 
-def _stored_in(tensors: Sequence[MergedTensor]) -> str:
-    """The coarsest type of a matrix."""
+def _coarsest_type(tensors: Sequence[MergedTensor]) -> str:
     names = {dtype_name(t.dtype) for t in tensors if t.dtype.is_floating_point}
     return next((name for name in ("bfloat16", "float16") if name in names), "float32")
 
 
-def _told_merge(tensors: Sequence[MergedTensor], stored_in: str) -> str:
-    changed = sum(tensor.is_changed for tensor in tensors)
+def _describe_merge(tensors: Sequence[MergedTensor], stored_in: str) -> str:
+    num_changed = sum(tensor.is_changed for tensor in tensors)
     size = sum(tensor.num_bytes for tensor in tensors) / 2**20
-    return f"{changed} of {len(tensors)} tensors changed, of {size:,.1f} MiB in the base's files · as {stored_in}"
+    return (
+        f"{num_changed} of {len(tensors)} tensors change; {size:,.1f} MiB in the base's files · stored as {stored_in}"
+    )
 
 
-def _chat_format(result: Result) -> ChatFormat | None:
+def _find_chat_format(result: Result) -> ChatFormat | None:
     tokenizer = result.tokenizer
     if not tokenizer.chat_template:
         return None
@@ -265,8 +270,8 @@ def _chat_format(result: Result) -> ChatFormat | None:
     )
 
 
-def _stops(result: Result, found: ChatFormat | None) -> list[str]:
-    """The texts that end an answer: the chat format's, the end-of-text tokens'."""
+def _stop_texts(result: Result, chat_format: ChatFormat | None) -> list[str]:
+    """The texts that end an answer: the chat format's own, then the end-of-text tokens."""
     tokenizer = result.tokenizer
     path = result.folder / "generation_config.json"
     ids: Any = require_json_object(path).get("eos_token_id") if path.is_file() else None
@@ -274,14 +279,12 @@ def _stops(result: Result, found: ChatFormat | None) -> list[str]:
     known = [number for number in ids if isinstance(number, int) and 0 <= number < len(tokenizer)]  # type: ignore[arg-type]
     tokens = [str(tokenizer.convert_ids_to_tokens(number)) for number in known]
     eos = tokenizer.eos_token
-    return [*([found.stop()] if found else []), *([str(eos)] if eos else []), *tokens]
+    return [*([chat_format.stop()] if chat_format else []), *([str(eos)] if eos else []), *tokens]
 
 
-def _told_template(result: Result, found: ChatFormat | None) -> str:
+def _describe_template(result: Result, chat_format: ChatFormat | None) -> str:
     if not result.tokenizer.chat_template:
-        return "Modelfile: no chat template; Ollama passes the prompt as it is"
-    if found is None:
-        return (
-            "Modelfile: this chat template has no counterpart in Ollama's language here; Ollama reads the GGUF file's"
-        )
-    return f"Modelfile: the chat template in Ollama's language, equal on {len(CONVERSATIONS)} conversations"
+        return "Modelfile: the tokenizer has no chat template; Ollama passes the prompt unchanged"
+    if chat_format is None:
+        return "Modelfile: SGM cannot translate this chat template; Ollama uses the one in the GGUF file"
+    return f"Modelfile: the chat template was translated for Ollama and agrees on {len(CONVERSATIONS)} conversations"

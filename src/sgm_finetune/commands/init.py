@@ -22,9 +22,9 @@ from sgm_finetune.data.columns import LAYOUTS, choose_layout
 from sgm_finetune.data.embedded import EMBEDDED as EMBEDDED_DATA
 from sgm_finetune.data.sources import peek
 from sgm_finetune.data.tables import Table
+from sgm_finetune.model.architecture import fitting_tasks
 from sgm_finetune.model.folder import EMBEDDED as EMBEDDED_MODELS
 from sgm_finetune.model.folder import cache_dir
-from sgm_finetune.model.load import fitting_tasks
 
 ALWAYS_SHOWN = (
     "model.name", "model.task", "model.quantization", "data.name", "data.train", "data.columns", "data.max_length",

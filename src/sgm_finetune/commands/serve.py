@@ -20,14 +20,12 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.columns import Message
 from sgm_finetune.results.answers import (
     Prompt,
-    Result,
     Sampling,
     When,
     answer,
-    load_result,
-    speaks,
-    trained_config,
+    is_chat_model,
 )
+from sgm_finetune.results.load import LoadedResult, load_trained, read_result
 
 HOST = "127.0.0.1"
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
@@ -43,8 +41,8 @@ def serve(config: Config, overrides: Sequence[str], console: Console, port: int 
     if importlib.util.find_spec("gradio") is None:
         raise UserError("--serve needs Gradio; pip install 'sgm-finetune[browser]'")
     _check_free(port)
-    trained_config(config, overrides)
-    result = load_result(config, overrides, StepLog(console))
+    log = StepLog(console)
+    result = load_trained(read_result(config, overrides, log), log)
     report = Path(config.output.dir) / "report.html"
     page = build(result, report.read_text(encoding="utf-8") if report.is_file() else None)
     import gradio
@@ -70,7 +68,7 @@ def _check_free(port: int) -> None:
             raise UserError(f"--port {port} cannot be used ({error.strerror}); name another") from None
 
 
-def build(result: Result, report: str | None = None) -> Any:
+def build(result: LoadedResult, report: str | None = None) -> Any:
     """The page, a gradio.Blocks, with a tab for the report where there is one."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio
@@ -85,16 +83,16 @@ def build(result: Result, report: str | None = None) -> Any:
     return page
 
 
-def _try(gradio: Any, result: Result) -> None:
+def _try(gradio: Any, result: LoadedResult) -> None:
     if result.config.model.task in ("sequence-classification", "token-classification"):
         _labels(gradio, result)
-    elif speaks(result):
+    elif is_chat_model(result):
         _conversation(gradio, result)
     else:
         _continuation(gradio, result)
 
 
-def _labels(gradio: Any, result: Result) -> None:
+def _labels(gradio: Any, result: LoadedResult) -> None:
     """A text and its classes with their probabilities, a number, or words with their tags."""
     tagged, number = result.config.model.task == "token-classification", result.label_kind == "number"
     text = gradio.Textbox(label="Text", lines=3, autofocus=True)
@@ -115,7 +113,7 @@ def _labels(gradio: Any, result: Result) -> None:
         event(asked, [text, pair], shown, api_name=False)
 
 
-def _one(gradio: Any, result: Result, prompt: Prompt, when: When) -> dict[str, Any]:
+def _one(gradio: Any, result: LoadedResult, prompt: Prompt, when: When) -> dict[str, Any]:
     try:
         with _MODEL:
             return answer(result, [prompt], Sampling(), when)[0]
@@ -130,7 +128,7 @@ def _sampling(gradio: Any) -> list[Any]:
     return [longest, temperature]
 
 
-def _continuation(gradio: Any, result: Result) -> None:
+def _continuation(gradio: Any, result: LoadedResult) -> None:
     """A text and how it goes on, or what it is turned into."""
     text = gradio.Textbox(label="Text", lines=4, autofocus=True)
     chosen = _sampling(gradio)
@@ -147,7 +145,7 @@ def _continuation(gradio: Any, result: Result) -> None:
     ask.click(asked, [text, *chosen], shown, api_name=False)
 
 
-def _conversation(gradio: Any, result: Result) -> None:
+def _conversation(gradio: Any, result: LoadedResult) -> None:
     """Two conversations with the same questions, each with its own answers."""
     with gradio.Row():
         shown = [gradio.Chatbot(label=when, buttons=["copy"], height="55vh") for when in _WHENS]
@@ -170,7 +168,7 @@ def _conversation(gradio: Any, result: Result) -> None:
     clear.click(lambda: [[], [], [], []], None, [*told, *shown], api_name=False)
 
 
-def _written(gradio: Any, result: Result, prompt: Prompt, sampling: Sampling, when: When) -> Iterator[str]:
+def _written(gradio: Any, result: LoadedResult, prompt: Prompt, sampling: Sampling, when: When) -> Iterator[str]:
     """The answer as far as it is written, again and again."""
     pieces: queue.Queue[str | BaseException | None] = queue.Queue()
 

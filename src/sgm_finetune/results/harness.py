@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness, on the model as it is: `evaluation.harness`, an extra."""
+"""Runs tasks of lm-evaluation-harness on a model: `evaluation.harness`, which needs the extra `harness`."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from typing import Any
 import yaml
 
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.text import first_line
 
 
 def check_harness(tasks: Sequence[str], task: str) -> None:
-    """Raises UserError where the harness is not installed, does not know a task, or cannot run the model."""
+    """Raises UserError if the harness is not installed, does not know a task, or cannot run the model."""
     if not tasks:
         return
     if task != "causal-lm":
         raise UserError(
-            f"evaluation.harness asks a language model; it does not go with model.task={task}; leave it out"
+            f"evaluation.harness evaluates a language model and does not go with model.task={task}; leave it out"
         )
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("evaluation.harness needs lm-eval; pip install 'sgm-finetune[harness]', or leave it out")
-    manager, names = _manager(tuple(tasks))
+    manager, names = _task_manager(tuple(tasks))
     for name in names:
         if name not in manager.all_tasks:
             raise UserError(
-                f"evaluation.harness: lm-eval knows no task `{name}`; name one of its tasks, or a .yaml file that "
-                "describes one"
+                f"evaluation.harness: lm-eval has no task `{name}`; name one of its tasks, or a .yaml file with a task"
             )
 
 
 @cache
-def _manager(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
-    """lm-eval's tasks with those of our own files, and the names to run. Reading its thousands takes seconds."""
+def _task_manager(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
+    """Returns lm-eval's tasks with those of our own files, and the names to run. lm-eval takes seconds to read them."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
@@ -45,10 +45,13 @@ def _manager(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
     named = {}
     for file in files:
         try:
-            content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Lenient)
+            content = yaml.load(file.read_text(encoding="utf-8"), Loader=_TaskFileLoader)
             named[str(file)] = str(content["task"])
         except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
-            raise UserError(f"evaluation.harness: {file} describes no task of lm-eval: {error}") from None
+            raise UserError(
+                f"evaluation.harness: {file} is not a task file of lm-eval ({first_line(error)}); correct it, or leave "
+                "it out"
+            ) from None
     manager = TaskManager(include_path=[str(folder) for folder in dict.fromkeys(file.parent for file in files)] or None)
     return manager, [named.get(name, name) for name in tasks]
 
@@ -56,17 +59,17 @@ def _manager(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
 def harness_metrics(
     model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: int, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """Task -> its metrics, by lm-eval's `simple_evaluate`; the model's mode is restored."""
+    """Returns task -> its metrics, from lm-eval's `simple_evaluate`. Restores the model's training mode."""
     import lm_eval
     from lm_eval.models import huggingface
 
-    evaluate: Any = lm_eval.simple_evaluate  # both decorated out of their types
+    evaluate: Any = lm_eval.simple_evaluate  # decorators hide the types of both
     wrap: Any = huggingface.HFLM
-    manager, names = _manager(tuple(tasks))
+    manager, names = _task_manager(tuple(tasks))
     was_training = model.training
     model.eval()
     try:
-        with redirect_stderr(io.StringIO()):  # bars of its own
+        with redirect_stderr(io.StringIO()):  # hides lm-eval's own progress bars
             wrapped = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             found = evaluate(wrapped, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0)
     finally:
@@ -81,8 +84,8 @@ def harness_metrics(
     }
 
 
-class _Lenient(yaml.SafeLoader):
-    """Reads past lm-eval's own tags (`!function`), running nothing."""
+class _TaskFileLoader(yaml.SafeLoader):
+    """Ignores lm-eval's own YAML tags (`!function`) and runs nothing."""
 
 
-_Lenient.add_multi_constructor("!", lambda loader, suffix, node: None)
+_TaskFileLoader.add_multi_constructor("!", lambda loader, suffix, node: None)

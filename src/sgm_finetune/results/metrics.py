@@ -1,73 +1,52 @@
-"""The metrics of each task, and how they are named and shown."""
+"""The metrics of each task, their names, and how they are shown."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, mean_absolute_error, r2_score
 
-from sgm_finetune.base.config import Task
-from sgm_finetune.data.encoding import IGNORED
-from sgm_finetune.train.losses import Losses
-
 
 @dataclass(frozen=True)
-class Measure:
-    """How a metric is called and shown."""
+class Metric:
+    """Name of a metric, and how it is shown."""
 
     key: str
+    """Key in metrics.json."""
     name: str
     higher_is_better: bool = True
     baseline: str | None = None
-    """Key of what a model that has learnt nothing reaches."""
+    """Key of the value that always naming the most frequent class reaches."""
     digits: int = 4
     unit: str = ""
 
 
-MEASURES = (
-    Measure("accuracy", "accuracy", baseline="majority_accuracy"),
-    Measure("entity_f1", "entity F1"),
-    Measure("micro_f1", "micro-F1"),
-    Measure("macro_f1", "macro-F1"),
-    Measure("r2", "R²"),
-    Measure("pearson", "Pearson's r"),
-    Measure("mae", "mean absolute error", higher_is_better=False, digits=3),
-    Measure("exact_match", "exact match", digits=3),
-    Measure("rouge_l", "ROUGE-L", digits=3),
-    Measure("bleu", "BLEU", digits=1),
-    Measure("perplexity", "perplexity", higher_is_better=False, digits=3),
-    Measure("loss", "loss", higher_is_better=False, unit="nats"),
+METRICS = (
+    Metric("accuracy", "accuracy", baseline="majority_accuracy"),
+    Metric("entity_f1", "entity F1"),
+    Metric("micro_f1", "micro-F1"),
+    Metric("macro_f1", "macro-F1"),
+    Metric("r2", "R²"),
+    Metric("pearson", "Pearson's r"),
+    Metric("mae", "mean absolute error", higher_is_better=False, digits=3),
+    Metric("exact_match", "exact match", digits=3),
+    Metric("rouge_l", "ROUGE-L", digits=3),
+    Metric("bleu", "BLEU", digits=1),
+    Metric("perplexity", "perplexity", higher_is_better=False, digits=3),
+    Metric("loss", "loss", higher_is_better=False, unit="nats"),
 )
-"""In the order of interest; a task has some of them."""
-
-
-def _task_metrics(
-    task: Task, encoded: Dataset, predicted: Sequence[Any], losses: Losses, labels: Sequence[str]
-) -> dict[str, Any]:
-    truth = list(encoded["labels"])
-    match task:
-        case "causal-lm" | "seq2seq-lm":
-            mean = losses.total / losses.count
-            return {"perplexity": math.exp(min(mean, 700.0)), "num_tokens": losses.count}
-        case "token-classification":
-            return tagging_metrics([[tag for tag in row if tag != IGNORED] for row in truth], predicted, labels)
-    match truth[0]:
-        case int():
-            return classification_metrics(truth, predicted, len(labels))
-        case float():
-            return regression_metrics(truth, predicted)
-    return multilabel_metrics(truth, predicted)
+"""Metrics in the order in which they matter. Each task has some of them."""
 
 
 def classification_metrics(truth: Sequence[int], predicted: Sequence[int], num_labels: int) -> dict[str, Any]:
-    """Accuracy, macro-F1 (a class that never occurs and is never named counts as 0), confusion matrix (rows: true
-    class, columns: predicted), and the accuracy of always naming the most frequent class.
+    """Returns accuracy, macro-F1, confusion matrix, and the accuracy of always naming the most frequent class.
+
+    Macro-F1 counts a class that neither occurs nor is predicted as 0. The rows of the confusion matrix are true
+    classes, its columns predicted ones.
 
     >>> classification_metrics([0, 1, 1, 1], [0, 1, 1, 0], 2)["accuracy"]
     0.75
@@ -82,8 +61,9 @@ def classification_metrics(truth: Sequence[int], predicted: Sequence[int], num_l
 
 
 def multilabel_metrics(truth: Sequence[Sequence[float]], predicted: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Micro- and macro-F1 over classes, the share of examples whose whole set is right (accuracy), and that of always
-    naming the classes that more than half of the examples have.
+    """Returns micro- and macro-F1 over classes, accuracy, and the accuracy of always naming the frequent classes.
+
+    Accuracy is the share of examples whose whole set is right. More than half of the examples have a frequent class.
 
     >>> multilabel_metrics([[1, 0], [1, 1]], [[1, 0], [1, 0]])["accuracy"]
     0.5
@@ -99,8 +79,9 @@ def multilabel_metrics(truth: Sequence[Sequence[float]], predicted: Sequence[Seq
 
 
 def regression_metrics(truth: Sequence[float], predicted: Sequence[float]) -> dict[str, Any]:
-    """R² (0: no better than always naming the mean), mean absolute error, Pearson's and Spearman's correlation (0 where
-    either side is constant).
+    """Returns R², mean absolute error, and Pearson's and Spearman's correlation.
+
+    R² is 0 for always naming the mean. A correlation is 0 if either side is constant.
 
     >>> regression_metrics([0.0, 1.0, 2.0], [0.0, 1.0, 2.0])["r2"]
     1.0
@@ -117,8 +98,10 @@ def regression_metrics(truth: Sequence[float], predicted: Sequence[float]) -> di
 def tagging_metrics(
     truth: Sequence[Sequence[int]], predicted: Sequence[Sequence[int]], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Over words: accuracy, macro-F1 and confusion matrix of the tags, num_words; over entities, where tags are
-    written B-..., I-..., O: their F1 by seqeval (an entity is right when its type and both its ends are)."""
+    """Returns the metrics of `classification_metrics` over words, num_words, and for B-, I- and O tags the entity F1.
+
+    seqeval computes the entity F1: an entity is right if its type and both its ends are.
+    """
     flat_truth, flat_predicted = ([tag for row in rows for tag in row] for rows in (truth, predicted))
     found = {**classification_metrics(flat_truth, flat_predicted, len(names)), "num_words": len(flat_truth)}
     if any(name.startswith("B-") for name in names):
@@ -130,13 +113,13 @@ def tagging_metrics(
 
 
 def describe_metrics(metrics: dict[str, Any]) -> str:
-    """One line: every measure, in the order of interest, and what it was measured on."""
+    """Returns one line: every metric in the order of METRICS, and the number of test examples or tokens."""
     parts = []
-    for measure in MEASURES:
-        if measure.key in metrics:
-            text = f"{measure.name} {metrics[measure.key]:.{measure.digits}f}"
-            if measure.baseline in metrics:
-                text += f" (majority class {metrics[measure.baseline]:.{measure.digits}f})"
+    for metric in METRICS:
+        if metric.key in metrics:
+            text = f"{metric.name} {metrics[metric.key]:.{metric.digits}f}"
+            if metric.baseline in metrics:
+                text += f" (majority class {metrics[metric.baseline]:.{metric.digits}f})"
             parts.append(text)
     number, what = next(
         (metrics[key], what) for key, what in (("num_tokens", "tokens"), ("num_examples", "examples")) if key in metrics

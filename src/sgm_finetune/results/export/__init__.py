@@ -1,1 +1,15 @@
-"""Bringing a result into the formats that other programs load, each compared with what was trained (docs/export.md)."""
+"""Writes a result in the formats of other programs, and compares each export with what was trained (docs/export.md).
+
+    merge             W + ΔW, tensor by tensor, from the base's own files
+    adapter           a PEFT folder
+    shards            a merged model as a Transformers folder
+    gguf_file         a merged decoder as one GGUF file
+    gguf_vocabulary   its tokenizer, as GGUF stores it
+    chat_format       the Modelfile for Ollama, with the chat template in Go's language
+    check             loads an export again and compares its logits with the reference's
+    llama_cpp_logits  the program that asks llama.cpp for them, in a process of its own
+    card              the model card
+    hub               the upload
+
+`commands/export.py` runs them.
+"""

@@ -1,4 +1,4 @@
-"""A result as a standard PEFT folder, out of the .pth file alone."""
+"""Writes a result as a standard PEFT folder, from the .pth file alone."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from sgm_finetune.results.load import Result, lora_config
+from sgm_finetune.results.load import Result
+from sgm_finetune.results.pth import lora_config
 
 
 def write_adapter(result: Result, skeleton: PreTrainedModel, base: str, folder: Path) -> None:
-    """adapter_config.json, adapter_model.safetensors and the tokenizer; `base` is what the base model is called there.
+    """Writes adapter_config.json, which names the base model `base`, adapter_model.safetensors and the tokenizer.
 
-    A shared factor is written once per member, as PEFT does.
+    A shared factor is written once for each member of its group, as PEFT does.
     """
     tensors = {name: tensor.contiguous().clone() for name, tensor in result.content["adapter"].items()}
     try:

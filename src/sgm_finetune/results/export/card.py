@@ -1,4 +1,4 @@
-"""The model card (README.md) of an export: what it is, what it was trained on, what it scores, how it is used."""
+"""The model card (README.md) of an export: contents, data, scores, use and training."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from sgm_finetune.measure.make_plan import describe_plan
 from sgm_finetune.measure.plan_file import parse_plan
+from sgm_finetune.measure.plan_summary import describe_plan
 from sgm_finetune.results.load import Result
-from sgm_finetune.results.metrics import MEASURES, Measure
+from sgm_finetune.results.metrics import METRICS, Metric
 
-Format = Literal["adapter", "merged", "gguf"]
+ExportFormat = Literal["adapter", "merged", "gguf"]
 
 _PIPELINES = {
     "causal-lm": "text-generation",
     "sequence-classification": "text-classification",
     "token-classification": "token-classification",
 }
-"""The hub's names of tasks."""
+"""Task -> the hub's name for it."""
 _AUTO = {
     "causal-lm": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -30,8 +30,8 @@ _AUTO = {
 }
 
 
-def model_card(result: Result, to: Format, comparison: Mapping[str, Any], files: Mapping[str, str]) -> str:
-    """The text of README.md. `files`: what the folder holds of use, by role (`gguf`, `modelfile`)."""
+def model_card(result: Result, to: ExportFormat, comparison: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    """Returns the text of README.md. `comparison` is what the check measured; `files` maps roles (`gguf`) to names."""
     config, metrics = result.config, result.metrics
     hub_id = hub_model(config.model.name)
     data = ModelCardData(
@@ -43,24 +43,24 @@ def model_card(result: Result, to: Format, comparison: Mapping[str, Any], files:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title(result)}",
-        f"`{base_name(config.model.name)}`, fine-tuned with sgm-finetune by spectral gradient merging (LoRA, some "
-        f"of whose factors are shared by matrices), task `{config.model.task}`.",
+        f"`{base_name(config.model.name)}`, fine-tuned for the task `{config.model.task}` with sgm-finetune by "
+        "spectral gradient merging: LoRA in which some matrices share a factor.",
         _contents(result, to, comparison),
         f"## Data\n\n{metrics.get('data') or base_name(config.data.name or config.data.train or 'unknown')}",
         _scores(metrics),
-        f"## How it is used\n\n{_usage(result, to, files)}",
-        _training(result),
+        f"## How to use it\n\n{_usage(result, to, files)}",
+        _describe_training(result),
     ]
     return ModelCard("\n\n".join(part for part in parts if part) + "\n").content
 
 
 def hub_model(name: str) -> str | None:
-    """The name, where others can have the model by it: a hub id."""
+    """Returns the name if it is a hub id, by which others can download the model; else None."""
     return name if name.count("/") == 1 and not Path(name).expanduser().exists() and not name.startswith(".") else None
 
 
 def base_name(path: str) -> str:
-    """A hub id as it is, of a path its last part alone.
+    """Returns a hub id unchanged, or the last part of a path.
 
     >>> base_name("owner/model"), base_name("/home/me/models/mine")
     ('owner/model', 'mine')
@@ -69,27 +69,28 @@ def base_name(path: str) -> str:
 
 
 def title(result: Result) -> str:
+    """Returns the card's heading: the base model and the training data."""
     data = result.config.data
     return f"{base_name(result.config.model.name)}, trained on {base_name(data.name or data.train or 'data')}"
 
 
-def _contents(result: Result, to: Format, comparison: Mapping[str, Any]) -> str:
+def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -> str:
     quantised = result.config.model.quantization
-    lines = {
-        "adapter": "A PEFT adapter: the update alone. It needs the base model.",
-        "merged": "The whole model: the update added to the base's own weights, each rounded once to its type.",
-        "gguf": "The whole model in one GGUF file: the update added to the base's own weights.",
+    kinds = {
+        "adapter": "This is a PEFT adapter. It holds the update only and needs the base model.",
+        "merged": "This is the whole model: the base's own weights plus the update, each tensor rounded once.",
+        "gguf": "This is the whole model in one GGUF file: the base's own weights plus the update.",
     }
-    text = [lines[to]]
+    text = [kinds[to]]
     if quantised != "none":
         text.append(
-            f"The base was held in {quantised} while it was trained; here it is as published, so the scores below, "
-            f"which were measured on the {quantised} base, can differ a little."
+            f"The adapter was trained on the base in {quantised}; this export uses the base as published. The scores "
+            f"below were measured on the {quantised} base and can differ a little."
         )
     text.append(
-        f"Loaded again by {comparison['by']}, its logits differ from those of the unquantised base with the update "
-        f"by {comparison['difference']:.1e} (relative norm, {comparison['num_positions']} positions); the largest "
-        f"logit is the same in {comparison['top_agreement']:.0%} of them."
+        f"{comparison['by']} loaded this export, and its logits were compared with those of the unquantised base with "
+        f"the update at {comparison['num_positions']} positions: they differ by {comparison['difference']:.1e} "
+        f"(relative norm), and the top token is the same at {comparison['top_agreement']:.0%} of the positions."
     )
     return "\n".join(text)
 
@@ -97,26 +98,24 @@ def _contents(result: Result, to: Format, comparison: Mapping[str, Any]) -> str:
 def _scores(metrics: Mapping[str, Any]) -> str:
     before, after = metrics.get("before", {}), metrics.get("after", {})
     rows = [
-        f"| {measure.name} | {_number(before.get(measure.key), measure)} | {_number(after[measure.key], measure)} |"
-        for measure in MEASURES
-        if measure.key in after
+        f"| {metric.name} | {_number(before.get(metric.key), metric)} | {_number(after[metric.key], metric)} |"
+        for metric in METRICS
+        if metric.key in after
     ]
     if not rows:
         return ""
-    return "\n".join(["## Scores on test data", "", "| | before | after |", "|---|---|---|", *rows])
+    return "\n".join(["## Scores on the test data", "", "| | before | after |", "|---|---|---|", *rows])
 
 
-def _number(value: float | None, measure: Measure) -> str:
-    return "–" if value is None else f"{value:.{measure.digits}f}"
+def _number(value: float | None, metric: Metric) -> str:
+    return "–" if value is None else f"{value:.{metric.digits}f}"
 
 
-def _usage(result: Result, to: Format, files: Mapping[str, str]) -> str:
+def _usage(result: Result, to: ExportFormat, files: Mapping[str, str]) -> str:
     auto = _AUTO[result.config.model.task]
     base = base_name(result.config.model.name)
-    labels = ""
-    if result.config.model.task.endswith("classification"):
-        count = len(result.labels) or 1
-        labels = f", num_labels={count}"
+    is_classifier = result.config.model.task.endswith("classification")
+    num_labels = f", num_labels={len(result.labels) or 1}" if is_classifier else ""
     match to:
         case "adapter":
             lines = [
@@ -124,7 +123,7 @@ def _usage(result: Result, to: Format, files: Mapping[str, str]) -> str:
                 "from peft import PeftModel",
                 f"from transformers import AutoTokenizer, {auto}",
                 "",
-                f'base = {auto}.from_pretrained("{base}"{labels})',
+                f'base = {auto}.from_pretrained("{base}"{num_labels})',
                 'model = PeftModel.from_pretrained(base, "this-folder")',
                 'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
                 "```",
@@ -150,21 +149,22 @@ def _usage(result: Result, to: Format, files: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _training(result: Result) -> str:
+def _describe_training(result: Result) -> str:
     metrics, config = result.metrics, result.config
     plan = parse_plan(result.content["plan"], str(result.path))
     lines = [
         "## How it was trained",
         "",
         f"- plan: {describe_plan(plan)}",
-        f"- rank {config.adapter.rank}, alpha {config.adapter.alpha:g}, base in {config.model.quantization}",
+        f"- rank {config.adapter.rank}, alpha {config.adapter.alpha:g}, base quantization {config.model.quantization}",
     ]
     if "steps" in metrics:
         lines.append(
             f"- {metrics['steps']} steps of {config.training.batch_size} examples, optimizer {metrics['optimizer']}, "
             f"learning rate {metrics['learning_rate']:g}, seed {config.training.seed}"
         )
-    versions = {k: v for k, v in metrics.get("environment", {}).items() if k != "device"}
-    versions = versions or {name: version(name) for name in ("sgm-finetune", "torch", "transformers", "peft")}
+    versions = {name: number for name, number in metrics.get("environment", {}).items() if name != "device"}
+    if not versions:
+        versions = {name: version(name) for name in ("sgm-finetune", "torch", "transformers", "peft")}
     lines.append(f"- {', '.join(f'{name} {number}' for name, number in versions.items())}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""An Ollama Modelfile: the chat template in Go's language, found by looking at what the tokenizer's own writes.
+"""An Ollama Modelfile, with the chat template in Go's template language.
 
-A format is what stands before and after each role's content; it is kept only where it gives, character for character,
-what the tokenizer's template gives on `CONVERSATIONS`.
+SGM finds the format from the text that the tokenizer's template writes: the text before and after each role's content.
+It keeps a format only if that writes `CONVERSATIONS` exactly as the tokenizer's template does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sgm_finetune.data.columns import Message
 
 Render = Callable[[Sequence[Message], bool], str]
-"""(messages, whether an answer is asked for) -> text, as the tokenizer's chat template."""
+"""(messages, whether the text ends by asking for an answer) -> text, as the tokenizer's chat template writes it."""
 
 _S, _U, _A = "SYSTEM¶CONTENT", "USER¶CONTENT", "ASSISTANT¶CONTENT"
 CONVERSATIONS: tuple[tuple[Message, ...], ...] = (
@@ -37,15 +37,16 @@ CONVERSATIONS: tuple[tuple[Message, ...], ...] = (
 @dataclass(frozen=True)
 class ChatFormat:
     begin: str
-    """What every conversation begins with."""
+    """Start of every conversation."""
     roles: dict[str, tuple[str, str]]
-    """Role -> what stands before its content, and after it."""
+    """Role -> the text before and after its content."""
     prompt: str
-    """What asks for an answer."""
+    """Text that asks for an answer."""
     default_system: str | None
-    """What the template says for the system where the conversation does not."""
+    """System message that the template adds to a conversation without one."""
 
     def render(self, messages: Sequence[Message], asks: bool) -> str:
+        """Returns the conversation as text, as a `Render` does."""
         if self.default_system is not None and (not messages or messages[0]["role"] != "system"):
             messages = [{"role": "system", "content": self.default_system}, *messages]
         text = self.begin
@@ -55,32 +56,33 @@ class ChatFormat:
         return text + (self.prompt if asks else "")
 
     def go_template(self) -> str:
-        """For Ollama, whose own default system message (SYSTEM) stands for `default_system`."""
+        """Returns the template for Ollama. The Modelfile's SYSTEM takes the place of `default_system`."""
         branches = [
-            f'{"else if" if at else "if"} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
-            for at, (role, (before, after)) in enumerate(self.roles.items())
+            f'{"else if" if number else "if"} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}'
+            for number, (role, (before, after)) in enumerate(self.roles.items())
         ]
         inner = "{{ ".join(branches)
         return f"{self.begin}{{{{ range .Messages }}}}{{{{ {inner}{{{{ end }}}}{{{{ end }}}}{self.prompt}"
 
     def stop(self) -> str:
-        """The text that ends an answer."""
+        """Returns the text that ends an answer."""
         return self.roles["assistant"][1].strip()
 
 
 def find_format(render: Render) -> ChatFormat | None:
-    """The format that agrees with `render` on all CONVERSATIONS; None where there is none of this kind."""
+    """Returns the format that agrees with `render` on all CONVERSATIONS, or None if there is none."""
     try:
-        found = _derived(render)
+        found = _derive_format(render)
         if found is None or any("{{" in text or '"""' in text for text in _texts(found)):
             return None
         agrees = all(found.render(m, asks) == render(m, asks) for m in CONVERSATIONS for asks in (False, True))
-    except Exception:  # a template raises what it likes for roles that it does not take
+    except Exception:  # a template raises any exception for roles that it refuses
         return None
     return found if agrees else None
 
 
-def _derived(render: Render) -> ChatFormat | None:
+def _derive_format(render: Render) -> ChatFormat | None:
+    """Returns the format that markers in place of the contents reveal. It can be wrong: `find_format` checks it."""
     user = {"role": "user", "content": _U}
     assistant = {"role": "assistant", "content": _A}
     whole = render([{"role": "system", "content": _S}, user, assistant, user, assistant], False)
@@ -89,9 +91,10 @@ def _derived(render: Render) -> ChatFormat | None:
     between, _, rest = rest.partition(_U)
     after_user, _, rest = rest.partition(_A)
     after_assistant, _, rest = rest.partition(_U)
-    if not rest or not rest.endswith(after := rest.rpartition(_A)[2]):
+    after = rest.rpartition(_A)[2]
+    if not rest or not rest.endswith(after):
         return None
-    # after the last answer stands what closes it; before the next question, what opens that besides
+    # the text after the last answer closes it; what else follows an earlier answer opens the next question
     opens_user = after_assistant.removeprefix(after)
     if after_assistant == opens_user and after:
         return None
@@ -125,8 +128,10 @@ def _derived(render: Render) -> ChatFormat | None:
 
 
 def _common_start(one: str, other: str) -> str:
-    end = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return one[:end]
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    return one[:length]
 
 
 def _texts(found: ChatFormat) -> list[str]:
@@ -135,8 +140,11 @@ def _texts(found: ChatFormat) -> list[str]:
 
 
 def modelfile(model: str, found: ChatFormat | None, begin_of_text: str | None, stops: Sequence[str]) -> str:
-    """`model` is the GGUF file's name; `begin_of_text` what the runtime puts before every prompt itself, which the
-    template then leaves out. Without a format the template is left to Ollama, which reads the GGUF file's."""
+    """Returns the text of the Modelfile for `model`, the name of the GGUF file.
+
+    The template leaves out `begin_of_text`, which the runtime itself puts before every prompt. Without a format the
+    Modelfile has no template, and Ollama uses the one in the GGUF file.
+    """
     lines = [f"FROM ./{model}"]
     if found is not None:
         template = found.go_template().removeprefix(begin_of_text or "")

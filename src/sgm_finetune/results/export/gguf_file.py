@@ -1,81 +1,111 @@
-"""A merged decoder as one GGUF file, tensor by tensor, by the gguf package."""
+"""Writes a merged decoder as one GGUF file, tensor by tensor, with the gguf package."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.results.export.gguf_vocabulary import Vocabulary, vocabulary
-from sgm_finetune.results.export.merge import MergedTensor, checked
+from sgm_finetune.results.export.gguf_vocabulary import Vocabulary, read_vocabulary
+from sgm_finetune.results.export.merge import MergedTensor, checked_finite
 from sgm_finetune.results.load import Result
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 STORED_IN: dict[GgufType, str] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
-"""Keys of check.TOLERANCES."""
+"""Option --gguf-type -> key of check.TOLERANCES."""
 _FILE_TYPES: dict[GgufType, str] = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """model_type of config.json -> the gguf package's name."""
 
 
 def check_exportable(result: Result, config: PreTrainedConfig) -> Vocabulary:
-    """The tokenizer as GGUF has it. Raises UserError for what a GGUF file of this kind cannot hold."""
+    """Returns the tokenizer as GGUF stores it. Raises UserError for a result that SGM cannot write as GGUF."""
     if importlib.util.find_spec("gguf") is None:
         raise UserError("--to gguf needs the package gguf; pip install 'sgm-finetune[gguf]'")
     if result.config.model.task != "causal-lm":
-        raise UserError(f"--to gguf is for model.task=causal-lm, this is {result.config.model.task}; take --to merged")
+        raise UserError(
+            f"--to gguf needs model.task=causal-lm, and this is {result.config.model.task}; take --to merged"
+        )
     kind = config.model_type
     if kind not in ARCHITECTURES:
         raise UserError(
-            f"--to gguf knows {', '.join(ARCHITECTURES)}, and this base is a {kind}; take --to merged, and "
-            "the converter of llama.cpp"
+            f"--to gguf supports {', '.join(ARCHITECTURES)}, and this base is a {kind}; take --to merged, and "
+            "llama.cpp's own converter"
         )
     rope = _rope(config)
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
-        raise UserError(f"--to gguf does not know positions of type {rope['rope_type']}; take --to merged")
+        raise UserError(f"--to gguf does not support rope_type {rope['rope_type']}; take --to merged")
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", kind == "mistral")
     if windowed and config.sliding_window < config.max_position_embeddings:
         raise UserError(
-            f"--to gguf does not write sliding windows, and this {kind} has one of {config.sliding_window}; take "
-            "--to merged"
+            f"--to gguf does not support sliding windows, and this {kind} has one of {config.sliding_window} tokens; "
+            "take --to merged"
         )
-    return vocabulary(result.tokenizer, config.vocab_size)
+    return read_vocabulary(result.tokenizer, config.vocab_size)
+
+
+@dataclass(frozen=True)
+class _PlannedTensor:
+    """One tensor of the GGUF file."""
+
+    name: str
+    """In GGUF."""
+    source: MergedTensor
+    reorder: Callable[[Tensor], Tensor]
+    stored: Any
+    """gguf.GGMLQuantizationType."""
+
+    def add_info(self, writer: Any) -> None:
+        """Announces name, shape and type, as the file's header lists them."""
+        import gguf
+
+        is_packed = self.stored.name not in ("F32", "F16")
+        shape = gguf.quant_shape_to_byte_shape(self.source.shape, self.stored) if is_packed else self.source.shape
+        dtype = np.dtype({"F32": "float32", "F16": "float16"}.get(self.stored.name, "uint8"))
+        writer.add_tensor_info(self.name, shape, dtype, math.prod(shape) * dtype.itemsize, self.stored)
+
+    def write(self, writer: Any) -> None:
+        """Reads the tensor and writes it, rounded once from float32. Raises UserError when a number is not finite."""
+        import gguf
+
+        values = self.reorder(self.source.read().to(torch.float32))
+        if self.stored == gguf.GGMLQuantizationType.F16:
+            checked_finite(values.to(torch.float16), self.name)
+        numbers = checked_finite(values, self.name).contiguous().numpy()
+        writer.write_tensor_data(gguf.quants.quantize(numbers, self.stored))
 
 
 def write_gguf(
     tensors: Sequence[MergedTensor],
     config: PreTrainedConfig,
-    words: Vocabulary,
-    result: Result,
+    vocabulary: Vocabulary,
     kind: GgufType,
     file: Path,
     progress: Callable[..., None] = lambda *_: None,
 ) -> None:
-    """Matrices in `kind` (q8_0: rows that are no multiple of 32 in f16), vectors in f32; from float32, rounded once."""
+    """Writes matrices in `kind` (q8_0: f16 where the row length is no multiple of 32) and vectors in f32."""
     import gguf
 
     architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
-    _write_numbers(writer, config, file.stem, kind)
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
-        result.tokenizer.save_pretrained(folder)
-        words.write(writer, Path(folder))
-    planned = _planned(tensors, config, architecture)
-    types = [_type(tensor.shape, kind) for _, tensor, _ in planned]
-    for (name, tensor, _), stored in zip(planned, types, strict=True):
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, stored) if _is_packed(stored) else tensor.shape
-        dtype = _numpy_type(stored)
-        writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize, stored)
+    _write_hyperparameters(writer, config, file.stem, kind)
+    with _quiet():
+        vocabulary.write(writer)
+    planned = _plan_tensors(tensors, config, architecture, kind)
+    for tensor in planned:
+        tensor.add_info(writer)
     factors = _rope_factors(config)
     if factors is not None:
         array = factors.numpy()
@@ -83,26 +113,25 @@ def write_gguf(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for at, ((name, tensor, change), stored) in enumerate(zip(planned, types, strict=True), start=1):
-        values = change(tensor.read().to(torch.float32))
-        if stored == gguf.GGMLQuantizationType.F16:
-            checked(values.to(torch.float16), name)
-        writer.write_tensor_data(gguf.quants.quantize(checked(values, name).contiguous().numpy(), stored))
-        progress(at, len(planned))
+    for done, tensor in enumerate(planned, start=1):
+        tensor.write(writer)
+        progress(done, len(planned))
     if factors is not None:
         writer.write_tensor_data(factors.numpy())
     writer.close()
 
 
 def num_bytes(tensors: Sequence[MergedTensor], kind: GgufType) -> int:
-    """About what the file will take."""
+    """Returns the approximate size of the file in bytes."""
     width = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}[kind]
     return int(sum(math.prod(t.shape) * (width if len(t.shape) > 1 else 4) for t in tensors)) + 2**24
 
 
 def rope_order(weight: Tensor, num_heads: int) -> Tensor:
-    """Rows of a query or key matrix (or bias) as llama.cpp turns them: pairs side by side, where Transformers has each
-    head's first halves before the second ones.
+    """Returns the rows of a query or key matrix (or bias) in llama.cpp's order for rotary positions.
+
+    llama.cpp has the two rows of a rotated pair side by side. Transformers has the first rows of all pairs of a head
+    before their second rows.
 
     >>> rope_order(torch.arange(8.0), num_heads=2).tolist()
     [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]
@@ -110,10 +139,10 @@ def rope_order(weight: Tensor, num_heads: int) -> Tensor:
     return weight.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _planned(
-    tensors: Sequence[MergedTensor], config: PreTrainedConfig, architecture: Any
-) -> list[tuple[str, MergedTensor, Callable[[Tensor], Tensor]]]:
-    """(name in GGUF, tensor, what is done to it); without an output matrix that is the embedding."""
+def _plan_tensors(
+    tensors: Sequence[MergedTensor], config: PreTrainedConfig, architecture: Any, kind: GgufType
+) -> list[_PlannedTensor]:
+    """Returns the file's tensors. A tied output matrix is left out: GGUF reads the embedding in its place."""
     import gguf
 
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
@@ -124,17 +153,27 @@ def _planned(
         name = names.get_name(tensor.model_name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise UserError(f"GGUF has no name for `{tensor.model_name}`; take --to merged")
-        change: Callable[[Tensor], Tensor] = lambda values: values  # noqa: E731
-        if architecture == gguf.MODEL_ARCH.LLAMA:  # the others turn as Transformers does
-            if ".q_proj." in tensor.model_name:
-                change = lambda values: rope_order(values, config.num_attention_heads)  # noqa: E731
-            elif ".k_proj." in tensor.model_name:
-                change = lambda values: rope_order(values, config.num_key_value_heads)  # noqa: E731
-        found.append((name, tensor, change))
+        in_rope_order = architecture == gguf.MODEL_ARCH.LLAMA  # llama.cpp rotates the others as Transformers does
+        found.append(_PlannedTensor(
+            name, tensor, _reordering(tensor.model_name, config) if in_rope_order else _unchanged,
+            _stored_type(tensor.shape, kind),
+        ))  # fmt: skip
     return found
 
 
-def _write_numbers(writer: Any, config: PreTrainedConfig, name: str, kind: GgufType) -> None:
+def _reordering(model_name: str, config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
+    if ".q_proj." in model_name:
+        return partial(rope_order, num_heads=config.num_attention_heads)
+    if ".k_proj." in model_name:
+        return partial(rope_order, num_heads=config.num_key_value_heads)
+    return _unchanged
+
+
+def _unchanged(values: Tensor) -> Tensor:
+    return values
+
+
+def _write_hyperparameters(writer: Any, config: PreTrainedConfig, name: str, kind: GgufType) -> None:
     import gguf
 
     heads = config.num_attention_heads
@@ -169,7 +208,7 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 
 def _rope_factors(config: PreTrainedConfig) -> Tensor | None:
-    """What llama.cpp divides the angles' frequencies by, for Llama 3's long contexts; None elsewhere."""
+    """Returns the divisors of the rotary frequencies for Llama 3's long contexts; None for other position types."""
     rope = _rope(config)
     if rope.get("rope_type") != "llama3":
         return None
@@ -180,7 +219,7 @@ def _rope_factors(config: PreTrainedConfig) -> Tensor | None:
     return (1.0 / rope["rope_theta"] ** dimensions) / scaled
 
 
-def _type(shape: Sequence[int], kind: GgufType) -> Any:
+def _stored_type(shape: Sequence[int], kind: GgufType) -> Any:
     import gguf
 
     if len(shape) == 1 or kind == "f32":
@@ -190,19 +229,9 @@ def _type(shape: Sequence[int], kind: GgufType) -> Any:
     return gguf.GGMLQuantizationType[kind.upper()]
 
 
-def _is_packed(stored: Any) -> bool:
-    return stored.name not in ("F32", "F16")
-
-
-def _numpy_type(stored: Any) -> Any:
-    import numpy as np
-
-    return np.dtype({"F32": "float32", "F16": "float16"}.get(stored.name, "uint8"))
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The gguf package says on standard error what it adds."""
+    """Silences the gguf package, which logs what it adds on standard error."""
     logger = logging.getLogger("gguf")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,12 +1,13 @@
-"""A tokenizer as GGUF has it: tokens and their types, merges, and the name of the rule that cuts text beforehand.
+"""A tokenizer as GGUF stores it: tokens and their types, merges, and the name of the pre-tokenizer.
 
-That name is found by the rule itself, as tokenizer.json writes it down, and the export's check compares llama.cpp's
-tokens with the tokenizer's (`check.check_tokens`).
+SGM finds that name from the rule in tokenizer.json. The export's check then compares llama.cpp's tokens with the
+tokenizer's (`check.check_tokens`).
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,26 +26,29 @@ _RULES: dict[tuple[tuple[str, Any], ...], str] = {
     (("Split", _LLAMA3), ("ByteLevel", False)): "llama-bpe",
     (("Split", _LLAMA3.replace("{1,3}", "")), ("ByteLevel", False)): "qwen2",
 }
-"""What cuts text before the merges -> llama.cpp's name (`tokenizer.ggml.pre`)."""
+"""Pre-tokenizer steps, which split text before the merges -> llama.cpp's name (`tokenizer.ggml.pre`)."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
+    tokenizer: PreTrainedTokenizerBase
     model: str
-    """gpt2: byte-level BPE. llama: BPE on characters with bytes to fall back on, as SentencePiece makes."""
+    """gpt2: byte-level BPE. llama: BPE on characters with bytes as a fallback, as SentencePiece trains it."""
     pre: str
+    """llama.cpp's name of the pre-tokenizer."""
     tokens: list[str]
     types: list[int]
+    """gguf.TokenType of each token."""
     scores: list[float] | None
     adds: dict[str, bool]
-    """bos, eos: whether the tokenizer puts it around a text."""
+    """For bos and eos: whether the tokenizer adds it to a text."""
     ids: dict[str, int]
-    """bos, eos, unk, pad -> id."""
+    """Ids of bos, eos, unk and pad, where the tokenizer has them."""
     add_space: bool | None
-    """llama: whether a text gets a space in front."""
+    """For llama: whether the tokenizer puts a space before a text."""
 
-    def write(self, writer: Any, folder: Path) -> None:
-        """`folder` holds the tokenizer's files, of which the merges and the chat template are read."""
+    def write(self, writer: Any) -> None:
+        """Adds everything to a gguf.GGUFWriter. The gguf package reads merges and chat template from saved files."""
         import gguf
 
         writer.add_tokenizer_model(self.model)
@@ -55,15 +59,19 @@ class Vocabulary:
             writer.add_token_scores(self.scores)
         if self.add_space is not None:
             writer.add_add_space_prefix(self.add_space)
-        special = gguf.SpecialVocab(folder, load_merges=self.model == "gpt2")
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            special = gguf.SpecialVocab(Path(folder), load_merges=self.model == "gpt2")
         special.add_special_token = dict(self.adds)
         special.special_token_ids = dict(self.ids)
         special.add_to_gguf(writer, quiet=True)
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
-    """`size`: rows of the embedding; those without a token are unused ones. Raises UserError for a tokenizer of another
-    kind."""
+def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
+    """Returns the vocabulary, filled up with unused tokens to `size`, the number of rows of the embedding.
+
+    Raises UserError for a tokenizer that SGM cannot write as GGUF.
+    """
     from gguf import TokenType
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -72,10 +80,37 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     rule = json.loads(backend.to_str())
     kind = rule["model"].get("type")
     if len(tokenizer) > size:
-        raise UserError(f"The tokenizer has {len(tokenizer)} tokens, the model {size} rows for them; take its own")
-    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
-    special = {number: token.special for number, token in tokenizer.added_tokens_decoder.items()}
+        raise UserError(
+            f"The tokenizer has {len(tokenizer)} tokens, and the model's embedding {size} rows; take the model's own "
+            "tokenizer"
+        )
     byte_fallback = kind == "BPE" and bool(rule["model"].get("byte_fallback"))
+    tokens, types = _tokens_and_types(tokenizer, size, byte_fallback)
+    ids = {
+        name: number
+        for name in ("bos", "eos", "unk", "pad")
+        if (number := getattr(tokenizer, f"{name}_token_id")) is not None
+    }
+    sample: list[int] = tokenizer("a")["input_ids"]  # type: ignore[assignment]
+    adds = {
+        "bos": bool(sample) and sample[0] == ids.get("bos"),
+        "eos": bool(sample) and sample[-1] == ids.get("eos") and len(sample) > 1,
+    }
+    if not byte_fallback:
+        return Vocabulary(tokenizer, "gpt2", _pre_tokenizer_name(rule, kind), tokens, types, None, adds, ids, None)
+    if "unk" in ids:
+        types[ids["unk"]] = TokenType.UNKNOWN
+    scores = _merge_scores(rule, tokens)
+    return Vocabulary(tokenizer, "llama", "default", tokens, types, scores, adds, ids, _adds_space(rule))
+
+
+def _tokens_and_types(
+    tokenizer: PreTrainedTokenizerBase, size: int, byte_fallback: bool
+) -> tuple[list[str], list[int]]:
+    from gguf import TokenType
+
+    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
+    is_special = {number: token.special for number, token in tokenizer.added_tokens_decoder.items()}
     tokens, types = [], []
     for number in range(size):
         token = by_id.get(number)
@@ -84,49 +119,33 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
             types.append(TokenType.UNUSED)
             continue
         tokens.append(token)
-        if number in special:
-            types.append(TokenType.CONTROL if special[number] else TokenType.USER_DEFINED)
+        if number in is_special:
+            types.append(TokenType.CONTROL if is_special[number] else TokenType.USER_DEFINED)
         elif byte_fallback and len(token) == 6 and token.startswith("<0x"):
             types.append(TokenType.BYTE)
         else:
             types.append(TokenType.NORMAL)
-    ids = {
-        name: number
-        for name in ("bos", "eos", "unk", "pad")
-        if (number := getattr(tokenizer, f"{name}_token_id")) is not None
-    }
-    around: list[int] = tokenizer("a")["input_ids"]  # type: ignore[assignment]
-    adds = {
-        "bos": bool(around) and around[0] == ids.get("bos"),
-        "eos": bool(around) and around[-1] == ids.get("eos") and len(around) > 1,
-    }
-    if byte_fallback:
-        if "unk" in ids:
-            types[ids["unk"]] = TokenType.UNKNOWN
-        return Vocabulary(
-            "llama", "default", tokens, types, _scores(rule, tokens), adds, ids, _adds_space(rule)
-        )  # fmt: skip
-    return Vocabulary("gpt2", _rule_name(rule, kind), tokens, types, None, adds, ids, None)
+    return tokens, types
 
 
-def _rule_name(rule: dict[str, Any], kind: str) -> str:
-    """llama.cpp's name of what cuts text before the merges."""
+def _pre_tokenizer_name(rule: dict[str, Any], kind: str) -> str:
+    """Returns llama.cpp's name for the pre-tokenizer. Raises UserError when it has none that SGM knows."""
     steps = rule.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
-    described = tuple(_described(step) for step in steps)
-    name = _RULES.get(described) if kind == "BPE" else None
+    identified = tuple(_identify_step(step) for step in steps)
+    name = _RULES.get(identified) if kind == "BPE" else None
     ignores = bool(rule["model"].get("ignore_merges"))
     if name is None or ignores != (name == "llama-bpe"):
         known = ", ".join([*_RULES.values(), "SentencePiece's BPE"])
-        what = " + ".join(str(step) for step, _ in described)
+        what = " + ".join(str(step) for step, _ in identified)
         raise UserError(
-            f"--to gguf does not know this tokenizer ({kind}, {what}); it knows those of the kinds {known}; take "
-            "--to merged"
+            f"--to gguf does not support this tokenizer ({kind}, {what}); it supports {known}; take --to merged"
         )
     return name
 
 
-def _described(step: dict[str, Any]) -> tuple[str, Any]:
+def _identify_step(step: dict[str, Any]) -> tuple[str, Any]:
+    """Returns a pre-tokenizer step as `_RULES` lists it."""
     match step.get("type"):
         case "ByteLevel" if not step.get("add_prefix_space"):
             return "ByteLevel", step.get("use_regex", True)
@@ -137,8 +156,8 @@ def _described(step: dict[str, Any]) -> tuple[str, Any]:
     return str(step.get("type")), None
 
 
-def _scores(rule: dict[str, Any], tokens: list[str]) -> list[float]:
-    """SentencePiece joins what has the highest score first: the order of the merges."""
+def _merge_scores(rule: dict[str, Any], tokens: list[str]) -> list[float]:
+    """Returns minus the rank of each token's merge: SentencePiece merges the highest score first."""
     order: dict[str, int] = {}
     for rank, merge in enumerate(rule["model"]["merges"]):
         order.setdefault("".join(merge if isinstance(merge, list) else merge.split(" ")), rank)
@@ -146,6 +165,6 @@ def _scores(rule: dict[str, Any], tokens: list[str]) -> list[float]:
 
 
 def _adds_space(rule: dict[str, Any]) -> bool:
-    """Whether a space is put before a text, by a normalizer or by the pre-tokenizer."""
+    """Returns whether the normalizer or the pre-tokenizer puts a space before a text."""
     text = json.dumps([rule.get("normalizer"), rule.get("pre_tokenizer")])
     return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text

@@ -1,4 +1,4 @@
-"""Uploading an export to a model hub, after it has been checked."""
+"""Uploads a checked export to the model hub."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from sgm_finetune.base.text import first_line
 
 
 def check_push(repository: str) -> None:
-    """Raises UserError, before any work, for a name that cannot be one and where there is no token."""
+    """Raises UserError, before any work, when `repository` is not a valid name or there is no hub token."""
     from huggingface_hub import get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise UserError(f"--push-to-hub {repository} is no repository (owner/name): {error}") from None
+        raise UserError(f"--push-to-hub {repository} is not a repository name (owner/name): {error}") from None
     if "/" not in repository:
-        raise UserError(f"--push-to-hub {repository} names no owner; write owner/{repository}")
+        raise UserError(f"--push-to-hub {repository} lacks the owner; write owner/{repository}")
     if get_token() is None:
         raise UserError(
-            "--push-to-hub needs a token of the hub; log in with `hf auth login`, or set HF_TOKEN, or leave it out"
+            "--push-to-hub needs a hub token; log in with `hf auth login`, set HF_TOKEN, or leave the option out"
         )
 
 
 def push(folder: Path, repository: str) -> str:
-    """Uploads the folder into the repository, which is made where it is missing, private; returns its address."""
+    """Uploads the folder and returns the repository's address. Creates a missing repository as a private one."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

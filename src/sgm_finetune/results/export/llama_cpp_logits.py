@@ -1,7 +1,8 @@
-"""What llama.cpp computes from a GGUF file, in a process of its own: what native code does there ends that one alone.
+"""Computes a GGUF file's logits with llama.cpp, in a process of its own, so that a crash in native code ends only that.
 
-Run as a program, with a JSON file {"model", "ids", "texts"} and an .npz file for the results: `logits`, (sequences,
-length, vocabulary) in float32, and for every text its tokens, without and with those that go around it.
+Runs as a program with two arguments: a JSON file {"model", "ids", "texts"}, and an .npz file for the results. The
+results are `logits`, (sequences, length, vocabulary) in float32, and the tokens of text number N: `N.0` without and
+`N.1` with special tokens around it.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from typing import Any
 import numpy as np
 
 
-def main(asked: Path, results: Path) -> None:
+def main(request_file: Path, results: Path) -> None:
     import llama_cpp
 
-    request = json.loads(asked.read_text(encoding="utf-8"))
+    request = json.loads(request_file.read_text(encoding="utf-8"))
     silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
-    parameters.use_extra_bufts = False  # weights as they are in the file: the AMX layout crashes in version 0.3.36
+    parameters.use_extra_bufts = (
+        False  # keeps the weights in the file's layout: the AMX layout crashes in version 0.3.36
+    )
     model = llama_cpp.llama_model_load_from_file(request["model"].encode(), parameters)
     if not model:
         sys.exit("llama.cpp cannot load the file")
@@ -32,16 +35,15 @@ def main(asked: Path, results: Path) -> None:
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = max(64, length)
     settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
-    settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # which rounds to half precision
+    settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to half precision
     context = llama_cpp.llama_init_from_model(model, settings)
     vocabulary: Any = llama_cpp.llama_model_get_vocab(model)
     width = llama_cpp.llama_vocab_n_tokens(vocabulary)
     found: dict[str, Any] = {"logits": np.stack([_logits(llama_cpp, context, row, width) for row in request["ids"]])}
-    for at, text in enumerate(request["texts"]):
-        for around in (False, True):
-            found[f"{at}.{int(around)}"] = np.array(
-                _tokens(llama_cpp, vocabulary, text.encode(), around), dtype=np.int64
-            )
+    for number, text in enumerate(request["texts"]):
+        for add_special in (False, True):
+            tokens = _tokens(llama_cpp, vocabulary, text.encode(), add_special)
+            found[f"{number}.{int(add_special)}"] = np.array(tokens, dtype=np.int64)
     np.savez(results, **found)
 
 
@@ -53,17 +55,17 @@ def _logits(llama_cpp: Any, context: Any, row: list[int], width: int) -> np.ndar
         batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = token, at, 1, True
         batch.seq_id[at][0] = 0
     if llama_cpp.llama_decode(context, batch):
-        sys.exit("llama.cpp cannot compute with the file")
+        sys.exit("llama.cpp cannot compute logits from the file")
     computed = [llama_cpp.llama_get_logits_ith(context, at)[:width] for at in range(len(row))]
     llama_cpp.llama_batch_free(batch)
     return np.array(computed, dtype=np.float32)
 
 
-def _tokens(llama_cpp: Any, vocabulary: Any, text: bytes, around: bool) -> list[int]:
-    """A text's tokens, special ones recognised."""
+def _tokens(llama_cpp: Any, vocabulary: Any, text: bytes, add_special: bool) -> list[int]:
+    """Returns a text's tokens. Special tokens that the text spells out are recognised."""
     room = len(text) + 8
     tokens = (llama_cpp.llama_token * room)()
-    count = llama_cpp.llama_tokenize(vocabulary, text, len(text), tokens, room, around, True)
+    count = llama_cpp.llama_tokenize(vocabulary, text, len(text), tokens, room, add_special, True)
     return list(tokens[:count])
 
 

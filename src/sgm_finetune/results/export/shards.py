@@ -1,4 +1,4 @@
-"""A merged model as a folder that Transformers loads: safetensors files, config, tokenizer."""
+"""Writes a merged model as a folder that Transformers loads: safetensors files, config, tokenizer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from sgm_finetune.results.export.merge import MergedTensor
 from sgm_finetune.results.load import Result
 
 SHARD_BYTES = 2**29
-"""Most bytes of one file, of which one is in memory at a time."""
+"""Largest size of one file in bytes. One file is in memory at a time."""
 _COPIED = ("generation_config.json", "*.model", "vocab.json", "vocab.txt", "merges.txt", "LICENSE*")
-"""What else of the base's folder belongs to the merged model."""
+"""Files that are copied from the base's folder."""
 
 
 def write_shards(
     tensors: Sequence[MergedTensor], folder: Path, limit: int, progress: Callable[..., None] = lambda *_: None
 ) -> None:
-    """Writes model.safetensors, or shards of at most `limit` bytes (one tensor at least) and their index."""
+    """Writes model.safetensors, or shards of at most `limit` bytes (or of one larger tensor) and their index."""
     named = {tensor.name: tensor for tensor in tensors}
     split = split_state_dict_into_shards_factory(
-        named,  # type: ignore[arg-type]  # the factory asks the functions below alone
+        named,  # type: ignore[arg-type]  # the factory only calls the functions below
         get_storage_size=lambda tensor: tensor.num_bytes,  # type: ignore[attr-defined]
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=limit,
@@ -37,7 +37,7 @@ def write_shards(
     for file, names in split.filename_to_tensors.items():
         shard = {}
         for name in names:
-            shard[name] = named[name].rounded().contiguous()
+            shard[name] = named[name].read_rounded().contiguous()
             progress(done := done + 1, len(named))
         try:
             save_file(shard, folder / file, {"format": "pt"})
@@ -49,8 +49,7 @@ def write_shards(
 
 
 def write_config_files(result: Result, skeleton: PreTrainedModel, folder: Path) -> None:
-    """config.json of the base with what the task changes in it, the tokenizer with its chat template, and what else the
-    base's folder has of use."""
+    """Writes config.json, the tokenizer with its chat template, and the other useful files of the base's folder."""
     write_json(folder / "config.json", merged_config(result, skeleton))
     for pattern in (*_COPIED, *(["*.py"] if result.config.model.trust_remote_code else [])):
         for file in result.folder.glob(pattern):
@@ -59,9 +58,10 @@ def write_config_files(result: Result, skeleton: PreTrainedModel, folder: Path) 
 
 
 def merged_config(result: Result, skeleton: PreTrainedModel) -> dict[str, Any]:
+    """Returns the base's config.json with the keys that the task changes."""
     config = {**result.base_config, "architectures": [type(skeleton).__name__]}
     if result.config.model.task in ("sequence-classification", "token-classification"):
-        described = skeleton.config.to_dict()
+        task_config = skeleton.config.to_dict()
         names = ("id2label", "label2id", "problem_type", "pad_token_id")
-        config |= {name: described[name] for name in names if described.get(name) is not None}
+        config |= {name: task_config[name] for name in names if task_config.get(name) is not None}
     return config

@@ -1,4 +1,4 @@
-"""A comparison for people: on the terminal, and as a page."""
+"""Shows a comparison of runs on the terminal and as an HTML page."""
 
 from __future__ import annotations
 
@@ -7,53 +7,52 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sgm_finetune.results.report.comparison import Comparison
-from sgm_finetune.results.report.curves import RUN_COLOURS, loss_figure_of
+from sgm_finetune.results.report.comparison import RunComparison
 from sgm_finetune.results.report.formats import NOTHING
 from sgm_finetune.results.report.render import render
+from sgm_finetune.results.report.training_figures import RUN_COLOURS, compared_losses_figure
 
 
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """A column a run; the better value of a measure is bold with a star."""
+def print_comparison(comparison: RunComparison, console: Console) -> None:
+    """Prints one column for each run. The best value of a metric is bold and has a star."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("↑ higher, ↓ lower is better", overflow="fold")
     for name, alike in zip(comparison.names, comparison.tested_alike, strict=True):
         table.add_column(Text(name if alike else f"{name}\n(other test data)"), justify="right", overflow="fold")
     for row in comparison.rows:
-        cells = [Text(f"{text} *", "bold") if at == row.best else Text(text) for at, text in enumerate(row.texts)]
+        cells = [Text(text) for text in row.texts]
+        if row.best is not None:
+            cells[row.best] = Text(f"{row.texts[row.best]} *", "bold")
         table.add_row(row.label, *cells)
     if comparison.differing:
         table.add_section()
         for key, values in comparison.differing.items():
-            table.add_row(Text(key), *(Text(shown(value)) for value in values))
+            table.add_row(Text(key), *(Text(yaml_text(value)) for value in values))
     console.print(table)
     for line in (comparison.verdict, *comparison.remarks):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def render_comparison(comparison: Comparison) -> str:
-    """The page, with the runs' curves over each other."""
+def render_comparison(comparison: RunComparison) -> str:
+    """Returns the HTML page, with the loss curves of all runs in one figure."""
     curves = [(name, run.history) for name, run in zip(comparison.names, comparison.runs, strict=True)]
+    figures = [
+        (compared_losses_figure(curves, "loss", "Training loss by step"), "Training loss (bold: running mean)"),
+        (compared_losses_figure(curves, "eval_loss", "Validation loss by step"), "Validation loss"),
+    ]
     return render(
         "compare.html.j2",
         comparison=comparison,
-        colours=[RUN_COLOURS[at % len(RUN_COLOURS)] for at in range(len(curves))],
-        figures=[
-            (figure, caption)
-            for figure, caption in (
-                (loss_figure_of(curves, "loss", "Training loss by step"), "Training loss (faint: of each step)"),
-                (loss_figure_of(curves, "eval_loss", "Validation loss by step"), "Validation loss"),
-            )
-            if figure is not None
-        ],
-        differing=[(key, [shown(value) for value in values]) for key, values in comparison.differing.items()],
+        colours=[RUN_COLOURS[index % len(RUN_COLOURS)] for index in range(len(curves))],
+        figures=[(figure, caption) for figure, caption in figures if figure is not None],
+        differing=[(key, [yaml_text(value) for value in values]) for key, values in comparison.differing.items()],
     )
 
 
-def shown(value: object) -> str:
-    """As YAML has it.
+def yaml_text(value: object) -> str:
+    """Returns a configuration value as YAML writes it; a dash for None.
 
-    >>> [shown(v) for v in (None, True, 0.5, "auto")]
+    >>> [yaml_text(v) for v in (None, True, 0.5, "auto")]
     ['–', 'true', '0.5', 'auto']
     """
     if value is None:

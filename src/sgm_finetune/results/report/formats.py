@@ -1,4 +1,4 @@
-"""Numbers as text, for people. A leaf."""
+"""Formats numbers as text for people."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 NOTHING = "–"
+"""Text for a value that was not measured."""
 
 
 def layer_ranges(layers: Iterable[int | None]) -> str:
-    """Layers in words as short as they go.
+    """Returns layer numbers as ranges.
 
     >>> layer_ranges([0, 1, 2, 5, 7, 8])
     '0–2, 5, 7–8'
@@ -26,7 +27,8 @@ def layer_ranges(layers: Iterable[int | None]) -> str:
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
-    """
+    """Returns a number with `digits` decimals, a dash for None, NaN and infinity.
+
     >>> decimal(-0.25), decimal(1234.5, 1), decimal(-0.0001), decimal(None)
     ('−0.25', '1,234.5', '0.00', '–')
     """
@@ -36,7 +38,8 @@ def decimal(value: float | None, digits: int = 2) -> str:
 
 
 def count(value: float | None) -> str:
-    """
+    """Returns a whole number with commas.
+
     >>> count(1234567)
     '1,234,567'
     """
@@ -44,7 +47,8 @@ def count(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """
+    """Returns seconds in the largest fitting units.
+
     >>> [duration(s) for s in (0.04, 12.34, 75, 7384, None)]
     ['0.04 s', '12.3 s', '1 min 15 s', '2 h 3 min', '–']
     """
@@ -57,7 +61,8 @@ def duration(seconds: float | None) -> str:
 
 
 def memory(size: float | None) -> str:
-    """
+    """Returns a number of bytes in the largest fitting unit.
+
     >>> memory(3 * 2**29), memory(5 * 2**20), memory(700)
     ('1.5 GiB', '5.0 MiB', '700 B')
     """
@@ -70,7 +75,7 @@ def memory(size: float | None) -> str:
 
 
 def short(value: float) -> str:
-    """For an axis: three digits, thousands as k.
+    """Returns the label of an axis tick: three digits, thousands as k.
 
     >>> [short(v) for v in (0.0125, 950, 1873.4, 25000, 0)]
     ['0.0125', '950', '1.87k', '25k', '0']
@@ -79,5 +84,5 @@ def short(value: float) -> str:
 
 
 def finite(value: Any) -> TypeGuard[float]:
-    """Whether it is a number at all, and neither infinite nor NaN."""
+    """Returns whether `value` is a number other than NaN and infinity."""
     return isinstance(value, (int, float)) and math.isfinite(value)

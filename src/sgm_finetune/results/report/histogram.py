@@ -1,4 +1,4 @@
-"""A matrix's singular values in bins, with the law that noise of the fitted level follows: what a picture needs."""
+"""Histogram of the singular values of a matrix, with the fitted law of noise: the numbers behind a figure."""
 
 from __future__ import annotations
 
@@ -9,47 +9,51 @@ import numpy as np
 import torch
 
 from sgm_finetune.measure.scan_result import MatrixScan
-from sgm_finetune.method.singular_values import Spectrum
+from sgm_finetune.method.singular_values import SingularValues
 from sgm_finetune.method.snr import bulk_density, bulk_sigma
 
 _MAX_BINS = 120
 _MAX_EDGES = 3
+"""The last bin ends at this many noise edges at most."""
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Singular values of one matrix, counted; plain data."""
+    """Numbers of singular values of one matrix in bins, as plain data."""
 
     name: str
     kind: str
     layer: int | None
     shape: tuple[int, int]
     sigma: float
-    """Noise per entry."""
+    """Standard deviation of the noise of one entry."""
     edge: float
     """Largest singular value that noise alone explains."""
     signal_rank: int
     snr_db: float | None
     """None: no signal, or infinite."""
     bin_width: float
-    """The first bin begins at 0; none lies on both sides of the edge."""
+    """The first bin begins at 0, and the noise edge is the border of two bins."""
     noise: tuple[int, ...]
-    """Number of values in each bin that count as noise."""
+    """Number of noise values in each bin."""
     signal: tuple[int, ...]
+    """Number of signal values in each bin."""
     num_beyond: int
-    """Values right of the last bin, which ends at three edges at most; all of them signal."""
+    """Number of values beyond the last bin, which ends at three noise edges at most. All of them are signal."""
     largest: float
     bulk_sigma: float
-    """Of the fitted law (eq. 2, 3), from the values below the edge alone; 0: nothing to fit."""
+    """Noise level of the law (eq. 2, 3), fitted to the values below the edge only. 0: there was nothing to fit."""
     sides: tuple[int, int]
-    """Larger and smaller side of the noise matrix: of the rows and columns that are not all zeros, less the signal."""
+    """Larger and smaller side of the noise matrix: rows and columns that are not all zeros, minus the signal rank."""
 
     @property
     def end(self) -> float:
+        """Right end of the last bin."""
         return self.bin_width * len(self.noise)
 
 
-def histogram_of(spectrum: Spectrum, matrix: MatrixScan) -> Histogram:
+def histogram_of(spectrum: SingularValues, matrix: MatrixScan) -> Histogram:
+    """Returns the histogram of a matrix with the noise level, edge and rank that the scan found."""
     rows, cols = spectrum.alive
     values = spectrum.values[: min(rows, cols)]
     largest = values[0].item() if len(values) else 0.0
@@ -81,8 +85,10 @@ def histogram_of(spectrum: Spectrum, matrix: MatrixScan) -> Histogram:
 
 
 def law_of_noise(histogram: Histogram, num_points: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-    """(singular value, expected number in a bin there) of the Marchenko-Pastur law, where it is not 0; empty where
-    there is nothing to fit."""
+    """Returns singular values and the number that the Marchenko-Pastur law expects in a bin there, float64.
+
+    Leaves out points where the law is 0. Returns empty arrays if there was nothing to fit.
+    """
     larger, smaller = histogram.sides
     if histogram.bulk_sigma <= 0 or smaller < 1:
         return np.empty(0), np.empty(0)

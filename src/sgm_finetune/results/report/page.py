@@ -1,4 +1,4 @@
-"""A run's folder -> one offline HTML page."""
+"""The report: one offline HTML page made from the folder of a run."""
 
 from __future__ import annotations
 
@@ -12,44 +12,54 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from sgm_finetune.base.files import write_text
-from sgm_finetune.method.build_plan import Plan
-from sgm_finetune.results.examples import SHOWN
-from sgm_finetune.results.report import curves, figures
-from sgm_finetune.results.report.analysis_figures import (
+from sgm_finetune.method.plan import Plan
+from sgm_finetune.results.examples import NUM_SHOWN
+from sgm_finetune.results.report import grid_figures, training_figures
+from sgm_finetune.results.report.formats import count, finite, layer_ranges
+from sgm_finetune.results.report.headlines import headlines
+from sgm_finetune.results.report.histogram_figure import histogram_figure
+from sgm_finetune.results.report.pictures import SimilarityTable
+from sgm_finetune.results.report.render import render
+from sgm_finetune.results.report.run_files import Run, catch_bad_values, load_run
+from sgm_finetune.results.report.scan_table import short_kinds
+from sgm_finetune.results.report.similarity_figures import (
     LOWEST_SHOWN,
-    histogram_figure,
     layers_figure,
     readers_figure,
     similarity_gradient,
 )
-from sgm_finetune.results.report.formats import count, finite, layer_ranges
-from sgm_finetune.results.report.headlines import headlines
-from sgm_finetune.results.report.pictures import Table
-from sgm_finetune.results.report.render import render
-from sgm_finetune.results.report.run_files import Run, believed, load_run
-from sgm_finetune.results.report.scan_table import short_kinds
 from sgm_finetune.results.report.svg import readable_on
 from sgm_finetune.results.report.usage import commands, python_snippet
 
 MANY_CLASSES = 12
 MANY_GROUPS = 16
 MANY_EXAMPLES = 6
+"""More classes, groups or examples than these are folded on the page."""
 
+_SIZES = (
+    ("num_examples", "test examples"),
+    ("num_words", "words"),
+    ("num_tokens", "predicted tokens"),
+    ("num_generated", "generated answers"),
+)
+_SIDES = {"input": "input side", "output": "output side", None: "cosine"}
 _STAGES = ("scan", "probe", "train", "evaluate", "total")
 
 
 def remake_report(folder: Path) -> Path:
-    """Writes report.html from the other files in `folder`, wherever that lies now, and returns its path. Raises
-    UserError where they are not those of a finished run."""
+    """Writes report.html from the other files in `folder` and returns its path.
+
+    The folder may have been moved. Raises UserError when it does not hold the files of a finished run.
+    """
     run = load_run(folder)
-    with believed(str(folder)):
+    with catch_bad_values(str(folder)):
         page = render_report(run)
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
 
 def render_report(run: Run) -> str:
-    """The page; its commands name `run.folder` where that lies now."""
+    """Returns the page. Its commands name `run.folder` where it is now."""
     return render(
         "report.html.j2",
         metrics=run.metrics,
@@ -58,8 +68,8 @@ def render_report(run: Run) -> str:
         **_training(run.metrics, run.history),
         **_sharing(run.plan, run.metrics),
         **_snr(run.plan),
-        **_measured(run),
-        **_made(run),
+        **_measurements(run),
+        **_provenance(run),
         commands=commands(run.config, run.folder),
         snippet=python_snippet(run.config, run.metrics, run.folder),
     )
@@ -71,7 +81,8 @@ def _results(metrics: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for label, counts in zip(metrics["labels"] if table else [], table, strict=True):
         total = sum(counts)
-        rows.append((label, [(n, n / total if total else 0.0) for n in counts], total))
+        cells = [(number, number / total if total else 0.0) for number in counts]
+        rows.append((label, cells, total))
     sizes = [f"{count(after[key])} {what}" for key, what in _SIZES if after.get(key) is not None]
     return {
         "headlines": headlines(metrics),
@@ -82,42 +93,36 @@ def _results(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_SIZES = (
-    ("num_examples", "test examples"),
-    ("num_words", "words"),
-    ("num_tokens", "predicted tokens"),
-    ("num_generated", "generated answers"),
-)
-
-
 def _examples(run: Run) -> dict[str, Any]:
-    found, changed = run.examples.get("examples", []), run.examples.get("num_changed", {})
-    nearer = "r2" in run.metrics["after"]
-    answered = run.config.model.task in ("causal-lm", "seq2seq-lm")
-    words = ("right now", "no longer right", "still wrong")
-    if nearer:
-        words = ("nearer now", "further off", "as far off")
-    elif answered:
-        words = ("word for word as in the data now", "no longer so", "in other words")
-    parts = [f"{count(changed.get(sort))} {word}" for sort, word in zip(SHOWN, words, strict=True)]
+    found, num_changed = run.examples.get("examples", []), run.examples.get("num_changed", {})
+    predicts_numbers = "r2" in run.metrics["after"]
+    writes_answers = run.config.model.task in ("causal-lm", "seq2seq-lm")
+    words = ("became right", "became wrong", "stayed wrong")
+    if predicts_numbers:
+        words = ("moved closer", "moved further away", "stayed equally far")
+    elif writes_answers:
+        words = ("became equal to the reference", "became different", "stayed different")
+    parts = [f"{count(num_changed.get(sort))} {word}" for sort, word in zip(NUM_SHOWN, words, strict=True)]
+    total = sum(num_changed.values())
     summary = (
-        f"Of the first {count(run.examples.get('num_compared'))} test examples {count(sum(changed.values()))} changed: "
-        + ", ".join(parts)
-        + ("; some of them:" if len(found) < sum(changed.values()) else ":")
+        f"The {'answer' if writes_answers else 'prediction'} changed for {count(total)} of the first "
+        f"{count(run.examples.get('num_compared'))} test examples: {', '.join(parts)}"
+        f"{'. Some of them:' if len(found) < total else ':'}"
     )
+    has_long_text = any(len(one[key]) > 40 for one in found for key in ("truth", "before", "after"))
     return {
-        "examples": _in_turn(found),
-        "between": "\n" if any(len(one[key]) > 40 for one in found for key in ("truth", "before", "after")) else " · ",
+        "examples": _alternate(found),
+        "between": "\n" if has_long_text else " · ",
         "examples_summary": summary,
         "examples_first": MANY_EXAMPLES,
-        "truth_name": "in the data" if answered else "true",
-        "nearer": nearer,
+        "truth_name": "reference" if writes_answers else "true",
+        "predicts_numbers": predicts_numbers,
     }
 
 
-def _in_turn(examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One that became right, one that became wrong, and so on, so that neither stands for all."""
-    sorts = [[one for one in examples if one["became"] == sort] for sort in SHOWN]
+def _alternate(examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns one example that became right, one that became wrong, and so on, so that neither sort hides the other."""
+    sorts = [[one for one in examples if one["became"] == sort] for sort in NUM_SHOWN]
     return [one for row in itertools.zip_longest(*sorts) for one in row if one is not None]
 
 
@@ -125,18 +130,21 @@ def _training(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) 
     seconds = metrics.get("seconds") or {}
     best, predicted = metrics.get("best_step"), (metrics.get("predicted") or {}).get("peak_bytes")
     small = [
-        (curves.step_figure(history, "learning_rate", "Learning rate by step"), "learning rate"),
-        (curves.step_figure(history, curves.TOKENS_PER_SECOND, "Tokens per second by step"), "tokens per second"),
+        (training_figures.step_figure(history, "learning_rate", "Learning rate by step"), "learning rate"),
         (
-            curves.step_figure(history, curves.MEMORY, "Peak memory by step", 2.0**-30, predicted),
-            "most memory so far, GiB" + (" (dashed: predicted)" if predicted else ""),
+            training_figures.step_figure(history, training_figures.TOKENS_PER_SECOND, "Tokens per second by step"),
+            "tokens per second",
+        ),
+        (
+            training_figures.step_figure(history, training_figures.MEMORY, "Peak memory by step", 2.0**-30, predicted),
+            "peak memory so far, GiB" + (" (dashed: predicted)" if predicted else ""),
         ),
     ]
     return {
-        "training_figure": curves.training_figure(history, best),
+        "training_figure": training_figures.training_figure(history, best),
         "step_figures": [(figure, caption) for figure, caption in small if figure is not None],
-        "has_validation": bool(curves.points_of(history, "eval_loss")),
-        "has_mean": bool(curves.running_mean(curves.points_of(history, "loss"))),
+        "has_validation": bool(training_figures.points_of(history, "eval_loss")),
+        "has_mean": bool(training_figures.running_mean(training_figures.points_of(history, "loss"))),
         "stages": [(stage, seconds.get(stage)) for stage in _STAGES],
     }
 
@@ -145,14 +153,15 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
     trainable, plain = metrics.get("trainable_parameters"), metrics.get("plain_lora_parameters")
     saved = 1 - trainable / plain if finite(trainable) and finite(plain) and plain else None
     by_name = {matrix.name: matrix for matrix in plan.matrices}
-    numbers, beginning = figures.group_numbers(plan), shared_beginning(plan)
+    numbers, prefix = grid_figures.group_numbers(plan), shared_prefix(plan)
+    colours = {name: grid_figures.group_colour(number) for name, number in numbers.items()}
     groups = [
         {
             "group": group,
-            "name": group.name.removeprefix(beginning),
+            "name": group.name.removeprefix(prefix),
             "number": numbers[group.name],
-            "colour": (colour := figures.group_colour(numbers[group.name])),
-            "text": readable_on(colour),
+            "colour": colours[group.name],
+            "text": readable_on(colours[group.name]),
             "layers": layer_ranges(by_name[name].layer for name in group.members),
         }
         for group in plan.groups
@@ -162,10 +171,10 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "saved": saved,
         "num_merged": sum(len(group.members) for group in plan.groups),
         "why_no_groups": _why_no_groups(plan),
-        "groups_figure": figures.groups_figure(plan),
-        "beginning": beginning,
+        "groups_figure": grid_figures.groups_figure(plan),
+        "prefix": prefix,
         "kinds": [
-            (kind, kind.kind.removeprefix(beginning), sum(group.kind == kind.kind for group in plan.groups))
+            (kind, kind.kind.removeprefix(prefix), sum(group.kind == kind.kind for group in plan.groups))
             for kind in plan.kinds
         ],
         "groups": groups,
@@ -173,11 +182,11 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def shared_beginning(plan: Plan) -> str:
-    """What the kinds of all layers begin with, and what tables leave out."""
+def shared_prefix(plan: Plan) -> str:
+    """Returns the prefix that the kinds of all layers share, which tables leave out."""
     names = short_kinds(dict.fromkeys(matrix.kind for matrix in plan.matrices if matrix.layer is not None))
-    beginnings = {kind.removesuffix(short) for kind, short in names.items()}
-    return beginnings.pop() if len(beginnings) == 1 else ""
+    prefixs = {kind.removesuffix(short) for kind, short in names.items()}
+    return prefixs.pop() if len(prefixs) == 1 else ""
 
 
 def _why_no_groups(plan: Plan) -> str:
@@ -193,32 +202,32 @@ def _why_no_groups(plan: Plan) -> str:
 
 
 def _snr(plan: Plan) -> dict[str, Any]:
-    colours = colormaps[figures.SNR_COLOURS]
+    colours = colormaps[grid_figures.SNR_COLOURS]
     return {
-        "snr_figure": figures.snr_figure(plan),
-        "snr_range": figures.snr_range(plan),
+        "snr_figure": grid_figures.snr_figure(plan),
+        "snr_range": grid_figures.snr_range(plan),
         "snr_gradient": ", ".join(to_hex(colours(step / 6)) for step in range(7)),
     }
 
 
-def _measured(run: Run) -> dict[str, Any]:
-    """Histograms, and the similarities that the grouping saw: of layers x layers, or of readers by layer."""
-    readers: dict[str, list[Table]] = {}
-    layers: dict[str, list[Table]] = {}
+def _measurements(run: Run) -> dict[str, Any]:
+    """Draws the histograms and the similarities that the grouping used: layers x layers, or readers by layer."""
+    readers: dict[str, list[SimilarityTable]] = {}
+    layers: dict[str, list[SimilarityTable]] = {}
     kinds = {matrix.kind for matrix in run.plan.matrices}
     for table in run.pictures.similarities:
         of_layers = table.kind in kinds or "[" in table.kind or table.side != "input"
         if len(table.members) > 1:
             (layers if of_layers else readers).setdefault(table.kind, []).append(table)
-    numbers, beginning = itertools.count(), shared_beginning(run.plan)
+    numbers, prefix = itertools.count(), shared_prefix(run.plan)
     return {
         "histograms": [(h, histogram_figure(h, number)) for number, h in enumerate(run.pictures.histograms)],
         "reader_figures": [
-            (kind.removeprefix(beginning), readers_figure(of, run.plan, next(numbers))) for kind, of in readers.items()
+            (kind.removeprefix(prefix), readers_figure(of, run.plan, next(numbers))) for kind, of in readers.items()
         ],
         "layer_figures": [
             (
-                kind.removeprefix(beginning),
+                kind.removeprefix(prefix),
                 [(_SIDES[table.side], layers_figure(table, run.plan, next(numbers))) for table in of],
             )
             for kind, of in layers.items()
@@ -229,26 +238,23 @@ def _measured(run: Run) -> dict[str, Any]:
     }
 
 
-_SIDES = {"input": "input side", "output": "output side", None: "cosine"}
-
-
-def _made(run: Run) -> dict[str, Any]:
+def _provenance(run: Run) -> dict[str, Any]:
     environment, config = run.environment, run.config
-    machine, seeds = environment.get("machine") or {}, environment.get("seeds") or {
-        "training": config.training.seed, "data": config.data.seed, "probe": config.probe.seed,
-    }  # fmt: skip
+    machine, seeds = environment.get("machine") or {}, environment.get("seeds")
+    if not seeds:
+        seeds = {"training": config.training.seed, "data": config.data.seed, "probe": config.probe.seed}
     command = " ".join(map(str, environment.get("command", [])))
     cores = f"{machine['cores']} cores, {machine.get('threads')} threads" if machine.get("cores") else ""
     facts = {
         "Command": command,
         "Seeds": ", ".join(f"{name} {seed}" for name, seed in seeds.items()),
-        "Test data, fingerprint": run.metrics.get("test_fingerprint"),
+        "Fingerprint of the test data": run.metrics.get("test_fingerprint"),
         "System": machine.get("system"),
         "Processor": ", ".join(part for part in (machine.get("processor"), cores) if part),
         "GPU": ", ".join(machine.get("gpus", [])),
     }
     return {
-        "made": [(name, value) for name, value in facts.items() if value],
+        "facts": [(name, value) for name, value in facts.items() if value],
         "versions": list((environment.get("versions") or run.metrics.get("environment") or {}).items()),
         "resolved": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip(),
     }

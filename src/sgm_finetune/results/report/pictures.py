@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_text
-from sgm_finetune.measure.scan import measured_spectra
+from sgm_finetune.measure.scan import measured_singular_values
 from sgm_finetune.measure.scan_result import Scan
-from sgm_finetune.method.build_plan import Similarity
+from sgm_finetune.method.plan import Similarity
 from sgm_finetune.results.report.histogram import Histogram, histogram_of
 from sgm_finetune.results.report.scan_table import kinds_in_order, lowest_median_highest
 
@@ -27,7 +27,7 @@ MAX_LAYERS = 128
 
 
 @dataclass(frozen=True)
-class Table:
+class SimilarityTable:
     """One `Similarity`: of n members the n·(n-1)/2 values below the diagonal, row by row, to three digits."""
 
     kind: str
@@ -35,7 +35,7 @@ class Table:
     members: tuple[str, ...]
     values: tuple[float, ...]
 
-    def whole(self) -> list[list[float]]:
+    def matrix(self) -> list[list[float]]:
         """n x n, symmetric, 1 on the diagonal."""
         size = len(self.members)
         table = [[1.0] * size for _ in range(size)]
@@ -51,7 +51,7 @@ class Pictures:
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
     histograms: tuple[Histogram, ...] = ()
-    similarities: tuple[Table, ...] = ()
+    similarities: tuple[SimilarityTable, ...] = ()
     format: Literal["sgm-pictures/1"] = "sgm-pictures/1"
 
 
@@ -63,15 +63,15 @@ def histograms_of(scanned: Scan, folder: Path) -> tuple[Histogram, ...]:
     layered = [matrix for matrix in scanned.matrices if matrix.layer is not None]
     kinds = kinds_in_order(layered)[:MAX_KINDS]
     chosen = [lowest_median_highest(m for m in layered if m.kind == kind)[1].name for kind in kinds]
-    found = {m.name: histogram_of(s, m) for s, m in measured_spectra(folder, chosen, scanned.estimator)}
+    found = {m.name: histogram_of(s, m) for s, m in measured_singular_values(folder, chosen, scanned.estimator)}
     return tuple(found[name] for name in chosen if name in found)
 
 
-def tables_of(similarities: tuple[Similarity, ...]) -> tuple[Table, ...]:
+def similarity_tables(similarities: tuple[Similarity, ...]) -> tuple[SimilarityTable, ...]:
     """Of a plan just made; one from a file has none."""
     kinds = list(dict.fromkeys(one.kind for one in similarities))[: 2 * MAX_KINDS]
     return tuple(
-        Table(one.kind, one.side, one.members, _below(one.values))
+        SimilarityTable(one.kind, one.side, one.members, _below(one.values))
         for one in similarities
         if one.kind in kinds and len(one.members) <= MAX_LAYERS
     )

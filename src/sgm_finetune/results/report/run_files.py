@@ -15,7 +15,7 @@ from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.untrusted import read_json
 from sgm_finetune.measure.plan_file import load_plan
-from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.report.pictures import Pictures, parse_pictures
 
 
@@ -53,7 +53,7 @@ def load_run(folder: Path) -> Run:
 
 
 @contextmanager
-def believed(where: str) -> Iterator[None]:
+def catch_bad_values(where: str) -> Iterator[None]:
     """Turns what goes wrong with values of another kind than a run writes into a UserError: `load_run` looks at what
     every page needs, not at each value in it."""
     try:

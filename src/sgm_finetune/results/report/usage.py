@@ -1,4 +1,4 @@
-"""Lines that a person can copy to use a result, wherever its folder lies now."""
+"""Commands and Python lines to copy, which use a result where its folder is now."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from sgm_finetune.base.config import Config, Task
 
 
 class Command(NamedTuple):
-    what: str
+    purpose: str
     line: str
 
 
 def commands(config: Config, folder: Path) -> list[Command]:
-    """Shell lines; `folder` is written in full, so that they work from anywhere."""
-    whole = os.path.abspath(folder)
-    here = shlex.quote(f"output.dir={whole}")
+    """Returns shell commands. They name the absolute path of `folder`, so that they work from anywhere."""
+    absolute = os.path.abspath(folder)
+    here = shlex.quote(f"output.dir={absolute}")
     found = [
-        Command("Measure it again on the test data", f"sgm evaluate {here}"),
-        Command("Ask it", f'sgm generate --prompt "..." --compare {here}'),
+        Command("Evaluate it again on the test data", f"sgm evaluate {here}"),
+        Command("Ask the model before and after a question", f'sgm generate --prompt "..." --compare {here}'),
     ]
     if config.model.task == "causal-lm":
         found += [
-            Command("Talk with it", f"sgm chat {here}"),
-            Command("Bring it to llama.cpp and Ollama", f"sgm export --to gguf {here}"),
+            Command("Chat with it", f"sgm chat {here}"),
+            Command("Export it for llama.cpp and Ollama", f"sgm export --to gguf {here}"),
         ]
-    repeat = f"sgm finetune --config {shlex.quote(os.path.join(whole, 'config.yaml'))} output.dir=again"
+    repeat = f"sgm finetune --config {shlex.quote(os.path.join(absolute, 'config.yaml'))} output.dir=again"
     return [
         *found,
-        Command("Merge it into a whole model, for Transformers and vLLM", f"sgm export --to merged {here}"),
-        Command("Repeat the run, digit for digit on the same machine", repeat),
-        Command("Make this page anew", f"sgm report {shlex.quote(whole)}"),
+        Command("Merge it into a whole model for Transformers and vLLM", f"sgm export --to merged {here}"),
+        Command("Repeat the run, with the same digits on the same machine", repeat),
+        Command("Make this page again", f"sgm report {shlex.quote(absolute)}"),
     ]
 
 
@@ -48,7 +48,7 @@ _AUTO_CLASSES: dict[Task, str] = {
 
 
 def python_snippet(config: Config, metrics: Mapping[str, Any], folder: Path) -> str:
-    """Lines of Python that load the adapter with PEFT alone, on the base in full precision."""
+    """Returns Python lines that load the adapter with PEFT alone, on the base in full precision."""
     model = config.model
     adapter = json.dumps(os.path.join(os.path.abspath(folder), "adapter"), ensure_ascii=False)
     auto, arguments = _AUTO_CLASSES[model.task], ""
@@ -57,14 +57,14 @@ def python_snippet(config: Config, metrics: Mapping[str, Any], folder: Path) -> 
     if model.revision is not None:
         arguments += f", revision={json.dumps(model.revision)}"
     name = json.dumps(model.name, ensure_ascii=False)
-    by_name = "/" in model.name and not model.name.startswith("~")  # else an embedded model, or a folder beside us
+    is_hub_id = "/" in model.name and not model.name.startswith("~")  # else an embedded model or a local folder
     lines = [
         "from peft import PeftModel",
         f"from transformers import {auto}, AutoTokenizer",
-        *([] if by_name else ["from sgm_finetune.model.folder import local_folder"]),
+        *([] if is_hub_id else ["from sgm_finetune.model.folder import local_folder"]),
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({adapter})",
-        f"base = {auto}.from_pretrained({name if by_name else f'local_folder({name})'}{arguments})",
+        f"base = {auto}.from_pretrained({name if is_hub_id else f'local_folder({name})'}{arguments})",
         f"model = PeftModel.from_pretrained(base, {adapter})",
     ]
     return "\n".join(lines)

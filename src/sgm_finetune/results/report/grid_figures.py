@@ -1,4 +1,4 @@
-"""The model as a table of layers x kinds: what shares a factor, and the signal-to-noise ratios."""
+"""Figures of the model as a table of layers x kinds: which matrices share a factor, and signal-to-noise ratios."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from sgm_finetune.measure.scan_result import MatrixScan
-from sgm_finetune.method.build_plan import Plan, PlannedMatrix
+from sgm_finetune.method.plan import Plan, PlannedMatrix
 from sgm_finetune.results.report.scan_table import short_kinds
 from sgm_finetune.results.report.svg import ALONE, INK, LINE, canvas, readable_on, svg
 
 GROUP_COLOURS = (
     "#4477aa", "#ee7733", "#228833", "#aa3377", "#ccbb44", "#33a8c7", "#cc3311", "#8866cc", "#997755", "#009988",
 )  # fmt: skip
-"""Of the groups of one column or row, in turn; each cell also has its group's number."""
+"""Colours of the groups of one column or row, in turn. Each cell also shows the number of its group."""
 
 SNR_COLOURS = "viridis"
 
@@ -31,16 +31,16 @@ Matrix = TypeVar("Matrix", PlannedMatrix, MatrixScan)
 
 @dataclass(frozen=True)
 class Grid(Generic[Matrix]):
-    """The model as a table of layers x kinds; a cell holds every matrix that stands there."""
+    """The model as a table of layers x kinds. A cell holds every matrix of that layer and kind."""
 
     kinds: tuple[str, ...]
     layers: tuple[int | None, ...]
     cells: Mapping[tuple[int, int], Sequence[Matrix]]
-    """(layer's place, kind's place) -> matrices."""
+    """(index of the layer, index of the kind) -> matrices."""
 
 
 def grid_of(matrices: Sequence[Matrix], kinds: Sequence[str] | None = None) -> Grid[Matrix]:
-    """Kinds in the order given, else in the model's; layers rising; matrices that belong to no layer come last."""
+    """Returns the grid: kinds in the given order or else the model's, layers rising, matrices of no layer last."""
     columns = tuple(kinds or dict.fromkeys(matrix.kind for matrix in matrices))
     found = {matrix.layer for matrix in matrices}
     layers = (*sorted(layer for layer in found if layer is not None), *([None] if None in found else []))
@@ -51,8 +51,9 @@ def grid_of(matrices: Sequence[Matrix], kinds: Sequence[str] | None = None) -> G
 
 
 def group_numbers(plan: Plan) -> dict[str, int]:
-    """Group name -> its number, from 0, within its column of the grid (scope "layers") or its row ("activation")."""
-    place = {m.name: m.kind if plan.settings.scope == "layers" else m.layer for m in plan.matrices}
+    """Returns group name -> number, from 0, in its column of the grid (scope "layers") or its row ("activation")."""
+    by_column = plan.settings.scope == "layers"
+    place = {matrix.name: matrix.kind if by_column else matrix.layer for matrix in plan.matrices}
     counts: Counter[str | int | None] = Counter()
     numbers = {}
     for group in plan.groups:
@@ -67,7 +68,7 @@ def group_colour(number: int) -> str:
 
 
 def groups_figure(plan: Plan) -> Markup:
-    """Layers x kinds: coloured and numbered by group, grey where trained alone, empty where not trained."""
+    """Draws layers x kinds: coloured and numbered by group, grey if trained alone, empty if not trained."""
     numbers = group_numbers(plan)
 
     def look(matrix: PlannedMatrix) -> tuple[str, str]:
@@ -80,13 +81,13 @@ def groups_figure(plan: Plan) -> Markup:
 
 
 def snr_range(plan: Plan) -> tuple[float, float] | None:
-    """(smallest, largest) SNR in dB, or None where nothing was scanned."""
+    """Returns the smallest and largest SNR in dB, or None if nothing was scanned."""
     levels = [matrix.snr_db for matrix in plan.matrices if matrix.snr_db is not None]
     return (min(levels), max(levels)) if levels else None
 
 
 def snr_figure(plan: Plan) -> Markup | None:
-    """Layers x kinds: the signal-to-noise ratio of each matrix in dB; None where nothing was scanned."""
+    """Draws layers x kinds, with the SNR of each matrix in dB. Returns None if nothing was scanned."""
     span = snr_range(plan)
     if span is None:
         return None
@@ -105,7 +106,7 @@ def snr_figure(plan: Plan) -> Markup | None:
 def _grid_figure(
     grid: Grid[PlannedMatrix], name: str, title: str, look: Callable[[PlannedMatrix], tuple[str, str]]
 ) -> Markup:
-    """`look(matrix)` gives a cell's fill ("none": outline only) and its text."""
+    """Draws a grid. `look(matrix)` returns a cell's fill ("none": outline only) and its text."""
     left = 34 if None not in grid.layers else 40
     cell_width = min(44, max(20, (340 - left) // max(1, len(grid.kinds))))
     cell_height = 16 if len(grid.layers) <= 48 else 13
@@ -126,14 +127,14 @@ def _grid_figure(
             axes.text(left - 6, y, "other" if layer is None else str(layer), ha="right", va="baseline",
                       fontsize=11, color=INK)  # fmt: skip
             for column in range(len(grid.kinds)):
-                _cell(axes, left + column * cell_width, top + row * cell_height, cell_width, cell_height,
+                _draw_cell(axes, left + column * cell_width, top + row * cell_height, cell_width, cell_height,
                       [look(matrix) for matrix in grid.cells.get((row, column), ())])  # fmt: skip
 
     return svg(name, title, width, height, draw)
 
 
-def _cell(axes: Axes, x: int, y: int, width: int, height: int, looks: Sequence[tuple[str, str]]) -> None:
-    """The cell's matrices side by side; text where there is room for it."""
+def _draw_cell(axes: Axes, x: int, y: int, width: int, height: int, looks: Sequence[tuple[str, str]]) -> None:
+    """Draws the matrices of a cell side by side, with their text where it fits."""
     for part, (fill, text) in enumerate(looks):
         part_width = (width - 2) / len(looks)
         corner = x + 1 + part * part_width

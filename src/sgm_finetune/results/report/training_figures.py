@@ -1,4 +1,4 @@
-"""How the training went: curves by step."""
+"""Figures by training step: losses, learning rate, speed, memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from sgm_finetune.results.report.svg import INK, TRAIN, VALIDATION, plot, svg
 TOKENS_PER_SECOND, MEMORY = "train_tokens_per_second", "train_peak_memory_bytes"
 RUN_COLOURS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#b8a035", "#33a8c7", "#cc3311", "#8866cc")
 _MAX_POINTS = 400
+"""Largest number of points of a curve."""
 
 Points = list[tuple[float, float]]
+"""(step, value), by rising step."""
 
 
 def training_figure(history: Sequence[Mapping[str, Any]], best_step: int | None) -> Markup | None:
-    """Training loss per step, its running mean, and the validation losses; None where no loss was logged."""
+    """Draws training loss, its running mean, and validation losses. Returns None if no loss was logged."""
     train, validation = points_of(history, "loss"), points_of(history, "eval_loss")
     if not train and not validation:
         return None
@@ -46,7 +48,7 @@ def training_figure(history: Sequence[Mapping[str, Any]], best_step: int | None)
 def step_figure(
     history: Sequence[Mapping[str, Any]], key: str, title: str, scale: float = 1.0, expected: float | None = None
 ) -> Markup | None:
-    """One quantity of each step, times `scale`, from 0 up; `expected` is a dashed line. None where none was logged."""
+    """Draws one quantity times `scale`, from 0 up, and `expected` as a dashed line. Returns None if none was logged."""
     points = [(step, value * scale) for step, value in thin(points_of(history, key, beside="loss"))]
     if not points:
         return None
@@ -57,23 +59,26 @@ def step_figure(
         axes.plot(*zip(*points, strict=True), color=TRAIN, linewidth=1.8, marker="o" if len(points) == 1 else "")
         if expected is not None:
             axes.axhline(expected * scale, color=VALIDATION, linewidth=1.4, linestyle=(0, (5, 3)))
-        axes.set_ylim(0, 1.12 * max(expected * scale if expected is not None else 0.0, *(v for _, v in points), 1e-30))
+        line = expected * scale if expected is not None else 0.0
+        axes.set_ylim(0, 1.12 * max(line, *(value for _, value in points), 1e-30))
 
     return svg(key.replace("_", "-"), title, width, height, draw)
 
 
-def loss_figure_of(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], key: str, title: str) -> Markup | None:
-    """Several runs' (name, history) over each other, in `RUN_COLOURS`; the training loss smoothed."""
+def compared_losses_figure(
+    runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], key: str, title: str
+) -> Markup | None:
+    """Draws one curve for each run, (name, history), in `RUN_COLOURS`; the training loss also as its running mean."""
     width, height = 440, 270
-    curves = [(at, thin(points_of(history, key))) for at, (_, history) in enumerate(runs)]
-    curves = [(at, points) for at, points in curves if points]
+    curves = [(index, thin(points_of(history, key))) for index, (_, history) in enumerate(runs)]
+    curves = [(index, points) for index, points in curves if points]
     if not curves:
         return None
 
     def draw(figure: Figure) -> None:
         axes = plot(figure, width, height, "step")
-        for at, points in curves:
-            colour = RUN_COLOURS[at % len(RUN_COLOURS)]
+        for index, points in curves:
+            colour = RUN_COLOURS[index % len(RUN_COLOURS)]
             smooth = running_mean(points) if key == "loss" else []
             mark = "o" if key == "eval_loss" or len(points) == 1 else ""
             if smooth:
@@ -84,26 +89,31 @@ def loss_figure_of(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], key:
 
 
 def points_of(history: Sequence[Mapping[str, Any]], key: str, beside: str | None = None) -> Points:
-    """(step, value) of every finite entry of `key` in Transformers' log history, where `beside` stands, too."""
+    """Returns the finite values of `key` in Transformers' log history, only from entries that also hold `beside`."""
     entries = [entry for entry in history if beside is None or beside in entry]
     pairs = [(entry.get("step"), entry.get(key)) for entry in entries]
-    return [(float(s), float(v)) for s, v in pairs if s is not None and v is not None and math.isfinite(float(v))]
+    return [
+        (float(step), float(value))
+        for step, value in pairs
+        if step is not None and value is not None and math.isfinite(float(value))
+    ]
 
 
 def thin(points: Points) -> Points:
-    """At most _MAX_POINTS points: means of equal runs."""
+    """Returns at most _MAX_POINTS points, each the mean of equally many neighbours."""
     size = -(-len(points) // _MAX_POINTS) if points else 1
-    return [_mean(points[at : at + size]) for at in range(0, len(points), size)]
+    return [_mean(points[start : start + size]) for start in range(0, len(points), size)]
 
 
 def running_mean(points: Points) -> Points:
-    """Each point's value the mean over a centred window of about a tenth of the run; empty for under 20 points."""
+    """Returns the mean over a centred window of about a tenth of the run; empty for fewer than 20 points."""
     if len(points) < 20:
         return []
     reach = max(2, len(points) // 20)
     means = []
-    for i, (step, _) in enumerate(points):
-        means.append((step, _mean(points[max(0, i - reach) : i + reach + 1])[1]))
+    for index, (step, _) in enumerate(points):
+        _, mean = _mean(points[max(0, index - reach) : index + reach + 1])
+        means.append((step, mean))
     return means
 
 
