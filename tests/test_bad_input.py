@@ -146,8 +146,8 @@ CONFIGURATION: list[Row] = [
     ("a budget that is no size", lambda p: ["memory.budget=much"], ["memory.budget", "'much'"]),
     ("a budget of nothing", lambda p: ["memory.budget=1KiB"], ["`memory.budget`", "1048576"]),
     ("a budget below the weights", lambda p: ["memory.budget=20MiB"], ["is not enough", "model.quantization=nf4"]),
-    ("pages without a GPU", lambda p: ["training.optimizer=paged_adamw_8bit"], ["GPU", "take adamw_8bit"]),
-    ("a GPU's host without one", lambda p: ["training.checkpointing=offload"], ["GPU", "take true"]),
+    ("pages without a GPU", lambda p: ["training.optimizer=paged_adamw_8bit"], ["GPU", "set it to adamw_8bit"]),
+    ("a GPU's host without one", lambda p: ["training.checkpointing=offload"], ["GPU", "set it to true"]),
     ("a kind of checkpointing", lambda p: ["training.checkpointing=offlod"], ["offlod", "'offload'"]),
     ("a rank beyond the width", lambda p: ["adapter.rank=40", "probe.sketch_size=40"], ["40", "32 directions of"]),
     ("no key=value", lambda p: ["training.epochs"], ["`training.epochs`", "write for example training.epochs=1"]),
@@ -522,7 +522,7 @@ EXPORT: list[Row] = [
     (
         "a folder with something else in it",
         lambda p: with_result(p, "merged", "--output", str(foreign(p))),
-        ["no earlier export", "--output"],
+        ["not an earlier export", "--output"],
     ),
     (
         "an earlier export",
