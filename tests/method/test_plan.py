@@ -54,7 +54,7 @@ def test_layers_that_share_nothing_stay_alone():
 
 
 def test_whole_gradients_that_share_one_side_only_have_cosine_near_zero():
-    """What docs/method.md section 2 says of real models holds for made ones: the cosine criterion finds nothing."""
+    """What docs/method.md section 2.3 says of real models holds for made ones: the cosine criterion finds nothing."""
     matrices = [layer(i, "input") for i in range(6)]
     plan = build_plan("m", matrices, replace(SETTINGS, criterion="cosine"))
     assert plan.groups == ()
