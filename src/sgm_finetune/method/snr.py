@@ -205,17 +205,20 @@ def deflate(s: Tensor, rows: int, cols: int) -> tuple[float, int, float]:
     num_zero = int((s <= ROUNDING).sum())
     if num_zero > size // 256:
         return _sigma_floor(rows, cols), size - num_zero, ROUNDING
-    found: dict[int, tuple[float, float]] = {}
+    edges: dict[int, float] = {}
+    distances: dict[int, float] = {}
     for quarter in range(4):
         rank, edge = confirm_rank(s, rows, cols, quarter * size // 4)
-        if rank not in found:
-            found[rank] = edge, distance_from_noise(s, rows, cols, rank)
-            if found[rank][1] <= _fit_tolerance(size - rank):
-                break
-    nearest = min(distance for _, distance in found.values())
-    rank = min(k for k, (_, d) in found.items() if d <= max(_fit_tolerance(size - k), _NEAREST * nearest))
+        if rank in edges:
+            continue
+        edges[rank], distances[rank] = edge, distance_from_noise(s, rows, cols, rank)
+        if distances[rank] <= _fit_tolerance(size - rank):
+            break
+    nearest = min(distances.values())
+    rank = min(k for k, distance in distances.items() if distance <= max(_fit_tolerance(size - k), _NEAREST * nearest))
     sigma = bulk_sigma(s, rows, cols, rank)
-    return max(sigma * absorption_factor(s[:rank], sigma, rows, cols), _sigma_floor(rows, cols)), rank, found[rank][0]
+    corrected = sigma * absorption_factor(s[:rank], sigma, rows, cols)
+    return max(corrected, _sigma_floor(rows, cols)), rank, edges[rank]
 
 
 def _fit_tolerance(num_values: int) -> float:
