@@ -109,7 +109,7 @@ def test_a_zero_gradient_has_cosine_zero_and_keeps_nothing():
 
 
 def test_pairwise_retention_agrees_with_bases_formed_one_by_one():
-    """The Gram form equals the definition: fit a shared basis to the pair, evaluate both layers, divide by own bases."""
+    """The Gram form equals the definition: fit a basis to the pair, evaluate both layers, divide by their own."""
     common = low_rank(30, 40, 3, 9)
     gradients = [common + 0.5 * low_rank(30, 40, 4, seed) for seed in range(4)]
     fit = [sketch_of(g, 12, 0).input for g in gradients]
