@@ -294,7 +294,7 @@ SCALE: list[Row] = [
     (
         "a model's own code",
         lambda p: [f"model.name={own_code(p.model())}"],
-        ["model.trust_remote_code=true", "read it"],
+        ["model.trust_remote_code=true", "read the code"],
     ),
 ]
 
@@ -340,12 +340,12 @@ MODEL: list[Row] = [
         ["model.task=sequence-classification", "vit", "another task or model"],
     ),
     (
-        "a model that is quantised already",
+        "a model that is already quantised",
         lambda p: [
             f"model.name={with_config(p.model(), quantization_config={'quant_method': 'gptq', 'bits': 4})}",
             "model.quantization=nf4",
         ],
-        ["quantised already", "model.quantization=none"],
+        ["already quantised", "model.quantization=none"],
     ),
 ]
 

@@ -16,7 +16,7 @@ def test_a_folder_is_its_own_folder(llama_folder):
 
 
 def test_a_folder_of_nothing_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"has no config.json; model.name takes a folder"):
+    with pytest.raises(UserError, match=r"has no config.json; model.name needs a folder"):
         local_folder(str(tmp_path))
 
 

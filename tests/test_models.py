@@ -102,7 +102,7 @@ def test_more_tokens_than_a_model_has_positions_are_refused(family, changes, pos
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **changes}))
     config = ModelConfig(name="x")
     check_model(config, tmp_path, positions)
-    with pytest.raises(UserError, match=f"take data.max_length={positions} or less"):
+    with pytest.raises(UserError, match=f"use data.max_length={positions} or less"):
         check_model(config, tmp_path, positions + 1)
 
 

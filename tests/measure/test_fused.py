@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sgm_finetune.model.weights.fused import _EXPERT_LAYOUTS, Cut, Layout, cuts
+from sgm_finetune.model.weights.fused import EXPERT_LAYOUTS, Cut, Layout, cuts
 from sgm_finetune.model.weights.stored import StoredMatrix, stored_matrices
 
 TOLERANCE = 1e-5  # of float32 products of 16 numbers
@@ -300,7 +300,7 @@ def test_a_transposed_conv1d_is_split_along_its_outputs():
 
 
 @pytest.mark.parametrize(
-    "model_type", [t for name, _, types in _EXPERT_LAYOUTS if name == "gate_up_proj" for t in types.split()]
+    "model_type", [t for name, _, types in EXPERT_LAYOUTS if name == "gate_up_proj" for t in types.split()]
 )
 def test_the_table_of_experts_is_what_the_installed_modeling_files_say(model_type: str):
     """Every listed model cuts gate and up in halves; gpt-oss alone takes every other one."""
