@@ -188,8 +188,8 @@ def cuts(
 ) -> tuple[Cut, ...]:
     """The parts of a fused parameter, which together make up the whole; () when the parameter is one matrix.
 
-    `shape` is the shape of the matrix; with `expert`, of one expert in a stack. `transposed` says that the file is known
-    to hold the transpose of the model's matrix. Torch's own `in_proj_weight` needs no config.
+    `shape` is the shape of the matrix; with `expert`, of one expert in a stack. `transposed` says that the file holds
+    the transpose of the model's matrix, if that is known. Torch's own `in_proj_weight` needs no config.
 
     >>> [(cut.name, cut.axis, cut.start, cut.stop) for cut in cuts("h.0.attn.c_attn.weight", (4, 12),
     ...     {"model_type": "gpt2", "n_embd": 4, "n_head": 2})]
