@@ -28,7 +28,9 @@ def test_a_name_of_nothing_is_refused_with_what_there_is(name):
 
 
 def test_a_hub_model_that_cannot_be_had_is_one_line():
-    with pytest.raises(UserError, match=r"nobody/nothing is not a local folder .* cannot be downloaded from the hub") as caught:
+    with pytest.raises(
+        UserError, match=r"nobody/nothing is not a local folder .* cannot be downloaded from the hub"
+    ) as caught:
         local_folder("nobody/nothing")
     assert "\n" not in str(caught.value)
 

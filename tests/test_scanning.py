@@ -122,7 +122,7 @@ def test_a_stopped_scan_says_how_far_it_came_and_goes_on_there(tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert re.fullmatch(r"Interrupted after \d+ of 30 matrices; the same command goes on there\n", error)
+    assert re.fullmatch(r"Interrupted after \d+ of 30 matrices; the same command resumes there\n", error)
     assert not output.exists()
     kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
     assert 2 <= len(kept) < 30

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.measure.scan import _batches, measured_singular_values, scan
+from sgm_finetune.measure.scan import batches_by_size, measured_singular_values, scan
 from sgm_finetune.measure.scan_formats import axolotl_format, load_scan, save_scan, spectrum_format
 from sgm_finetune.method.singular_values import singular_values, spectra
 from sgm_finetune.method.snr import NO_SIGNAL_DB, signal_to_noise
@@ -414,7 +414,9 @@ def test_matrices_that_are_decomposed_together_are_what_they_are_alone(folder: P
         return spectra(matrices)
 
     monkeypatch.setattr("sgm_finetune.measure.scan.spectra", counted)
-    monkeypatch.setattr("sgm_finetune.measure.scan._batches", lambda m, device: _batches(m, torch.device("cuda")))
+    monkeypatch.setattr(
+        "sgm_finetune.measure.scan.batches_by_size", lambda m, device: batches_by_size(m, torch.device("cuda"))
+    )
     together = scan(folder, fresh=True)
     assert calls == [2 * NUM_LAYERS + 2]
     for one, other in zip(alone.matrices, together.matrices, strict=True):
