@@ -40,7 +40,7 @@ class ScanInterrupted(Exception):  # noqa: N818 - the user's wish, not an error
 
 @dataclass(frozen=True)
 class ScanRequest:
-    """What `sgm scan` is asked to do."""
+    """The arguments of `sgm scan`."""
 
     model: str
     """A model, or a file with the results of a scan."""

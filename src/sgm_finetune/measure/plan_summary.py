@@ -26,7 +26,7 @@ def describe_plan(plan: Plan) -> str:
 
 
 def plan_remarks(plan: Plan) -> list[str]:
-    """Why the plan has no groups, with the criterion's numbers; [] when it has some, or when none were asked for."""
+    """Why the plan has no groups, with the criterion's numbers; [] when it has some, or when `merge.side` is none."""
     settings = plan.settings
     kinds = [kind for kind in plan.kinds if kind.side is not None]
     if plan.groups or settings.side == "none":

@@ -181,15 +181,18 @@ def _new_modules(model: nn.Module, absent: Collection[str], model_name: str) -> 
                 f"model.name={model_name}: its files lack `{name}`, or hold it in another shape; download them again"
             )
         parts = name.split(".")[:-1]
-        for depth in range(1, len(parts) + 1):
-            module = ".".join(parts[:depth])
-            if all(parameter in absent for parameter in parameters if parameter.startswith(f"{module}.")):
-                found[module] = None
-                break
+        modules = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+        found[next(module for module in modules if _is_absent(module, parameters, absent))] = None
     return tuple(found)
 
 
+def _is_absent(module: str, parameters: Collection[str], absent: Collection[str]) -> bool:
+    """Whether all parameters of the module are `absent`."""
+    return all(parameter in absent for parameter in parameters if parameter.startswith(f"{module}."))
+
+
 def _quantization(config: ModelConfig, unquantised: list[str]) -> BitsAndBytesConfig:
+    """bitsandbytes' settings; the modules `unquantised` stay as they are."""
     if config.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantised)
     return BitsAndBytesConfig(
