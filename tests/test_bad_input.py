@@ -314,7 +314,7 @@ SCALE: list[Row] = [
     (
         "a model's own code",
         lambda p: [f"model.name={own_code(p.model())}"],
-        ["model.trust_remote_code=true", "read it"],
+        ["model.trust_remote_code=true", "read the code"],
     ),
 ]
 
@@ -360,12 +360,12 @@ MODEL: list[Row] = [
         ["model.task=sequence-classification", "vit", "another task or model"],
     ),
     (
-        "a model that is quantised already",
+        "a model that is already quantised",
         lambda p: [
             f"model.name={with_config(p.model(), quantization_config={'quant_method': 'gptq', 'bits': 4})}",
             "model.quantization=nf4",
         ],
-        ["quantised already", "model.quantization=none"],
+        ["already quantised", "model.quantization=none"],
     ),
 ]
 
@@ -478,8 +478,12 @@ SCAN: list[Row] = [
     ("histograms of nothing", lambda p: [str(p.llama), "--matrix", "*q_proj"], ["--plot FOLDER"]),
     ("a matrix that there is not", lambda p: plotted(p, "model.layers.0.mlp.up_prj"), ["did you mean", ".up_proj?"]),
     ("a pattern of nothing", lambda p: plotted(p, "*query"), ["*query", "pattern"]),
-    ("pictures over others", lambda p: [str(p.llama), "--plot", str(p.file("x", "mine").parent)], ["no empty folder"]),
-    ("a file for pictures", lambda p: [str(p.llama), "--plot", str(p.file("x", "mine"))], ["no empty folder"]),
+    (
+        "pictures over others",
+        lambda p: [str(p.llama), "--plot", str(p.file("x", "mine").parent)],
+        ["not an empty folder"],
+    ),
+    ("a file for pictures", lambda p: [str(p.llama), "--plot", str(p.file("x", "mine"))], ["not an empty folder"]),
     ("two things on stdout", lambda p: [str(p.llama), "--json", "--format", "spectrum"], ["--json", "leave one"]),
     ("a file that holds no scan", lambda p: [str(p.file("s.json", '{"a": 1}'))], ["s.json", "is no scan"]),
     ("results of the other estimator", lambda p: [published(p), "--estimator", "mp"], ["spectrum, not mp"]),
