@@ -137,10 +137,10 @@ def test_a_report_is_made_again_where_the_folder_lies_now(tmp_path, capfd):
     ("name", "text", "words"),
     [
         ("metrics.json", "{", "cannot be read"), ("metrics.json", "[]", "holds a list, not an object"),
-        ("metrics.json", "{}", "was not written by `sgm finetune`"), ("history.json", "[1]", "is no history"),
-        ("history.json", '[{"loss": "low"}]', "is no history"), ("pictures.json", '{"a": 1}', "holds no pictures"),
+        ("metrics.json", "{}", "was not written by `sgm finetune`"), ("history.json", "[1]", "is not a history"),
+        ("history.json", '[{"loss": "low"}]', "is not a history"), ("pictures.json", '{"a": 1}', "holds no pictures"),
         ("examples.json", '{"examples": [{}]}', "holds no examples"), ("plan.json", "{}", "is no usable plan"),
-        ("config.yaml", "a: 1", "unknown key"), ("environment.json", '{"machine": 3}', "did not write so"),
+        ("config.yaml", "a: 1", "unknown key"), ("environment.json", '{"machine": 3}', "differ from what"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_another_thing_is_one_line(name, text, words, tmp_path, capfd):

@@ -26,6 +26,7 @@ class Row:
     """One quantity of every run, as numbers and as text."""
 
     name: str
+    """Name on the page, and key in the output of `sgm compare --json`."""
     values: tuple[float | None, ...]
     texts: tuple[str, ...]
     better: Literal["higher", "lower"] | None = None
@@ -171,8 +172,8 @@ def _cost_rows(runs: Sequence[Run]) -> list[Row]:
         row("trainable parameters", each("trainable_parameters"), count),
         row(f"bytes of {PTH}", sizes, memory),
         row("steps", each("steps"), count),
-        row("training time", each("seconds", "train"), duration),
-        row("total time", each("seconds", "total"), duration),
+        row("time to train", each("seconds", "train"), duration),
+        row("time in all", each("seconds", "total"), duration),
         row("training tokens per second", each("tokens_per_second"), count),
         row("peak memory", each("peak_memory_bytes"), memory),
     ]
