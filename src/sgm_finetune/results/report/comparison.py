@@ -74,7 +74,10 @@ class RunComparison:
 
 
 def compare_runs(folders: Sequence[Path]) -> RunComparison:
-    """Raises UserError for fewer than two runs, for a run named twice, and for a folder without a finished run."""
+    """Compares the runs in `folders`; the first one's test data is the standard.
+
+    Raises UserError for fewer than two runs, for a run named twice, and for a folder without a finished run.
+    """
     if len(folders) < 2:
         raise UserError("sgm compare needs two runs or more; name their folders")
     for index, folder in enumerate(folders):
