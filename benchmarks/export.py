@@ -1,9 +1,9 @@
-"""What each export costs and how near it comes: differences of the logits, size, seconds, memory.
+"""Measures each export: the difference of its logits, its size, its seconds and its memory.
 
     python benchmarks/export.py                # a short run of SmolLM2-135M in 4 bits, exported every way
-    python benchmarks/export.py --large 8      # what merging 8 layers of an 8B model's size holds in memory
+    python benchmarks/export.py --large 8      # memory to merge 8 layers of an 8B model's size
 
-Every row is a process of its own and a line of benchmarks/results/export.jsonl.
+Each row comes from a separate process and is a line of benchmarks/results/export.jsonl.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "llama-cpp-p
 SGM = [sys.executable, "-c", "import sys; from sgm_finetune.commands.cli import main; main(sys.argv[1:])"]
 
 
-def trained(folder: Path) -> list[str]:
-    """Eight steps on made-up answers; what `sgm export` needs to find the result."""
+def train_small_run(folder: Path) -> list[str]:
+    """Trains eight steps on made-up answers; returns the arguments with which `sgm export` finds the result."""
     rows = [
         {"prompt": f"How far is mill {i}?", "completion": f" It is {3 * i + 7} leagues, by the old river road."}
         for i in range(120)
@@ -43,7 +43,7 @@ def trained(folder: Path) -> list[str]:
     return where
 
 
-def exported(where: list[str], to: str, kind: str | None) -> dict[str, Any]:
+def export_row(where: list[str], to: str, kind: str | None) -> dict[str, Any]:
     folder = Path(where[1]).parent / f"{to}-{kind}"
     options = ["--to", to, "--output", str(folder), *(["--gguf-type", kind] if kind else [])]
     done = subprocess.run([*SGM, "export", "--json", *options, *where], check=True, capture_output=True, text=True)
@@ -53,15 +53,15 @@ def exported(where: list[str], to: str, kind: str | None) -> dict[str, Any]:
 
 
 def save_large(folder: Path, num_layers: int) -> None:
-    """A LLaMA of random bfloat16 weights, with an adapter of rank 16 on every matrix."""
+    """Writes a LLaMA of random bfloat16 weights, with an adapter of rank 16 on every matrix."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from sgm_finetune.base.config import load_config
+    from sgm_finetune.base.config_file import load_config
     from sgm_finetune.measure.make_plan import make_plan
     from sgm_finetune.measure.scan import scan
     from sgm_finetune.model.folder import local_folder
-    from sgm_finetune.results.files import save_pth
+    from sgm_finetune.results.pth import save_pth
     from sgm_finetune.train.adapters.apply import apply_plan
 
     sizes = LlamaConfig(
@@ -85,10 +85,10 @@ def save_large(folder: Path, num_layers: int) -> None:
 
 
 def written(folder: Path, to: str) -> dict[str, Any]:
-    """Writing alone, without the comparison: the most anonymous memory above what was held before, in MiB."""
+    """Peak anonymous memory, in MiB above what the process held before, of writing without the comparison."""
     from rich.console import Console
 
-    from sgm_finetune.base.config import load_config
+    from sgm_finetune.base.config_file import load_config
     from sgm_finetune.base.console import StepLog
     from sgm_finetune.results.export.gguf_file import write_gguf
     from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
@@ -152,9 +152,9 @@ def main(arguments: list[str]) -> None:
                     subprocess.run([sys.executable, __file__, *steps], check=True)
         case []:
             with tempfile.TemporaryDirectory() as folder:
-                where = trained(Path(folder))
+                where = train_small_run(Path(folder))
                 for to, kind in EXPORTS:
-                    record(exported(where, to, kind))
+                    record(export_row(where, to, kind))
         case _:
             sys.exit(__doc__)
 

@@ -1,12 +1,12 @@
-"""Predicted peak memory beside the measured one: what `sgm finetune` says before a run, and what the run held.
+"""Compares predicted peak memory, which `sgm finetune` prints before a run, with the measured peak of the run.
 
-    python benchmarks/memory.py              # what is missing of all configurations, on this machine
-    python benchmarks/memory.py --predict    # beside what was measured, what is predicted now (`sgm estimate`)
-    python benchmarks/memory.py --table      # the table of docs/estimate.md from what there is
+    python benchmarks/memory.py              # runs the configurations that are missing on this machine
+    python benchmarks/memory.py --predict    # predicts the measured configurations again (`sgm estimate`)
+    python benchmarks/memory.py --table      # prints the tables of docs/estimate.md from the recorded runs
 
-Each configuration is a whole run in a process of its own (test, probe, a few steps, validation, test), appended to
-benchmarks/results/memory.jsonl; each processor has a table of its own. Measured is the most that was resident (CPU) or
-allocated (GPU). The allocator's shares in the prediction were chosen with the first of these results in view
+Each configuration is a whole run in a separate process (test, probe, a few steps, validation, test), appended to
+benchmarks/results/memory.jsonl. Each processor has its own table. The measured peak is resident memory on a CPU and
+allocated memory on a GPU. The allocator's shares in the prediction were chosen with the first of these results in view
 (docs/estimate.md).
 """
 
@@ -72,11 +72,11 @@ CONFIGURATIONS = {
         "training.max_steps=4", "probe.num_batches=4",
     ),
 }  # fmt: skip
-"""Name -> what is changed of the default configuration."""
+"""Name -> overrides of the default configuration."""
 
 
 def said(command: str, name: str) -> dict:
-    """What `sgm COMMAND --json` prints."""
+    """The JSON object that `sgm COMMAND --json` prints."""
     with tempfile.TemporaryDirectory() as folder:
         blank = Path(folder) / "config.yaml"
         blank.write_text("{}\n")
@@ -127,12 +127,12 @@ def measure(name: str) -> dict:
 def append(row: dict) -> None:
     with FILE.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    told = f"{row['predicted_mib']:,} predicted, {row['measured_mib']:,} measured, {row['off']:+.1%}"
-    print(f"{row['configuration']}: {told}", flush=True)
+    peaks = f"{row['predicted_mib']:,} predicted, {row['measured_mib']:,} measured, {row['off']:+.1%}"
+    print(f"{row['configuration']}: {peaks}", flush=True)
 
 
-def recorded() -> dict[str, dict[str, dict]]:
-    """Machine -> configuration -> its last run there."""
+def recorded_runs() -> dict[str, dict[str, dict]]:
+    """Machine -> configuration -> its last run on that machine."""
     lines = FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []
     found: dict[str, dict[str, dict]] = {}
     for row in map(json.loads, lines):
@@ -141,7 +141,7 @@ def recorded() -> dict[str, dict[str, dict]]:
 
 
 def machine(row: dict) -> str:
-    """The processor; virtual ones of several generations have one name."""
+    """Name of a run's machine, with its bfloat16 units: virtual processors of several generations share one name."""
     return row["processor"] + (", bfloat16 units" if row["bfloat16_units"] else "")
 
 
@@ -168,11 +168,11 @@ def table(name: str, rows: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the table from what there is")
-    parser.add_argument("--predict", action="store_true", help="predict again what was measured")
-    parser.add_argument("--only", nargs="+", help="these configurations, measured also where they are recorded")
+    parser.add_argument("--table", action="store_true", help="print the tables of the recorded runs")
+    parser.add_argument("--predict", action="store_true", help="predict the measured configurations again")
+    parser.add_argument("--only", nargs="+", help="measure these configurations, even if they are recorded")
     asked = parser.parse_args()
-    here = recorded().get(machine(processor()), {})
+    here = recorded_runs().get(machine(processor()), {})
     if asked.predict:
         for row in here.values():
             if asked.only is None or row["configuration"] in asked.only:
@@ -180,7 +180,7 @@ def main() -> None:
     elif not asked.table:
         for name in asked.only or [name for name in CONFIGURATIONS if name not in here]:
             append(measure(name))
-    print("\n\n".join(table(name, rows) for name, rows in recorded().items()))
+    print("\n\n".join(table(name, rows) for name, rows in recorded_runs().items()))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A GPU's memory as it is predicted, beside what steps on one held (benchmarks/results/step_gpu.json).
+"""Compares the predicted GPU memory of steps with the measured one (benchmarks/results/step_gpu.json).
 
     python benchmarks/memory_gpu.py     # on any machine: nothing is computed
 
-The steps of benchmarks/step_gpu.py are followed over the 8B model's shapes by what `sgm estimate` follows a run with;
-weights and adapters are counted, nothing is fitted. Printed, as the table of docs/estimate.md.
+The script follows the steps of benchmarks/step_gpu.py over the 8B model's shapes, with the code by which `sgm estimate`
+follows a run. It counts weights and adapters and fits nothing. It prints the table of docs/estimate.md.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from torch import nn
 
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.stand_ins import FUSED_ATTENTION, stand_in, stand_in_kernels
-from sgm_finetune.train.budget.estimate import optimizer_workspace, saved_elsewhere
-from sgm_finetune.train.budget.footprint import Footprint
+from sgm_finetune.train.adapters.optimizer import state_bytes, workspace_bytes
+from sgm_finetune.train.budget.footprint import Footprint, saved_elsewhere
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.head_loss import HeadLoss
 
 PREDICTED = ("fast", "fast, Liger", "SGM")
 
 
-def predicted(way: str, batch: int, length: int, checkpointing: str) -> float:
-    """GiB."""
+def predict_peak(way: str, batch: int, length: int, checkpointing: str) -> float:
+    """Predicted peak of a step, in GiB."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
@@ -59,14 +59,14 @@ def predicted(way: str, batch: int, length: int, checkpointing: str) -> float:
     in_parts = HeadLoss(model.base_model, model.lm_head)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     factors = sum(4 * p.numel() for p in trained)
-    state = sum(4 * (p.numel() + max(p.shape)) for p in trained) if way == "SGM" else 2 * factors
+    state = state_bytes(trained, "spectral" if way == "SGM" else "adamw")
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     known = [*adapted.parameters(), *adapted.buffers()]
     elsewhere = saved_elsewhere() if checkpointing == "offload" else nullcontext()
     with Footprint(known, batch * (length - 1), LLAMA_8B["vocab_size"]) as footprint, elsewhere:  # type: ignore
         adapted.train()
         in_parts.mean(adapted, {"input_ids": ids, "labels": ids}).backward()
-    optimizing = factors + (optimizer_workspace(adapted) if way == "SGM" else 0)
+    optimizing = factors + (workspace_bytes(trained) if way == "SGM" else 0)
     return (weights + factors + state + max(footprint.peak, optimizing)) / 2**30
 
 
@@ -77,7 +77,7 @@ def main() -> None:
     with patch("torch.cuda.is_available", return_value=True):
         for row in rows:
             if row["way"] in PREDICTED and "failed" not in row:
-                found = predicted(row["way"], row["batch"], row["length"], row["checkpointing"])
+                found = predict_peak(row["way"], row["batch"], row["length"], row["checkpointing"])
                 offs.append(found / row["peak_gib"] - 1)
                 off = f"{100 * offs[-1]:+.1f} %".replace("-", "−")
                 place = f"| {row['way']} | {row['batch']} × {row['length']:,} | {row['checkpointing']} |"

@@ -1,13 +1,14 @@
-"""Where the published Spectrum formula goes wrong, on noise and on real weights; makes the figures of docs/scan.md.
+"""Shows where the published Spectrum formula is wrong, on noise and on real weights; draws figures of docs/scan.md.
 
     python benchmarks/published_formula.py [--models smollm2-135m-instruct all-minilm-l6-v2]
 
-Noise: Gaussian matrices of four aspect ratios, and what either estimator calls signal in them. Scale: one spiked
-matrix, multiplied. Models: both estimators on every layer's matrices and, as a control, on the same entries shuffled;
-per kind the rank correlation (Spearman) of the two ratios over the layers, the top quarters, and the matrices that each
-prefers.
+- Noise: Gaussian matrices of four aspect ratios, and the fraction that each estimator calls signal.
+- Scale: one spiked matrix, multiplied by constants.
+- Models: both estimators on every layer's matrices and, as a control, on the same entries shuffled. For each kind: the
+  rank correlation (Spearman) of the two ratios over the layers, the top quarters, and the matrices that each prefers.
 
-Printed as the tables of docs/scan.md, appended to benchmarks/results/published_formula.json; figures in docs/figures/.
+The script prints the tables of docs/scan.md, appends to benchmarks/results/published_formula.json and draws into
+docs/figures/.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from matplotlib.figure import Figure
 from recording import append_run
 from scipy.stats import spearmanr
 
-from sgm_finetune.measure.scan import measured_spectra, scan
+from sgm_finetune.measure.scan import measured_singular_values, scan
 from sgm_finetune.measure.scan_result import MatrixScan, Scan
 from sgm_finetune.method.selection import choose_per_kind
-from sgm_finetune.method.singular_values import Spectrum, spectra
+from sgm_finetune.method.singular_values import SingularValues, batched_singular_values
 from sgm_finetune.method.snr import signal_to_noise
 from sgm_finetune.model.folder import local_folder
 from sgm_finetune.model.weights.stored import stored_matrices
@@ -44,12 +45,14 @@ NOISE_SHAPES = ((1024, 1024), (1024, 1536), (1024, 2048), (1024, 4096))
 PUBLISHED_EDGE = "#6a3d9a"
 
 
-def noise(rows: int, cols: int) -> Spectrum:
-    return spectra([torch.randn(rows, cols, generator=torch.Generator().manual_seed(0), dtype=torch.float64)])[0]
+def noise(rows: int, cols: int) -> SingularValues:
+    return batched_singular_values(
+        [torch.randn(rows, cols, generator=torch.Generator().manual_seed(0), dtype=torch.float64)]
+    )[0]
 
 
-def described(name: str, found: Spectrum) -> MatrixScan:
-    """Our scan of a spectrum that stands in no file."""
+def describe_scan(name: str, found: SingularValues) -> MatrixScan:
+    """Our scan of singular values that do not come from a file."""
     rows, cols = found.alive
     s = signal_to_noise(found.values, rows, cols)
     return MatrixScan(name, name, None, (rows, cols), s.sigma, s.edge, s.signal_rank, s.snr, s.snr_db, name, 0.0)
@@ -82,7 +85,7 @@ def measure_scale() -> list[dict]:
     rows_ = []
     print("\n| weights | `mp`: SNR | published: SNR |\n|---|---|---|")
     for factor in (0.1, 1.0, 10.0):
-        values = spectra([factor * weights.double()])[0].values
+        values = batched_singular_values([factor * weights.double()])[0].values
         ours, theirs = (signal_to_noise(values, 512, 512, estimator).snr for estimator in ("mp", "spectrum"))
         rows_.append({"factor": factor, "mp": ours, "spectrum": theirs})
         print(f"| {factor:g} W | {ours:.4f} | {theirs:.4g} |")
@@ -94,7 +97,7 @@ def in_layers(found: Scan) -> list[MatrixScan]:
 
 
 def pairs(model: str) -> dict[str, list[tuple[MatrixScan, MatrixScan]]]:
-    """Kind -> (ours, published) of each of its layers."""
+    """Kind -> the scans (ours, published) of its layers."""
     ours, theirs = (scan(model, estimator=estimator, control=True) for estimator in ("mp", "spectrum"))
     published = {matrix.name: matrix for matrix in theirs.matrices}
     kinds: dict[str, list[tuple[MatrixScan, MatrixScan]]] = {}
@@ -171,7 +174,7 @@ def measure_model(model: str) -> list[dict]:
 
 
 def measure_outliers(model: str) -> list[dict]:
-    """Matrices that keep signal when their entries are shuffled: their largest entry, and what is left without it."""
+    """Prints the matrices that keep signal when shuffled: their largest entry, and the signal left without it."""
     rows_ = []
     weights = {matrix.name: matrix for matrix in stored_matrices(local_folder(model))}
     print("\n| keeps signal when shuffled | signal rank then | largest entry, in standard deviations | cut at 6 |")
@@ -182,7 +185,7 @@ def measure_outliers(model: str) -> list[dict]:
             deviation = entries.std()
             cut = entries.clamp(-6 * deviation, 6 * deviation).flatten()
             order = torch.randperm(cut.numel(), generator=torch.Generator().manual_seed(0))
-            values = spectra([cut[order].view(entries.shape)])[0].values
+            values = batched_singular_values([cut[order].view(entries.shape)])[0].values
             row = {
                 "name": matrix.name,
                 "shuffled_signal_rank": matrix.control.signal_rank,
@@ -209,8 +212,8 @@ def _list(numbers: Sequence[int]) -> str:
 # Figures
 
 
-def draw_both(axes: Axes, found: Spectrum, matrix: MatrixScan, title: str) -> None:
-    """The histogram with our law and edge, and the published edge beside it."""
+def draw_both(axes: Axes, found: SingularValues, matrix: MatrixScan, title: str) -> None:
+    """Draws the histogram with our law and edge and with the published edge."""
     draw_histogram(axes, found, matrix, legend=False)
     rows, cols = found.alive
     theirs = signal_to_noise(found.values, rows, cols, "spectrum")
@@ -231,13 +234,13 @@ def draw_noise() -> None:
     figure.get_layout_engine().set(rect=(0, 0.1, 1, 0.9))  # type: ignore[union-attr]
     for axes, (rows, cols) in zip(figure.subplots(1, 3), [s for s in NOISE_SHAPES if s != (1024, 1536)], strict=True):
         found = noise(rows, cols)
-        draw_both(axes, found, described("noise", found), f"Gaussian noise, {rows} × {cols}")
+        draw_both(axes, found, describe_scan("noise", found), f"Gaussian noise, {rows} × {cols}")
     legend(figure, figure.axes[0])
     save(figure, "published-noise")
 
 
 def draw_model(model: str, kind: str) -> None:
-    """The matrix of a kind that the published formula ranks first, and the one that ours does."""
+    """Draws the matrix of a kind that the published formula ranks first, and the one that ours ranks first."""
     members = next(found for name, found in pairs(model).items() if name.endswith(kind))
     theirs = max((m for _, m in members if math.isfinite(m.snr)), key=lambda m: m.snr)
     ours = max((m for m, _ in members), key=lambda m: m.snr)
@@ -246,14 +249,14 @@ def draw_model(model: str, kind: str) -> None:
     for axes, name, title in zip(
         figure.subplots(1, 2), (theirs.name, ours.name), ("published puts first: ", "mp puts first: "), strict=True
     ):
-        ((found, matrix),) = measured_spectra(model, [name])
+        ((found, matrix),) = measured_singular_values(model, [name])
         draw_both(axes, found, matrix, title + name.removeprefix("model."))
     legend(figure, figure.axes[0])
     save(figure, f"published-{model}-{kind}")
 
 
 def draw_ranks(model: str, kinds: dict[str, list[tuple[MatrixScan, MatrixScan]]], names: dict[str, str]) -> None:
-    """Place by our ratio against place by the published one; a point a layer, 1 the highest."""
+    """Draws each layer's place by our ratio against its place by the published ratio; 1 is the highest."""
     columns = 4
     lines = -(-len(kinds) // columns)
     figure = Figure(figsize=(10, 2.6 * lines), dpi=140, layout="constrained")
@@ -286,7 +289,7 @@ def save(figure: Figure, name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="anything that `sgm scan` takes")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="models, as `sgm scan` takes them")
     options = parser.parse_args()
     matplotlib.rcdefaults()
     start = time.perf_counter()

@@ -1,16 +1,16 @@
-"""Quality at an equal number of trained adapter parameters: all methods on the same tasks, with as many tries each.
+"""Compares adapters at an equal number of trained parameters, on the same tasks, with the same number of tries.
 
-    python benchmarks/quality.py                      the CPU tier: run what is missing, then write docs/results.md
-    python benchmarks/quality.py --tables             docs/results.md from what there is
+    python benchmarks/quality.py                      the CPU tier: runs what is missing, then writes docs/results.md
+    python benchmarks/quality.py --tables             writes docs/results.md and README's table from the recorded runs
     python benchmarks/quality.py --tasks topics --methods LoRA SGM --seeds 5
 
-For each task and method three or four learning rates are tried with a seed of their own and the validation loss
-decides; then `--seeds` (3) other seeds are trained with it, and with the method's default rate where it has one, and
-measured on the test data (benchmarks/quality_run.py says how).
+For each task and method, three or four learning rates are tried with a separate seed, and the validation loss chooses
+one. Then `--seeds` (3) other seeds are trained with it, and with the method's default rate if it has one, and measured
+on the test data (benchmarks/quality_run.py).
 
-Each run is a process of its own and is appended to benchmarks/results/quality.jsonl when it is done, with versions,
-seed and command, so that an interrupted benchmark goes on where it stopped. `--jobs` (2) run side by side, with
-`--threads` (1) each; seconds per step of runs that share a machine are told, but compared by --speed alone.
+Each run is a separate process. When it is done, it is appended to benchmarks/results/quality.jsonl with versions, seed
+and command, so that an interrupted benchmark continues where it stopped. `--jobs` (2) runs share the machine, with
+`--threads` (1) each; their seconds per step are recorded, but only --speed compares seconds.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ CPU_METHODS = (
 _appending = threading.Lock()
 
 
-def recorded() -> list[dict]:
+def recorded_runs() -> list[dict]:
     return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
 
 
 def in_a_process(*wanted: str | float) -> tuple[Any, int]:
-    """What `--one` makes of `wanted`, and the most bytes that its process held."""
+    """The result of `--one` for `wanted`, and the peak resident bytes of its process."""
     with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
         command = [sys.executable, __file__, "--one", json.dumps([*wanted, answer.name])]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -72,7 +72,7 @@ def in_a_process(*wanted: str | float) -> tuple[Any, int]:
 
 
 def run_missing(task: str, method: str, rate: float, seed: int, threads: int, runs: list[dict]) -> dict:
-    """The recorded run, or a new one in a process of its own."""
+    """The recorded run, or a new one in a separate process."""
     for run in list(runs):
         if (run["task"], run["method"], run["rate"], run["seed"]) == (task, method, rate, seed):
             return run
@@ -85,15 +85,17 @@ def run_missing(task: str, method: str, rate: float, seed: int, threads: int, ru
         with RESULTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(run) + "\n")
         runs.append(run)
-    told = run.get("test", run.get("validation"))
-    print(f"{task} · {method} · {rate:g} · seed {seed} · {told}", file=sys.stderr, flush=True)
+    measured = run.get("test", run.get("validation"))
+    print(f"{task} · {method} · {rate:g} · seed {seed} · {measured}", file=sys.stderr, flush=True)
     return run
 
 
 def run_method(task: str, method: Method, seeds: int, submit: Callable[..., Future]) -> None:
-    """The tries, then the seeds with the rate of the lowest validation loss and with the method's default rate;
-    `submit(task, method, rate, seed)`."""
-    from quality_tables import best_rate
+    """Submits the tries, then the seeds at the rate of the lowest validation loss and at the method's default rate.
+
+    `submit(task, method, rate, seed)` starts a run.
+    """
+    from quality_numbers import best_rate
 
     tries = {rate: submit(task, method.name, rate, TUNING_SEED) for rate in method.rates}
     best = best_rate({rate: run.result()["validation"]["loss"] for rate, run in tries.items()})
@@ -103,9 +105,11 @@ def run_method(task: str, method: Method, seeds: int, submit: Callable[..., Futu
 
 
 def run_all(tasks: list[str], chosen: list[Method], options: argparse.Namespace) -> None:
-    """What is missing of all tasks and methods, `options.jobs` runs at a time, method by method. The first run that
-    fails stops the rest."""
-    runs = recorded()
+    """Runs what is missing of all tasks and methods, `options.jobs` runs at a time, method by method.
+
+    The first run that fails stops the rest.
+    """
+    runs = recorded_runs()
     with ThreadPoolExecutor(options.jobs) as workers, ThreadPoolExecutor(options.jobs + 1) as methods:
 
         def submit(task: str, method: str, rate: float, seed: int) -> Future:
@@ -124,7 +128,7 @@ def run_all(tasks: list[str], chosen: list[Method], options: argparse.Namespace)
 
 
 def compare_speed(tasks: list[str], methods: list[str], threads: int, repeats: int = 3) -> None:
-    """Medians of interleaved repeats, LoRA always among them; nothing else should run on the machine."""
+    """Records seconds per step: medians of interleaved repeats, always with LoRA. Nothing else should run then."""
     from recording import append_run, processor
 
     methods = ["LoRA", *(method for method in methods if method not in ("LoRA", "untouched"))]
@@ -153,7 +157,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--tables", action="store_true")
-    parser.add_argument("--speed", action="store_true", help="seconds per step, interleaved, beside LoRA")
+    parser.add_argument("--speed", action="store_true", help="record seconds per step, interleaved with LoRA's")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -173,7 +177,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as shared:
             os.environ[MEASUREMENTS] = shared
             run_all(options.tasks, [METHODS[name] for name in options.methods], options)
-    write_page(recorded(), TASKS, METHODS, TUNING_SEED)
+    write_page(recorded_runs(), TASKS, METHODS, TUNING_SEED)
 
 
 if __name__ == "__main__":

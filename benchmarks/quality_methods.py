@@ -1,8 +1,8 @@
-"""The methods of benchmarks/quality.py: how each adapts a base model, and what steps it takes.
+"""The methods of benchmarks/quality.py: how each adapts a base model, and which optimizer steps it takes.
 
-All adapt every linear layer inside the model's blocks, but for the ones whose names say otherwise. A method's rank (or
-what else sets its size) is the largest whose trained adapter parameters stay within the task's budget, that of plain
-LoRA at the task's rank; "equal bytes" counts trained parameters and optimizer states together instead.
+Every method adapts all linear layers inside the model's blocks unless its name says otherwise. A method's rank (or the
+number that sets its size) is the largest one whose trained adapter parameters stay within the task's budget: plain
+LoRA's at the task's rank. "Equal bytes" counts trained parameters and optimizer states together instead.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ from peft import (
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-from sgm_finetune.base.config import DEFAULT_RATES, Config, parse_config, set_overrides
+from sgm_finetune.base.config import DEFAULT_RATES, Config
+from sgm_finetune.base.config_file import parse_config, set_overrides
 from sgm_finetune.base.console import Clock, StepLog
 from sgm_finetune.base.device import has_gpu
-from sgm_finetune.commands.finetune import scan_model
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.measure.probe_batches import probe_batches
+from sgm_finetune.measure.scan import scan
 from sgm_finetune.measure.scan_result import Scan
-from sgm_finetune.method.build_plan import Group, Plan, PlannedMatrix
-from sgm_finetune.method.plan_rules import adapter_parameters
+from sgm_finetune.method.parameter_count import adapter_parameters
+from sgm_finetune.method.plan import Group, Plan, PlannedMatrix
 from sgm_finetune.method.subspace import (
     SIDES,
     energy_kept,
-    equalised,
+    equalise_channels,
     leading_basis,
     leading_rows,
     shared_basis,
@@ -56,10 +57,10 @@ from sgm_finetune.train.adapters.apply import apply_plan, task_type
 from sgm_finetune.train.adapters.optimizer import FactorDescent, factor_pairs
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.attention import recompute_attention
-from sgm_finetune.train.fast.head_loss import HeadLoss, head_loss
+from sgm_finetune.train.fast.head_loss import HeadLoss, find_head_loss
 
 MEASUREMENTS = "SGM_QUALITY_MEASUREMENTS"
-"""Environment variable: a folder in which the runs of one benchmark share what they measure."""
+"""Environment variable: the folder in which the runs of one benchmark share their measurements."""
 
 Rates = tuple[float, ...]
 Optimizers = Callable[[float], list[torch.optim.Optimizer]]
@@ -67,16 +68,16 @@ Optimizers = Callable[[float], list[torch.optim.Optimizer]]
 
 @dataclass(frozen=True)
 class Base:
-    """What every method starts from."""
+    """The base model and the data that every method starts from."""
 
     name: str
-    """Of the task."""
+    """Name of the task."""
     config: Config
     prepared: PreparedData
     model: nn.Module
     log: StepLog
     budget: int
-    """Trained adapter parameters, at most."""
+    """Largest number of trained adapter parameters."""
     seed: int
 
     def with_overrides(self, *overrides: str) -> Config:
@@ -88,34 +89,34 @@ class Base:
 class Adapted:
     model: nn.Module
     optimizers: Optimizers
-    """Of the adapter's parameters, for a learning rate."""
+    """Learning rate -> optimizers of the adapter's parameters."""
     rank: int | None
     seconds: float = 0.0
-    """Of measuring, before the first step."""
+    """Time of the measurements before the first step."""
     energy_retained: float | None = None
-    """Of a plan (`energy_retained`)."""
+    """`energy_retained` of the plan; None for a method without one."""
     head_loss: HeadLoss | None = None
-    """Where the loss is had in parts."""
+    """Computes the loss in parts; None when the method uses the model's logits."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method, and the learning rates that are tried on validation."""
+    """One method, and the learning rates that validation chooses from."""
 
     name: str
     rates: Rates
     adapt: Callable[[Base], Adapted]
     default: float | None = None
-    """The rate that its users get who tune nothing: measured on test data even where it is not the best."""
+    """The rate that users get without tuning; it is measured on test data even if it is not the best."""
 
 
 def budget_of(model: nn.Module, rank: int) -> int:
-    """Parameters of plain LoRA on every linear layer."""
+    """Number of parameters of plain LoRA on every linear layer."""
     return sum(rank * sum(matrix.shape) for matrix in adaptable(model).values())
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A new classification head, which every method trains whole and which no budget counts."""
+    """Parameters of a new classification head; every method trains it whole and no budget counts it."""
     mark = "modules_to_save" if hasattr(model, "peft_config") else "classifier."
     return [p for name, p in model.named_parameters() if p.requires_grad and mark in name]
 
@@ -125,7 +126,7 @@ def adapter_only(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad and id(p) not in heads]
 
 
-# The peers, from PEFT
+# Other methods, from PEFT
 
 
 def peft_method(
@@ -138,8 +139,10 @@ def peft_method(
     choose: Callable[[Base], list[str]] = lambda base: list(adaptable(base.model)),
     share: float = 1.0,
 ) -> Method:
-    """`settings(rank, layers)`; a `fixed` rank is not fitted to `share` of the budget; `falling`: a larger one trains
-    less."""
+    """A method of PEFT, from its configuration `settings(rank, layers)`.
+
+    The rank is fitted to `share` of the budget unless it is `fixed`; `falling`: a larger rank trains fewer parameters.
+    """
 
     def adapt(base: Base) -> Adapted:
         layers = choose(base)
@@ -161,7 +164,7 @@ def adamw(model: nn.Module) -> Optimizers:
 
 
 def shape_count(model: nn.Module, settings: PeftConfig) -> int:
-    """Adapter parameters that a configuration would train, on a copy of the layers without weights."""
+    """Number of adapter parameters that a configuration trains, counted on a copy of the layers without weights."""
     with torch.device("meta"):
         skeleton = nn.ModuleDict()
         for name, matrix in adaptable(model).items():
@@ -178,7 +181,7 @@ def shape_count(model: nn.Module, settings: PeftConfig) -> int:
 
 
 def fitted_rank(count: Callable[[int], int], budget: float, falling: bool = False) -> int:
-    """The rank that comes nearest to the budget from below; counts grow with the rank, or fall."""
+    """The rank whose count is nearest to the budget from below; counts rise with the rank, or fall if `falling`."""
 
     def fits(rank: int) -> bool:
         return (count(rank) <= budget) is not falling
@@ -197,7 +200,7 @@ def lora(rank: int, layers: list[str], **changes) -> LoraConfig:
 
 
 def lora_ga_gradient(base: Base, settings: PeftConfig) -> None:
-    """On the batches that the probe reads."""
+    """Prepares LoRA-GA with the gradients of the batches that the probe reads."""
 
     def backward() -> None:
         for batch in probe_batches(base.config, base.prepared):
@@ -207,7 +210,7 @@ def lora_ga_gradient(base: Base, settings: PeftConfig) -> None:
 
 
 def plus(method: Method, name: str, rates: Rates, ratio: float = 16.0) -> Method:
-    """LoRA+: lora_B learns `ratio` times as fast as lora_A (its paper's 2⁴)."""
+    """LoRA+: the learning rate of lora_B is `ratio` times that of lora_A (2⁴ in its paper)."""
 
     def adapt(base: Base) -> Adapted:
         made = method.adapt(base)
@@ -234,11 +237,11 @@ def untouched(base: Base) -> Adapted:
     return Adapted(base.model, lambda rate: [], None)
 
 
-# Ours
+# Our methods
 
 
 def descending(method: Method, name: str, rates: Rates) -> Method:
-    """The same adapter, its factors moved by spectral descent."""
+    """The same adapter, trained by spectral descent on its factors."""
 
     def adapt(base: Base) -> Adapted:
         made = method.adapt(base)
@@ -249,7 +252,7 @@ def descending(method: Method, name: str, rates: Rates) -> Method:
 
 
 def fast(method: Method, name: str) -> Method:
-    """The same, its steps computed as by training.step=fast."""
+    """The same method, with steps computed as by training.step=fast."""
 
     def adapt(base: Base) -> Adapted:
         if not has_gpu():
@@ -258,7 +261,7 @@ def fast(method: Method, name: str) -> Method:
         if slow := use_fast_step(made.model):  # type: ignore[arg-type]
             raise ValueError(f"{name}: PEFT's forward in {slow}")
         language = base.config.model.task == "causal-lm"
-        return replace(made, head_loss=head_loss(made.model, first_batch(base)) if language else None)
+        return replace(made, head_loss=find_head_loss(made.model, first_batch(base)) if language else None)
 
     return Method(name, method.rates, adapt, method.default)
 
@@ -275,19 +278,21 @@ def as_planned(plan: Plan, probed: Probe, seed: int) -> Plan:
     return plan
 
 
-def merged(
+def sgm_method(
     name: str,
     rates: Rates,
     *overrides: str,
     change: Change = as_planned,
     share: float | None = 1.0,
 ) -> Method:
-    """SGM: scan, probe, plan, apply. The plan may be changed (a control), by the run's seed; its rank is the largest
-    with which it trains at most `share` of the budget (None: plain LoRA's rank). The change must not move the rank with
-    the seed."""
+    """SGM: scan, probe, plan, apply.
+
+    `change` turns the plan into a control's, by the run's seed; it must not move the rank with the seed. The rank is
+    the largest one that trains at most `share` of the budget (None: plain LoRA's rank).
+    """
 
     def adapt(base: Base) -> Adapted:
-        (scanned, probed), seconds = measured(base)
+        (scanned, probed), seconds = scan_and_probe(base)
 
         def planned(rank: int) -> Plan:
             config = base.with_overrides(
@@ -299,7 +304,7 @@ def merged(
         rank = base.config.adapter.rank
         if share is not None:
             key = f"rank-{share}-{change.__name__}-{'-'.join(overrides)}"
-            rank = remembered(base, key, lambda: largest_within(planned, share * base.budget, rank))
+            rank = share_between_runs(base, key, lambda: largest_within(planned, share * base.budget, rank))
         clock = Clock()
         with clock.time("plan"):
             plan = planned(rank)
@@ -314,12 +319,12 @@ def sketch_size(base: Base) -> int:
     return max(48, 3 * base.config.adapter.rank)
 
 
-def remembered(base: Base, what: str, make: Callable[[], T]) -> T:
-    """What `make` returns; once for all runs of a benchmark that ask for the same of the same base."""
+def share_between_runs(base: Base, what: str, make: Callable[[], T]) -> T:
+    """The result of `make`, computed once for all runs of a benchmark that need the same of the same base."""
     shared = os.environ.get(MEASUREMENTS)
     if not shared:
         return make()
-    head = base.seed if base.config.model.task == "sequence-classification" else "any"  # a new head is random
+    head = base.seed if base.config.model.task == "sequence-classification" else "any"  # a new head depends on the seed
     path = Path(shared) / f"{base.name}-{head}-{what}.pt"
     if not path.exists():
         unfinished = path.with_suffix(f".{os.getpid()}")
@@ -328,26 +333,28 @@ def remembered(base: Base, what: str, make: Callable[[], T]) -> T:
     return torch.load(path, weights_only=False)
 
 
-def measured(base: Base) -> tuple[tuple[Scan, Probe], float]:
-    """Scan and probe, and the seconds that they took."""
+def scan_and_probe(base: Base) -> tuple[tuple[Scan, Probe], float]:
+    """The scan and the probe of the base, and the seconds that they took."""
 
     def measure() -> tuple[tuple[Scan, Probe], float]:
         clock = Clock()
         with clock.time("measure"):
-            scanned = scan_model(base.config, base.prepared.folder, base.log, Clock())
+            scanned = scan(base.prepared.folder, estimator=base.config.snr.estimator)
             batches = probe_batches(base.config, base.prepared)
             probed = probe(base.model, batches, sketch_size=sketch_size(base), seed=base.config.probe.seed)
         return (scanned, probed), clock.seconds["measure"]
 
-    return remembered(base, "measured", measure)
+    return share_between_runs(base, "measured", measure)
 
 
 def energy_retained(plan: Plan, probed: Probe) -> float:
-    """Held-out gradient energy that the groups' bases keep over what their members' own bases keep (eq. 14b): the mean
-    over all adapted matrices, 1 for one without a group."""
+    """Held-out gradient energy that the groups' bases keep, as a fraction of what own bases keep (eq. 14b).
+
+    It is the mean over all adapted matrices; a matrix without a group counts as 1.
+    """
     rank, shares = plan.settings.rank, dict.fromkeys((matrix.name for matrix in plan.selected), 1.0)
     for group in plan.groups:
-        loud = equalised([half.side(group.side) for name in group.members for half in probed.halves[name]])
+        loud = equalise_channels([half.side(group.side) for name in group.members for half in probed.halves[name]])
         halves = loud[::2], loud[1::2]
         together, own = torch.zeros(len(group.members)), torch.zeros(len(group.members))
         for fit, held_out in (halves, halves[::-1]):
@@ -359,13 +366,13 @@ def energy_retained(plan: Plan, probed: Probe) -> float:
 
 
 def at_threshold(threshold: float) -> Method:
-    """Plain LoRA's rank, across layers, the more merged the lower the threshold, at the default learning rate."""
-    method = merged("", (), ACROSS, f"merge.threshold={threshold}", share=None)
+    """SGM across layers at plain LoRA's rank and the default learning rate; lower thresholds merge more."""
+    method = sgm_method("", (), ACROSS, f"merge.threshold={threshold}", share=None)
     return descending(method, f"threshold {threshold:g}", (DEFAULT_RATES["spectral"],))
 
 
 def largest_within(planned: Callable[[int], Plan], budget: float, rank: int) -> int:
-    """The largest rank within the budget, sought from what `rank` allows if groups stay: they change with it."""
+    """The largest rank within the budget, searched from an estimate that assumes the groups of `rank`."""
     rank = max(1, int(rank * budget / adapter_parameters(planned(rank))[0]))
     while adapter_parameters(planned(rank))[0] > budget and rank > 1:
         rank -= 1
@@ -375,18 +382,20 @@ def largest_within(planned: Callable[[int], Plan], budget: float, rank: int) -> 
 
 
 def at_shares(share: float, name: str) -> list[Method]:
-    """Ours at another share of the budget, merged or not. An update of rank r has 8 + 4/r bytes a parameter with its
-    momentum and channels, under AdamW 12."""
+    """Our methods, merged or not, at another share of the budget.
+
+    An update of rank r takes 8 + 4/r bytes a parameter with its momentum and channels; under AdamW it takes 12.
+    """
     plain = peft_method("", (), lora, share=share)
     return [
-        descending(merged("", (), share=share), f"SGM, {name}", SPECTRAL),
-        descending(merged("", (), ACROSS, share=share), f"SGM, across layers, {name}", SPECTRAL),
+        descending(sgm_method("", (), share=share), f"SGM, {name}", SPECTRAL),
+        descending(sgm_method("", (), ACROSS, share=share), f"SGM, across layers, {name}", SPECTRAL),
         descending(plain, f"LoRA, our step, {name}", SPECTRAL),
     ]
 
 
 def at_rank_share(share: float, name: str) -> list[Method]:
-    """For the question whether the best learning rate moves with the rank."""
+    """Methods that show whether the best learning rate changes with the rank."""
     plain = peft_method(f"LoRA, {name}", ADAMW, lora, share=share)
     return [plain, descending(plain, f"LoRA, our step, {name}", SPECTRAL)]
 
@@ -394,12 +403,14 @@ def at_rank_share(share: float, name: str) -> list[Method]:
 def other_side(plan: Plan, probed: Probe, seed: int) -> Plan:
     """Control: the same groups share their other side."""
     flipped = [replace(group, side=SIDES[1 - SIDES.index(group.side)]) for group in plan.groups]
-    return restarted(plan, flipped, probed)
+    return with_groups(plan, flipped, probed)
 
 
 def random_members(plan: Plan, probed: Probe, seed: int) -> Plan:
-    """Control: every member of a group is replaced by another of its kind, drawn at random among those that share at
-    all. Sizes, sides and kinds stay."""
+    """Control: replaces every member of a group by a random matrix of its kind among those that share at all.
+
+    Sizes, sides and kinds stay.
+    """
     shuffle = random.Random(seed).shuffle
     kind_of = {matrix.name: (matrix.kind, matrix.shape) for matrix in plan.matrices}
     merged_names = [name for group in plan.groups for name in group.members]
@@ -416,11 +427,11 @@ def random_members(plan: Plan, probed: Probe, seed: int) -> Plan:
         )
         for group in plan.groups
     ]
-    return restarted(plan, drawn, probed)
+    return with_groups(plan, drawn, probed)
 
 
-def restarted(plan: Plan, groups: Iterable[Group], probed: Probe) -> Plan:
-    """The plan with other groups, each started at its own spectral basis."""
+def with_groups(plan: Plan, groups: Iterable[Group], probed: Probe) -> Plan:
+    """The plan with other groups; each starts at its own spectral basis."""
     groups = tuple(groups)
     rank = plan.settings.rank
     starts = {name: start for name, start in plan.starts.items() if name in probed.shapes}  # of matrices
@@ -444,18 +455,18 @@ def random_start(plan: Plan, probed: Probe, seed: int) -> Plan:
     return replace(plan, groups=groups, matrices=tuple(replace(matrix, start="random") for matrix in plan.matrices))
 
 
-# Which layers
+# Controls of selection
 
 
 Order = Callable[[list[PlannedMatrix], int], list[PlannedMatrix]]
 
 
 def half_of_the_layers(order: Order, *overrides: str) -> Callable[[Base], list[str]]:
-    """Half of the layers of every kind: those that `order` (of one kind's matrices, by the run's seed) puts first."""
+    """Chooses half of the layers of every kind: those that `order(matrices of the kind, seed)` puts first."""
 
     def choose(base: Base) -> list[str]:
         config = base.with_overrides("merge.side=none", *overrides)
-        plan = make_plan(scan_model(config, base.prepared.folder, base.log, Clock()), None, config, base.model)
+        plan = make_plan(scan(base.prepared.folder, estimator=config.snr.estimator), None, config, base.model)
         chosen = set()
         for kind in dict.fromkeys(matrix.kind for matrix in plan.matrices):
             ordered = order([matrix for matrix in plan.matrices if matrix.kind == kind], base.seed)
@@ -466,7 +477,7 @@ def half_of_the_layers(order: Order, *overrides: str) -> Callable[[Base], list[s
 
 
 def ratio(matrix: PlannedMatrix) -> float:
-    """Its SNR; a plan leaves out the published estimator's infinite ones."""
+    """The SNR of a matrix; infinite when the plan has none (the published estimator's infinite ratios)."""
     return float("inf") if matrix.snr is None else matrix.snr
 
 
@@ -495,8 +506,8 @@ ACROSS = "merge.scope=layers"
 THRESHOLDS = (-1.0, 0.8, 0.85, 0.9, 0.95, 1.0)
 
 LORA = peft_method("LoRA", ADAMW, lora)
-SGM = merged("SGM, AdamW", ADAMW)
-ACROSS_LAYERS = merged("SGM, across layers, AdamW", ADAMW, ACROSS)
+SGM = sgm_method("SGM, AdamW", ADAMW)
+ACROSS_LAYERS = sgm_method("SGM, across layers, AdamW", ADAMW, ACROSS)
 METHODS = {
     method.name: method
     for method in (
@@ -532,14 +543,14 @@ METHODS = {
         descending(SGM, "SGM", SPECTRAL),
         fast(descending(SGM, "", SPECTRAL), "SGM, fast step"),
         descending(LORA, "LoRA, our step", SPECTRAL),
-        descending(merged("", (), change=apart), "SGM, nothing shared", SPECTRAL),
-        descending(merged("", (), change=random_members), "SGM, random groups", SPECTRAL),
-        descending(merged("", (), change=random_start), "SGM, random start", SPECTRAL),
+        descending(sgm_method("", (), change=apart), "SGM, nothing shared", SPECTRAL),
+        descending(sgm_method("", (), change=random_members), "SGM, random groups", SPECTRAL),
+        descending(sgm_method("", (), change=random_start), "SGM, random start", SPECTRAL),
         ACROSS_LAYERS,
         descending(ACROSS_LAYERS, "SGM, across layers", SPECTRAL),
-        descending(merged("", (), ACROSS, change=other_side), "SGM, across layers, wrong side", SPECTRAL),
-        descending(merged("", (), ACROSS, change=random_members), "SGM, across layers, random groups", SPECTRAL),
-        descending(merged("", (), ACROSS, "merge.threshold=-1"), "SGM, one group a kind", SPECTRAL),
+        descending(sgm_method("", (), ACROSS, change=other_side), "SGM, across layers, wrong side", SPECTRAL),
+        descending(sgm_method("", (), ACROSS, change=random_members), "SGM, across layers, random groups", SPECTRAL),
+        descending(sgm_method("", (), ACROSS, "merge.threshold=-1"), "SGM, one group a kind", SPECTRAL),
         *at_shares(1.4, "equal bytes"),
         *at_shares(0.47, "a third of the bytes"),
         *at_shares(0.125, "an eighth of the parameters"),

@@ -1,8 +1,8 @@
-"""One run of benchmarks/quality.py: adapt, train, measure; returns its record.
+"""One run of benchmarks/quality.py: adapts, trains and measures a method, and returns its record.
 
-All methods see the same batches of the same seed, warm up for 6 % of the steps, then fall linearly to zero, with
-gradients clipped to norm 1; a new classification head learns at 1e-3 everywhere. On causal language models logits are
-formed where an answer is predicted, nowhere else.
+All methods see the same batches of the same seed. The learning rate warms up for 6 % of the steps and then falls
+linearly to zero; gradients are clipped to norm 1; a new classification head learns at 1e-3 in every method. For causal
+language models, logits are formed only where an answer is predicted.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.data.batches import LengthGroupedSampler, by_length
 from sgm_finetune.data.prepared import PreparedData, prepare_data
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.train.adapters.optimizer import HEAD_RATE
-from sgm_finetune.train.base_model import load_base
+from sgm_finetune.train.base_model import load_base_weights
 
 WARMUP = 0.06
 
 
 def load(task: Task, seed: int) -> Base:
-    """The task's data and base model."""
+    """Loads the task's data and base model."""
     logging.disable_progress_bar()
     log = StepLog(Console(quiet=True))
     with tempfile.TemporaryDirectory() as scratch:
         settings = [*task.configuration(Path(scratch)), f"adapter.rank={task.rank}", f"training.seed={seed}"]
         config = load_config(None, settings)
         prepared = prepare_data(config, log)
-    model, _ = load_base(config, prepared)
+    model, _ = load_base_weights(config, prepared.folder, prepared.head, log)
     return Base(task.name, config, prepared, model, log, budget_of(model, task.rank), seed)
 
 
 def train_once(task_name: str, method_name: str, rate: float, seed: int, threads: int) -> dict[str, Any]:
-    """One whole run. The tuning seed is measured on validation data, every other one on test data."""
+    """The record of one run. The tuning seed is measured on validation data, every other seed on test data."""
     torch.set_num_threads(threads)
     task, base = TASKS[task_name], load(TASKS[task_name], seed)
     prepared, num_layers = base.prepared, len(adaptable(base.model))
@@ -94,7 +94,7 @@ def train_once(task_name: str, method_name: str, rate: float, seed: int, threads
 
 
 def optimizers_of(adapted: Adapted, rate: float) -> list[torch.optim.Optimizer]:
-    """The method's own, and AdamW for a new classification head. Nothing at all for the untouched model."""
+    """The method's own optimizers, and AdamW for a new classification head; empty for the untouched model."""
     optimizers, heads = adapted.optimizers(rate), head_parameters(adapted.model)
     if optimizers and heads:
         optimizers.append(torch.optim.AdamW(heads, lr=HEAD_RATE, weight_decay=0.0))
@@ -102,7 +102,7 @@ def optimizers_of(adapted: Adapted, rate: float) -> list[torch.optim.Optimizer]:
 
 
 def time_steps(task_name: str, method_name: str, threads: int, num_steps: int = 12) -> float:
-    """Seconds per step, the median of `num_steps` without the first two."""
+    """Seconds per step: the median of `num_steps` steps without the first two."""
     torch.set_num_threads(threads)
     task, base = TASKS[task_name], load(TASKS[task_name], 0)
     method = METHODS[method_name]
@@ -115,7 +115,7 @@ def time_steps(task_name: str, method_name: str, threads: int, num_steps: int = 
 def train(
     adapted: Adapted, optimizers: list[torch.optim.Optimizer], base: Base, task: Task
 ) -> tuple[list[float], list[float]]:
-    """Loss and seconds of every step; ends early at a loss that is not finite."""
+    """Trains; returns the loss and the seconds of every step. Stops early at a loss that is not finite."""
     warmup = max(1, round(WARMUP * task.num_steps))
 
     def share(step: int) -> float:
@@ -144,7 +144,7 @@ def train(
 
 
 def batches(prepared: PreparedData, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Epoch after epoch, in batches of similar length."""
+    """Yields batches of similar length, epoch after epoch."""
     dataset = prepared.train.dataset
     sampler = LengthGroupedSampler([len(ids) for ids in dataset["input_ids"]], batch_size, seed)
     epoch = 0
@@ -166,7 +166,7 @@ def mean_loss(adapted: Adapted, batch: dict[str, Tensor]) -> Tensor:
 
 
 def predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits in float32 and what they should name, a row per example (classification) or answer token."""
+    """Logits in float32 and their targets, one row for each example (classification) or answer token."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     targets = batch.pop("labels")
@@ -179,8 +179,8 @@ def predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def evaluate(model: nn.Module, dataset: Dataset, prepared: PreparedData, batch_size: int = 32) -> dict[str, float]:
-    """Mean loss per example (classification) or answer token; accuracy, or the share of answers whose every token,
-    the end included, is the model's first choice: those that greedy decoding gives to the letter."""
+    """Mean loss per example (classification) or answer token, and `right`: accuracy, or the fraction of answers whose
+    every token, the end included, is the model's first choice, so that greedy decoding reproduces them exactly."""
     order, total, count, right = by_length(dataset), 0.0, 0, 0
     model.eval()
     with torch.inference_mode():
@@ -198,14 +198,14 @@ def evaluate(model: nn.Module, dataset: Dataset, prepared: PreparedData, batch_s
 
 
 def state_bytes(optimizers: list[torch.optim.Optimizer], adapter: list[nn.Parameter]) -> int:
-    """Of the adapter's optimizer states, without scalars."""
+    """Bytes of the adapter's optimizer states, without scalars."""
     states = [optimizer.state.get(p, {}) for p in adapter for optimizer in optimizers]
     tensors = [t for state in states for t in state.values() if isinstance(t, Tensor) and t.dim()]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def adapter_file(model: nn.Module) -> int | None:
-    """Bytes of what `save_pretrained` writes, without a classification head; None for a model without an adapter."""
+    """Bytes that `save_pretrained` writes, without a classification head; None for a model without an adapter."""
     if not hasattr(model, "peft_config"):
         return None
     with tempfile.TemporaryDirectory() as folder:

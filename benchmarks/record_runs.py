@@ -1,4 +1,4 @@
-"""Appends finished runs to benchmarks/results/demo_runs.json and prints them as README rows.
+"""Appends finished runs to benchmarks/results/demo_runs.json and prints a row and a table for each.
 
     python src/finetune.py
     python src/finetune.py --config configs/minilm-imdb.yaml
@@ -7,8 +7,9 @@
     python src/finetune.py --config configs/minilm-entities.yaml
     python benchmarks/record_runs.py output outputs/minilm-imdb outputs/smollm2-lm outputs/smollm2-chat ...
 
-A record holds the resolved configuration, which with `python src/finetune.py --config FILE` repeats the run, the
-metrics, the versions and, per kind of matrix, the numbers that its plan rests on.
+A record holds the resolved configuration (`python src/finetune.py --config FILE` repeats the run from it), the metrics,
+the versions and, for each kind of matrix, the numbers behind its plan. `python benchmarks/quality.py --tables` writes
+the table of whole runs in docs/results.md from the records.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,12 @@ import yaml
 from sgm_finetune.results.metrics import METRICS
 
 SHOWN = ("entity_f1", "accuracy", "r2", "rouge_l", "perplexity")
-"""Metrics that a row may show, the most telling one first."""
+"""Metrics that a row may show, the most informative one first."""
 RESULTS = Path(__file__).parent / "results" / "demo_runs.json"
 
 
 def record(output: Path) -> dict[str, Any]:
-    """What a run's folder says, without its matrices."""
+    """The record of the run in `output`, without the numbers of single matrices."""
     plan = json.loads((output / "plan.json").read_text(encoding="utf-8"))
     return {
         "command": "python src/finetune.py --config CONFIG, CONFIG as below",
@@ -46,7 +48,7 @@ def record(output: Path) -> dict[str, Any]:
 
 
 def kept_own(plan: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Per kind, the mean share of held-out gradient energy that a matrix's own basis keeps, on either side."""
+    """Kind -> side -> mean fraction of held-out gradient energy that a matrix's own basis keeps."""
     shares: dict[str, list[dict[str, float]]] = {}
     for matrix in plan["matrices"]:
         if matrix["kept_own"] is not None:
@@ -58,6 +60,7 @@ def kept_own(plan: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def row(run: dict[str, Any]) -> str:
+    """One line: the model, its metric before and after, minutes and parameters."""
     metrics = run["metrics"]
     before, after = metrics["before"], metrics["after"]
     metric = next(m for key in SHOWN for m in METRICS if m.key == key and key in after)
@@ -70,7 +73,7 @@ def row(run: dict[str, Any]) -> str:
 
 
 def table(run: dict[str, Any]) -> str:
-    """docs/method.md section 3.4: the layers of a kind, then the readers of the same activations."""
+    """Two tables (docs/method.md section 3.4): the layers of a kind, then the readers of the same activations."""
     lines = [
         "| kind | cosine between layers, mean / largest | same layer, other data | own basis keeps, input / output | "
         "of that, two layers' shared basis: input / output | one basis for all: input / output |",
@@ -97,9 +100,69 @@ def table(run: dict[str, Any]) -> str:
 
 
 def short(kind: str) -> str:
-    """The last part of a kind's name that says something: `dense` alone does not."""
+    """The last part of a kind's name that identifies it; `dense` alone does not, so its parent stays before it."""
     parts = [part for part in kind.split(".") if part != "*"]
     return ".".join(parts[-2:]) if parts[-1] == "dense" else parts[-1]
+
+
+FINETUNE = "python src/finetune.py"
+
+
+@dataclass(frozen=True)
+class WholeRun:
+    """A row of docs/results.md's table of whole runs: the latest record of `data` with `step`."""
+
+    title: str
+    command: str
+    data: str
+    step: str
+    metric: str
+    """Form of the metric: keys of `before` and `after` between braces."""
+
+
+WHOLE_RUNS = (
+    WholeRun(
+        "SmolLM2-135M in 4 bits, Rotten Tomatoes", FINETUNE, "rotten-tomatoes", "fast",
+        "accuracy {0[accuracy]:.3f} → {1[accuracy]:.3f} (majority class {1[majority_accuracy]:.3f}), "
+        "{1[num_examples]:,} texts",
+    ),
+    WholeRun(
+        "MiniLM (BERT encoder), IMDB", f"{FINETUNE} --config configs/minilm-imdb.yaml training.step=peft",
+        "imdb", "peft",
+        "accuracy {0[accuracy]:.3f} → {1[accuracy]:.3f} (majority class {1[majority_accuracy]:.3f}), "
+        "{1[num_examples]:,} texts",
+    ),
+    WholeRun(
+        "SmolLM2-135M in 4 bits, Jane Austen", f"{FINETUNE} --config configs/smollm2-lm.yaml", "jane-austen", "fast",
+        "perplexity {0[perplexity]:.1f} → {1[perplexity]:.1f}, {1[num_tokens]:,} tokens",
+    ),
+    WholeRun(
+        "SmolLM2-135M in 4 bits, XSum as chat", f"{FINETUNE} --config configs/smollm2-chat.yaml training.step=peft",
+        "xsum", "peft",
+        "ROUGE-L {0[rouge_l]:.3f} → {1[rouge_l]:.3f}, {1[num_generated]} answers; perplexity {0[perplexity]:.1f} → "
+        "{1[perplexity]:.1f}, {1[num_tokens]:,} tokens",
+    ),
+    WholeRun(
+        "MiniLM, names in news (CoNLL sample)", f"{FINETUNE} --config configs/minilm-entities.yaml", "conll-sample",
+        "fast", "entity F1 {0[entity_f1]:.3f} → {1[entity_f1]:.3f}, {1[num_examples]} sentences",
+    ),
+)  # fmt: skip
+
+
+def whole_runs_table() -> str:
+    """The table of whole runs: command, metric before and after on test data, minutes."""
+    records = json.loads(RESULTS.read_text(encoding="utf-8"))
+    lines = ["| run | command | before → after, on test data |", "|---|---|---|"]
+    for shown in WHOLE_RUNS:
+        *_, metrics = (
+            record["metrics"]
+            for record in records
+            if record["config"]["data"]["name"] == shown.data
+            and record["config"]["training"].get("step", "peft") == shown.step  # older records have no such key
+        )
+        result = shown.metric.format(metrics["before"], metrics["after"])
+        lines.append(f"| {shown.title} | `{shown.command}` | {result}; {metrics['seconds']['total'] / 60:.1f} min |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Appends a run to a results file: what was run, when, with which versions, how long it took, and its rows."""
+"""Appends a run to a results file: its command, date, versions, seconds and rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def append_run(name: str, command: str, started: float, rows: Any, packages: tuple[str, ...], **more: Any) -> None:
-    """`started`: time.perf_counter() at the beginning; `more`: what else the record says, before the rows."""
+    """Appends the run to benchmarks/results/`name`.json.
+
+    `started`: time.perf_counter() at the beginning; `more`: further entries of the record, before the rows.
+    """
     path = RESULTS / f"{name}.json"
     run = {
         "command": command,
@@ -29,7 +32,7 @@ def append_run(name: str, command: str, started: float, rows: Any, packages: tup
 
 
 def processor() -> dict:
-    """Its name, whether it has units for bfloat16 matrices (AMX), and whether any instructions for them."""
+    """The processor's name, whether it has bfloat16 matrix units (AMX), and whether any bfloat16 instructions."""
     described = Path("/proc/cpuinfo")
     text = described.read_text() if described.exists() else ""
     name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
@@ -41,5 +44,5 @@ def processor() -> dict:
 
 
 def process_memory(key: str) -> float:
-    """MiB of this process (Linux). VmRSS: resident now; VmHWM: the most so far; RssAnon: now, without files' pages."""
+    """Memory of this process in MiB (Linux). VmRSS: resident; VmHWM: its peak; RssAnon: without files' pages."""
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024

@@ -1,12 +1,12 @@
-"""What a process holds and receives when several share a run: computed from the shapes, and measured while it loads.
+"""Memory and traffic of each process when several share a run: computed from shapes, and measured while loading.
 
-    python benchmarks/scale.py              # computed; nothing is run
-    python benchmarks/scale.py --loading    # measured, on the CPU
+    python benchmarks/scale.py              # computes; runs nothing
+    python benchmarks/scale.py --loading    # measures, on the CPU
 
-Computed: Llama 3's 8B and 70B on the meta device; rank 16 on all linear layers, readers of the same activations sharing
-lora_A. Measured: a Llama of random weights that 2 and 4 processes load and cut as a run with training.shard does; what
-each holds in memory of its own (Linux's RssAnon), apart from pages of the files, which the system can drop. Printed, as
-the tables of docs/scale.md, and appended to benchmarks/results/scale.json and scale_loading.json.
+Computed: Llama 3's 8B and 70B on the meta device, with rank 16 on all linear layers; readers of the same activations
+share lora_A. Measured: 2 and 4 processes load and shard a Llama of random weights as a run with training.shard does; a
+process's own memory is Linux's RssAnon, without pages of files, which the system can drop. The script prints the tables
+of docs/scale.md and appends to benchmarks/results/scale.json and scale_loading.json.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from recording import append_run, process_memory
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sgm_finetune.base.config import ModelConfig
-from sgm_finetune.method.build_plan import Group, Plan, PlannedMatrix, PlanSettings
-from sgm_finetune.method.plan_rules import adapter_parameters
+from sgm_finetune.method.parameter_count import adapter_parameters
+from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.model.load import load_model
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.names import block_of
@@ -42,10 +42,10 @@ CASES = (
 )  # fmt: skip
 """Model, quantisation, number of processes; 1: every process holds the whole base (data parallel)."""
 NF4_WEIGHT, NF4_SCALE = 1 / 2, 4 / 64
-"""Bytes of a weight in a block: what is cut, and its share of the scales, which are not."""
+"""Bytes of a weight in a block: the part that is sharded, and its share of the scales, which are not."""
 READERS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 STATE = 3 * 4
-"""Bytes of a trained number: itself, its gradient and its momentum, in float32."""
+"""Bytes of a trained number with its gradient and its momentum, in float32."""
 GIB, MIB = 2**30, 2**20
 
 
@@ -55,7 +55,7 @@ def empty_model(name: str) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def planned(model: torch.nn.Module) -> Plan:
+def merged_plan(model: torch.nn.Module) -> Plan:
     matrices = {
         name: PlannedMatrix(name, name, None, matrix.shape, selected=True) for name, matrix in adaptable(model).items()
     }
@@ -69,7 +69,7 @@ def planned(model: torch.nn.Module) -> Plan:
 
 
 def costs(name: str, quantization: str, processes: int) -> dict:
-    """GiB, but for the gradients' MiB."""
+    """A row of the computed table: GiB; gradients in MiB."""
     model = empty_model(name)
     matrices = sum(rows * cols for rows, cols in (matrix.shape for matrix in adaptable(model).values()))
     base = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -80,7 +80,7 @@ def costs(name: str, quantization: str, processes: int) -> dict:
         base += (NF4_WEIGHT - 2) * matrices
         block += (NF4_WEIGHT - 2) * matrices / num_blocks
         whole = NF4_SCALE * matrices
-    shared, plain = adapter_parameters(planned(model))
+    shared, plain = adapter_parameters(merged_plan(model))
     received = 2 * base * (processes - 1) / processes  # forward, and again backward
     return {
         "model": name,
@@ -110,7 +110,7 @@ def line(row: dict) -> str:
 
 
 def load_and_cut(folder: str, quantization: str) -> None:
-    """One of the processes; the first prints what it held above what it had before, in MiB, as JSON."""
+    """Runs one of the processes; the first prints its memory above the start, in MiB, as JSON."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     before = highest = process_memory("RssAnon")
@@ -124,7 +124,7 @@ def load_and_cut(folder: str, quantization: str) -> None:
     threading.Thread(target=watch, daemon=True).start()
     device = torch.device("cpu")
     model, _ = load_model(
-        ModelConfig(name=folder, task="causal-lm", quantization=quantization), Path(folder), (), device=device
+        ModelConfig(name=folder, task="causal-lm", quantization=quantization), Path(folder), device=device
     )
     loaded = process_memory("RssAnon")
     cut = shard_base(model, device)

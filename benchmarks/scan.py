@@ -1,15 +1,16 @@
-"""How fast and how small the scan is, beside the published algorithm on the same files.
+"""Compares the speed and memory of the scan with those of the published algorithm on the same files.
 
-    python benchmarks/scan.py [--repeats 3] [--layers 8]    speed and selection, per shape of matrix
-    python benchmarks/scan.py --memory [--folder DIR]       a synthetic 8B checkpoint (16 GB on disk), peak memory
+    python benchmarks/scan.py [--repeats 3] [--layers 8]    speed and selection, for each shape of matrix
+    python benchmarks/scan.py --memory [--folder DIR]       peak memory on a synthetic 8B checkpoint (16 GB on disk)
     python benchmarks/scan.py --precision                   float32 and bfloat16 products against float64
 
-Speed: for each shape a bfloat16 checkpoint of `--layers` matrices (noise with planted spikes, of other strengths in
-each layer) is written; then, interleaved, `repeats` times each and with nothing remembered: the published algorithm
-(all of it loaded as float32, `torch.linalg.svdvals` on each matrix, its formula) and `scan`. Printed: seconds per
-matrix (medians) and their ratio, and whether both choose the same layers at 25 and 50 % under either estimator.
+Speed: for each shape, the script writes a bfloat16 checkpoint of `--layers` matrices (noise with planted spikes, whose
+strength differs between layers). Then it runs, interleaved, `repeats` times each and without remembered values: the
+published algorithm (loads all of it as float32, calls `torch.linalg.svdvals` on each matrix, applies its formula) and
+`scan`. It prints the median seconds per matrix, their ratio, and whether both choose the same layers at 25 and 50 %
+with either estimator.
 
-Everything is appended to benchmarks/results/scan.json. Threads: --threads (2).
+All runs are appended to benchmarks/results/scan.json. `--threads` (2) sets the threads.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ LLAMA_8B = {
 EMBEDDING = (128256, 4096)
 
 
-def spiked(rows: int, cols: int, rank: int, strength: float, draw: torch.Generator) -> torch.Tensor:
+def spiked_matrix(rows: int, cols: int, rank: int, strength: float, draw: torch.Generator) -> torch.Tensor:
     """Gaussian noise with `rank` spikes of 1 to 3 times `strength` noise edges, bfloat16."""
     noise = torch.randn(rows, cols, generator=draw)
     left, right = torch.randn(rows, rank, generator=draw), torch.randn(rank, cols, generator=draw)
@@ -63,13 +64,13 @@ def checkpoint(folder: Path, rows: int, cols: int, layers: int) -> None:
     draw = torch.Generator().manual_seed(0)
     folder.mkdir()
     for layer in range(layers):
-        weights = spiked(rows, cols, 16 + 8 * layer, 1.2 + 0.15 * ((5 * layer) % layers), draw)
+        weights = spiked_matrix(rows, cols, 16 + 8 * layer, 1.2 + 0.15 * ((5 * layer) % layers), draw)
         file = folder / f"model-{layer + 1:05d}-of-{layers:05d}.safetensors"
         save_file({f"model.layers.{layer}.proj.weight": weights}, file)
 
 
-def published(folder: Path) -> dict[str, torch.Tensor]:
-    """Singular values of every matrix of a model that is in memory in float32."""
+def published_values(folder: Path) -> dict[str, torch.Tensor]:
+    """Singular values of every matrix of a model that is loaded in float32: the published algorithm."""
     model = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -89,11 +90,11 @@ def measure_speed(layers: int, repeats: int) -> list[dict]:
             os.environ["SGM_CACHE"] = str(Path(scratch) / "cache")
             folder = Path(scratch) / "model"
             checkpoint(folder, rows, cols, layers)
-            published(folder), scan(folder, fresh=True)  # both warm: files in the page cache, libraries loaded
+            published_values(folder), scan(folder, fresh=True)  # both warm: files in the page cache, libraries loaded
             seconds: dict[str, list[float]] = {"published": [], "scan": []}
             for _ in range(repeats):
                 start = time.perf_counter()
-                theirs = published(folder)
+                theirs = published_values(folder)
                 seconds["published"].append((time.perf_counter() - start) / layers)
                 start = time.perf_counter()
                 scan(folder, fresh=True)
@@ -123,7 +124,7 @@ def measure_speed(layers: int, repeats: int) -> list[dict]:
 
 
 def synthetic_8b(folder: Path, layers: int) -> None:
-    """A LLaMA-3-8B-shaped checkpoint, one shard a layer, with an index; finished shards are kept."""
+    """Writes a checkpoint of LLaMA-3-8B's shapes, one shard a layer, with an index; keeps finished shards."""
     folder.mkdir(parents=True, exist_ok=True)
     total = layers + 1
     index = {}
@@ -137,7 +138,7 @@ def synthetic_8b(folder: Path, layers: int) -> None:
         if not file.exists():
             draw = torch.Generator().manual_seed(number)
             rank = 16 + 4 * number
-            tensors = {name: spiked(*shape, rank, 1.2 + 0.02 * number, draw) for name, shape in shapes.items()}
+            tensors = {name: spiked_matrix(*shape, rank, 1.2 + 0.02 * number, draw) for name, shape in shapes.items()}
             save_file(tensors, file.with_suffix(".partial"))
             file.with_suffix(".partial").rename(file)
         print(f"\rmade {number + 1} of {total} shards", end="", file=sys.stderr, flush=True)
@@ -146,7 +147,7 @@ def synthetic_8b(folder: Path, layers: int) -> None:
 
 
 def measure_memory(folder: Path, layers: int) -> list[dict]:
-    """Peak resident memory of `sgm scan` as a process of its own.
+    """Peak resident memory of `sgm scan` in a separate process.
 
     Another process makes the checkpoint: what a parent had in memory would count as its child's.
     """
@@ -180,7 +181,7 @@ def measure_memory(folder: Path, layers: int) -> list[dict]:
 
 
 def measure_precision() -> list[dict]:
-    """Errors against a float64 decomposition of the same bfloat16 matrix, for spikes of 0 to 1000 noise levels."""
+    """Errors against a float64 decomposition of the same bfloat16 matrix, with spikes of 0 to 1000 noise levels."""
     rows_ = []
     for rows, cols in ((1024, 1024), (4096, 1024), (2048, 2048)):
         for times in (0, 10, 100, 300, 1000):
@@ -218,7 +219,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="matrices of a shape (--memory: layers of the model, 32)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--folder", type=Path, help="where the 8B checkpoint is made and kept")
+    parser.add_argument("--folder", type=Path, help="folder in which the 8B checkpoint is written and kept")
     parser.add_argument("--precision", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,19 +1,20 @@
-"""How exact the signal-to-noise estimators are, on matrices whose noise and signal are known.
+"""Measures the errors of the signal-to-noise estimators on matrices with known noise and signal.
 
     python benchmarks/snr_accuracy.py [--seed 0] [--quick]
     python benchmarks/snr_accuracy.py --model FOLDER [--label NAME]
 
-Spikes: for each shape and share of signal a Gaussian noise matrix with σ = 1 plus orthogonal spikes, strong ones of 1.5
-to 10 times the noise edge or weak ones of 2 to 4 times the detectable limit. Noise: singular values of Gaussian
-matrices of 64 to 8192 values at six aspect ratios, drawn from their bidiagonal form (Dumitriu & Edelman 2002).
+- Spikes: for each shape and fraction of signal, a Gaussian noise matrix with σ = 1 plus orthogonal spikes, either
+  strong (1.5 to 10 times the noise edge) or weak (2 to 4 times the detectable limit).
+- Noise: singular values of Gaussian matrices of 64 to 8192 values at six aspect ratios, drawn from their bidiagonal
+  form (Dumitriu & Edelman 2002).
 
-Printed and appended to benchmarks/results/snr_accuracy.json: the mean over the trials of σ's error (plain median,
-ours), of the error of the spike count, and of the share of pure noise that is called signal, for our estimator (mp) and
-the published formula (spectrum).
+The script prints means over the trials and appends them to benchmarks/results/snr_accuracy.json: the error of σ (plain
+median, ours), the error of the spike count, and the fraction of pure noise that is called signal, for our estimator
+(mp) and the published formula (spectrum).
 
-With --model, the layers of a real model instead, per kind of matrix: range of SNR and signal rank, rank correlation of
-the two SNRs over the layers, and how far the values below the edge are from the Marchenko-Pastur law (largest
-difference of the distribution functions; 0 is noise).
+With --model it measures the layers of a real model instead. For each kind of matrix: the range of SNR and signal rank,
+the rank correlation of the two SNRs over the layers, and the distance of the values below the edge from the
+Marchenko-Pastur law (largest difference of the distribution functions; 0 is noise).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ SHAPES = [(8, 8), (8, 512), (64, 64), (64, 1280), (192, 576), (576, 576), (1536,
 SHARES = [0.0, 0.25, 0.5, 0.75]
 NOISE_SIZES = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
 NOISE_ASPECTS = [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]
-QUICK = 4  # smallest number of trials stays 1
+QUICK = 4  # divisor of the number of trials, which stays at least 1
 
 
 def num_trials(rows: int, cols: int) -> int:
@@ -172,7 +173,7 @@ def show(row: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a quarter of the trials; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the trials; writes nothing")
     parser.add_argument("--model", help="folder of a real model")
     parser.add_argument("--label", help="its name in the results")
     options = parser.parse_args()

@@ -1,21 +1,22 @@
-"""A training step beside PEFT's: tokens per second, and memory above the loaded model, on a CPU.
+"""Compares a training step with PEFT's on a CPU: tokens per second, and memory above the loaded model.
 
     python benchmarks/step.py                    # bfloat16 and NF4
     python benchmarks/step.py --repeats 9 --quantization none
-    python benchmarks/step.py --dtype float32    # for a processor without instructions for bfloat16
+    python benchmarks/step.py --dtype float32    # for a processor without bfloat16 instructions
 
-SmolLM2-135M, batches of 4 x 256 tokens, LoRA of rank 16 on every linear layer. One process for each way to compute the
-step; they take turns, step by step, while the others wait. Peak memory: the most that was resident, above what was
-after loading (Linux). Printed, as the table of docs/speed.md, and appended to benchmarks/results/step.json.
+The model is SmolLM2-135M with LoRA of rank 16 on every linear layer; batches have 4 x 256 tokens. Each way to compute
+the step has its own process; the processes take turns, step by step, while the others wait. Peak memory is the peak of
+resident memory minus the resident memory after loading (Linux). The script prints the table of docs/speed.md and
+appends to benchmarks/results/step.json.
 
     PEFT                PEFT's LoRA, Transformers' loss and its default attention (sdpa), AdamW
-    PEFT, eager attention   the same with what SGM asks for on a CPU
+    PEFT, eager attention   the same with the attention that SGM uses on a CPU
     fast, eager attention   the update in place, the loss in parts; AdamW
-    fast, MLPs as they are  the same, attention computed again
-    fast                training.step=fast: activations of MLPs computed again, too
-    fast, shared        the same, q, k, v and gate, up sharing A
+    fast, MLPs as they are  the same, with recomputed attention
+    fast                training.step=fast: activations of MLPs are recomputed too
+    fast, shared        the same; q, k, v and gate, up share A
     fast, spectral      the same as "fast, shared" with spectral descent: what SGM trains
-    frozen              the base alone, forward and backward to its embeddings: what no adapter can beat with its loss
+    frozen              the base alone, forward and backward to its embeddings: the limit for any adapter with this loss
     frozen, in parts    the same with the loss in parts
 """
 
@@ -67,7 +68,7 @@ def share_readers(model: Any, names: Sequence[str]) -> None:
 
 
 def mean_loss(model: Any, batch: dict[str, Any], labels: Any, in_parts: Any) -> Any:
-    """The model's own, or by its `HeadLoss`."""
+    """The loss of a batch, by the model itself or by its `HeadLoss`."""
     if in_parts is None:
         return model(**batch, labels=labels).loss
     total, count = in_parts(model, batch, labels)
@@ -75,7 +76,7 @@ def mean_loss(model: Any, batch: dict[str, Any], labels: Any, in_parts: Any) -> 
 
 
 def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
-    """The step as a function that returns its loss."""
+    """The step as a function that returns the loss."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -87,7 +88,7 @@ def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
     from sgm_finetune.train.fast.adapter_forward import use_fast_step
     from sgm_finetune.train.fast.attention import recompute_attention
     from sgm_finetune.train.fast.gated_mlp import recompute_mlps
-    from sgm_finetune.train.fast.head_loss import head_loss
+    from sgm_finetune.train.fast.head_loss import find_head_loss
 
     torch.set_num_threads(THREADS)
     config = ModelConfig(name=_MODEL, task="causal-lm", quantization=quantization, dtype=dtype)  # type: ignore[arg-type]
@@ -100,7 +101,7 @@ def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
     ids = torch.randint(0, base.config.vocab_size, (BATCH, LENGTH))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if way.startswith("frozen"):
-        in_parts = head_loss(base, batch) if way.endswith("in parts") else None
+        in_parts = find_head_loss(base, batch) if way.endswith("in parts") else None
         base.train()
 
         def frozen() -> float:
@@ -124,9 +125,9 @@ def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
         raise SystemExit(f"{len(slow)} layers keep PEFT's forward")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = create_optimizer(model, lr=0.0125) if way == "fast, spectral" else torch.optim.AdamW(trained, lr=1e-4)
-    in_parts = head_loss(model, batch) if fast else None
+    in_parts = find_head_loss(model, batch) if fast else None
     if fast and in_parts is None:
-        raise SystemExit("The loss cannot be had in parts")
+        raise SystemExit("The loss cannot be computed in parts")
     model.train()
 
     def step() -> float:
@@ -140,13 +141,13 @@ def prepare(way: str, quantization: str, dtype: str) -> Callable[[], float]:
 
 
 def work(way: str, quantization: str, dtype: str) -> None:
-    """One of the processes: a line of stdin is a step, whose seconds and loss are a line of stdout."""
+    """Runs one of the processes: for each line of stdin, takes a step and prints its seconds and loss as a line."""
     step = prepare(way, quantization, dtype)
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     loaded = process_memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     print("{}", flush=True)
     for _ in sys.stdin:
         started = time.perf_counter()
@@ -164,7 +165,7 @@ def measure(quantization: str, dtype: str, repeats: int, ways: Sequence[str]) ->
         for way in ways
     }  # fmt: skip
     said: dict[str, list[dict]] = {way: [] for way in ways}
-    for worker in workers.values():  # all are loaded
+    for worker in workers.values():  # waits until all are loaded
         read(worker)
     for _ in range(repeats + 1):
         for way, worker in workers.items():
@@ -208,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quantization", nargs="+", default=["none", "nf4"])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="all are in memory at a time")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="all of them are in memory together")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     asked = parser.parse_args()

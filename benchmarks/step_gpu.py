@@ -1,21 +1,21 @@
-"""A training step of an 8B model beside PEFT's on one GPU: tokens per second, and the most memory that was allocated.
+"""Compares a training step of an 8B model with PEFT's on one GPU: tokens per second and peak allocated memory.
 
     python benchmarks/step_gpu.py                       # batches of 1, 2 and 8 x 2048 tokens, with and without
-    python benchmarks/step_gpu.py --runs 2:on 2:offload # checkpointing; offload: what blocks read is kept by the host
-    python benchmarks/step_gpu.py --table              # of the last run, with how far each figure is from the floor
+    python benchmarks/step_gpu.py --runs 2:on 2:offload # checkpointing; offload: the host keeps the blocks' inputs
+    python benchmarks/step_gpu.py --table              # prints the last run, each figure beside its floor
 
-A Llama of 8B (random weights, made on the GPU) in NF4 with nested scales, LoRA of rank 16 on every linear layer. All
-ways are in one process and share the quantised weights; they take turns, step by step. Printed as the table of
-docs/speed.md, appended to benchmarks/results/step_gpu.json.
+The model is a Llama of 8B (random weights, drawn on the GPU) in NF4 with nested scales, with LoRA of rank 16 on every
+linear layer. All ways run in one process and share the quantised weights; they take turns, step by step. The script
+prints the table of docs/speed.md and appends to benchmarks/results/step_gpu.json.
 
     PEFT QLoRA          as PEFT documents it: prepare_model_for_kbit_training (norms, embeddings, head in float32),
-                        bfloat16 by autocast; fused AdamW, as all but "SGM"
+                        bfloat16 by autocast; fused AdamW, as in all ways but "SGM"
     PEFT, bfloat16      the same without these casts
     PEFT, Liger         the same with Liger's kernels for norms, rotary, SwiGLU and loss
     fast                training.step=fast without Liger
-    fast, Liger         with it: what training.step=fast is where Liger is installed
-    fast, compiled      instead of Liger, the blocks by torch.compile
-    SGM                 "fast, Liger", q, k, v and gate, up sharing A, spectral descent: what sgm trains
+    fast, Liger         with it: training.step=fast when Liger is installed
+    fast, compiled      the blocks by torch.compile instead of Liger
+    SGM                 "fast, Liger" with spectral descent; q, k, v and gate, up share A: what sgm trains
     SGM, compiled       the same, the blocks by torch.compile instead of Liger
     frozen              the base alone, forward and backward to its embeddings, with Liger and the loss in parts
 """
@@ -55,7 +55,7 @@ WAYS = (
 RANK, LENGTH = 16, 2048
 RUNS = ["1:on", "1:off", "2:on", "2:off", "2:offload", "8:on", "8:off"]
 _WARM = 2
-"""Steps of each way before it is measured: kernels are made and chosen, memory is taken."""
+"""Steps of each way before the measured ones: kernels are compiled and chosen, memory is allocated."""
 NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4 with nested scales."""
 LLAMA_8B = {
@@ -67,7 +67,7 @@ LLAMA_8B = {
 
 
 def build(blocks: int) -> Any:
-    """The quantised base, its random weights drawn and packed on the GPU one after the other."""
+    """The quantised base; its random weights are drawn and packed on the GPU, one after the other."""
     import bitsandbytes as bnb
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -100,7 +100,7 @@ def build(blocks: int) -> Any:
 
 
 def sharing_weights(model: Any, own_plain_weights: bool) -> Any:
-    """Modules of its own with the same weights (`own_plain_weights`: but for those that are not quantised)."""
+    """A copy of the modules that shares the weights (`own_plain_weights`: only the quantised ones)."""
     kept = [p for p in model.parameters() if not (own_plain_weights and p.is_floating_point())]
     return copy.deepcopy(model, {id(p): p for p in kept})
 
@@ -120,7 +120,7 @@ class Way:
 
         self.way = way
         model = sharing_weights(base, own_plain_weights=way == "PEFT QLoRA")
-        self.module, self.rotary = modeling_llama, modeling_llama.apply_rotary_pos_emb  # which Liger replaces for all
+        self.module, self.rotary = modeling_llama, modeling_llama.apply_rotary_pos_emb  # Liger replaces it for all ways
         self.autocast = way == "PEFT QLoRA"
         self.in_parts = None
         peft = way.startswith("PEFT")
@@ -153,14 +153,14 @@ class Way:
                 else torch.optim.AdamW(trained, lr=1e-4, fused=True)
             )
         if way.endswith("compiled"):
-            torch._dynamo.config.recompile_limit = 64  # ways and kinds of blocks share their code
+            torch._dynamo.config.recompile_limit = 64  # all ways and kinds of blocks share code objects
             for layer in self.base.model.layers:
                 layer.compile()
         self.model = model.train()
         self.checkpointing = "off"
 
     def resident(self) -> int:
-        """Bytes of its weights, scales, adapters and optimizer."""
+        """Bytes of the weights, scales, adapters and optimizer."""
         found: dict[int, int] = {}
 
         def note(tensors: Iterable[Any]) -> None:
@@ -180,7 +180,7 @@ class Way:
         return sum(found.values())
 
     def checkpoint(self, kind: str) -> None:
-        """on, off, or offload: what blocks read is kept by the host."""
+        """Sets checkpointing: on, off, or offload, with which the host keeps the blocks' inputs."""
         if self.checkpointing != kind:
             if self.checkpointing != "off":
                 self.base.activation_checkpointing_disable()
@@ -205,8 +205,8 @@ class Way:
         return loss.detach()
 
 
-def timed(way: Way, ids: torch.Tensor) -> dict:
-    """Seconds, loss and MiB of one step; what other ways hold does not count."""
+def time_step(way: Way, ids: torch.Tensor) -> dict:
+    """Seconds, loss and MiB of one step, without the memory of the other ways."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -220,7 +220,7 @@ def timed(way: Way, ids: torch.Tensor) -> dict:
 
 
 def synchronisations(way: Way, ids: torch.Tensor) -> int:
-    """Times that a step makes the processor wait for the GPU."""
+    """How often a step makes the CPU wait for the GPU."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -232,7 +232,7 @@ def synchronisations(way: Way, ids: torch.Tensor) -> int:
 
 
 def kernels(way: Way, ids: torch.Tensor) -> dict[str, float]:
-    """Seconds that a step's kernels take, without the gaps between them, and how many they are."""
+    """Seconds of a step's kernels, without the gaps between them, and the number of kernels."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         way.step(ids)
         torch.cuda.synchronize()
@@ -252,12 +252,12 @@ def measure(ways: list[Way], batch: int, checkpointing: str, repeats: int) -> li
                 continue
             way.checkpoint(checkpointing)
             try:
-                taken = timed(way, ids)
+                taken = time_step(way, ids)
                 if turn >= _WARM:
                     found.setdefault(way.way, []).append(taken)
             except torch.OutOfMemoryError:
                 failed[way.way] = "out of memory"
-            except Exception as error:  # the others go on, and the table says it
+            except Exception as error:  # the other ways continue, and the table shows the error
                 traceback.print_exc()
                 failed[way.way] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             if way.way in failed:
@@ -286,7 +286,7 @@ def measure(ways: list[Way], batch: int, checkpointing: str, repeats: int) -> li
 
 
 def table(rows: list[dict], tflops: float) -> str:
-    """*of the floor*: of the speed at which the card's own products would be the whole step; memory over the least."""
+    """The table; its floors are the speed of the card's own products alone and the least memory."""
     lines = []
     for row in rows:
         against = next((r for r in rows if r["way"] == "PEFT QLoRA" and same(r, row) and "failed" not in r), None)
@@ -314,7 +314,7 @@ def same(one: dict, other: dict) -> bool:
 
 
 def gradient_differences(ways: list[Way]) -> dict[str, float]:
-    """‖g − g'‖/‖g'‖ over all adapters, g' PEFT's in bfloat16, with the same factors away from their start."""
+    """‖g − g'‖/‖g'‖ over all adapters; g' is PEFT's gradient in bfloat16, at the same factors away from their start."""
     ids = torch.randint(0, LLAMA_8B["vocab_size"], (1, 512), generator=torch.Generator().manual_seed(5)).cuda()  # type: ignore
     found: dict[str, dict[str, torch.Tensor]] = {}
     for way in ways:
@@ -345,7 +345,7 @@ def _distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> f
 
 
 def ceilings() -> dict[str, float]:
-    """What this card does: bfloat16 products of 8192² matrices, and copies, bytes read plus bytes written."""
+    """Rates of this card: bfloat16 products of 8192² matrices, and copies (bytes read plus bytes written)."""
 
     def seconds(act: Callable[[], Any], repeats: int = 10) -> float:
         for _ in range(3):
@@ -367,8 +367,11 @@ def ceilings() -> dict[str, float]:
 
 
 def floor(batch: int, checkpointing: bool) -> dict[str, float]:
-    """Products of the frozen model's step, in 10¹² operations, and the least memory in GiB: weights in NF4 with nested
-    scales, embeddings and head in bfloat16; of activations what any method must keep of a block (bfloat16)."""
+    """The products of the frozen model's step, in 10¹² operations, and the least memory in GiB.
+
+    Weights are in NF4 with nested scales, embeddings and head in bfloat16; of the activations, it counts what any
+    method must keep of a block, in bfloat16.
+    """
     h, f, layers, vocab = 4096, 14_336, LLAMA_8B["num_hidden_layers"], LLAMA_8B["vocab_size"]
     kv, tokens = 1024, batch * LENGTH
     block = 2 * h * h + 2 * h * kv + 3 * h * f
@@ -392,8 +395,8 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=RUNS, help="batch:checkpointing (on, off; offload: SGM alone)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--table", action="store_true", help="print the table of the last recorded run")
-    parser.add_argument("--blocks", type=int, default=32, help="fewer for a try")
-    parser.add_argument("--also", type=Path, help="a second file for the rows, written as they come")
+    parser.add_argument("--blocks", type=int, default=32, help="number of blocks; fewer for a quick test")
+    parser.add_argument("--also", type=Path, help="a second file for the rows, written one by one")
     asked = parser.parse_args()
     if asked.table:
         last = json.loads((RESULTS / "step_gpu.json").read_text(encoding="utf-8"))[-1]
@@ -407,7 +410,7 @@ def main() -> None:
     print(f"built in {time.perf_counter() - started:.0f} s", flush=True)
     ways = [Way(way, base) for way in asked.ways]
     gc.collect()
-    gc.freeze()  # or it looks through all ways' modules in the middle of a step
+    gc.freeze()  # otherwise it traverses all ways' modules during a step
     print(f"ready in {time.perf_counter() - started:.0f} s", flush=True)
     differences = gradient_differences(ways)
     print(json.dumps(differences), flush=True)

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from sgm_finetune.measure.probe import Probe
-from sgm_finetune.method.build_plan import MatrixNumbers
+from sgm_finetune.method.plan import MatrixNumbers
 
 GOOD = ["good", "great", "fine", "lovely", "superb", "bright"]
 BAD = ["bad", "awful", "poor", "dull", "broken", "weak"]

@@ -21,16 +21,20 @@ from conftest import make_model, make_tokenizer
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import save
 
-from sgm_finetune.base.config import Config, ModelConfig, load_config
+from sgm_finetune.base.config import Config, ModelConfig
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.data.splits import load_splits
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.measure.scan_formats import load_scan
 from sgm_finetune.measure.scan_result import by_parameter
-from sgm_finetune.method.plan_rules import adapter_parameters
-from sgm_finetune.model.load import check_model, load_tokenizer, skeleton
+from sgm_finetune.method.parameter_count import adapter_parameters
+from sgm_finetune.model.architecture import check_model
+from sgm_finetune.model.load import Head, skeleton
+from sgm_finetune.model.tokenizer import load_tokenizer
 from sgm_finetune.model.weights.stored import stored_matrices
-from sgm_finetune.results.folder import as_it_began, earlier
-from sgm_finetune.results.load import attach_untrained, load_pth, lora_config, stored_config
+from sgm_finetune.results.folder import as_it_began, recall_start
+from sgm_finetune.results.load import attach_untrained
+from sgm_finetune.results.pth import load_pth, lora_config, stored_config
 from sgm_finetune.results.report.run_files import load_run
 from sgm_finetune.train.checkpoints import CONTENTS, is_whole, seal
 
@@ -143,14 +147,14 @@ def read_pth(path: Path) -> None:
     config = stored_config(content, path, Config(), [])
     assert not config.model.trust_remote_code
     lora_config(content)
-    base = skeleton(ModelConfig(name="pico", dtype="float32"), finished_run() / "model", ("a", "b"), 0, "class")
+    base = skeleton(ModelConfig(name="pico", dtype="float32"), finished_run() / "model", Head(("a", "b"), "class", 0))
     attach_untrained(base, content, path)
 
 
 def read_progress(path: Path) -> None:
     output = path.parent.parent
     as_it_began(load_config(None, ["memory.budget=8GiB"]), output)
-    earlier(output, load_plan(finished_run() / "out" / "plan.json"), {})
+    recall_start(output, load_plan(finished_run() / "out" / "plan.json"), {})
 
 
 def read_run(path: Path) -> None:

@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import torch
 
 from sgm_finetune.measure.scan_result import MatrixScan
-from sgm_finetune.method.build_plan import Energy, Group, KindNumbers, Plan, PlannedMatrix, PlanSettings
-from sgm_finetune.method.singular_values import Spectrum
+from sgm_finetune.method.plan import Energy, Group, KindNumbers, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.method.singular_values import SingularValues
 from sgm_finetune.method.snr import signal_to_noise
 from sgm_finetune.results.report.histogram import histogram_of
 from sgm_finetune.results.report.pictures import Pictures, SimilarityTable
@@ -195,7 +195,7 @@ def sample_pictures(plan: Plan) -> Pictures:
         found = signal_to_noise(values, *weights.shape)
         scanned = MatrixScan(f"layers.{at}.fc", "layers.*.fc", at, tuple(weights.shape), found.sigma, found.edge,
                              found.signal_rank, found.snr, found.snr_db, "", 1.0)  # fmt: skip
-        spectra.append(histogram_of(Spectrum(values, (weights.shape[0], weights.shape[1])), scanned))
+        spectra.append(histogram_of(SingularValues(values, (weights.shape[0], weights.shape[1])), scanned))
     tables = []
     for kind in dict.fromkeys(matrix.kind for matrix in plan.matrices):
         names = tuple(matrix.name for matrix in plan.matrices if matrix.kind == kind)

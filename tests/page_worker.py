@@ -16,15 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 import gradio
 from rich.console import Console
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.commands import serve as serving
-from sgm_finetune.results.answers import load_result
+from sgm_finetune.results.load import load_trained, read_result
 
 
 def page_of(folder: str, report: str | None = None):
     names = [f"output.dir={folder}"]
-    return serving.build(load_result(load_config(None, names), names, StepLog(Console(file=io.StringIO()))), report)
+    log = StepLog(Console(file=io.StringIO()))
+    return serving.build(load_trained(read_result(load_config(None, names), names, log), log), report)
 
 
 def shown(page, *arguments):

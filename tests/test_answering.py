@@ -17,16 +17,17 @@ from conftest import GOOD, make_model, make_tokenizer
 from processes import environment
 from rich.console import Console
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import serve as serving
 from sgm_finetune.commands.chat import chat
 from sgm_finetune.commands.cli import main
 from sgm_finetune.commands.finetune import finetune
-from sgm_finetune.commands.generate import generate, read_prompts
-from sgm_finetune.results.answers import Sampling, answer, answer_ends, load_result, prompt_ids
+from sgm_finetune.commands.generate import GenerateRequest, generate, read_prompts
+from sgm_finetune.results.answers import Sampling, answer, answer_ends, prompt_ids
 from sgm_finetune.results.generation import continue_prompts
+from sgm_finetune.results.load import load_trained, read_result
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} <eos> {% endfor %}"
@@ -47,7 +48,8 @@ def trained(folder: Path, *overrides: str) -> list[str]:
 
 
 def loaded(names: list[str]):
-    return load_result(load_config(None, names), names, StepLog(quiet()))
+    log = StepLog(quiet())
+    return load_trained(read_result(load_config(None, names), names, log), log)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,8 @@ def test_the_answer_before_is_that_of_the_base_model(reviewer):
 
     result = loaded(reviewer)
     (before,) = answer(result, ["good great fine film"], Sampling(), "before")
-    base, _ = load_base(result.config, prepare_data(result.config, StepLog(quiet())))
+    log = StepLog(quiet())
+    base = load_base(result.config, prepare_data(result.config, log), log).model
     with torch.no_grad():
         logits = base(**result.tokenizer("good great fine film", return_tensors="pt")).logits[0]
     expected = dict(zip(result.labels, logits.softmax(-1).tolist(), strict=True))
@@ -193,7 +196,7 @@ def test_generate_compares_and_prints(reviewer, capfd):
 
 def test_generate_streams_to_a_terminal(talker):
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    (row,) = generate(load_config(None, talker), talker, ["the great story"], None, console, Sampling())
+    (row,) = generate(load_config(None, talker), talker, GenerateRequest(["the great story"]), console)
     assert row["answer"] == "good film"
     assert "good film" in console.file.getvalue()
 

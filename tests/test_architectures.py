@@ -12,12 +12,14 @@ from architectures import DECODERS, ENCODER_DECODERS, ENCODERS, save_pico
 from peft import PeftModel
 from rich.console import Console
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands.evaluate import evaluate
 from sgm_finetune.measure.plan_file import load_plan
-from sgm_finetune.model.load import load_model
-from sgm_finetune.results.load import attach_adapter, load_pth
+from sgm_finetune.model.load import Head, load_model
+from sgm_finetune.results.load import attach_adapter
+from sgm_finetune.results.pth import load_pth
 
 READERS = {  # of a layer's first block: what is expected to read the same activations
     "gpt2": [], "gpt_neox": [], "phi3": [], "modernbert": [],  # one matrix for q, k and v
@@ -87,7 +89,7 @@ def test_a_model_of_every_architecture_goes_the_whole_way(name: str, task: str, 
     with_experts = name in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
     assert (metrics["predicted"] is None) == with_experts, said.getvalue()
 
-    again = pipeline.evaluate(config, [f"output.dir={output}"], Console(file=StringIO()))
+    again = evaluate(config, [f"output.dir={output}"], Console(file=StringIO()))
     assert again["loss"] == pytest.approx(metrics["after"]["loss"], rel=1e-6)
 
     plan = load_plan(output / "plan.json")
@@ -101,10 +103,10 @@ def test_a_model_of_every_architecture_goes_the_whole_way(name: str, task: str, 
         assert any(expected <= found for found in read_by_number), (expected, read_by_number)
 
     torch.manual_seed(0)
-    base, _ = load_model(config.model, folder, tuple(metrics["labels"]), 0, label_kind="class" if "labels" else None)
+    base, _ = load_model(config.model, folder, Head(tuple(metrics["labels"]), "class", 0))
     loaded = PeftModel.from_pretrained(base, str(output / "adapter")).eval()
     torch.manual_seed(0)
-    base, _ = load_model(config.model, folder, tuple(metrics["labels"]), 0)
+    base, _ = load_model(config.model, folder, Head(tuple(metrics["labels"]), pad_token_id=0))
     ours = attach_adapter(base, load_pth(output / "sgm_finetuned.pth"), output)
     ids = torch.arange(3, 15).reshape(2, 6)
     ids[:, -1] = 2
@@ -131,7 +133,7 @@ def test_a_quantised_model_of_every_architecture_learns(name, quantization, tmp_
     config = load_config(None, [*overrides(folder, task, rows[task], output), *more])
     metrics = pipeline.finetune(config, Console(file=StringIO()))
     assert metrics["after"]["loss"] < 1.01 * metrics["before"]["loss"]
-    again = pipeline.evaluate(config, [f"output.dir={output}"], Console(file=StringIO()))
+    again = evaluate(config, [f"output.dir={output}"], Console(file=StringIO()))
     assert again["loss"] == pytest.approx(metrics["after"]["loss"], rel=1e-4)
 
 

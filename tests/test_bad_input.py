@@ -277,7 +277,11 @@ TASKS: list[Row] = [
         ["`label` is 3, no list", "[] for none"],
     ),
     ("packed reviews", lambda p: ["data.packing=true"], ["data.packing=true", "completion and chat"]),
-    ("a stream of unknown length", lambda p: ["data.streaming=true"], ["data.num_train", "how many rows to take"]),
+    (
+        "a stream of unknown length",
+        lambda p: ["data.streaming=true"],
+        ["data.num_train", "the number of rows to read"],
+    ),
     (
         "a stream of text",
         lambda p: [LM, f"data.train={p.file('x.txt', REVIEWS)}", *STREAM],
@@ -351,7 +355,7 @@ MODEL: list[Row] = [
 
 PLAN: list[Row] = [
     ("no such plan", lambda p: [f"plan={p.folder / 'x.json'}"], ["x.json", "sgm plan"]),
-    ("a plan that is no JSON", lambda p: [f"plan={p.file('plan.json', 'a: b')}"], ["plan.json", "no usable plan"]),
+    ("a plan that is no JSON", lambda p: [f"plan={p.file('plan.json', 'a: b')}"], ["plan.json", "not a usable plan"]),
     ("a plan that is a list", lambda p: [f"plan={p.file('plan.json', '[]')}"], ["plan.json", "a list"]),
     (
         "a plan with an unknown entry",

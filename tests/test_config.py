@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sgm_finetune.base.config import Config, known_keys, load_config, parse_config
+from sgm_finetune.base.config import Config, known_keys
+from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +106,7 @@ def test_a_number_that_yaml_reads_as_text_is_a_number(write):
         ("training.learning_rte=1", ["unknown key `training.learning_rte`", "did you mean `learning_rate`"]),
         ("training.rank=8", ["unknown key `training.rank`", "did you mean `adapter.rank`"]),
         ("epochs=1", ["unknown key `epochs`", "did you mean `training.epochs`"]),
-        ("snr.zzzz=1", ["unknown key `snr.zzzz`", "known here: estimator"]),
+        ("snr.zzzz=1", ["unknown key `snr.zzzz`", "known keys: estimator"]),
         ("data.columns.txt=review", ["`data.columns` is 'txt'", "'text', 'text_pair', 'label', 'prompt'"]),
         ("training.epochs.more=1", ["`training.epochs` is {'more': 1}", "valid number"]),
     ],

@@ -1,7 +1,8 @@
-"""The documentation is built strictly, is that of this version, and its commands run."""
+"""The documentation builds without a warning, describes this version, and its commands run."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -46,6 +47,20 @@ def test_the_words_of_every_error_explained_are_those_of_the_source():
     assert [words for words in headings if words not in joined] == []
 
 
+def test_the_layout_names_every_file_as_the_file_describes_itself():
+    spec = importlib.util.spec_from_file_location("layout", DOCS / "layout.py")
+    layout = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(layout)
+    text = (DOCS / "layout.md").read_text(encoding="utf-8")
+    assert layout.page(text) == text, "python docs/layout.py"
+
+
+def test_every_file_that_the_layout_sends_a_reader_to_is_there():
+    text = (DOCS / "layout.md").read_text(encoding="utf-8").partition("## Every file")[0]
+    for name in re.findall(r"`((?:\w+/)+(?:\w+\.py)?)`", text):
+        assert (ROOT / "src" / "sgm_finetune" / name).exists() or (ROOT / name).exists(), name
+
+
 def blocks(page: str) -> str:
     return "\n".join(
         re.findall(r"^```bash\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
@@ -55,7 +70,7 @@ def blocks(page: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_run_in_their_order(page, tmp_path):
-    """Some minutes each; in a folder of their own, as one script that stops at the first error."""
+    """A page takes some minutes. Its commands are one script in a folder of its own; it stops at the first error."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", blocks(page)],

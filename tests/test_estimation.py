@@ -1,4 +1,4 @@
-"""What a run is said to need before it: parts that can be counted by hand, budgets that are kept, refusals."""
+"""What a run is predicted to need: parts that can be counted by hand, budgets that are kept, refusals."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
-from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands import session
 from sgm_finetune.commands.cli import main
 from sgm_finetune.data.prepared import PreparedData, prepare_data
-from sgm_finetune.model.load import load_model, skeleton
+from sgm_finetune.model.load import Head, load_model, skeleton
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.stand_ins import stored_bytes
-from sgm_finetune.train.budget.estimate import ALLOCATOR, Estimate, estimate
-from sgm_finetune.train.budget.fit import as_begun, check_fits, fit
+from sgm_finetune.train.budget.estimate import ALLOCATOR, estimate
+from sgm_finetune.train.budget.fit import check_fits, fit, reuse_fit
+from sgm_finetune.train.budget.needs import Estimate
 
 QUIET = StepLog(Console(quiet=True))
 
@@ -46,7 +49,7 @@ def predicted(described: list[str], *more: str) -> Estimate:
 def test_weights_adapters_and_optimizer_are_what_the_run_holds(described) -> None:
     config, prepared = made(described, "merge.side=none", "training.optimizer=adamw")
     needed = estimate(config, prepared)
-    model, new = load_model(config.model, prepared.folder, prepared.splits.labels, 0)
+    model, new = load_model(config.model, prepared.folder, Head(prepared.splits.labels, pad_token_id=0))
     assert needed.weights_bytes == sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     plain = get_peft_model(
         model, LoraConfig(r=4, target_modules=list(adaptable(model)), task_type="SEQ_CLS", modules_to_save=list(new))
@@ -59,7 +62,7 @@ def test_weights_adapters_and_optimizer_are_what_the_run_holds(described) -> Non
     assert needed.micro_batch_size == 16
 
 
-def test_what_costs_memory_is_said_to(described) -> None:
+def test_what_costs_memory_is_predicted_to(described) -> None:
     least = predicted(described)
     assert predicted(described, "training.batch_size=32").activation_bytes > 1.8 * least.activation_bytes
     assert predicted(described, "training.checkpointing=true").activation_bytes < least.activation_bytes
@@ -78,8 +81,8 @@ def test_what_costs_memory_is_said_to(described) -> None:
 def test_a_quantised_skeleton_weighs_what_bitsandbytes_holds(described, quantization) -> None:
     config, prepared = made(described, f"model.quantization={quantization}")
     labels = prepared.splits.labels
-    hollow = skeleton(config.model, prepared.folder, labels, 0)
-    model, _ = load_model(config.model, prepared.folder, labels, 0)
+    hollow = skeleton(config.model, prepared.folder, Head(labels, pad_token_id=0))
+    model, _ = load_model(config.model, prepared.folder, Head(labels, pad_token_id=0))
     held = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -90,15 +93,16 @@ def test_a_quantised_skeleton_weighs_what_bitsandbytes_holds(described, quantiza
     assert estimate(config, prepared).weights_bytes == stored_bytes(hollow)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's allocator is asked for what it allocates")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's prediction has no allocator's share")
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_what_is_dropped_in_a_step_leaves_holes_of_its_own_size(described, monkeypatch, checkpointing: bool) -> None:
-    """Dequantised weights of the base, whatever the adapters', and without checkpointing the products of gated MLPs."""
+    """The dequantised weights of the base, whatever is adapted, and without checkpointing the products of gated
+    MLPs."""
     monkeypatch.setitem(ALLOCATOR, "step", 0.0)
     settings = ("model.quantization=nf4", "model.dtype=float32", f"training.checkpointing={str(checkpointing).lower()}")
     config, prepared = made(described, *settings)
     needed = estimate(config, prepared)
-    base = adaptable(skeleton(config.model, prepared.folder, prepared.splits.labels, 0))
+    base = adaptable(skeleton(config.model, prepared.folder, Head(prepared.splits.labels, pad_token_id=0)))
     held = needed.process_bytes + needed.weights_bytes + needed.adapter_bytes + needed.optimizer_bytes
     widths = sum(matrix.shape[0] for name, matrix in base.items() if name.endswith("gate_proj"))
     padded = -(-needed.longest // 8) * 8
@@ -107,7 +111,7 @@ def test_what_is_dropped_in_a_step_leaves_holes_of_its_own_size(described, monke
 
 
 def test_a_budget_changes_the_least_costly_first_and_is_kept(described, monkeypatch) -> None:
-    monkeypatch.setattr("sgm_finetune.train.budget.estimate.held_memory", lambda: 0)  # which is another at every call
+    monkeypatch.setattr("sgm_finetune.train.budget.estimate.held_memory", lambda: 0)  # differs at every call
     batches = ("training.batch_size=32", "training.eval_batch_size=64", "data.max_length=24")
     config, prepared = made(described, *batches, "merge.side=none")
     whole = estimate(config, prepared)
@@ -123,20 +127,20 @@ def test_a_budget_changes_the_least_costly_first_and_is_kept(described, monkeypa
         assert fitted.estimate.firm_bytes <= budget
         assert fitted.config.training.batch_size == 32
         seen = [line.partition("=")[0] for line in fitted.given_up]
-        if "adapter.rank" in seen:  # not before what costs no quality
+        if "adapter.rank" in seen:  # comes after what costs no quality
             assert "training.checkpointing" in seen
         if "training.checkpointing" in seen:
             assert fitted.config.training.micro_batch_size == 1
     assert {"training.micro_batch_size", "training.eval_batch_size", "training.checkpointing"} <= set(seen)
 
 
-def test_what_is_not_enough_is_said_with_a_remedy(described, monkeypatch) -> None:
+def test_a_budget_that_is_not_enough_is_refused_with_a_remedy(described, monkeypatch) -> None:
     monkeypatch.setattr("sgm_finetune.train.budget.estimate.held_memory", lambda: 0)
     config, prepared = made(described)
     with pytest.raises(UserError, match=r"memory.budget=0.01 GiB is not enough: .*model.quantization=nf4"):
         fit(config, prepared, 10 * 2**20)
     needed = estimate(config, prepared)
-    with pytest.raises(UserError, match=r"with all else as small as it gets.*model.quantization=nf4"):
+    with pytest.raises(UserError, match=r"with every other setting at its smallest.*model.quantization=nf4"):
         fit(config, prepared, needed.process_bytes + needed.weights_bytes + 2**19)
     with pytest.raises(UserError, match=r"needs about .* within reach .*model.quantization=nf4"):
         check_fits(needed, needed.weights_bytes, config)
@@ -146,18 +150,18 @@ def test_what_is_not_enough_is_said_with_a_remedy(described, monkeypatch) -> Non
 
 
 def test_a_run_stops_before_anything_is_loaded_where_it_cannot_fit(described, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline, "memory_within_reach", lambda: 50 * 2**20)
+    monkeypatch.setattr(session, "memory_within_reach", lambda: 50 * 2**20)
     monkeypatch.setattr(pipeline, "load_base", lambda *arguments: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"0\.05 GiB are within reach"):
         pipeline.finetune(load_config(None, described), Console(quiet=True))
     monkeypatch.undo()
-    monkeypatch.setattr(pipeline, "disk_free", lambda folder: 1000)
+    monkeypatch.setattr(session, "disk_free", lambda folder: 1000)
     monkeypatch.setattr(pipeline, "load_base", lambda *arguments: pytest.fail("loaded"))
     with pytest.raises(UserError, match="its disk has 0 MiB free"):
         pipeline.finetune(load_config(None, described), Console(quiet=True))
 
 
-def test_a_run_within_a_budget_says_what_it_gave_up_and_goes_on_so(described, tmp_path, capsys, monkeypatch) -> None:
+def test_a_run_in_a_budget_prints_what_it_gave_up_and_resumes_so(described, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("sgm_finetune.train.budget.estimate.held_memory", lambda: 0)
     config, prepared = made(described, "training.batch_size=32", "training.eval_batch_size=64")
     whole = estimate(config, prepared)
@@ -166,15 +170,15 @@ def test_a_run_within_a_budget_says_what_it_gave_up_and_goes_on_so(described, tm
     console = Console(width=250)
     asked = [*described, "training.batch_size=32", "training.eval_batch_size=64", f"memory.budget={budget}"]
     metrics = pipeline.finetune(load_config(None, asked), console)
-    said = capsys.readouterr().out
-    assert "to fit into" in said
-    assert "training.micro_batch_size=" in said
+    printed = capsys.readouterr().out
+    assert "to fit into" in printed
+    assert "training.micro_batch_size=" in printed
     assert metrics["predicted"]["peak_bytes"] > 0
-    assert "predicted" in said.splitlines()[-2]
+    assert "predicted" in printed.splitlines()[-2]
     begun = load_config(tmp_path / "out" / "config.yaml")
-    assert as_begun(load_config(None, asked), begun) == begun
+    assert reuse_fit(load_config(None, asked), begun) == begun
     by_hand = load_config(None, [*asked, "adapter.rank=3"])
-    assert as_begun(by_hand, begun, load_config(None, asked)).adapter.rank == 3
+    assert reuse_fit(by_hand, begun, load_config(None, asked)).adapter.rank == 3
     with pytest.raises(UserError, match=r"`adapter.rank` is 3 now and was 4 when the run began"):
         pipeline.finetune(load_config(None, [*asked, "adapter.rank=3", "training.resume=true"]), Console(quiet=True))
 

@@ -10,9 +10,10 @@ from datasets import Dataset
 
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.encoding import IGNORED, collator
+from sgm_finetune.data.batches import collator
+from sgm_finetune.data.encoding import IGNORED
 from sgm_finetune.data.questions import Question, has_answers, questions
-from sgm_finetune.model.load import load_model
+from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.results.evaluation import evaluate_model
 from sgm_finetune.results.generation import answer_metrics, generate_answers
 from sgm_finetune.results.metrics import (
@@ -21,7 +22,7 @@ from sgm_finetune.results.metrics import (
     regression_metrics,
     tagging_metrics,
 )
-from sgm_finetune.train.losses import check_packing, summed_loss
+from sgm_finetune.train.losses import TestSet, check_packing, summed_loss
 
 CASES = [
     ("bert", "sequence-classification", "class", torch.tensor([0, 2, 1])),
@@ -37,7 +38,7 @@ CASES = [
 def test_a_summed_loss_over_its_count_is_the_models_own_mean(name, task, kind, labels, tmp_path):
     config = ModelConfig(task=task, dtype="float32")
     names = () if kind == "number" or task.endswith("lm") else ("a", "b", "c")
-    model, _ = load_model(config, save_pico(name, tmp_path / name), names, 0, label_kind=kind)
+    model, _ = load_model(config, save_pico(name, tmp_path / name), Head(names, kind, 0))
     ids = torch.tensor([[3, 4, 5, 2]] * 3)
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
     total, count = summed_loss(output.logits, labels, task)
@@ -48,11 +49,12 @@ def test_a_summed_loss_over_its_count_is_the_models_own_mean(name, task, kind, l
 def test_an_evaluation_gives_the_same_whatever_the_batch(name, task, kind, labels, tmp_path):
     config = ModelConfig(task=task, dtype="float32")
     names = () if kind == "number" or task.endswith("lm") else ("a", "b", "c")
-    model, _ = load_model(config, save_pico(name, tmp_path / name), names, 0, label_kind=kind)
+    model, _ = load_model(config, save_pico(name, tmp_path / name), Head(names, kind, 0))
     ids = [[3, 4, 5, 2][: 4 if task != "sequence-classification" else 2 + row] for row in range(3)]
     rows = {"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids], "labels": labels.tolist()}
     collate = collator(make_tokenizer(), task)
-    one, all_ = (evaluate_model(model, Dataset.from_dict(rows), collate, task, size, names) for size in (1, 3))
+    sets = (TestSet(Dataset.from_dict(rows), collate, task, size, names) for size in (1, 3))
+    one, all_ = (evaluate_model(model, test_set).metrics for test_set in sets)
     assert one.keys() == all_.keys()
     assert one["loss"] == pytest.approx(all_["loss"], rel=1e-5)
     assert describe_metrics(one).endswith(("3 test examples", f"{one.get('num_tokens')} test tokens"))

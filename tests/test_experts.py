@@ -9,17 +9,19 @@ import torch
 from architectures import save_pico
 from conftest import make_batches, measured_numbers
 
-from sgm_finetune.base.config import ModelConfig, load_config
+from sgm_finetune.base.config import ModelConfig
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.measure.scan import scan
-from sgm_finetune.method.build_plan import Group, PlanSettings, build_plan
+from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.plan import Group, PlanSettings
 from sgm_finetune.method.subspace import spectral_basis, test_matrix
 from sgm_finetune.model.load import load_model
 from sgm_finetune.model.matrices import adaptable, out_of_reach
 from sgm_finetune.train.adapters.apply import apply_plan, lora_layers
-from sgm_finetune.train.adapters.optimizer import FactorDescent, Pair, factor_pairs, laid, stored
+from sgm_finetune.train.adapters.optimizer import FactorDescent, Pair, factor_pairs, pack_factor, unpack_factor
 from sgm_finetune.train.adapters.shard import shard_base
 
 STACK = "model.layers.1.mlp.experts.gate_up_proj"
@@ -104,7 +106,7 @@ def test_linear_layers_that_peft_takes_for_experts_are_left_alone(folders):
 
 def test_what_experts_cannot_do_is_refused(folders):
     model = loaded(folders["mixtral"])
-    with pytest.raises(UserError, match=r"shard=true is not possible with a model of experts; take training.shard=fal"):
+    with pytest.raises(UserError, match=r"shard=true is not possible with a model of experts; set training.shard=fal"):
         shard_base(model, torch.device("cpu"))
     numbers = [
         replace(one, num_experts=4 if "experts" in one.name else None)
@@ -112,7 +114,7 @@ def test_what_experts_cannot_do_is_refused(folders):
     ]
     plan = build_plan("pico", numbers, PlanSettings(rank=4, alpha=8.0, dropout=0.1))
     with pytest.raises(
-        UserError, match=r"adapter\.dropout=0\.1 is not possible with experts .* take adapter\.dropout=0"
+        UserError, match=r"adapter\.dropout=0\.1 is not possible with experts .* set adapter\.dropout=0"
     ):
         apply_plan(model, plan)
     plan = build_plan("pico", numbers, PlanSettings(rank=4, alpha=8.0))
@@ -132,8 +134,8 @@ def test_layers_that_merge_leave_experts_out(folders):
 
 def test_factors_are_laid_out_and_back():
     factor = torch.arange(24.0).reshape(12, 2)
-    assert torch.equal(stored("a", laid("a", factor, 3)), factor)
-    assert torch.equal(stored("b", laid("b", factor.T, 3)), factor.T)
+    assert torch.equal(pack_factor("a", unpack_factor("a", factor, 3)), factor)
+    assert torch.equal(pack_factor("b", unpack_factor("b", factor.T, 3)), factor.T)
 
 
 def test_an_experts_step_is_that_of_a_layer_of_its_own():
@@ -154,14 +156,17 @@ def test_an_experts_step_is_that_of_a_layer_of_its_own():
         alone.append(pair)
     stack = Pair(
         parameter(torch.cat([a for a, _ in factors]), torch.cat([da for da, _ in ups])),
-        parameter(stored("b", torch.stack([b.T for _, b in factors])), stored("b", torch.stack([d.T for _, d in ups]))),
+        parameter(
+            pack_factor("b", torch.stack([b.T for _, b in factors])),
+            pack_factor("b", torch.stack([d.T for _, d in ups])),
+        ),
         2.0,
         num_experts=3,
     )
     FactorDescent([stack], lr=0.1).step()
     torch.testing.assert_close(stack.a.detach(), torch.cat([pair.a.detach() for pair in alone]))
     expected = torch.stack([pair.b.detach().T for pair in alone])
-    torch.testing.assert_close(laid("b", stack.b.detach(), 3), expected)
+    torch.testing.assert_close(unpack_factor("b", stack.b.detach(), 3), expected)
 
 
 def test_the_layout_of_a_stack_is_pefts_own(folders):
@@ -177,5 +182,5 @@ def test_the_layout_of_a_stack_is_pefts_own(folders):
     pair = next(p for p in factor_pairs(adapted) if p.a is layer.lora_A["default"].weight)
     with torch.no_grad():
         pair.b.normal_()
-        a, b = laid("a", pair.a, 4), laid("b", pair.b, 4)
+        a, b = unpack_factor("a", pair.a, 4), unpack_factor("b", pair.b, 4)
         torch.testing.assert_close(layer.get_delta_weight("default"), pair.scaling * b.mT @ a, rtol=1e-4, atol=1e-5)

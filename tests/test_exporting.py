@@ -16,22 +16,24 @@ from conftest import WORDS, make_model, make_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
 
-from sgm_finetune.base.config import LabelKind, Task, load_config
+from sgm_finetune.base.config import LabelKind, Task
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands.export import ExportRequest, export_result
 from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.scan import scan
-from sgm_finetune.model.load import auto_class, load_model
+from sgm_finetune.model.architecture import auto_class
+from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.results.export import check, merge
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, find_format, modelfile
 from sgm_finetune.results.export.gguf_file import rope_order
 from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
 from sgm_finetune.results.export.merge import linear_update, merged_tensors, stack_update
 from sgm_finetune.results.export.shards import write_shards
-from sgm_finetune.results.files import save_pth
 from sgm_finetune.results.load import attach_adapter, load_unquantised, read_result
+from sgm_finetune.results.pth import save_pth
 from sgm_finetune.train.adapters.apply import apply_plan
 
 ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -75,7 +77,7 @@ def train(model: Path, task: Task, source: Path, output: Path, *more: str) -> li
     config = load_config(None, settings)
     labels = ("bad", "good") if task == "sequence-classification" else ()
     kind: LabelKind | None = "class" if labels else None
-    base, new = load_model(config.model, model, labels, make_tokenizer().pad_token_id, None, kind)
+    base, new = load_model(config.model, model, Head(labels, kind, make_tokenizer().pad_token_id))
     plan = make_plan(scan(model), None, config, base)
     adapted = apply_plan(base, plan, new)
     with torch.no_grad():

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sgm_finetune.base.config import Task, known_keys, load_config, parse_config
+from sgm_finetune.base.config import Task, known_keys
+from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.reference import commented_yaml, json_schema, keys, reference_page
 from sgm_finetune.commands.cli import main
-from sgm_finetune.commands.init import begin
-from sgm_finetune.model.load import fitting_tasks
+from sgm_finetune.commands.init import Answers, write_first_config
+from sgm_finetune.model.architecture import fitting_tasks
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +67,9 @@ def test_init_does_not_replace_a_file(tmp_path, capfd):
 )  # fmt: skip
 def test_the_task_is_guessed_from_the_columns(header, rows, task, columns, tmp_path):
     (tmp_path / "d.csv").write_text("\n".join([header, *rows]) + "\n")
-    config = begin(tmp_path / "c.yaml", Console(quiet=True), "m/m", str(tmp_path / "d.csv"), ask=False)
+    config = write_first_config(
+        tmp_path / "c.yaml", Console(quiet=True), Answers("m/m", str(tmp_path / "d.csv")), ask=False
+    )
     assert config.model.task == task
     assert dict(config.data.columns) == columns
     assert load_config(tmp_path / "c.yaml") == config
@@ -77,7 +80,7 @@ def test_four_questions_are_asked_and_columns_where_they_are_not_told(tmp_path, 
     answers = io.StringIO(f"owner/model\n{tmp_path / 'd.csv'}\ncausal-lm\nnf4\nquestion\nreply\n")
     monkeypatch.setattr("sys.stdin", answers)
     console = Console(file=io.StringIO(), width=200)
-    config = begin(tmp_path / "c.yaml", console)
+    config = write_first_config(tmp_path / "c.yaml", console)
     assert (config.model.name, config.model.task, config.model.quantization) == ("owner/model", "causal-lm", "nf4")
     assert dict(config.data.columns) == {"prompt": "question", "completion": "reply"}
     said = console.file.getvalue()

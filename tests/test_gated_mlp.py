@@ -1,4 +1,4 @@
-"""Gated MLPs that keep less are the same MLPs."""
+"""Gated MLPs that keep less compute the same outputs and gradients."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_two_tensors_as_wide_as_the_mlp_are_kept_instead_of_four() -> None:
     def wide(model: nn.Module) -> int:
         seen: dict[int, torch.Tensor] = {}
 
-        def noted(kept: torch.Tensor) -> torch.Tensor:
+        def note(kept: torch.Tensor) -> torch.Tensor:
             if kept.numel() == 4 * 7 * 128 and kept.shape[-1] == 128:
                 seen[kept.data_ptr()] = kept
             return kept
 
-        with saved_tensors_hooks(noted, lambda kept: kept):
+        with saved_tensors_hooks(note, lambda kept: kept):
             loss = model(**batch).loss
         loss.backward()
         return len(seen)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same numbers there as on a CPU, by its kernels, and a whole run."""
+"""What only a GPU can show: its kernels give the numbers of a CPU, and a whole run works."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import nn
 
-from sgm_finetune.base.config import ModelConfig, load_config
+from sgm_finetune.base.config import ModelConfig
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.commands import finetune as pipeline
-from sgm_finetune.model.load import load_model
+from sgm_finetune.commands.evaluate import evaluate
+from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.train.adapters.optimizer import FactorDescent, Pair
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
-from sgm_finetune.train.fast.head_loss import head_loss, linear_cross_entropy
+from sgm_finetune.train.fast.head_loss import find_head_loss, linear_cross_entropy
 from sgm_finetune.train.fast.liger import use_liger
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -28,7 +30,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.fixture(autouse=True)
 def _llama_as_it_was():
-    """Liger replaces parts of Transformers' module for the whole process, CPU models made later too."""
+    """Restores Transformers' module, of which Liger replaces parts for the whole process, also for later CPU models."""
     from transformers.models.llama import modeling_llama
 
     before = dict(vars(modeling_llama))
@@ -41,7 +43,7 @@ def on_gpu(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def adapted(model: nn.Module):
-    """As conftest's, but with the same numbers on every device."""
+    """As conftest's `adapted`, but with the same numbers on every device."""
     made = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(adaptable(model))))
     torch.manual_seed(2)
     with torch.no_grad():
@@ -73,18 +75,19 @@ def test_ligers_kernels_and_the_fast_step_have_the_gradients_of_a_cpu(dtype: tor
     fast = adapted(make_model("causal-lm").to("cuda", dtype))
     assert use_liger(fast.get_base_model(), {"input_ids": batch["input_ids"].cuda()}) is None
     assert use_fast_step(fast) == []
-    in_parts = head_loss(fast, {"input_ids": batch["input_ids"].cuda()})
+    in_parts = find_head_loss(fast, {"input_ids": batch["input_ids"].cuda()})
     assert in_parts is not None
     assert off(gradients(fast, on_gpu(batch), in_parts), wanted) < tolerance
 
 
-def test_a_model_that_liger_does_not_know_is_told() -> None:
+def test_a_model_that_liger_does_not_know_is_named() -> None:
     pytest.importorskip("liger_kernel")
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=2)).cuda()
     assert (
-        use_liger(model, {"input_ids": torch.ones(1, 4, dtype=torch.long).cuda()}) == "liger-kernel has none for gpt2"
+        use_liger(model, {"input_ids": torch.ones(1, 4, dtype=torch.long).cuda()})
+        == "liger-kernel has no kernels for gpt2"
     )
 
 
@@ -95,7 +98,7 @@ def test_in_four_bits_the_fast_step_has_pefts_gradients(tmp_path: Path) -> None:
     torch.manual_seed(1)
     LlamaForCausalLM(llama_config(num_hidden_layers=2)).save_pretrained(tmp_path)
     config = ModelConfig(name=str(tmp_path), task="causal-lm", quantization="nf4")
-    slow = adapted(load_model(config, tmp_path, pad_token_id=0)[0])
+    slow = adapted(load_model(config, tmp_path, Head(pad_token_id=0))[0])
     fast = copy.deepcopy(slow)
     assert use_fast_step(fast) == []
     batch = on_gpu(make_batches(1, task="causal-lm", length=40)[0])
@@ -117,7 +120,7 @@ def test_one_kernel_dequantises_as_bitsandbytes_does(shape: tuple[int, int], nes
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_loss_in_parts_is_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sgm_finetune.train.fast.head_loss._CHUNK", {"cpu": 100, "cuda": 100})
+    monkeypatch.setattr("sgm_finetune.train.fast.head_loss.NUM_LOGITS", {"cpu": 100, "cuda": 100})
     hidden = torch.randn(2, 9, 16).to("cuda", dtype).requires_grad_()
     weight = torch.randn(32, 16).to("cuda", dtype)
     labels = torch.randint(0, 32, (2, 9)).cuda()
@@ -160,7 +163,7 @@ def test_a_step_waits_for_the_gpu_a_few_times_whatever_the_number_of_layers() ->
     assert use_fast_step(model) == []
     batch = on_gpu(make_batches(1, task="causal-lm")[0])
     labels = batch.pop("labels")
-    in_parts = head_loss(model, batch)
+    in_parts = find_head_loss(model, batch)
     assert in_parts is not None
     from sgm_finetune.train.adapters.optimizer import create_optimizer
 
@@ -199,8 +202,8 @@ def test_a_whole_run_learns_and_is_evaluated_again(
         "data.max_length=32", "probe.num_batches=4", "probe.sketch_size=12", "adapter.rank=4", "training.max_steps=20",
         "training.batch_size=16", f"training.checkpointing={checkpointing}", f"output.dir={tmp_path / 'out'}",
     ]  # fmt: skip
-    words = StringIO()
-    metrics = pipeline.finetune(load_config(None, overrides), Console(file=words, width=200))
+    printed = StringIO()
+    metrics = pipeline.finetune(load_config(None, overrides), Console(file=printed, width=200))
     assert metrics["after"]["loss"] < 0.8 * metrics["before"]["loss"]
-    again = pipeline.evaluate(load_config(None, overrides), overrides, Console(file=words, width=200))
+    again = evaluate(load_config(None, overrides), overrides, Console(file=printed, width=200))
     assert again["loss"] == pytest.approx(metrics["after"]["loss"], rel=0.02)

@@ -10,7 +10,7 @@ import pytest
 from conftest import BAD, GOOD, OTHER
 from rich.console import Console
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.results import harness

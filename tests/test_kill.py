@@ -1,5 +1,5 @@
-"""A run that is killed by SIGKILL, at any moment and any number of times, loses at most the steps since its last
-checkpoint, and comes to the same bits as one that was left alone."""
+"""A run that SIGKILL ends, at any moment and any number of times, loses at most the steps since its last checkpoint
+and ends with the same bits as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(arguments: list[str], quiet: bool = True) -> None:
 
 @pytest.fixture(scope="module")
 def processes():
-    """Starts a process in which everything is imported already."""
+    """Starts a process that has already imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sgm_finetune.commands.finetune"])
     return context
@@ -65,7 +65,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def end_of(output: Path) -> tuple[list[torch.Tensor], Any]:
-    """Every tensor and number of a finished run that has to be the same: the adapter, the .pth, the last checkpoint's
+    """Every tensor and number of a finished run that must be the same: the adapter, the .pth, the last checkpoint's
     optimizer, scheduler and random states, all losses, and the test before and after."""
     last = last_whole_checkpoint(output / "checkpoints")
     assert last is not None
@@ -96,7 +96,7 @@ WRITES = (
 
 
 def wait(process: Any, output: Path, chooser: random.Random, seconds: float) -> str:
-    """Until the moment to kill: any in the life of a run, or while something is written."""
+    """Waits until the moment to kill: any moment in the life of a run, or one at which something is written."""
     if chooser.random() < 0.5:
         process.join(chooser.uniform(0, seconds))
         return "any"
@@ -112,7 +112,7 @@ def wait(process: Any, output: Path, chooser: random.Random, seconds: float) -> 
 
 
 def kill_until(kills: int, processes: Any, arguments: list[str], tmp_path: Path, seed: int) -> dict[str, Any]:
-    """Kills runs that go on where the last one was killed, until there were `kills`; compares each that ends."""
+    """Kills runs, each of which resumes the one before, `kills` times in all; compares each run that ends."""
     chooser = random.Random(seed)
     whole = tmp_path / "whole"
     started = time.monotonic()
@@ -140,7 +140,7 @@ def kill_until(kills: int, processes: Any, arguments: list[str], tmp_path: Path,
                 finished(process)
             now = last_whole_checkpoint(output / "checkpoints")
             assert last is None or (now is not None and step(now) >= step(last)), "an earlier checkpoint was lost"
-        if (output / "metrics.json").exists():  # a kill may have come between the last file and the end
+        if (output / "metrics.json").exists():  # the kill may come between the last file and the end
             assert_same(whole, output)
         ends += 1
     return {
@@ -158,7 +158,7 @@ def step(checkpoint: Path) -> int:
 
 @pytest.mark.slow
 def test_fifty_kills_lose_no_checkpoint_and_change_no_bit(processes, arguments, tmp_path):
-    """SGM_RECORD=FILE appends what was counted."""
+    """SGM_RECORD=FILE appends the counts to a file."""
     found = kill_until(60, processes, arguments, tmp_path, seed=int(os.environ.get("SGM_SEED", "0")))
     assert found["kills"] >= 50
     assert found["ends_compared"] >= 3

@@ -1,4 +1,4 @@
-"""What `accelerate launch` asks for beside processes: FSDP2 and DeepSpeed, from the files in configs/accelerate/."""
+"""The settings of `accelerate launch`: FSDP2 and DeepSpeed, and the files in configs/accelerate/."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 import yaml
 from processes import ROOT, assert_one_run, remove, run_processes
 
-from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.train import launch
-from sgm_finetune.train.launch import check_launch, follow_launcher
+from sgm_finetune.train.launch import apply_launcher, check_launch
 
 FILES = ROOT / "configs" / "accelerate"
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed")
@@ -23,7 +24,7 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 
 @pytest.fixture
 def deepspeed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The environment of a process that was started for a DeepSpeed configuration."""
+    """Sets the environment of a process that was started with a DeepSpeed configuration."""
 
     def begin(**configuration: object) -> None:
         monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
@@ -39,43 +40,47 @@ def deepspeed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_the_launchers_fsdp_is_our_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    config = follow_launcher(Config())
+    config = apply_launcher(Config())
     assert config.training.shard
-    assert "ACCELERATE_USE_FSDP" not in os.environ  # the trainer would cut the factors too
+    assert "ACCELERATE_USE_FSDP" not in os.environ  # with it, the trainer would shard the factors too
     check_launch(config, 2)
-    assert follow_launcher(Config()) == Config()
+    assert apply_launcher(Config()) == Config()
 
 
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"FSDP_VERSION": "1"}, "version 1; write fsdp_version: 2 into"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params cannot be followed; write false"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing cannot be followed"),
+        ({"FSDP_VERSION": "1"}, "version 1; set fsdp_version: 2 in"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: true is not supported; set it to false"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing: true is not supported"),
     ],
 )
-def test_fsdp_that_cannot_be_followed_is_refused(
+def test_fsdp_settings_that_are_not_supported_are_refused(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
 ) -> None:
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **variables}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
-        follow_launcher(Config())
+        apply_launcher(Config())
 
 
 @pytest.mark.parametrize(
     ("overrides", "configuration", "message"),
     [
-        ([], {}, "training.optimizer=spectral needs whole matrices, .*; take training.optimizer=adamw, or FSDP2"),
-        (["training.optimizer=adamw", "training.shard=true"], {}, "training.shard=true is FSDP2, and the launcher"),
+        ([], {}, "training.optimizer=spectral needs whole matrices, .*; set training.optimizer=adamw, or use FSDP2"),
+        (["training.optimizer=adamw", "training.shard=true"], {}, "training.shard=true is FSDP2, but the launcher"),
         (["training.optimizer=adamw", "model.quantization=nf4"], {"stage": 3}, "nf4 is not possible with .* ZeRO-3"),
         (
             ["training.optimizer=adamw"],
             {"gradient_clipping": 0.5},
-            "says gradient_clipping: 0.5, .*max_grad_norm makes it 1.0; write auto",
+            "has gradient_clipping: 0.5, .*max_grad_norm makes it 1.0; set it to auto",
         ),
-        (["training.optimizer=adamw"], {"train_batch_size": 7}, "says train_batch_size: 7, .* makes it 32; write auto"),
-        (["training.optimizer=adamw"], {"bf16": {"enabled": True}}, "enables bf16; leave it out, model.dtype says"),
+        (
+            ["training.optimizer=adamw"],
+            {"train_batch_size": 7},
+            "has train_batch_size: 7, .* makes it 32; set it to auto",
+        ),
+        (["training.optimizer=adamw"], {"bf16": {"enabled": True}}, "enables bf16; remove it, since model.dtype sets"),
         (["training.optimizer=adamw", "training.batch_size=5"], {}, "batch_size=5 cannot be divided"),
     ],
 )
@@ -93,20 +98,20 @@ def test_a_deepspeed_configuration_that_agrees_is_taken(deepspeed) -> None:
     check_launch(config, 2)
 
 
-def test_a_checkpoint_goes_on_as_it_began(deepspeed, tmp_path: Path) -> None:
+def test_a_checkpoint_resumes_only_the_way_it_was_written(deepspeed, tmp_path: Path) -> None:
     config, written = load_config(None, ["training.optimizer=adamw"]), tmp_path / "checkpoint-5"
     written.mkdir()
     check_launch(config, 4, written)
     for name in ("latest", "rng_state_0.pth", "rng_state_1.pth"):
         (written / name).touch()
-    with pytest.raises(UserError, match="checkpoint-5 was begun with DeepSpeed; go on so, not without it"):
+    with pytest.raises(UserError, match="checkpoint-5 was written with DeepSpeed; resume with it, not without it"):
         check_launch(config, 2, written)
     deepspeed()
     check_launch(config, 2, written)
-    with pytest.raises(UserError, match="written by 2 processes with DeepSpeed; go on with as many, not 4"):
+    with pytest.raises(UserError, match="written by 2 processes with DeepSpeed; resume with as many, not 4"):
         check_launch(config, 4, written)
     (written / "latest").unlink()
-    with pytest.raises(UserError, match="was begun without DeepSpeed; go on so, not with it"):
+    with pytest.raises(UserError, match="was written without DeepSpeed; resume without it, not with it"):
         check_launch(config, 2, written)
 
 
@@ -130,10 +135,10 @@ def test_every_file_for_the_launcher_is_one_it_reads() -> None:
     ["ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)],
 )
 def test_what_the_launcher_starts_is_one_run(name: str, settings, tmp_path: Path, command) -> None:
-    """Two processes end as one does, also when they are resumed; ZeRO-3 with every parameter in pieces."""
+    """Two processes end as one does, also when they are resumed. ZeRO-3 cuts every parameter into pieces."""
     settings = [*settings, "training.learning_rate=1e-3", "training.optimizer=adamw"]
     launcher = yaml.safe_load((FILES / f"{name}.yaml").read_text())
-    if name == "zero3":  # pico matrices would stay whole
+    if name == "zero3":  # by default it leaves matrices as small as these whole
         stage = {"stage": 3, "stage3_param_persistence_threshold": 0}
         (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": stage, "gradient_clipping": "auto",
             "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}))  # fmt: skip

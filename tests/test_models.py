@@ -11,9 +11,11 @@ from conftest import make_model
 
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.folder import local_folder
-from sgm_finetune.model.load import check_model, load_model, load_tokenizer, skeleton
+from sgm_finetune.model.load import Head, load_model, skeleton
 from sgm_finetune.model.matrices import adaptable, matrix_shape
+from sgm_finetune.model.tokenizer import load_tokenizer
 
 
 def test_linear_layers_come_in_the_models_order_without_heads_and_embeddings():
@@ -57,7 +59,7 @@ def test_a_new_head_follows_the_seed_and_the_labels(llama_folder):
     for _ in range(2):
         torch.manual_seed(7)
         config = ModelConfig(name=str(llama_folder), dtype="float32")
-        model, new = load_model(config, llama_folder, ("bad", "fair", "good"), pad_token_id=0)
+        model, new = load_model(config, llama_folder, Head(("bad", "fair", "good"), pad_token_id=0))
         assert new == ("score",)
         heads.append(model.score.weight)
         assert not model.training

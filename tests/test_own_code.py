@@ -10,9 +10,10 @@ import pytest
 from conftest import make_tokenizer
 from rich.console import Console
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands.evaluate import evaluate
 from sgm_finetune.measure.plan_file import load_plan
 
 CODE = '''
@@ -107,7 +108,5 @@ def test_a_model_that_nobody_thought_of_goes_the_whole_way(own, tmp_path):
     assert [group.members for group in plan.groups] == [(f"storeys.{n}.hear", f"storeys.{n}.heed") for n in range(2)]
     assert {matrix.name for matrix in plan.matrices if matrix.group is None} == {"storeys.0.say", "storeys.1.say"}
     assert metrics["trainable_parameters"] - 2 * 32 - 2 == 2 * (4 * 32 * 5)  # a new head for two classes
-    again = pipeline.evaluate(
-        load_config(None, overrides), [f"output.dir={tmp_path / 'out'}"], Console(file=StringIO())
-    )
+    again = evaluate(load_config(None, overrides), [f"output.dir={tmp_path / 'out'}"], Console(file=StringIO()))
     assert again["loss"] == metrics["after"]["loss"]

@@ -19,11 +19,11 @@ from made_up_runs import (
 )
 from rich.console import Console
 
-from sgm_finetune.base.config import load_config, parse_config
+from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.files import write_json
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.measure.plan_file import save_plan
-from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.files import write_config
 from sgm_finetune.results.report.comparison import compare_runs
 from sgm_finetune.results.report.comparison_page import render_comparison

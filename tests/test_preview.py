@@ -9,7 +9,7 @@ import pytest
 from architectures import save_pico
 from rich.console import Console
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.commands.cli import main
 from sgm_finetune.commands.data import preview
 

@@ -32,7 +32,7 @@ def test_the_results_page_is_made_from_the_results(benchmark, tmp_path):
     quality, methods, tables, tasks = benchmark
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_bytes((ROOT / "README.md").read_bytes())
-    tables.write_page(quality.recorded(), tasks.TASKS, methods.METHODS, quality.TUNING_SEED, tmp_path)
+    tables.write_page(quality.recorded_runs(), tasks.TASKS, methods.METHODS, quality.TUNING_SEED, tmp_path)
     for name in ("docs/results.md", "README.md"):
         made, kept = ((root / name).read_text("utf-8") for root in (tmp_path, ROOT))
         assert made == kept, "python benchmarks/quality.py --tables"

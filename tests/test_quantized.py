@@ -13,11 +13,13 @@ from conftest import llama_config, make_batches, make_tokenizer, measured_number
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.commands.cli import main
 from sgm_finetune.measure.probe import probe
-from sgm_finetune.method.build_plan import Plan, PlanSettings, build_plan
+from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.plan import Plan, PlanSettings
 from sgm_finetune.model.folder import local_folder
 from sgm_finetune.model.four_bit import ready_for_backward
-from sgm_finetune.model.load import load_model, load_tokenizer
+from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.model.matrices import adaptable
+from sgm_finetune.model.tokenizer import load_tokenizer
 from sgm_finetune.train.adapters.apply import apply_plan
 
 pytest.importorskip("bitsandbytes")
@@ -55,7 +57,7 @@ def folder(tmp_path_factory) -> Path:
 def four_bit(folder: Path, task: str = "causal-lm", labels: tuple[str, ...] = (), dtype: str = "bfloat16"):
     torch.manual_seed(4)  # of a new head
     config = ModelConfig(name=str(folder), task=task, quantization="nf4", dtype=dtype)
-    return load_model(config, folder, labels, pad_token_id=0)[0]
+    return load_model(config, folder, Head(labels, pad_token_id=0))[0]
 
 
 def four_bit_of_others(folder: Path):

@@ -15,22 +15,25 @@ from fuzz_seeds import as_gguf, finished_run
 from processes import environment
 from rich.console import Console
 
-from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.config_file import load_config
+from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.untrusted import MAX_JSON, check_inside, parse_json, parse_yaml, read_json, read_torch
-from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands.cli import main
-from sgm_finetune.model.load import check_model
+from sgm_finetune.commands.evaluate import evaluate
+from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.weights.stored import stored_matrices, weight_files
-from sgm_finetune.results.load import load_pth, stored_config
+from sgm_finetune.results.load import load_trained, read_result
+from sgm_finetune.results.pth import load_pth, stored_config
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ('{"a": 1, "a": 2}', "the key 'a' is in it twice"),
-        ("[NaN]", "NaN is no number"),
-        ("[Infinity]", "Infinity is no number"),
+        ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
+        ("[NaN]", "NaN is not a number"),
+        ("[Infinity]", "Infinity is not a number"),
         ("[1e999]", "too large a number"),
         (f"[{'9' * 5000}]", "too large a number"),
         ("[" * 100_000, "nested too deeply"),
@@ -138,9 +141,9 @@ def test_a_pickle_makes_no_room_for_what_it_claims(claim, tmp_path):
     path = tmp_path / "claims.bin"
     path.write_bytes(b"\x80\x02N" + claim + b".")
     code = (
-        "import resource, sys; from pathlib import Path; from sgm_finetune.base.untrusted import _Rehearsal\n"
+        "import resource, sys; from pathlib import Path; from sgm_finetune.base.untrusted import Rehearsal\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"try: _Rehearsal(Path({str(path)!r}).open('rb'), 100).load()\n"
+        f"try: Rehearsal(Path({str(path)!r}).open('rb'), 100).load()\n"
         "except Exception as error: print(type(error).__name__)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16)"
     )
@@ -151,7 +154,7 @@ def test_a_pickle_makes_no_room_for_what_it_claims(claim, tmp_path):
 def test_a_strangers_pth_brings_no_harness_file(strangers, tmp_path):
     names = strangers(config={"evaluation": {"harness": [str(tmp_path / "evil.yaml")]}})
     with pytest.raises(UserError, match=r"a file that can run code; say evaluation\.harness"):
-        pipeline.evaluate(load_config(None, names), names, Console(quiet=True))
+        evaluate(load_config(None, names), names, Console(quiet=True))
 
 
 @pytest.mark.parametrize("old_format", [False, True])
@@ -183,7 +186,7 @@ def test_an_old_file_whose_tensors_claim_more_than_it_has_is_refused(tmp_path):
 def test_a_key_that_stands_twice_in_a_configuration_is_said(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("adapter: {rank: 4}\ntraining: {}\nadapter: {rank: 8}\n")
-    with pytest.raises(UserError, match="the key 'adapter' is in it twice"):
+    with pytest.raises(UserError, match="the key 'adapter' occurs twice"):
         load_config(path)
 
 
@@ -232,8 +235,9 @@ def strangers(tmp_path):
 )
 def test_a_strangers_pth_gives_peft_no_other_settings(changes, why, strangers):
     names = strangers(peft_config=changes)
+    log = StepLog(Console(quiet=True))
     with pytest.raises(UserError, match=why.replace("(", r"\(")):
-        pipeline.load_result(load_config(None, names), names, pipeline.StepLog(Console(quiet=True)))
+        load_trained(read_result(load_config(None, names), names, log), log)
 
 
 def test_a_strangers_pth_switches_on_no_code_and_moves_no_output(strangers, tmp_path):

@@ -24,13 +24,15 @@ from processes import ROOT, adapter, assert_one_run, environment, losses, remove
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
+from sgm_finetune.base.console import StepLog
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands.cli import main
 from sgm_finetune.data.prepared import prepare_data
 from sgm_finetune.data.splits import load_splits
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.measure.scan import scan
+from sgm_finetune.train.base_model import load_base
 
 TOLERANCE = {"merged": 1e-4}
 
@@ -148,7 +150,8 @@ def test_the_adapter_folder_loads_in_an_unmodified_peft(finished, llama_folder, 
 
 
 def test_the_adapter_folder_gives_the_logits_of_the_pth(finished, llama_folder):
-    from sgm_finetune.results.load import attach_adapter, load_pth
+    from sgm_finetune.results.load import attach_adapter
+    from sgm_finetune.results.pth import load_pth
 
     output, *_ = finished
     batch = {"input_ids": torch.randint(3, 28, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
@@ -484,14 +487,13 @@ import torch
 from pathlib import Path
 from rich.console import Console
 from sgm_finetune.commands import finetune as pipeline
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 
 seen = []
 inner = pipeline.train
-def train(model, *rest):
-    result = inner(model, *rest)
-    seen.append(model)
-    return result
+def train(job, console):
+    seen.append(job.model)
+    return inner(job, console)
 pipeline.train = train
 pipeline.finetune(load_config(None, sys.argv[2:]), Console(quiet=True))
 mine = [p.detach().clone() for p in seen[0].parameters() if p.requires_grad]
@@ -536,16 +538,18 @@ def test_early_stopping_stops_and_the_best_checkpoint_is_what_is_saved(settings,
 def validation_loss(settings: list[str], output: Path) -> float:
     """Of the saved .pth, on the validation data."""
     from sgm_finetune.results.evaluation import evaluate_model
-    from sgm_finetune.results.files import PTH
-    from sgm_finetune.results.load import attach_adapter, load_pth
+    from sgm_finetune.results.load import attach_adapter
+    from sgm_finetune.results.pth import PTH, load_pth
+    from sgm_finetune.train.losses import TestSet
 
     config = load_config(None, settings)
-    log = pipeline.StepLog(Console(quiet=True))
+    log = StepLog(Console(quiet=True))
     prepared = prepare_data(config, log)
     path = output / PTH
-    model = attach_adapter(pipeline.load_base(config, prepared)[0], load_pth(path), path)
+    model = attach_adapter(load_base(config, prepared, log).model, load_pth(path), path)
     task, labels = config.model.task, prepared.splits.labels
-    return evaluate_model(model, prepared.validation.dataset, prepared.collate, task, 32, labels)["loss"]
+    test_set = TestSet(prepared.validation.dataset, prepared.collate, task, 32, labels)
+    return evaluate_model(model, test_set).metrics["loss"]
 
 
 # (h) merging nothing
@@ -564,14 +568,15 @@ def test_a_run_without_merging_is_plain_peft_under_the_plain_trainer(settings, t
     ]  # fmt: skip
     command("finetune", settings)
     config = load_config(None, settings)
-    prepared = prepare_data(config, pipeline.StepLog(Console(quiet=True)))
+    log = StepLog(Console(quiet=True))
+    prepared = prepare_data(config, log)
     dataset = prepared.train.dataset
 
     class PlainTrainer(Trainer):
         def _get_train_sampler(self, train_dataset=None):
             return LengthGroupedSampler([len(ids) for ids in dataset["input_ids"]], config.training.batch_size, 0)
 
-    base, _ = pipeline.load_base(config, prepared)
+    base = load_base(config, prepared, log).model
     set_seed(config.training.seed)
     names = [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
     plain = get_peft_model(base, LoraConfig(r=4, lora_alpha=32, target_modules=names, task_type="SEQ_CLS"))

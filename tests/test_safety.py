@@ -1,4 +1,5 @@
-"""Disks that are full, folders that are taken, numbers that are none, memory that ends: one line, and nothing lost."""
+"""Full disks, folders in use, numbers that are not finite and too little memory end a run in one line and lose
+nothing."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ from processes import ROOT, environment
 from rich.console import Console
 from safetensors.torch import load_file
 
-from sgm_finetune.base.config import load_config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import locked, whole_file
+from sgm_finetune.base.files import lock_folder, whole_file
 from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands import session
 from sgm_finetune.commands.cli import main
 from sgm_finetune.train.checkpoints import last_whole_checkpoint, seal
 from sgm_finetune.train.trainer import SGMTrainer
@@ -31,7 +33,7 @@ def finetune(settings: list[str]) -> dict:
 
 
 def refused(settings: list[str], tmp_path: Path, capfd) -> str:
-    """What the command says in its one line."""
+    """The one line that the command prints."""
     (tmp_path / "empty.yaml").write_text("")
     capfd.readouterr()
     with pytest.raises(SystemExit) as caught:
@@ -44,11 +46,11 @@ def refused(settings: list[str], tmp_path: Path, capfd) -> str:
 
 @contextmanager
 def small_disk(folder: Path, size: str):
-    """A file system of its own; for root alone."""
+    """A file system of its own; only root can mount it."""
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
     if done.returncode:
-        pytest.skip("file systems can be mounted by root alone")
+        pytest.skip("only root can mount file systems")
     try:
         yield folder
     finally:
@@ -57,10 +59,10 @@ def small_disk(folder: Path, size: str):
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_in_a_checkpoint_leaves_the_one_before(settings, tmp_path, capfd, monkeypatch):
-    """The disk has 32 KiB left when the second checkpoint begins, which takes about ten times as much."""
+    """The disk has 32 KiB left when the second checkpoint begins, which needs about ten times as much."""
     settings = [*settings, "training.eval_steps=5", "training.learning_rate=1e-2"]
     with small_disk(tmp_path / "disk", "1m") as disk:
-        monkeypatch.setattr(pipeline, "disk_free", lambda folder: 2**40)
+        monkeypatch.setattr(session, "disk_free", lambda folder: 2**40)
         fill = disk / "other"
         output = disk / "out"
         begin = SGMTrainer._save_checkpoint
@@ -100,13 +102,13 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(sett
     line = refused([*settings, f"output.dir={tmp_path / 'file' / 'out'}"], tmp_path, capfd)
     assert line.endswith(f"cannot be made: {tmp_path / 'file'} is a file; name another folder")
     monkeypatch.setattr(os, "access", lambda path, mode, **options: mode != os.W_OK)
-    monkeypatch.setattr(pipeline, "prepare_data", lambda *arguments: pytest.fail("read the data"))
+    monkeypatch.setattr(session, "prepare_data", lambda *arguments: pytest.fail("read the data"))
     assert "is read-only for you" in refused(settings, tmp_path, capfd)
 
 
-def test_two_runs_into_one_folder_are_one_too_many(settings, tmp_path, capfd):
+def test_a_second_run_into_one_folder_is_refused(settings, tmp_path, capfd):
     output = tmp_path / "out"
-    with locked(output):
+    with lock_folder(output):
         line = refused([*settings, f"output.dir={output}"], tmp_path, capfd)
     assert line.startswith(f"{output} is in use by process {os.getpid()} on ")
     assert list(output.iterdir()) == []
@@ -116,26 +118,26 @@ def test_the_lock_of_a_process_that_was_killed_is_gone(tmp_path):
     code = f"""
 import time
 from pathlib import Path
-from sgm_finetune.base.files import locked
-with locked(Path({str(tmp_path)!r})):
+from sgm_finetune.base.files import lock_folder
+with lock_folder(Path({str(tmp_path)!r})):
     print("held", flush=True)
     time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=f"is in use by process {process.pid} on "), locked(tmp_path):
+    with pytest.raises(UserError, match=f"is in use by process {process.pid} on "), lock_folder(tmp_path):
         pass
     process.kill()
     process.wait()
     process.stdout.close()
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
-def test_a_gradient_that_is_no_number_stops_before_the_step_and_is_named(settings, tmp_path, capfd, monkeypatch):
-    """From step 7 on, two factors' gradients hold a NaN: the one nearer to the loss is named, the weights are those of
-    step 6, which a checkpoint holds."""
+def test_a_gradient_that_is_not_finite_stops_before_the_step_and_is_named(settings, tmp_path, capfd, monkeypatch):
+    """In step 7 two factors' gradients hold a NaN. The error names the one nearer to the loss, and the weights are
+    those of step 6, which a checkpoint holds."""
     settings = [*settings, "training.eval_steps=3", "training.learning_rate=1e-2"]
     seen: dict[str, torch.Tensor] = {}
     step = SGMTrainer.training_step
@@ -182,7 +184,7 @@ def test_memory_that_is_not_enough_is_one_line_with_what_helps(error, settings, 
 
 
 @pytest.mark.slow
-def test_data_that_vanished_is_said_when_a_run_goes_on(settings, reviews, tmp_path, capfd):
+def test_missing_data_are_named_when_a_run_resumes(settings, reviews, tmp_path, capfd):
     copy = tmp_path / "copy.csv"
     copy.write_bytes(reviews.read_bytes())
     settings = [*settings, f"data.train={copy}", "training.eval_steps=5", "training.max_steps=5"]
@@ -193,23 +195,23 @@ def test_data_that_vanished_is_said_when_a_run_goes_on(settings, reviews, tmp_pa
 
 
 @pytest.mark.slow
-def test_one_seed_gives_one_run_and_says_where_it_was_made(settings, tmp_path):
-    """Bits of the adapter, the plan and the numbers; environment.json tells what has to be equal for that."""
+def test_one_seed_gives_one_run_and_records_where_it_was_made(settings, tmp_path):
+    """The same bits of adapter, plan and numbers; environment.json records what must be equal for that."""
     found = [finetune([*settings, "adapter.dropout=0.1", f"output.dir={tmp_path / name}"]) for name in "ab"]
     for name in ("before", "after", "probe", "best_step"):
         assert found[0][name] == found[1][name]
     left, right = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "ab")
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert (tmp_path / "a" / "plan.json").read_bytes() == (tmp_path / "b" / "plan.json").read_bytes()
-    said = json.loads((tmp_path / "a" / "environment.json").read_text())
-    assert said["versions"]["torch"] == torch.__version__
-    assert said["seeds"] == {"training": 0, "data": 0, "probe": 0}
-    assert said["machine"]["threads"] == torch.get_num_threads()
-    assert not [name for name in said["variables"] if "TOKEN" in name]
+    recorded = json.loads((tmp_path / "a" / "environment.json").read_text())
+    assert recorded["versions"]["torch"] == torch.__version__
+    assert recorded["seeds"] == {"training": 0, "data": 0, "probe": 0}
+    assert recorded["machine"]["threads"] == torch.get_num_threads()
+    assert not [name for name in recorded["variables"] if "TOKEN" in name]
 
 
 def test_a_signal_at_a_step_that_validates_lets_it_validate(settings, tmp_path, monkeypatch):
-    """So that the run that goes on chooses its best checkpoint among the same ones."""
+    """So a resumed run chooses its best checkpoint among the same ones."""
     settings = [*settings, "training.eval_steps=3", "training.max_steps=6", "training.learning_rate=1e-2"]
     whole = finetune([*settings, f"output.dir={tmp_path / 'whole'}"])
     step = SGMTrainer.training_step
@@ -234,9 +236,9 @@ def test_a_signal_at_a_step_that_validates_lets_it_validate(settings, tmp_path, 
 def test_a_signal_outside_of_training_ends_with_one_line(settings, tmp_path, capfd, monkeypatch):
     def prepared(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("went on")
+        pytest.fail("continued")
 
-    monkeypatch.setattr(pipeline, "prepare_data", prepared)
+    monkeypatch.setattr(session, "prepare_data", prepared)
     (tmp_path / "empty.yaml").write_text("")
     (tmp_path / "out").mkdir()
     with pytest.raises(SystemExit) as caught:
@@ -247,7 +249,7 @@ def test_a_signal_outside_of_training_ends_with_one_line(settings, tmp_path, cap
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_run_goes_on_with_the_same_examples_and_a_whole_best_checkpoint_only(settings, reviews, tmp_path, capfd):
+def test_a_run_resumes_only_with_the_same_examples_and_a_whole_best_checkpoint(settings, reviews, tmp_path, capfd):
     copy = tmp_path / "copy.csv"
     copy.write_bytes(reviews.read_bytes())
     settings = [
@@ -283,8 +285,8 @@ def test_a_terminal_that_closes_leaves_a_checkpoint(settings, tmp_path):
         time.sleep(0.01)
     time.sleep(1.0)
     process.send_signal(signal.SIGHUP)
-    _, said = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "SIGHUP: finishing this step and saving a checkpoint" in said
-    assert "continue with training.resume=true" in said
+    assert "SIGHUP: finishing this step and saving a checkpoint" in printed
+    assert "continue with training.resume=true" in printed
     assert last_whole_checkpoint(tmp_path / "out" / "checkpoints") is not None

@@ -1,4 +1,4 @@
-"""What training.report_to names is told every step, or refused before anything is loaded."""
+"""Trackers in training.report_to receive every step, or are refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sgm_finetune.base.config import parse_config
+from sgm_finetune.base.config_file import parse_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.cli import main
 from sgm_finetune.train.arguments import check_machine
@@ -28,7 +28,7 @@ def test_a_tracker_that_is_not_there_is_named_before_anything_is_loaded(tracker,
 
 
 @pytest.mark.slow
-def test_tensorboard_is_told_every_step(settings, tmp_path):
+def test_tensorboard_receives_every_step(settings, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -10,13 +10,14 @@ from conftest import BAD, GOOD, OTHER, make_batches, make_model, make_tokenizer,
 from datasets import Dataset
 
 from sgm_finetune.measure.probe import probe
-from sgm_finetune.method.build_plan import Plan, PlanSettings, build_plan
+from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.plan import Plan, PlanSettings
 from sgm_finetune.train.adapters.apply import apply_plan, shared_factors
 from sgm_finetune.train.adapters.optimizer import create_optimizer
 
 
 def merged_model():
-    """A merged pico language model and its plan; equal at every call."""
+    """A merged pico language model and its plan, the same at every call."""
     model = make_model("causal-lm")
     probed = probe(model, make_batches(task="causal-lm"), sketch_size=10)
     plan = build_plan("pico", measured_numbers(probed), PlanSettings(rank=4, alpha=8, threshold=0.0))
@@ -69,7 +70,7 @@ def sft_trainer(model, output: Path):
 
 
 def assert_tied(model, plan: Plan) -> None:
-    """Members hold one parameter, or equal ones where they are saved apart."""
+    """The members of each group hold one parameter."""
     assert plan.groups
     for factors in shared_factors(model, plan).values():
         assert len({id(factor) for factor in factors}) == 1
@@ -112,7 +113,7 @@ def test_another_trainer_lowers_the_loss_and_keeps_groups_tied(make_trainer, tmp
 @upstream
 @pytest.mark.parametrize("make_trainer", TRAINERS)
 def test_another_trainers_checkpoint_resumes_tied_and_ends_the_same(make_trainer, tmp_path):
-    """8 steps at once = 4 steps, a checkpoint, a new process' model, 4 more: bit for bit."""
+    """8 steps at once equal 4 steps, a checkpoint, a new model and 4 more steps, bit for bit."""
     model, _ = merged_model()
     make_trainer(model, tmp_path).train()
     again, plan = merged_model()
@@ -126,7 +127,7 @@ def test_another_trainers_checkpoint_resumes_tied_and_ends_the_same(make_trainer
 
 
 def test_sgm_trainer_ties_before_it_loads_a_checkpoint(tmp_path):
-    """A model whose members were made apart (as PEFT alone makes them) is tied again when training resumes."""
+    """A model whose members hold separate parameters, as PEFT alone makes them, is tied when training resumes."""
     from sgm_finetune import SGMTrainer
 
     model, plan = merged_model()

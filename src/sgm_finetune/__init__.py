@@ -15,7 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sgm_finetune.base.config import Config, load_config
+    from sgm_finetune.base.config import Config
+    from sgm_finetune.base.config_file import load_config
     from sgm_finetune.base.errors import UserError
     from sgm_finetune.measure.make_plan import make_plan
     from sgm_finetune.measure.plan_file import load_plan, save_plan
@@ -37,7 +38,7 @@ _HOMES = {
     "load_plan": "measure.plan_file",
     "save_plan": "measure.plan_file",
     "Config": "base.config",
-    "load_config": "base.config",
+    "load_config": "base.config_file",
     "SGMTrainer": "train.trainer",
     "UserError": "base.errors",
 }

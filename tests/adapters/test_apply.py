@@ -1,4 +1,4 @@
-"""A plan becomes an ordinary PEFT model; what is shared is one parameter and behaves as the sum of its members."""
+"""A plan becomes an ordinary PEFT model; a shared factor is one parameter, and its gradient is its members' sum."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.probe import probe
-from sgm_finetune.method.build_plan import PlanSettings, build_plan
-from sgm_finetune.method.plan_rules import adapter_parameters
+from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.parameter_count import adapter_parameters
+from sgm_finetune.method.plan import PlanSettings
 from sgm_finetune.train.adapters.apply import (
     apply_plan,
     check_plan,
@@ -24,7 +25,7 @@ from sgm_finetune.train.adapters.apply import (
 )
 
 SHARES = ["activation", "input", "output"]
-"""Readers of the same activations, or the layers of a kind and their side."""
+"""What shares a factor: the readers of the same activations, or the layers of a kind on one side."""
 
 
 def make_plan(model, share="activation", rank=4):
@@ -111,7 +112,7 @@ def test_members_are_equal_after_training_and_the_loss_falls(share):
 
 @pytest.mark.parametrize("share", SHARES)
 def test_the_shared_gradient_is_the_sum_of_its_members_gradients(share):
-    """∂L/∂A_g = Σ_l ∂L/∂A_l, each member's from an untied copy, in float64."""
+    """∂L/∂A_g = Σ_l ∂L/∂A_l in float64; each member's gradient comes from an untied copy."""
     batch = make_batches()[0]
 
     def build(tied: bool):
@@ -120,7 +121,7 @@ def test_the_shared_gradient_is_the_sum_of_its_members_gradients(share):
         adapted = apply_plan(model, plan)
         generator = torch.Generator().manual_seed(0)
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name and not float(parameter.detach().abs().sum()):  # a zero factor passes no gradient on
+            if "lora_" in name and not float(parameter.detach().abs().sum()):  # a zero factor passes on no gradient
                 parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
         if not tied:
             for module in adapted.modules():
@@ -227,19 +228,19 @@ def broken(plan, what):
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("what", "message"),
     [
         ("another model", "made for another model .* has no `h.0.attn`"),
-        ("another shape", "is 1x2 there and 64x64 here"),
+        ("another shape", "is 1x2 in the plan and 64x64 in this model"),
         ("nothing selected", "selects no matrix"),
         ("a member not selected", "does not select"),
         ("a layer in two groups", "two groups"),
         ("no start", "no spectral start"),
-        ("a start of another rank", "64x2, its factor 64x4"),
+        ("a start of another rank", "64x2, but its factor is 64x4"),
         ("shapes mixed", "mixes input widths"),
     ],
 )
-def test_a_plan_that_does_not_fit_is_refused_in_one_line(what, said):
+def test_a_plan_that_does_not_fit_is_refused_in_one_line(what, message):
     model = make_model()
     plan = broken(make_plan(model), what)
 
@@ -247,6 +248,6 @@ def test_a_plan_that_does_not_fit_is_refused_in_one_line(what, said):
         check_plan(model, plan)
         check_starts(plan)
 
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         check()
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Truths about the optimizer for factors."""
+"""What holds for every step of the optimizer for factors."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from conftest import make_batches, make_model
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.method.build_plan import Group, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.train.adapters.apply import apply_plan
-from sgm_finetune.train.adapters.optimizer import FactorDescent, Pair, create_optimizer, factor_pairs
+from sgm_finetune.train.adapters.optimizer import FactorDescent, Pair, create_optimizer, factor_pairs, state_bytes
 
 RANK = 4
 
@@ -33,7 +33,7 @@ def adapted(*sides: str):
 
 
 def one_step(model, optimizer) -> dict[str, torch.Tensor]:
-    """Change of every layer's update s·B·A by one step."""
+    """Layer -> the change of its update s·B·A in one step."""
 
     def updates() -> list[torch.Tensor]:
         return [(p.scaling * p.b @ p.a).detach().clone() for p in factor_pairs(model)]
@@ -65,7 +65,8 @@ def test_the_first_step_changes_every_update_by_the_step_in_spectral_norm(sides)
 
 
 def test_a_factor_shared_by_layers_of_different_outputs_steps_by_the_mean_in_their_own_units():
-    """Mean over q (64 outputs) and k (32) of the squared change from RMS to RMS, in its loudest direction: the step."""
+    """The mean over q (64 outputs) and k (32) of the squared change from RMS to RMS, in its largest direction, is the
+    step."""
     draw = torch.Generator().manual_seed(0)
     a = torch.nn.Parameter(torch.randn(RANK, 64, generator=draw))
     members = [torch.nn.Parameter(torch.randn(rows, RANK, generator=draw)) for rows in (64, 32)]
@@ -198,7 +199,7 @@ def test_weight_decay_shrinks_factors_by_its_share_of_the_step():
 
 
 def test_a_step_of_length_zero_changes_nothing_and_remembers_the_gradient():
-    """Where a schedule's warm-up begins."""
+    """A schedule's warm-up begins with such a step."""
     model = adapted("input", "output")
     optimizer = FactorDescent(factor_pairs(model), lr=0.0)
     assert all(not change.any() for change in one_step(model, optimizer).values())
@@ -216,3 +217,33 @@ def test_a_gradient_that_is_not_finite_stops_before_any_factor_has_moved():
     with pytest.raises(UserError, match=r"not finite; try a smaller training\.learning_rate"):
         optimizer.step()
     assert all(torch.equal(old, new) for old, new in zip(before, optimizer.members, strict=True))
+
+
+def held_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state, without step counters and without the code tables that 8-bit tensors share."""
+    tensors = [
+        tensor
+        for state in optimizer.state.values()
+        for name, tensor in state.items()
+        if isinstance(tensor, torch.Tensor) and name != "step" and not name.startswith("qmap")
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("name", ["spectral", "adamw", "adamw_8bit"])
+def test_an_optimizer_holds_as_many_bytes_as_it_says(name):
+    """After one step; the scales of 8-bit tensors, a sixty-fourth of them, are not in the formula."""
+    torch.manual_seed(3)
+    model = apply_plan(make_model("causal-lm"), plan_with_groups("input", "output"))  # trains factors alone
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        trained = [torch.nn.Parameter(torch.ones(shape)) for shape in ((64, 256), (10, 10))]
+        optimizer: torch.optim.Optimizer = AdamW8bit(trained, lr=0.01)
+    else:
+        optimizer = create_optimizer(model, lr=0.01) if name == "spectral" else torch.optim.AdamW(trained, lr=0.01)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert state_bytes(trained, name) == pytest.approx(held_bytes(optimizer), rel=0.02 if "8bit" in name else 0)

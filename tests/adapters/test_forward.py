@@ -1,4 +1,4 @@
-"""The fast step is PEFT's step: same outputs, same gradients, same files, in less memory."""
+"""The fast step equals PEFT's step: the same outputs, gradients and files, in less memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from peft import PeftModel
 from torch import nn
 
 from sgm_finetune.train.adapters.apply import lora_layers
-from sgm_finetune.train.fast.adapter_forward import _Fast, use_fast_step
-from sgm_finetune.train.fast.attention import _Attention, recompute_attention
-from sgm_finetune.train.fast.head_loss import head_loss, linear_cross_entropy
+from sgm_finetune.train.fast.adapter_forward import FastForward, use_fast_step
+from sgm_finetune.train.fast.attention import RecomputedAttention, recompute_attention
+from sgm_finetune.train.fast.head_loss import find_head_loss, linear_cross_entropy
 
 
 def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -45,8 +45,8 @@ def test_gradients_are_as_near_to_float64s_as_pefts(dtype: torch.dtype, share: b
     wanted, (_, theirs), (_, ours) = (gradients(m, batch) for m in (oracle, slow, fast))
     assert ours.keys() == theirs.keys() == wanted[1].keys()
     for name, gradient in wanted[1].items():
-        off, their_off = ((found[name] - gradient).norm() / gradient.norm() for found in (ours, theirs))
-        assert off < (1e-5 if dtype == torch.float32 else max(0.05, 2 * float(their_off))), name
+        off, peft_off = ((found[name] - gradient).norm() / gradient.norm() for found in (ours, theirs))
+        assert off < (1e-5 if dtype == torch.float32 else max(0.05, 2 * float(peft_off))), name
 
 
 def test_what_readers_share_is_computed_once_and_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,14 +55,14 @@ def test_what_readers_share_is_computed_once_and_not_held(monkeypatch: pytest.Mo
     computed: list[torch.Size] = []
     linear = nn.functional.linear
 
-    def counted(x, weight, bias=None):
+    def count(x, weight, bias=None):
         if weight.shape[0] == 4:
             computed.append(x.shape)
         return linear(x, weight, bias)
 
-    monkeypatch.setattr(nn.functional, "linear", counted)
+    monkeypatch.setattr(nn.functional, "linear", count)
     model(**make_batches(1)[0])
-    assert len(computed) == 4 * 4  # of seven matrices a layer: readers of two activations, o and down
+    assert len(computed) == 4 * 4  # one a layer for q, k, v; for gate, up; for o; for down
     projections = [layer.projection for layer in lora_layers(model).values()]
     assert all(projection.u is None and projection.read is None for projection in projections)
 
@@ -102,7 +102,7 @@ def test_merging_saving_and_another_adapter_are_plain_lora(tmp_path) -> None:
 def test_what_it_cannot_do_keeps_pefts_forward(config: dict) -> None:
     model = adapted(make_model(), **config)
     assert use_fast_step(model) == list(lora_layers(model))
-    assert not any(isinstance(layer, _Fast) for layer in lora_layers(model).values())
+    assert not any(isinstance(layer, FastForward) for layer in lora_layers(model).values())
 
 
 def test_layers_that_are_stored_transposed_have_the_same_gradients() -> None:
@@ -119,7 +119,7 @@ def test_layers_that_are_stored_transposed_have_the_same_gradients() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_loss_in_parts_is_the_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sgm_finetune.train.fast.head_loss._CHUNK", {"cpu": 100})  # three rows at a time
+    monkeypatch.setattr("sgm_finetune.train.fast.head_loss.NUM_LOGITS", {"cpu": 100})  # three rows at a time
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 9, 16, generator=draw).to(dtype).requires_grad_()
     weight = torch.randn(32, 16, generator=draw).to(dtype)
@@ -141,7 +141,7 @@ def test_the_loss_in_parts_is_the_loss(dtype: torch.dtype, monkeypatch: pytest.M
 def test_a_language_models_loss_needs_no_logits() -> None:
     model, batch = adapted(make_model("causal-lm")), make_batches(1, task="causal-lm")[0]
     labels = batch.pop("labels")
-    found = head_loss(model, batch)
+    found = find_head_loss(model, batch)
     assert found is not None
     total, count = found(model, batch, labels)
     assert float((total / count).detach()) == pytest.approx(
@@ -149,7 +149,7 @@ def test_a_language_models_loss_needs_no_logits() -> None:
     )
 
 
-def test_logits_that_are_changed_behind_the_head_are_not_passed_by() -> None:
+def test_a_model_that_changes_its_logits_after_the_head_gets_no_loss_in_parts() -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
@@ -158,12 +158,12 @@ def test_logits_that_are_changed_behind_the_head_are_not_passed_by() -> None:
     )  # fmt: skip
     batch = make_batches(1, task="causal-lm")[0]
     batch.pop("labels")
-    assert head_loss(Gemma2ForCausalLM(config).requires_grad_(False), batch) is None
+    assert find_head_loss(Gemma2ForCausalLM(config).requires_grad_(False), batch) is None
 
 
 def test_a_head_that_is_trained_gets_no_loss_in_parts() -> None:
     model, batch = make_model("causal-lm"), make_batches(1, task="causal-lm")[0]
-    found = head_loss(model, batch)
+    found = find_head_loss(model, batch)
     assert found is not None
     with pytest.raises(NotImplementedError, match="output layer"):
         found.mean(model, batch)
@@ -178,7 +178,7 @@ def test_recomputed_attention_is_attention(dtype: torch.dtype, masked: bool) -> 
     shapes = {"q": (2, 6, 5, 8), "k": (2, 3, 7, 8), "v": (2, 3, 7, 4)}
     q, k, v = (torch.randn(shape, generator=draw).to(dtype).requires_grad_() for shape in shapes.values())
     mask = torch.zeros(2, 1, 5, 7, dtype=dtype).masked_fill_(torch.rand(2, 1, 5, 7, generator=draw) < 0.3, -1e9)
-    output = _Attention.apply(q, k, v, mask if masked else None, 0.3)
+    output = RecomputedAttention.apply(q, k, v, mask if masked else None, 0.3)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     keys, values = (x.repeat_interleave(2, dim=1) for x in exact[1:])
     scores = 0.3 * exact[0] @ keys.mT + (mask.double() if masked else 0)

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.encoding import IGNORED, collator, encode, encoding_summary, fingerprint, pack
+from sgm_finetune.data.batches import collator
+from sgm_finetune.data.encoding import IGNORED, encode, encoding_summary, fingerprint, pack
 
 EOS = 1
 

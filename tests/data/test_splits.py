@@ -432,7 +432,10 @@ def test_a_stream_gives_as_many_rows_as_are_asked_for(in_tmp: Path, ending: str)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"num_train": 4, "num_test": 3}, "data.streaming=true needs data.num_validation: how many rows to take"),
+        (
+            {"num_train": 4, "num_test": 3},
+            "data.streaming=true needs data.num_validation; give the number",
+        ),
         ({"train": "r.txt"}, "data.train=r.txt cannot be streamed; known: csv tsv json jsonl parquet"),
         ({"train": "gone.jsonl"}, "data.train=gone.jsonl does not exist"),
         ({"train": "broken.jsonl"}, "broken.jsonl, streamed: "),

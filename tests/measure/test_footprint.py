@@ -1,4 +1,4 @@
-"""A footprint without numbers is that of the computation with them."""
+"""The footprint of a computation without numbers equals that of the computation with them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def test_freed_tensors_do_not_count_and_known_ones_never_do() -> None:
 
 
 def test_a_step_needs_without_numbers_what_it_needs_with_them() -> None:
-    """The same operations on meta tensors and on real ones: peak, what is left, products and traffic are equal."""
+    """The same operations on meta tensors and on real ones have equal peaks, bytes left and operations."""
     real, batch = make_model("causal-lm"), make_batches(1, task="causal-lm")[0]
-    real.set_attn_implementation("eager")  # the fused one is not there without numbers
+    real.set_attn_implementation("eager")  # the fused one does not run without numbers
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     hollow = copy.deepcopy(real).to("meta")
     hollow.tie_weights()
@@ -56,7 +56,7 @@ def test_a_linear_layers_step_is_counted_by_hand() -> None:
 
 
 def test_fused_attention_keeps_no_probabilities() -> None:
-    """What torch's fused kernel keeps: its inputs and output, and one number a row."""
+    """Torch's fused kernel keeps its inputs, its output and one number a row."""
     hollow = make_model("causal-lm").to("meta")
     batch = {"input_ids": torch.zeros(2, 500, dtype=torch.long, device="meta")}
     kept = {}
@@ -71,7 +71,7 @@ def test_fused_attention_keeps_no_probabilities() -> None:
     assert kept["eager"] - kept[FUSED_ATTENTION] > 0.99 * layers * 4 * 2 * heads * 500 * 500
 
 
-def test_masks_select_what_is_said() -> None:
+def test_masks_select_as_many_rows_as_given() -> None:
     rows, mask = torch.empty(4, 5, 7, device="meta"), torch.ones(4, 5, dtype=torch.bool, device="meta")
     with Footprint(num_selected=3):
         assert rows[mask].shape == (3, 7)

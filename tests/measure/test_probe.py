@@ -12,10 +12,11 @@ from conftest import make_batches, make_model
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.encoding import IGNORED
-from sgm_finetune.measure.probe import probe
+from sgm_finetune.measure.probe import probe, readers_of_same_activations
 from sgm_finetune.measure.probe_batches import probe_pieces
 from sgm_finetune.method.subspace import test_matrix
 from sgm_finetune.model.matrices import adaptable
+from sgm_finetune.train.budget.footprint import Footprint
 
 
 def true_gradients(model, batches):
@@ -76,6 +77,38 @@ def test_readers_of_the_same_activations_are_found():
         "mlp.gate_proj": ["gate_proj", "up_proj"], "mlp.down_proj": ["down_proj"],
     }  # fmt: skip
     assert readers == {f"{layer}.{first}": kinds for layer in range(4) for first, kinds in expected.items()}
+
+
+def grouped(first_readers: dict[str, str]) -> list[list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, first in first_readers.items():
+        groups.setdefault(first, []).append(name)
+    return list(groups.values())
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "causal-lm"])
+def test_readers_are_the_same_without_numbers_and_without_gradients(task):
+    batch = make_batches(2, task=task)[0]
+    expected = grouped(dict(probe(make_model(task), make_batches(2, task=task)).activations))
+    assert sum(map(len, expected)) == 4 * 7
+    hollow = make_model(task).to("meta")
+    inputs = {name: tensor.to("meta") for name, tensor in batch.items() if name != "labels"}
+    hooks = footprint(hollow)["hooks"]
+    with Footprint(num_selected=1), torch.no_grad():
+        assert readers_of_same_activations(hollow, lambda: hollow(**inputs)) == expected
+    assert footprint(hollow)["hooks"] == hooks
+    real = make_model(task)
+    assert readers_of_same_activations(real, lambda: real(**batch)) == expected
+
+
+@pytest.mark.parametrize(("copies", "together"), [(set(), True), ({0}, False)])
+def test_an_equal_copy_is_another_activation_also_without_numbers(copies, together):
+    hollow = Branching(copies).to("meta")
+    inputs = {name: tensor.to("meta") for name, tensor in make_batches(1)[0].items()}
+    with torch.no_grad():
+        found = readers_of_same_activations(hollow, lambda: hollow(**inputs))
+    names = ["layers.0.left", "layers.0.right"]
+    assert found == ([names] if together else [[name] for name in names])
 
 
 class Branching(torch.nn.Module):

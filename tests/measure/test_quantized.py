@@ -14,7 +14,7 @@ from conftest import llama_config
 from safetensors.torch import load_file, save_file
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.model.weights import quantized
+from sgm_finetune.model.weights import tensors as weight_tensors
 from sgm_finetune.model.weights.stored import StoredMatrix, stored_matrices
 
 CHUNKS = [1, 100, 2**22]
@@ -32,7 +32,7 @@ def _no_bars():
 
 @pytest.fixture(params=CHUNKS)
 def _chunk(request, monkeypatch):
-    monkeypatch.setattr(quantized, "CHUNK", request.param)
+    monkeypatch.setattr(weight_tensors, "CHUNK", request.param)
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], **config) -> dict[str, StoredMatrix]:
@@ -565,7 +565,7 @@ def test_loading_holds_the_result_and_small_chunks_only(tmp_path, monkeypatch):
 
     weight, scale = torch.ones(2000, 4000, dtype=torch.int8), torch.ones(2000)
     (matrix,) = write(tmp_path, {"a.weight": weight, "a.SCB": scale}).values()
-    monkeypatch.setattr(quantized, "CHUNK", 2**16)
+    monkeypatch.setattr(weight_tensors, "CHUNK", 2**16)
     large: list[int] = []
 
     class Watch(TorchDispatchMode):

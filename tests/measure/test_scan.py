@@ -15,9 +15,9 @@ import yaml
 from safetensors.torch import save_file
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.measure.scan import _batches, measured_spectra, scan
+from sgm_finetune.measure.scan import _batches, measured_singular_values, scan
 from sgm_finetune.measure.scan_formats import axolotl_format, load_scan, save_scan, spectrum_format
-from sgm_finetune.method.singular_values import singular_values, spectra
+from sgm_finetune.method.singular_values import batched_singular_values, singular_values
 from sgm_finetune.method.snr import NO_SIGNAL_DB, signal_to_noise
 from sgm_finetune.model.names import kind_of, layer_of
 from sgm_finetune.model.weights.stored import weight_files
@@ -313,14 +313,14 @@ def test_a_scan_goes_on_where_it_stopped(folder: Path, tmp_path: Path, monkeypat
         calls.append(len(matrices))
         if len(calls) == 8:  # a worker may be far ahead of the thread that is interrupted
             assert stopped.wait(60)
-        return spectra(matrices)
+        return batched_singular_values(matrices)
 
     def interrupt(done: int, total: int, name: str) -> None:
         if done == 5:
             raise KeyboardInterrupt
 
     monkeypatch.setattr("sgm_finetune.measure.scan.ThreadPoolExecutor", OneWorker)
-    monkeypatch.setattr("sgm_finetune.measure.scan.spectra", counted)
+    monkeypatch.setattr("sgm_finetune.measure.scan.batched_singular_values", counted)
     with pytest.raises(KeyboardInterrupt):
         scan(folder, progress=interrupt)
     assert 5 <= len(calls) <= 8  # what was begun is finished, and nothing else is begun
@@ -369,7 +369,7 @@ def test_shuffled_entries_have_no_signal(tmp_path: Path):
 
 
 def test_the_spectrum_of_one_matrix(folder: Path, tensors: dict[str, torch.Tensor]):
-    ((found, matrix),) = measured_spectra(folder, ["model.layers.3.self_attn.q_proj"])
+    ((found, matrix),) = measured_singular_values(folder, ["model.layers.3.self_attn.q_proj"])
     assert matrix == next(m for m in scan(folder).matrices if m.name == matrix.name)
     direct = torch.linalg.svdvals(tensors["model.layers.3.self_attn.q_proj.weight"].double())
     assert torch.allclose(found.values, direct, rtol=1e-6)
@@ -411,9 +411,9 @@ def test_matrices_that_are_decomposed_together_are_what_they_are_alone(folder: P
 
     def counted(matrices):
         calls.append(len(matrices))
-        return spectra(matrices)
+        return batched_singular_values(matrices)
 
-    monkeypatch.setattr("sgm_finetune.measure.scan.spectra", counted)
+    monkeypatch.setattr("sgm_finetune.measure.scan.batched_singular_values", counted)
     monkeypatch.setattr("sgm_finetune.measure.scan._batches", lambda m, device: _batches(m, torch.device("cuda")))
     together = scan(folder, fresh=True)
     assert calls == [2 * NUM_LAYERS + 2]

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sgm_finetune.method.build_plan import MatrixNumbers, PlanSettings, build_plan
-from sgm_finetune.method.plan_rules import adapter_parameters
+from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.parameter_count import adapter_parameters
+from sgm_finetune.method.plan import MatrixNumbers, PlanSettings
 from sgm_finetune.method.subspace import Sketch, test_matrix
 
 RANK = 3

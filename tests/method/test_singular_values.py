@@ -9,7 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgm_finetune.method.singular_values import FLOAT64_BELOW, exact_bfloat16_products, singular_values, spectra
+from sgm_finetune.method.singular_values import (
+    FLOAT64_BELOW,
+    batched_singular_values,
+    exact_bfloat16_products,
+    singular_values,
+)
 from sgm_finetune.method.snr import signal_to_noise
 
 FLOAT64_ERROR = 1e-7  # of the largest value: the Gram matrix squares the condition
@@ -98,7 +103,7 @@ def test_bfloat16_products_are_exact():
 
 def test_matrices_of_a_batch_are_what_they_are_alone():
     matrices = [gaussian(40, 16), gaussian(16, 25, seed=1), gaussian(16, 16, seed=2)]
-    for matrix, found in zip(matrices, spectra(matrices), strict=True):
+    for matrix, found in zip(matrices, batched_singular_values(matrices), strict=True):
         assert torch.allclose(found.values, singular_values(matrix), rtol=1e-12)
         assert found.alive == tuple(matrix.shape)
 
@@ -107,7 +112,7 @@ def test_rows_and_columns_of_zeros_are_told():
     weights = gaussian(30, 20)
     weights[[3, 4]], weights[:, 7] = 0, 0
     for matrix, alive in ((weights, (28, 19)), (weights.T, (19, 28))):
-        (found,) = spectra([matrix])
+        (found,) = batched_singular_values([matrix])
         assert found.alive == alive
         assert int((found.values > 0).sum()) == 19
 
@@ -131,4 +136,4 @@ def test_entries_that_are_not_finite_are_refused(value: float, size: int):
     weights = torch.ones(size, size)
     weights[2, 3] = value
     with pytest.raises(ValueError, match="infinite or not a number"):
-        spectra([weights])
+        batched_singular_values([weights])

@@ -16,7 +16,7 @@ from sgm_finetune.method.singular_values import singular_values
 from sgm_finetune.method.snr import (
     NO_SIGNAL_DB,
     ROUNDING,
-    SpectrumStatistics,
+    SnrStatistics,
     bulk_density,
     bulk_median,
     bulk_share_above,
@@ -47,7 +47,7 @@ def planted(rows: int, cols: int, rank: int, seed: int, sigma: float = 1.0, leas
     return gaussian(rows, cols, seed, sigma) + (left * strength) @ right.T
 
 
-def statistics(weights: torch.Tensor, estimator="mp") -> SpectrumStatistics:
+def statistics(weights: torch.Tensor, estimator="mp") -> SnrStatistics:
     return signal_to_noise(singular_values(weights), *weights.shape, estimator)
 
 
@@ -275,7 +275,7 @@ def test_every_spectrum_has_a_finite_answer_that_its_edge_explains(values: list[
 
 @pytest.mark.parametrize("shape", [(5, 5), (1, 7), (300, 20)])
 def test_a_matrix_of_zeros_has_neither_noise_nor_signal(shape: tuple[int, int]):
-    assert statistics(torch.zeros(shape)) == SpectrumStatistics(0.0, 0.0, 0, 0.0, NO_SIGNAL_DB)
+    assert statistics(torch.zeros(shape)) == SnrStatistics(0.0, 0.0, 0, 0.0, NO_SIGNAL_DB)
 
 
 @pytest.mark.parametrize("value", [1.0, -3e-3, 1e30, 1e-42])

@@ -9,7 +9,7 @@ from sgm_finetune.method.subspace import (
     Sketch,
     cosines,
     energy_kept,
-    equalised,
+    equalise_channels,
     leading_basis,
     leading_rows,
     pairwise_retention,
@@ -147,7 +147,7 @@ def test_loud_channels_do_not_decide_a_basis():
     one, two = (torch.randn(20, 3, generator=generator) @ torch.randn(3, 40, generator=generator) for _ in range(2))
     loud = torch.ones(40)
     loud[7] = 1000.0
-    raw, equal = [one * loud, two * loud], equalised([one * loud, two * loud])
+    raw, equal = [one * loud, two * loud], equalise_channels([one * loud, two * loud])
     assert energy_kept(leading_basis(raw[0], 3), raw[1]) > 0.99
     assert energy_kept(leading_basis(equal[0], 3), equal[1]) < 0.4
     for sketch in equal:
@@ -159,15 +159,17 @@ def test_equalised_sketches_do_not_depend_on_the_scale_of_a_channel_or_of_a_sket
     sketches = [torch.randn(20, 12, generator=generator, dtype=torch.float64) for _ in range(3)]
     sketches = [sketch / torch.linalg.vector_norm(sketch) for sketch in sketches]
     channels = torch.logspace(-1, 1, 12, dtype=torch.float64)
-    for left, right in zip(equalised(sketches), equalised([5 * sketch for sketch in sketches]), strict=True):
+    for left, right in zip(
+        equalise_channels(sketches), equalise_channels([5 * sketch for sketch in sketches]), strict=True
+    ):
         torch.testing.assert_close(left, right)
-    (alone,), (scaled,) = equalised(sketches[:1]), equalised([sketches[0] * channels])
+    (alone,), (scaled,) = equalise_channels(sketches[:1]), equalise_channels([sketches[0] * channels])
     torch.testing.assert_close(alone, scaled, rtol=1e-3, atol=1e-5)
 
 
 def test_silent_channels_stay_silent():
     sketch = torch.zeros(4, 6)
     sketch[:, 0] = 1.0
-    (found,) = equalised([sketch])
+    (found,) = equalise_channels([sketch])
     assert (found[:, 1:] == 0).all()
-    assert equalised([torch.zeros(4, 6)])[0].eq(0).all()
+    assert equalise_channels([torch.zeros(4, 6)])[0].eq(0).all()

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from made_up_runs import classification_metrics, language_metrics, read, sample_history, sample_plan
 
-from sgm_finetune.base.config import parse_config
+from sgm_finetune.base.config_file import parse_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.cli import main
 from sgm_finetune.measure.plan_file import save_plan
@@ -139,7 +139,7 @@ def test_a_report_is_made_again_where_the_folder_lies_now(tmp_path, capfd):
         ("metrics.json", "{", "cannot be read"), ("metrics.json", "[]", "holds a list, not an object"),
         ("metrics.json", "{}", "was not written by `sgm finetune`"), ("history.json", "[1]", "is not a history"),
         ("history.json", '[{"loss": "low"}]', "is not a history"), ("pictures.json", '{"a": 1}', "holds no pictures"),
-        ("examples.json", '{"examples": [{}]}', "holds no examples"), ("plan.json", "{}", "is no usable plan"),
+        ("examples.json", '{"examples": [{}]}', "holds no examples"), ("plan.json", "{}", "is not a usable plan"),
         ("config.yaml", "a: 1", "unknown key"), ("environment.json", '{"machine": 3}', "differ from what"),
     ],
 )  # fmt: skip

@@ -20,8 +20,8 @@ from made_up_runs import (
     sample_plan,
 )
 
-from sgm_finetune.base.config import parse_config
-from sgm_finetune.method.build_plan import Group, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.base.config_file import parse_config
+from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.results.report import grid_figures
 from sgm_finetune.results.report.page import render_report
 from sgm_finetune.results.report.pictures import Pictures, SimilarityTable

@@ -13,7 +13,8 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.plan_file import plan_document
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.measure.scan import scan
-from sgm_finetune.method.build_plan import Plan, PlanSettings, Similarity, build_plan
+from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.plan import Plan, PlanSettings, Similarity
 from sgm_finetune.results.report.pictures import (
     Pictures,
     histograms_of,

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
-from sgm_finetune.measure.scan import measured_spectra, scan
+from sgm_finetune.measure.scan import measured_singular_values, scan
 from sgm_finetune.measure.scan_result import MatrixScan, Scan
 from sgm_finetune.results.report.scan_figures import (
     NOISE,
@@ -45,7 +45,7 @@ def bars(figure: Figure, colour: str) -> list[tuple[float, float, float]]:
 
 
 def test_every_singular_value_is_one_of_the_bars_and_the_edge_parts_their_colours(tmp_path: Path):
-    ((found, matrix),) = measured_spectra(stored(tmp_path, h_0_fc=spiked(200, 150, 7)), ["h.0.fc"])
+    ((found, matrix),) = measured_singular_values(stored(tmp_path, h_0_fc=spiked(200, 150, 7)), ["h.0.fc"])
     assert matrix.signal_rank == 7
     figure = Figure()
     draw_histogram(figure.add_subplot(), found, matrix)
@@ -63,7 +63,7 @@ def test_every_singular_value_is_one_of_the_bars_and_the_edge_parts_their_colour
 
 
 def test_the_law_that_is_drawn_holds_as_many_values_as_there_are_below_the_edge(tmp_path: Path):
-    ((found, matrix),) = measured_spectra(stored(tmp_path, h_0_fc=spiked(200, 150, 7)), ["h.0.fc"])
+    ((found, matrix),) = measured_singular_values(stored(tmp_path, h_0_fc=spiked(200, 150, 7)), ["h.0.fc"])
     figure = Figure()
     draw_histogram(figure.add_subplot(), found, matrix)
     law = next(line for line in figure.axes[0].lines if "Pastur" in str(line.get_label()))
@@ -82,7 +82,7 @@ def test_the_law_that_is_drawn_holds_as_many_values_as_there_are_below_the_edge(
 )  # fmt: skip
 def test_every_matrix_can_be_drawn(weights: torch.Tensor, tmp_path: Path):
     for estimator in ("mp", "spectrum"):
-        ((found, matrix),) = measured_spectra(stored(tmp_path, h_0_fc=weights), ["h.0.fc"], estimator)
+        ((found, matrix),) = measured_singular_values(stored(tmp_path, h_0_fc=weights), ["h.0.fc"], estimator)
         save_histogram(found, matrix, tmp_path / "pictures" / "one.png")
         assert matplotlib.image.imread(tmp_path / "pictures" / "one.png").shape[:2] == (576, 1024)
 

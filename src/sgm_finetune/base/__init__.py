@@ -1,1 +1,1 @@
-"""What every room stands on: configuration, errors, files, memory, devices, processes, the console."""
+"""The base of every other room: configuration, errors, files, memory, devices, processes, the console."""

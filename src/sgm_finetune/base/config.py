@@ -1,21 +1,12 @@
-"""The run's configuration: every key typed, bounded and documented; read from YAML and `key=value` overrides.
-
-A leaf of the import graph: nothing of the package but `errors` is imported here, and no tensor library.
-"""
+"""The keys of the configuration: each typed, bounded and documented. base/config_file.py reads them from a file."""
 
 from __future__ import annotations
 
-import difflib
 import re
-import types
 import typing
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.untrusted import parse_yaml, read_yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Task = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq-lm"]
 Role = Literal[
@@ -32,8 +23,11 @@ Optimizer = Literal["spectral", "adamw", "adamw_8bit", "paged_adamw_8bit"]
 DEFAULT_RATES: dict[Optimizer, float] = {"spectral": 0.0125, **dict.fromkeys(typing.get_args(Optimizer)[1:], 1e-3)}
 
 
-def _number(value: Any) -> Any:
-    """A number for text that is one: YAML 1.1 reads `2e-5` as text, and people mean the number. `true` is none."""
+def _parse_number(value: Any) -> Any:
+    """Returns text such as `2e-5` as the number it spells, because YAML 1.1 reads it as text.
+
+    Raises ValueError for true and false. Every other value comes back as it is.
+    """
     if isinstance(value, bool):
         raise ValueError("true/false is not a number")
     if isinstance(value, str):
@@ -47,10 +41,12 @@ def _number(value: Any) -> Any:
 _UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 
 
-def _bytes(value: Any) -> Any:
-    """A number of bytes for a size with its unit.
+def _parse_size(value: Any) -> Any:
+    """Returns a size with a unit as a number of bytes. Every other value comes back as it is.
 
-    >>> _bytes("8GiB"), _bytes("1.5 gb"), _bytes("much")
+    pydantic.ByteSize is not used: it ignores what follows the unit ("16GB/2" would mean 16 GB).
+
+    >>> _parse_size("8GiB"), _parse_size("1.5 gb"), _parse_size("much")
     (8589934592, 1500000000, 'much')
     """
     if isinstance(value, str) and (found := re.fullmatch(r"\s*([\d.]+)\s*([kmgt]i?b)\s*", value.lower())):
@@ -61,10 +57,10 @@ def _bytes(value: Any) -> Any:
     return value
 
 
-def _listed(value: Any) -> Any:
-    """A list of one for a single name; none for null.
+def _parse_list(value: Any) -> Any:
+    """Returns a single name as a list of one, and null as an empty list.
 
-    >>> _listed("tensorboard"), _listed(None)
+    >>> _parse_list("tensorboard"), _parse_list(None)
     (['tensorboard'], [])
     """
     if value is None:
@@ -72,9 +68,9 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Size = Annotated[int, BeforeValidator(_bytes)]
-Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(_number)]  # `2e3` and `200.0` are whole numbers too
+Size = Annotated[int, BeforeValidator(_parse_size)]
+Real = Annotated[float, BeforeValidator(_parse_number), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_parse_number)]  # `2e3` and `200.0` are whole numbers too
 
 
 class _Section(BaseModel):
@@ -83,233 +79,244 @@ class _Section(BaseModel):
 
 class ModelConfig(_Section):
     name: str = "smollm2-135m-instruct"
-    """Hub id, local folder, or one of the embedded demo models `smollm2-135m-instruct`, `all-minilm-l6-v2`."""
+    """Hub id, local folder, or an embedded demo model: `smollm2-135m-instruct`, `all-minilm-l6-v2`."""
     task: Task = "sequence-classification"
-    """What the model is trained to do."""
+    """Task that the model learns."""
     quantization: Quantization = "none"
-    """How the frozen base is held: none, nf4 (4 bit) or int8, both by bitsandbytes."""
+    """Format of the frozen base in memory. none: as `dtype` says. nf4: 4 bits. int8: 8 bits. bitsandbytes does both."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Floating-point type of the base. auto: the type the weights are stored in; under
-    quantisation bfloat16, or float32 on a processor without instructions for it."""
+    """Floating-point type of the base. auto: the type of the stored weights; for a quantised base bfloat16, or float32
+    on a processor without bfloat16 instructions."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id."""
+    """Branch, tag or commit of a hub model (null: the main branch)."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with the model. Read it first."""
+    """Run the Python code that comes with the model. Read that code first."""
 
 
 class DataConfig(_Section):
     name: str | None = None
-    """`rotten-tomatoes`, `imdb`, `xsum`, `conll-sample`, `jane-austen`, or a hub data set id. Or give files below."""
+    """Embedded data set (`rotten-tomatoes`, `imdb`, `xsum`, `conll-sample`, `jane-austen`), hub id or local data set
+    folder. `owner/name:subset` selects a subset on the hub. For your own files, set `train` instead."""
     train: str | None = None
-    """Training file: .csv .tsv .json .jsonl .parquet .txt .conll."""
+    """Training file: .csv, .tsv, .json, .jsonl, .parquet, .txt or .conll."""
     validation: str | None = None
-    """Validation file; without one, `validation_fraction` of the training data is split off."""
+    """Validation file (null: `validation_fraction` of the training data)."""
     test: str | None = None
-    """Test file; without one, `test_fraction` of the training data is split off."""
+    """Test file (null: `test_fraction` of the training data)."""
     file_type: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "text", "conll"] = "auto"
-    """auto: by the file's ending."""
+    """Type of the files. auto: inferred from the file name extension."""
     format: Literal["auto", "text", "completion", "chat", "sharegpt", "alpaca"] = "auto"
-    """How a row of language-modelling data is written. text: running text. completion: prompt and completion.
-    chat: messages with role and content. sharegpt: the same with from and value. alpaca: instruction, input, output.
-    auto: by the columns that are there, and said."""
+    """Format of the rows for causal-lm. text: running text. completion: prompt and completion. chat: messages with role
+    and content. sharegpt: messages with from and value. alpaca: instruction, input, output. auto: inferred from the
+    column names and printed."""
     columns: dict[Role, str] = {}
-    """Which column plays which role, e.g. {text: review, label: stars}. A role's own name is the default."""
+    """Column of each role, for example {text: review, label: stars}. By default, a role's column has the role's
+    name."""
     label_kind: Literal["auto", "class", "classes", "number"] = "auto"
-    """What a label of sequence classification is: one class, any number of classes (a list, or in CSV names divided by
-    commas), or a number to predict. auto: lists are classes, fractional numbers numbers, all else is one class."""
+    """Kind of label in sequence classification. class: one class. classes: any number of classes (a list or, in CSV,
+    names separated by commas). number: a number to predict. auto: a list means classes, a fractional number means
+    number, everything else means class."""
     max_length: Whole = Field(default=256, ge=8, le=1_048_576)
-    """Longest sequence in tokens; longer ones are cut."""
+    """Maximum length of a sequence in tokens. Longer sequences are truncated."""
     packing: bool = False
-    """Fill sequences of `max_length` with several training examples each (completion and chat; running text always is).
-    Every example sees itself alone, which is checked on the model. `training.batch_size` then counts full sequences."""
+    """Pack several training examples into each sequence of `max_length`. For completion and chat data; running text is
+    always packed. An example attends only to itself, and SGM checks this on the model. `training.batch_size` then
+    counts packed sequences."""
     num_train: Whole | None = Field(default=None, ge=1)
-    """Use at most this many training examples (null: all)."""
+    """Maximum number of training examples (null: all)."""
     num_validation: Whole | None = Field(default=None, ge=1)
-    """Use at most this many validation examples (null: all)."""
+    """Maximum number of validation examples (null: all)."""
     num_test: Whole | None = Field(default=None, ge=1)
-    """Use at most this many test examples (null: all)."""
+    """Maximum number of test examples (null: all)."""
     validation_fraction: Real = Field(default=0.1, gt=0, lt=0.5)
-    """Share split off for validation where no validation data is given."""
+    """Fraction of the data to use for validation when there is no validation data."""
     test_fraction: Real = Field(default=0.15, gt=0, lt=0.5)
-    """Share split off for testing where no test data is given."""
+    """Fraction of the data to use for testing when there is no test data."""
     streaming: bool = False
-    """Read no more rows than `num_train`, `num_validation` and `num_test` say, from a seeded shuffle of the stream: for
-    files, folders and hub data sets that do not fit."""
+    """Read only `num_train`, `num_validation` and `num_test` rows, from a shuffled stream (seeded by `seed`). For files
+    and hub data sets that do not fit in memory or on disk."""
     seed: Whole = Field(default=0, ge=0, lt=2**32)
-    """Seed of the split and of the choice of examples. Separate from `training.seed`, so seeds share one test set."""
+    """Seed of the splits and of the choice of examples. It is separate from `training.seed`, so that runs with
+    different training seeds share one test set."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.name is not None and self.train is not None:
             raise ValueError("give data.name or data.train, not both")
         if self.name is not None and self.validation is not None:
-            raise ValueError("data.validation goes with data.train, not with data.name")
+            raise ValueError("data.validation needs data.train; it cannot be used with data.name")
         counts = {f"data.num_{split}": getattr(self, f"num_{split}") for split in ("train", "validation", "test")}
         if self.streaming and (uncounted := [key for key, count in counts.items() if count is None]):
-            raise ValueError(f"data.streaming=true needs {' and '.join(uncounted)}: how many rows to take")
+            raise ValueError(f"data.streaming=true needs {' and '.join(uncounted)}; give the number of rows to read")
         return self
 
 
 class SnrConfig(_Section):
     estimator: Literal["mp", "spectrum"] = "mp"
-    """mp: Marchenko-Pastur bulk, deflated (docs/method.md 1). spectrum: the published script's formula."""
+    """Estimator of the noise in a matrix. mp: Marchenko-Pastur bulk, deflated (docs/method.md 1). spectrum: the formula
+    of the published Spectrum script."""
     scan: str | None = None
-    """A scan to select by instead of a new one: what `sgm scan --output` wrote, or a result file of the published
-    Spectrum script (with estimator: spectrum)."""
+    """Scan file to use instead of a new scan: the output of `sgm scan --output`, or a result file of the published
+    Spectrum script (with estimator: spectrum). null: scan the model."""
 
 
 class SelectionConfig(_Section):
     top_fraction: Real | None = Field(default=None, gt=0, le=1)
-    """Train this share of each kind of matrix, highest SNR first (null: all of them)."""
+    """Fraction of the matrices of each kind to train, highest SNR first (null: all matrices)."""
     snr_threshold: Real | None = Field(default=None, ge=0)
-    """Train the matrices whose SNR (energy ratio, not dB) is at least this. Excludes `top_fraction`."""
+    """Minimum SNR of the matrices to train, as an energy ratio, not in dB (null: no minimum). It cannot be combined
+    with `top_fraction`."""
     prefer_depth: bool = False
-    """With `top_fraction`: the matrices nearest to the output, not those of the highest SNR. The backward pass ends at
-    the lowest that is trained, and keeps nothing below it. The upper half of MiniLM, at equal parameters, costs 0.012 ±
-    0.009 in loss (docs/results.md)."""
+    """With `top_fraction`: select the matrices nearest to the output instead of those with the highest SNR. The
+    backward pass stops at the lowest trained matrix and keeps no activations below it. On MiniLM, training the upper
+    half with equal parameters costs 0.012 ± 0.009 in loss (docs/results.md)."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
         if self.top_fraction is not None and self.snr_threshold is not None:
             raise ValueError("give selection.top_fraction or selection.snr_threshold, not both")
         if self.prefer_depth and self.top_fraction is None:
-            raise ValueError("selection.prefer_depth says which selection.top_fraction to train; give both")
+            raise ValueError("selection.prefer_depth=true needs selection.top_fraction; give both")
         return self
 
 
 class ProbeConfig(_Section):
     num_batches: Whole = Field(default=8, ge=2, le=10_000)
-    """Batches measured, in two disjoint halves; more of them, less noise."""
+    """Number of probe batches, measured in two disjoint halves. More batches give less noise."""
     batch_size: Whole = Field(default=8, ge=1)
-    """Examples per probe batch; computed in pieces of half of a micro-batch of the training at most."""
+    """Examples per probe batch. A forward pass computes at most half a training micro-batch at a time."""
     sketch_size: Whole = Field(default=48, ge=4, le=4096)
-    """Test vectors of each range finder; at least adapter.rank. Bytes held: 8 x this x (rows + columns), a matrix."""
+    """Test vectors of each range finder, at least adapter.rank. Bytes per matrix: 8 × sketch_size × (rows +
+    columns)."""
     seed: Whole = Field(default=0, ge=0, lt=2**32)
     """Seed of the test vectors."""
 
 
 class MergeConfig(_Section):
     scope: Scope = "activation"
-    """Who may share a factor. activation: the matrices that read the same activations (q, k, v; gate, up) share lora_A.
-    layers: the layers of one kind share the factor of `side`."""
+    """Matrices that may share a factor. activation: matrices that read the same activations (q, k, v; gate, up) share
+    lora_A. layers: matrices of one kind in different layers share the factor that `side` names."""
     criterion: Criterion = "subspace"
-    """What makes them similar. subspace: held-out gradient energy that a shared basis keeps.
-    cosine: cosine of the whole gradients (scope layers). snr: similar SNR alone."""
+    """Measure of similarity. subspace: the held-out gradient energy that a shared basis keeps. cosine: cosine
+    similarity of the full gradients (scope layers only). snr: similar SNR alone."""
     side: Literal["auto", "input", "output", "none"] = "auto"
-    """Which factor a group of layers shares: input (lora_A), output (lora_B), auto (per kind, by the probe).
+    """Factor that a group of layers shares. input: lora_A. output: lora_B. auto: the probe chooses for each kind.
     none: nothing is merged, in either scope."""
     threshold: Real = Field(default=0.85, ge=-1, le=1)
-    """Smallest similarity in a group: energy kept relative to own bases (subspace), or cosine."""
+    """Minimum similarity within a group: energy kept relative to the matrices' own bases (subspace), or cosine."""
     snr_tolerance_db: Real | None = Field(default=None, ge=0)
-    """Largest difference of SNR within a group, in decibels. null: not asked for (criterion snr: 3)."""
+    """Maximum difference of SNR within a group, in decibels (null: no limit; 3 with criterion snr)."""
     max_group_size: Whole | None = Field(default=None, ge=2)
-    """Most matrices in a group (null: any number)."""
+    """Maximum number of matrices in a group (null: no limit)."""
 
     @model_validator(mode="after")
     def _scope_can(self) -> Self:
         for key, value in (("criterion", "cosine"), ("side", "output")):
             if self.scope == "activation" and getattr(self, key) == value:
-                raise ValueError(f"merge.{key}={value} compares layers; give merge.scope=layers with it")
+                raise ValueError(f"merge.{key}={value} compares layers; give merge.scope=layers too")
         return self
 
 
 class AdapterConfig(_Section):
     rank: Whole = Field(default=16, ge=1, le=4096)
-    """Rank of every update."""
+    """Rank of every LoRA update."""
     alpha: Real = Field(default=32, gt=0)
-    """The update is scaled by alpha / rank."""
+    """Scale of the update: it is multiplied by alpha / rank."""
     dropout: Real = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
+    """Dropout probability on the adapter's input."""
 
 
 class TrainingConfig(_Section):
     epochs: Real = Field(default=1, gt=0, le=10_000)
     """Passes over the training data."""
     max_steps: Whole | None = Field(default=None, ge=1)
-    """Optimizer steps; overrides `epochs`."""
+    """Number of optimizer steps; overrides `epochs` (null: as `epochs` says)."""
     batch_size: Whole = Field(default=32, ge=1)
-    """Examples per optimizer step, over all processes together."""
+    """Examples per optimizer step, summed over all processes."""
     micro_batch_size: Whole | None = Field(default=None, ge=1)
-    """Examples per forward pass of one process; gradients are accumulated (null: batch_size / processes)."""
+    """Examples per forward pass of one process. Gradients accumulate over micro-batches (null: batch_size /
+    processes)."""
     shard: bool = False
-    """Shard the frozen base over the processes of the run (FSDP2) instead of holding it in each."""
+    """Shard the frozen base over all processes (FSDP2) instead of keeping a copy in each."""
     step: Literal["fast", "peft"] = "fast"
-    """How a step is computed. fast: a layer's update is added to its output in place, in the base's type, x Aᵀ once for
-    all that share A, and a language model's loss needs no logits of a whole batch (docs/method.md 8). peft: PEFT's and
-    Transformers' own code. fast takes PEFT's code for what it cannot do, and says so."""
+    """Implementation of the training step. fast: adds a layer's update to its output in place, in the base's type;
+    computes x Aᵀ once for all matrices that share A; computes the loss of a language model without the logits of the
+    whole batch (docs/method.md 8). peft: the code of PEFT and Transformers. Where fast does not apply, SGM uses PEFT's
+    code and prints a line."""
     checkpointing: Literal[False, True, "offload"] = False
-    """Keep what a block reads, and compute the block again in the backward pass: less memory, more time. offload: keep
-    it in the host's memory instead of a GPU's, which takes a little more."""
+    """Gradient checkpointing. true: keep only the input of each block and recompute the block in the backward pass, for
+    less memory and more time. offload: as true, with the inputs in host memory instead of GPU memory, which takes a
+    little more time."""
     eval_batch_size: Whole = Field(default=32, ge=1)
-    """Examples per forward pass in evaluation."""
+    """Examples per forward pass during evaluation."""
     optimizer: Optimizer = "spectral"
-    """The step for the factors. spectral: descent in the spectral norm of the weights' change (docs/method.md 6), with
-    about half of AdamW's state; a new classification head then learns by AdamW at 1e-3. adamw: AdamW for everything.
-    adamw_8bit: the same with a state of a quarter, by bitsandbytes; paged_adamw_8bit: that state in the host's memory
-    where a GPU's does not hold it."""
+    """Optimizer of the factors. spectral: descent in the spectral norm of the weight change (docs/method.md 6), with
+    about half of AdamW's state; AdamW at 1e-3 then trains a new classification head. adamw: AdamW for every parameter.
+    adamw_8bit: AdamW with a quarter of the state, by bitsandbytes. paged_adamw_8bit: the same, and the state moves to
+    host memory when it does not fit in GPU memory."""
     learning_rate: Real | None = Field(default=None, gt=0, le=10)
-    """Peak learning rate. spectral: the norm of a step's change of a weight matrix, from RMS to RMS, whatever the rank
-    and the model (null: 0.0125); adamw: AdamW's (null: 1e-3)."""
+    """Peak learning rate. spectral: the RMS-to-RMS norm of the change that one step makes to a weight matrix, for every
+    rank and model (null: 0.0125). adamw: AdamW's learning rate (null: 1e-3)."""
     warmup_fraction: Real = Field(default=0.06, ge=0, lt=1)
-    """Share of the steps with a rising learning rate; then it falls linearly to zero."""
+    """Fraction of the steps in which the learning rate rises linearly. It then falls linearly to zero."""
     weight_decay: Real = Field(default=0.0, ge=0, lt=1)
-    """Decoupled weight decay."""
+    """Decoupled weight decay, as in AdamW."""
     max_grad_norm: Real = Field(default=1.0, gt=0)
-    """Gradients are clipped to this norm."""
+    """Maximum norm of the gradients; larger gradients are clipped to it."""
     eval_steps: Whole | None = Field(default=None, ge=1)
-    """Validate and save a checkpoint every so many steps (null: four times a run)."""
+    """Steps between validations. Each validation saves a checkpoint (null: four validations a run)."""
     early_stopping_patience: Whole = Field(default=3, ge=0)
-    """Stop after so many validations without a better loss (0: never)."""
+    """Number of validations without a lower loss after which training stops (0: never)."""
     seed: Whole = Field(default=0, ge=0, lt=2**32)
-    """Seed of initialisation, order of data and dropout."""
-    report_to: Annotated[list[Tracker], BeforeValidator(_listed)] = []
-    """Where losses, rates and memory of every step also go, through Transformers: tensorboard (files in
-    output.dir/checkpoints/runs), wandb, mlflow, trackio (each as its own settings say; pip install
-    'sgm-finetune[tracking]' or the package)."""
+    """Seed of initialisation, data order and dropout."""
+    report_to: Annotated[list[Tracker], BeforeValidator(_parse_list)] = []
+    """Trackers that also receive the loss, learning rate and memory of every step, through Transformers. tensorboard:
+    files in output.dir/checkpoints/runs (pip install 'sgm-finetune[tracking]'). wandb, mlflow, trackio: as that
+    package's own settings say (pip install the package)."""
     resume: bool = False
-    """Continue from the last whole checkpoint in output.dir."""
+    """Resume from the last complete checkpoint in output.dir."""
 
     @property
     def peak_learning_rate(self) -> float:
-        """`learning_rate`, or the optimizer's own default."""
+        """The learning rate: `learning_rate`, or the optimizer's default when it is null."""
         return DEFAULT_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"training.batch_size={self.batch_size} is no multiple of "
-                f"training.micro_batch_size={self.micro_batch_size}"
+                f"training.batch_size={self.batch_size} is not a multiple of "
+                f"training.micro_batch_size={self.micro_batch_size}; change one of them"
             )
         return self
 
 
 class EvaluationConfig(_Section):
     num_generated: Whole = Field(default=32, ge=0)
-    """Test examples to which answers are generated, before and after, where the data has answers (completion, chat,
-    pairs): for exact match, ROUGE-L and BLEU. 0: none."""
+    """Number of test examples for which the model generates an answer before and after training, to measure exact
+    match, ROUGE-L and BLEU. It applies to data with answers (completion, chat, pairs). 0: none."""
     harness: list[str] = []
-    """Tasks of lm-evaluation-harness to run before and after, by name or as .yaml files (an extra: pip install
-    'sgm-finetune[harness]')."""
+    """Tasks of lm-evaluation-harness to run before and after training, as names or .yaml files
+    (pip install 'sgm-finetune[harness]')."""
     harness_limit: Whole | None = Field(default=None, ge=1)
-    """Examples of each of them (null: all)."""
+    """Maximum number of examples of each harness task (null: all)."""
 
 
 class MemoryConfig(_Section):
     budget: Size | None = Field(default=None, ge=2**20)
-    """Most memory of one process, e.g. 8GiB: of the GPU where there is one, else resident. Batches, checkpointing, rank
-    and layers are then chosen to fit, and what was given up is said (null: as configured)."""
+    """Maximum memory of one process, for example 8GiB: GPU memory, or resident memory without a GPU. SGM chooses batch
+    sizes, checkpointing, rank and layers to fit and prints each change (null: keep the configured values)."""
 
 
 class OutputConfig(_Section):
     dir: str = "output"
-    """Folder of the results."""
+    """Folder for the results."""
     overwrite: bool = False
-    """Replace the results of an earlier run in that folder."""
+    """Replace the results of an earlier run in `dir`."""
 
 
 class Config(_Section):
-    """A whole run."""
+    """Configuration of a run."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -323,7 +330,7 @@ class Config(_Section):
     memory: MemoryConfig = MemoryConfig()
     output: OutputConfig = OutputConfig()
     plan: str | None = None
-    """A plan.json of an earlier run to use instead of measuring again."""
+    """Plan file (plan.json of an earlier run) to use instead of measuring again (null: measure)."""
 
     @model_validator(mode="after")
     def _sketch_holds_rank(self) -> Self:
@@ -335,82 +342,8 @@ class Config(_Section):
         return self
 
 
-def load_config(path: Path | str | None, overrides: typing.Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file (None: all defaults) with `section.key=value` overrides applied.
-
-    Raises UserError, one line each, for a missing or unreadable file, an unknown key (with the nearest known one),
-    a value of the wrong type or out of its range, and an override that is not `key=value`.
-    """
-    where = str(path) if path is not None else "defaults"
-    values = _read_yaml(Path(path)) if path is not None else {}
-    origin = dict.fromkeys(_leaf_keys(values), where)
-    return parse_config(values, where, origin | set_overrides(values, overrides))
-
-
-def set_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, str]:
-    """Writes `section.key=value` overrides into nested plain `values`; returns each key's origin, for messages."""
-    origin = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"`{override}` is not key=value; write for example training.epochs=1")
-        try:
-            value = parse_yaml(text) if text.strip() else None
-        except ValueError:
-            value = text
-        _set_key(values, key.strip(), value, override)
-        origin[key.strip()] = f"`{override}`"
-    return origin
-
-
-def parse_config(
-    values: dict[str, Any], where: str = "config", origin: typing.Mapping[str, str] = types.MappingProxyType({})
-) -> Config:
-    """The configuration in nested plain `values`; errors name `where` they stood, or a key's own `origin`."""
-    _reject_unknown_keys(values, Config, (), where, origin)
-    try:  # a section with nothing under it is None, and means its defaults
-        return Config.model_validate({key: value for key, value in values.items() if value is not None})
-    except ValidationError as error:
-        raise UserError(_one_line(error, where, origin)) from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = read_yaml(path)
-    except FileNotFoundError:
-        raise UserError(f"No configuration file {path}; give one with --config, or begin one with sgm init") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not YAML: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds {_describe(values)}; a configuration is a list of `key: value` lines")
-    return values
-
-
-def _leaf_keys(values: dict[str, Any], prefix: str = "") -> typing.Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaf_keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def _set_key(values: dict[str, Any], dotted: str, value: Any, override: str) -> None:
-    *sections, leaf = dotted.split(".")
-    for section in sections:
-        inner = values.get(section)
-        if inner is None:
-            inner = values[section] = {}
-        if not isinstance(inner, dict):
-            raise UserError(f"`{override}`: `{section}` holds {_describe(inner)}, not further keys")
-        values = inner
-    values[leaf] = value
-
-
-def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+def sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The sections of a configuration model, by name: its fields that hold keys of their own."""
     return {
         name: field.annotation
         for name, field in model.model_fields.items()
@@ -419,60 +352,9 @@ def _sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
 
 
 def known_keys() -> list[str]:
-    """Every key of the configuration, dotted, in the order of the documentation."""
+    """The dotted names of all keys, in the order of the documentation."""
     keys = []
-    for name, field in Config.model_fields.items():
-        section = _sections(Config).get(name)
+    for name in Config.model_fields:
+        section = sections(Config).get(name)
         keys += [f"{name}.{key}" for key in section.model_fields] if section else [name]
-        del field
     return keys
-
-
-def _reject_unknown_keys(values, model, path, where, origin) -> None:
-    for key, value in values.items():
-        dotted = ".".join((*path, str(key)))
-        if key not in model.model_fields:
-            raise UserError(
-                f"{_origin(dotted, where, origin)}: unknown key `{dotted}`{_suggestion(str(key), model, dotted)}"
-            )
-        section = _sections(model).get(key)
-        if section is not None:
-            if value is None:
-                continue
-            if not isinstance(value, dict):
-                keys = ", ".join(section.model_fields)
-                raise UserError(f"{where}: `{dotted}` is {_describe(value)}; it takes the keys {keys}")
-            _reject_unknown_keys(value, section, (*path, key), where, origin)
-
-
-def _origin(dotted: str, where: str, origin: typing.Mapping[str, str]) -> str:
-    """Where the key, or one below it, was written."""
-    return origin.get(dotted) or next((o for key, o in origin.items() if key.startswith(f"{dotted}.")), where)
-
-
-def _suggestion(key: str, model: type[BaseModel], dotted: str) -> str:
-    near = difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean `{near[0]}`?"
-    elsewhere = [known for known in known_keys() if known.rpartition(".")[2] == key]
-    elsewhere += difflib.get_close_matches(dotted, known_keys(), n=1, cutoff=0.6)
-    if elsewhere:
-        return f"; did you mean `{elsewhere[0]}`?"
-    return f"; known here: {', '.join(model.model_fields)}"
-
-
-def _one_line(error: ValidationError, where: str, origin: typing.Mapping[str, str]) -> str:
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    dotted = ".".join(location)
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if first["type"] == "value_error" and len(location) <= 1:  # a rule across keys names them itself
-        return f"{where}: {message}"
-    known = next((key for key in known_keys() if dotted == key or dotted.startswith(f"{key}.")), dotted)
-    return f"{_origin(known, where, origin)}: `{known}` is {_describe(first['input'])}; {message}"
-
-
-def _describe(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

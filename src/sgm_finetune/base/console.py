@@ -1,4 +1,4 @@
-"""What a command says while it works: one line a step, and bars. A leaf."""
+"""What a command prints while it works: one line a step, progress bars; and the seconds that each step takes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class StepLog:
-    """One line a step, and bars, on a console; a quiet console keeps the processes beside the first one silent."""
+    """Prints one line a step, and progress bars, on a console. Processes other than the first get a quiet console."""
 
     def __init__(self, console: Console):
         self.console = console
 
     def line(self, step: str, line: str) -> None:
-        """Prints the line as it is: names and paths may hold brackets, which are no markup here."""
+        """Prints the line as it is: brackets in names and paths are not markup."""
         self.console.print(f"[bold]{step:<8}[/bold] {escape(line)}", highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, step: str) -> Iterator[Callable[..., None]]:
-        """A function (done, total, *what) that moves a bar; the bar goes away when the step is done."""
+        """Shows a progress bar while the context lasts; yields a function (done, total, *what) that moves it."""
         columns = (TextColumn(f"[bold]{step:<8}[/bold]"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(step, total=None)

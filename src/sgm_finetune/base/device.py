@@ -1,4 +1,4 @@
-"""The device that this process computes on, and what it is good at."""
+"""The device that this process computes on, and what it supports."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ def has_gpu() -> bool:
 
 
 def device_for(local_rank: int = 0) -> torch.device:
-    """The GPU of this process where there is one, else the CPU."""
+    """The GPU of this process, or the CPU when there is no GPU."""
     return torch.device("cuda", local_rank) if has_gpu() else torch.device("cpu")
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the GPU is one, or the processor has instructions for products of bfloat16 matrices (AVX-512 BF16, AMX,
-    Arm's BF16). Without them they take several times as long as those of float32 (docs/LOG.md)."""
+    """Whether the device multiplies bfloat16 matrices with its own instructions: a GPU, AVX-512 BF16, AMX or Arm BF16.
+
+    Without them, bfloat16 products take several times as long as float32 products (docs/LOG.md).
+    """
     return has_gpu() or any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)

@@ -1,4 +1,4 @@
-"""Where a run was made: what has to be equal for the same bits."""
+"""The environment of a run: everything that must be equal for bit-identical results."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 def environment() -> dict[str, str]:
-    """Versions and the device, for metrics.json and the report."""
+    """Package versions and the device, for metrics.json and the report."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {"python": platform.python_version(), **_versions(_PACKAGES), "device": device}
 
 
 def environment_file(config: Config) -> dict[str, Any]:
-    """environment.json: versions, the machine, the variables that libraries compute by, the command and the seeds."""
+    """The content of environment.json: versions, machine, environment variables that change results, command, seeds."""
     units = torch.cpu.get_capabilities()
     return {
         "versions": {"python": platform.python_version(), **_versions(_ALL), "cuda": torch.version.cuda},
@@ -59,7 +59,7 @@ def _versions(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Its name as Linux tells it."""
+    """The name of the processor; on Linux, from /proc/cpuinfo."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

@@ -1,13 +1,17 @@
-"""The one exception for what a person can fix."""
+"""The exception for every problem that the user can fix."""
 
 
 class UserError(Exception):
-    """What was wrong, the value, the remedy: one line, shown without a traceback, exit status 2."""
+    """A problem that the user can fix. The message is one line: what is wrong, the value, the remedy.
+
+    The command prints it without a traceback and exits with status 2.
+    """
 
 
 def in_one_line(text: str) -> str:
-    """`text` as it is printed: white space as single spaces, characters that a terminal would obey as their codes, at
-    most 1,000 characters.
+    """`text` on one printable line of at most 1,000 characters.
+
+    Single spaces replace white space; escape codes replace control characters, which a terminal would obey.
 
     >>> in_one_line("a\\x1b[31m\\n  b")
     'a\\\\x1b[31m b'

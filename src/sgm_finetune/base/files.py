@@ -1,7 +1,8 @@
-"""Files that appear under their names only when complete. A leaf."""
+"""Writes files so that each appears under its name only when it is complete; locks a folder."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -13,18 +14,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sgm_finetune.base.errors import UserError
+from filelock import FileLock, Timeout
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.text import mib
 
 
 @contextmanager
 def writing(path: Path, remedy: str = "") -> Iterator[None]:
-    """Turns what the system says of a disk that is full, or not to be written, into a UserError that names `path`;
-    torch and safetensors say it in exceptions of their own."""
+    """Turns the error of a full or read-only disk into a UserError that names `path`.
+
+    torch and safetensors raise exceptions of their own for it, which this recognises.
+    """
     try:
         yield
     except OSError as error:
@@ -32,61 +33,68 @@ def writing(path: Path, remedy: str = "") -> Iterator[None]:
             raise
         raise UserError(f"Cannot write {path}: {error.strerror or error}{remedy}") from None
     except Exception as error:
-        if (reason := _disk_says(error, path)) is None:
+        if (reason := _disk_error(error, path)) is None:
             raise
         raise UserError(f"Cannot write {path}: {reason}{remedy}") from None
 
 
-def _disk_says(error: Exception, path: Path) -> str | None:
+def _disk_error(error: Exception, path: Path) -> str | None:
+    """The reason why the disk refused to write, or None when `error` has another cause."""
     text = str(error)
     if found := re.search(r"([^:()]+) \(os error \d+\)", text):  # safetensors
         return found[1].strip()
-    if "PytorchStreamWriter" in text or "file write failed" in text or "unexpected pos" in text:  # torch says no more
-        return f"the disk is full ({disk_free(path.parent) / 2**20:,.0f} MiB free)"
+    if any(words in text for words in ("PytorchStreamWriter", "file write failed", "unexpected pos")):
+        # torch gives no reason
+        return f"the disk is full ({mib(disk_free(path.parent))} free)"
     return None
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds `folder` against other processes; the lock goes with the process, however it ends. Raises UserError where
-    another one holds it. File systems without locks (some of a network) do not hold anything."""
-    if fcntl is None:
-        yield
-        return
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Holds `folder`, which it makes, against other processes. The lock ends with the process, however that ends.
+
+    Raises UserError with the name of the holder when another process has the folder. A file system without locks
+    (some network file systems) does not stop the run.
+    """
     path = folder / LOCK
-    while True:
-        with writing(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+", encoding="utf-8")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise UserError(f"{folder} is in use by {holder}; wait for it, or name another output.dir") from None
-            except OSError:
-                pass
-            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
-                continue  # who held it has just removed it
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
+    lock = FileLock(path, timeout=0.2, fallback_to_soft=False)  # a holder may be removing the file: try again
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            holder = _holder(path) or "another process"
+            raise UserError(f"{folder} is in use by {holder}; wait for it to end, or name another output.dir") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+    try:
+        with suppress(OSError):  # the name is for messages only
+            path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+        yield
+    finally:
+        with suppress(PermissionError):  # Windows does not remove an open file
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
+def _holder(path: Path) -> str:
+    """The text that the holder of a lock left in its file; "" when there is none to read."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 LOCK = ".lock"
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A scratch path to write to; it becomes `path` when the block ends well and disappears when it does not.
+    """Yields a scratch path to write to. It becomes `path` when the block ends, and is deleted when the block raises.
 
-    Folders on the way are made. Raises UserError where the file cannot be written.
+    Makes the parent folders. Raises UserError when the file cannot be written.
     """
     scratch = path.with_name(f".{path.name}.partial")
     try:
@@ -103,8 +111,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A scratch folder to write into; it takes the place of `path` when the block ends well and disappears when it does
-    not. Raises UserError where something cannot be written."""
+    """Yields a scratch folder to write into. It replaces `path` at the end of the block; an exception deletes it.
+
+    Raises UserError when a file cannot be written.
+    """
     scratch = path.with_name(f".{path.name}.partial")
     try:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -122,9 +132,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Has what was written to a file, or the names in a folder, on the disk before it returns. OSError where the disk
-    is full."""
-    if path.is_dir() and os.name != "posix":  # others have no handle of a folder
+    """Forces a file's content, or a folder's names, to the disk (fsync). Raises OSError when the disk is full."""
+    if path.is_dir() and os.name != "posix":  # only POSIX opens a folder
         return
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
@@ -134,27 +143,28 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes `text` to `path` in UTF-8. Raises UserError when the file cannot be written."""
     with whole_file(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON as its standard has it: a number that is none becomes null."""
-    write_text(path, json.dumps(_standard(value), indent=1, allow_nan=False) + "\n")
+    """Writes `value` to `path` as standard JSON; a number that is not finite becomes null."""
+    write_text(path, json.dumps(_replace_non_finite(value), indent=1, allow_nan=False) + "\n")
 
 
-def _standard(value: Any) -> Any:
+def _replace_non_finite(value: Any) -> Any:
     match value:
         case dict():
-            return {key: _standard(inner) for key, inner in value.items()}
+            return {key: _replace_non_finite(inner) for key, inner in value.items()}
         case list() | tuple():
-            return [_standard(inner) for inner in value]
+            return [_replace_non_finite(inner) for inner in value]
         case float() if not math.isfinite(value):
             return None
     return value
 
 
 def disk_free(folder: Path) -> int:
-    """Bytes free on the disk that `folder` is on, or will be."""
+    """Free bytes on the disk that holds `folder`, which need not exist yet."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free

@@ -1,4 +1,4 @@
-"""This machine's memory, the GPU's where there is one: what is held, what can be had, what can be given back."""
+"""Memory of this process: used, available, released. It is GPU memory when there is a GPU, else resident memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def peak_memory() -> int:
-    """Bytes: the most that this process has held: allocated on the GPU where there is one, else resident."""
+    """The peak memory of this process so far, in bytes: allocated on the GPU, or resident without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource
@@ -24,15 +24,17 @@ def peak_memory() -> int:
 
 
 def held_memory() -> int:
-    """Bytes that this process holds now, counted as `peak_memory` does."""
+    """The memory that this process uses now, in bytes, counted as in `peak_memory`."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     return psutil.Process().memory_info().rss
 
 
 def memory_within_reach() -> int:
-    """Bytes that this process can hold in all: what it holds, and what is free; of a CPU's memory its share, where a
-    launcher started several here. A container's limit counts."""
+    """The memory that this process can use in total, in bytes: what it uses now plus what is free.
+
+    Processes that a launcher started on one machine share its free CPU memory equally. The limit of a container counts.
+    """
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return torch.cuda.memory_reserved() + free
@@ -45,8 +47,10 @@ def memory_within_reach() -> int:
 
 
 def release_memory() -> None:
-    """Gives back what has been freed, so that a phase of a run does not begin with the most that an earlier one held:
-    C's allocator keeps what it may need again (glibc; others are left alone), and so does torch's for a GPU."""
+    """Returns freed memory to the system, so that a phase of a run does not start at the peak of an earlier one.
+
+    torch's GPU allocator and glibc's malloc keep freed memory for later; other C allocators are left alone.
+    """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):

@@ -12,16 +12,17 @@ from accelerate.utils import broadcast_object_list
 
 
 def processes() -> PartialState:
-    """The processes of this run; one alone, or those that torchrun or accelerate started."""
+    """The processes of this run: one, or those that torchrun or accelerate started."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is up on any process, so that all of them stop after the same step."""
+    """Whether `flag` is true on any process; every process must call it."""
     return sum_over_processes(float(flag))[0] > 0
 
 
 def sum_over_processes(*values: float) -> list[float]:
+    """Each value summed over all processes, in float64; every process must call it."""
     if not torch.distributed.is_initialized():
         return list(values)
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
@@ -30,9 +31,9 @@ def sum_over_processes(*values: float) -> list[float]:
     return sums.tolist()
 
 
-def on_main(measured: Callable[[], Any]) -> Any:
-    """What the first process measures, on every process."""
-    result = [measured() if processes().is_main_process else None]
+def on_main(measure: Callable[[], Any]) -> Any:
+    """Calls `measure` on the first process and returns its result on every process; every process must call it."""
+    result = [measure() if processes().is_main_process else None]
     if processes().num_processes > 1:
         broadcast_object_list(result)
     return result[0]

@@ -1,4 +1,4 @@
-"""The configuration described from its own types: a commented YAML file, a JSON Schema, a page of the documentation."""
+"""Describes the configuration from its own types: a commented YAML file, a JSON Schema, a page of the documentation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from sgm_finetune.base.config import Config, known_keys
+from sgm_finetune.base.config import Config, known_keys, sections
 
 WIDTH = 100
 
@@ -23,16 +23,16 @@ class Key(NamedTuple):
     """One key of the configuration."""
 
     name: str
-    """Dotted."""
+    """Dotted name."""
     type: str
     bounds: str
-    """As mathematics writes an interval; "" for none."""
+    """Interval in mathematical notation; "" when the key has no bounds."""
     default: Any
     description: str
 
 
 def keys() -> Iterator[Key]:
-    """Every key, in the order of the configuration."""
+    """All keys, in the order of the configuration."""
     for name in known_keys():
         section, _, leaf = name.rpartition(".")
         model: type[BaseModel] = Config.model_fields[section].annotation if section else Config  # type: ignore[assignment]
@@ -41,73 +41,77 @@ def keys() -> Iterator[Key]:
         yield Key(name, _type(field.annotation), _bounds(field), _default(field), text)
 
 
-def commented_yaml(config: Config, said: Collection[str] = (), schema: str | None = None) -> str:
-    """`config` as a YAML file that explains itself: each key that differs from its default, or is in `said` (dotted
-    names), under its description; the other keys of those sections as comments with their defaults.
+def commented_yaml(config: Config, shown: Collection[str] = (), schema: str | None = None) -> str:
+    """`config` as a YAML file that explains itself and loads as `config` again.
 
-    It loads as `config` again. `schema`: a path or address of the JSON Schema, by which editors complete keys.
+    It writes each key that differs from its default or is in `shown` (dotted names), below its description. A comment
+    lists the other keys of the same sections with their defaults. `schema` is a path or address of the JSON Schema,
+    with which editors complete keys.
     """
     lines = [f"# yaml-language-server: $schema={schema}", ""] if schema else []
     values, described = config.model_dump(mode="json"), {key.name: key for key in keys()}
     for name in Config.model_fields:
-        inner = (
-            values[name] if isinstance(values[name], dict) and f"{name}." in "".join(described) else {"": values[name]}
-        )
+        is_section = name in sections(Config)
+        inner = values[name] if is_section else {"": values[name]}
         dotted = {leaf: f"{name}.{leaf}" if leaf else name for leaf in inner}
-        written = [leaf for leaf in inner if dotted[leaf] in said or inner[leaf] != described[dotted[leaf]].default]
+        written = [leaf for leaf in inner if dotted[leaf] in shown or inner[leaf] != described[dotted[leaf]].default]
         if not written:
             continue
-        indent = "  " if "" not in inner else ""
-        lines += [f"{name}:"] * bool(indent)
+        indent = ""
+        if is_section:
+            indent = "  "
+            lines.append(f"{name}:")
         for leaf, value in inner.items():
             key = described[dotted[leaf]]
             if leaf in written:
-                lines += _wrapped(_explained(key), f"{indent}# ", f"{indent}# ")
+                lines += _wrap(_describe(key), f"{indent}# ", f"{indent}# ")
                 lines.append(f"{indent}{leaf or name}: {_scalar(value)}")
         rest = ", ".join(f"{leaf}: {_scalar(value)}" for leaf, value in inner.items() if leaf not in written)
         if rest:
             begin = f"{indent}# defaults: "
-            lines += _wrapped(rest, begin, f"{indent}#   ")
+            lines += _wrap(rest, begin, f"{indent}#   ")
         lines.append("")
     return "\n".join(lines)
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of a configuration file. A section may be empty."""
+    """The JSON Schema (2020-12) of a configuration file."""
     schema = Config.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sgm-finetune configuration", **schema}
 
 
 def reference_page() -> str:
-    """docs/reference/config.md: a table for each section."""
+    """The text of docs/reference/config.md: one table for each section."""
     lines = [
         "# Configuration",
         "",
-        "Every key of config.yaml, with what it takes and its default. On the command line: `section.key=value`.",
-        "An unknown key, a wrong type and a value out of range stop a command with one line before anything is loaded.",
-        "The same as a [JSON Schema](config.schema.json), by which editors complete and check the file: begin it with",
-        "`# yaml-language-server: $schema=config.schema.json`; `sgm init` writes such a line.",
+        "This page lists every key of config.yaml, the values it takes and its default. On the command line, write",
+        "`section.key=value`. An unknown key, a wrong type or a value out of range stops the command with one line,",
+        "before it loads anything.",
         "",
-        "This page is generated: `python -m sgm_finetune.base.reference docs/reference`.",
+        "Editors complete and check the file with the [JSON Schema](config.schema.json) of these keys. Begin the file",
+        "with `# yaml-language-server: $schema=config.schema.json`; `sgm init` writes such a line.",
+        "",
+        "`python -m sgm_finetune.base.reference docs/reference` generates this page.",
     ]
     section = None
     for key in keys():
         heading, _, leaf = key.name.rpartition(".")
         if heading != section:
             section = heading
-            lines += ["", f"## {heading or 'plan'}", "", "| key | takes | default | |", "|---|---|---|---|"]
+            lines += ["", f"## {heading or 'plan'}", "", "| key | values | default | meaning |", "|---|---|---|---|"]
         takes = f"{key.type} {key.bounds}".strip().replace("|", "\\|")
         description = re.sub(r"([<>|])", r"\\\1", key.description)
         lines.append(f"| `{leaf}` | {takes} | `{_scalar(key.default)}` | {description} |")
     return "\n".join(lines) + "\n"
 
 
-def _wrapped(text: str, first: str, rest: str) -> list[str]:
+def _wrap(text: str, first: str, rest: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
-def _explained(key: Key) -> str:
-    """The description, and what it takes where that is a choice or has bounds."""
+def _describe(key: Key) -> str:
+    """The description, followed by the possible values when the key is a choice or has bounds."""
     takes = f"{key.type}, {key.bounds}" if key.bounds else key.type if " | " in key.type else ""
     return f"{key.description} ({takes})" if takes else key.description
 
@@ -118,7 +122,7 @@ def _default(field: FieldInfo) -> Any:
 
 
 def _type(annotation: Any) -> str:
-    """In words that a person writing YAML uses."""
+    """The type in the words of a person who writes YAML."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _type(arguments[0])
@@ -134,7 +138,8 @@ def _type(annotation: Any) -> str:
 
 
 def _bounds(field: FieldInfo) -> str:
-    """
+    """The bounds of a key as an interval; "" when there are none.
+
     >>> [key.bounds for key in keys() if key.name in ("probe.num_batches", "adapter.dropout")]
     ['[2, 10000]', '[0, 1)']
     """
@@ -151,7 +156,7 @@ def _bounds(field: FieldInfo) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """In YAML, on one line."""
+    """`value` in YAML, on one line."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")
 

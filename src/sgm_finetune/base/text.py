@@ -1,4 +1,4 @@
-"""Short texts that several rooms print: sizes, and what went wrong, in one line."""
+"""Short texts that several rooms print: sizes, values and error messages, each on one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 
 def gib(num_bytes: float) -> str:
-    """A number of bytes in GiB.
+    """A number of bytes in GiB, with two decimals.
 
     >>> gib(3 * 2**29)
     '1.50 GiB'
@@ -24,7 +24,7 @@ def mib(num_bytes: float) -> str:
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
-    """The first line of an exception's message, at most `limit` characters; its type where it has no message.
+    """The first line of an exception's message, cut to `limit` characters; its type when it has no message.
 
     >>> first_line(ValueError("no number\\nin row 3")), first_line(KeyError())
     ('no number', 'KeyError')
@@ -32,8 +32,28 @@ def first_line(error: BaseException, limit: int = 160) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:limit]
 
 
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """An exception's whole message on one line of at most `limit` characters; its type when it has no message.
+
+    >>> one_line(ValueError("no number\\n in row 3"))
+    'no number in row 3'
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def short_repr(value: object, limit: int = 40) -> str:
+    """`repr(value)`, cut to `limit` characters.
+
+    >>> short_repr("much too long a value", limit=12)
+    "'much too..."
+    """
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def first_mistake(error: ValidationError) -> str:
-    """The first mistake that pydantic found: where it is, and what is wrong.
+    """The first mistake in a pydantic error: its place and what is wrong.
 
     >>> from pydantic import TypeAdapter
     >>> try:

@@ -1,7 +1,8 @@
-"""Files that come from others, read within bounds (docs/untrusted.md). A leaf.
+"""Reads files from untrusted sources within bounds (docs/untrusted.md).
 
-`ValueError`s here are one line that says what is wrong with the content; who reads a file knows what it should have
-been and makes a UserError of it.
+A `ValueError` from here is one line about the content. The caller knows what the file should be and raises a UserError.
+The steps: `parse_json` checks a text, `read_json` a file, `read_json_object` also that the document is an object;
+`require_json_object` raises UserError instead.
 """
 
 from __future__ import annotations
@@ -19,46 +20,48 @@ from typing import IO, Any, ClassVar, NoReturn
 import yaml
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.text import first_line
+from sgm_finetune.base.text import first_line, mib, one_line
 
 MAX_JSON = 64 * 2**20
-"""Bytes of a JSON document of ours or of a model's: a plan of a thousand matrices has one."""
+"""Maximum bytes of a JSON document. The plan of a thousand matrices has 1 MiB."""
 MAX_YAML = 2**20
 MAX_DEPTH = 60
 MAX_VALUES = 10_000_000
-"""Of a document, each counted as often as it is referred to."""
+"""Maximum number of values in a document. A value counts as often as the document refers to it."""
 MAX_LAYERS = 10_000
 
 
 def read_json(path: Path, infinite: bool = False, limit: int = MAX_JSON) -> Any:
-    """The document in a file. Raises OSError, and ValueError as `parse_json`, and for more than `limit` bytes."""
+    """The JSON document in a file. Raises OSError, and ValueError as `parse_json` or when it exceeds `limit` bytes."""
     return parse_json(_bounded_text(path, limit), infinite)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """As `read_json`; ValueError for anything but an object, too."""
+    """The JSON object in a file. Raises as `read_json`, and ValueError when the document is not an object."""
     found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"it holds a {type(found).__name__}, not an object")
     return found
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model or a run. Raises UserError."""
+def require_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model or a run. Raises UserError when there is none."""
     try:
         return read_json_object(path)
     except (OSError, ValueError) as error:
-        refuse(path, "JSON", error)
+        refuse(path, "JSON file", error)
 
 
 def parse_json(text: str, infinite: bool = False) -> Any:
-    """JSON as its standard has it: a key once, no NaN, integers of 64 bits, at most 60 levels. infinite: Python's
-    `Infinity`, which published scans have, is a number. Raises ValueError."""
+    """The document in a text of standard JSON: unique keys, no NaN, 64-bit integers, at most MAX_DEPTH levels.
+
+    infinite=True accepts Python's `Infinity`, which published scans contain. Raises ValueError for anything else.
+    """
 
     def constant(name: str) -> float:
         if infinite and name != "NaN":
             return float(name)
-        raise ValueError(f"{name} is no number")
+        raise ValueError(f"{name} is not a number in JSON")
 
     def real(digits: str) -> float:
         value = float(digits)
@@ -68,10 +71,10 @@ def parse_json(text: str, infinite: bool = False) -> Any:
 
     try:
         found = json.loads(
-            text, parse_constant=constant, parse_float=real, parse_int=_integer, object_pairs_hook=_once_each
+            text, parse_constant=constant, parse_float=real, parse_int=_integer, object_pairs_hook=_unique_keys
         )
     except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON: {error}") from None
+        raise ValueError(f"not JSON: {error}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     check_bounded(found)
@@ -79,42 +82,43 @@ def parse_json(text: str, infinite: bool = False) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain YAML values, no other types, aliases within bounds. Raises ValueError."""
+    """The plain values in a YAML text. Raises ValueError for other types, repeated keys and too many aliased values."""
     if len(text) > MAX_YAML:
         raise ValueError(f"it is longer than {MAX_YAML:,} characters")
     try:
-        found = yaml.load(text, Loader=_OnceEach)
+        found = yaml.load(text, Loader=_UniqueKeys)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:  # the last three: a date that is none
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:  # the last three: an invalid date
         raise ValueError(" ".join(str(error).split())) from None
     check_bounded(found, limit=10_000)
     return found
 
 
-class _OnceEach(yaml.SafeLoader):
-    """A key that stands twice is a mistake: the first value would be lost."""
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a repeated key, because its first value would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice[:80]!r} is in it twice", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[:80]!r} occurs twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> Any:
-    """Raises OSError, and ValueError as `parse_yaml`."""
+    """The plain values in a YAML file. Raises OSError, and ValueError as `parse_yaml`."""
     return parse_yaml(_bounded_text(path, MAX_YAML))
 
 
 def read_torch(path: Path, mmap: bool = False) -> Any:
-    """What torch.save wrote: tensors and plain data, no code. Nothing is allocated that the file does not hold: members
-    of its archive are stored and no larger than it, its pickle is gone through once with nothing behind its names, and
-    no tensor is larger than its memory. Raises OSError, and ValueError for everything else."""
-    import torch  # not before: a configuration is read without it
+    """The tensors and plain data in a file of `torch.save`; no code of the file runs.
+
+    Nothing allocates more memory than the file has bytes: its archive must be uncompressed and no larger than the file,
+    a rehearsal with stand-ins goes through its pickle first, and no tensor may be larger than its storage.
+    Raises OSError, and ValueError for any other problem.
+    """
+    import torch  # here, so that reading a configuration does not load torch
 
     with path.open("rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
@@ -122,23 +126,25 @@ def read_torch(path: Path, mmap: bool = False) -> Any:
         if is_archive:
             _check_archive(path)
         else:
-            with path.open("rb") as file:  # magic number, protocol, system, then the content
+            with path.open("rb") as file:  # magic number, protocol, system, content
                 for _ in range(4):
-                    _Rehearsal(file, path.stat().st_size).load()
+                    Rehearsal(file, path.stat().st_size).load()
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_archive)
     except OSError:
         raise
     except MemoryError:
-        raise ValueError("it asks for more memory than there is") from None
-    except Exception as error:  # pickle and torch raise many types here, all meaning: not such a file
+        raise ValueError("it asks for more memory than this machine has") from None
+    except Exception as error:  # pickle and torch raise many types for a file of another kind
         raise ValueError(first_line(error)) from None
     check_bounded(content, leaf=_check_tensor)
     return content
 
 
 def check_bounded(value: Any, limit: int = MAX_VALUES, leaf: Callable[[Any], None] = lambda value: None) -> None:
-    """Raises ValueError unless nested plain data are within MAX_DEPTH levels and `limit` values, an alias counting as
-    often as it is used. `leaf` is called with what is no container."""
+    """Raises ValueError when nested plain data has more than MAX_DEPTH levels or `limit` values.
+
+    A value counts as often as the data refers to it. `leaf` is called with each value that is not a container.
+    """
     counted: dict[int, tuple[int, int]] = {}  # id -> (values, levels)
 
     def count(value: Any, depth: int) -> tuple[int, int]:
@@ -162,21 +168,23 @@ def check_bounded(value: Any, limit: int = MAX_VALUES, leaf: Callable[[Any], Non
 
 
 def check_inside(name: Any) -> str:
-    """`name`, where it names a file in the folder that it is looked for in. Raises ValueError."""
+    """Returns `name` when it is a plain file name, without a path. Raises ValueError otherwise."""
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0") or len(name) > 255:
         raise ValueError(f"{str(name)[:80]!r} is not the name of a file beside it")
     return name
 
 
 def check_shards(folder: Path) -> None:
-    """Raises UserError where an index of a model's weights names a file outside of `folder`. Links are followed, as the
-    hub's cache is made of them."""
+    """Raises UserError when an index of a model's weights names a file outside `folder`.
+
+    It follows links, because the hub's cache consists of links.
+    """
     for index in sorted(folder.glob("*.index.json")):
         shard_names(index)
 
 
 def shard_names(index: Path) -> dict[str, str]:
-    """Tensor -> file, of an index of a model's weights. Raises UserError."""
+    """The file of each tensor, from the index of a model's weights. Raises UserError when the index is invalid."""
     try:
         document = read_json(index)
         if not isinstance(document, dict) or not isinstance(document.get("weight_map"), dict):
@@ -190,7 +198,7 @@ def _bounded_text(path: Path, limit: int) -> str:
     with path.open("rb") as file:
         held = file.read(limit + 1)
     if len(held) > limit:
-        raise ValueError(f"it is larger than {limit / 2**20:g} MiB")
+        raise ValueError(f"it is larger than {mib(limit)}")
     return held.decode("utf-8")
 
 
@@ -200,12 +208,12 @@ def _integer(digits: str) -> int:
     return value
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:80]!r} is in it twice")
+        raise ValueError(f"the key {twice[:80]!r} occurs twice")
     return found
 
 
@@ -214,19 +222,21 @@ def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("its archive is compressed, which torch does not write")
+            raise ValueError("its archive is compressed, which torch.save never writes")
         if sum(member.file_size for member in members) > held:
             raise ValueError("its archive claims more bytes than the file has")
         for member in members:
             if member.filename.endswith("/data.pkl"):
                 with archive.open(member) as file:
-                    _Rehearsal(file, held).load()
+                    Rehearsal(file, held).load()
 
 
-class _Rehearsal(pickle._Unpickler):  # the one in C makes room for what a file's numbers claim
-    """Goes through a pickle of torch's with stand-ins for all that it names: nothing is imported, called or allocated.
-    (`weights_only` does call some: a `bytearray` of ten billion bytes is made.) Raises whatever pickle does, and
-    UnpicklingError for what is neither tensors nor plain data, or more bytes of tensors than the file has."""
+class Rehearsal(pickle._Unpickler):  # the C unpickler allocates whatever size a file claims
+    """Goes through a pickle of torch with stand-ins for every name in it: it imports, calls and allocates nothing.
+
+    (`weights_only` calls some names: it makes a `bytearray` of ten billion bytes.) Raises what pickle raises, and
+    UnpicklingError for anything but tensors and plain data, or when the tensors claim more bytes than the file has.
+    """
 
     dispatch: ClassVar = {
         code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
@@ -245,33 +255,34 @@ class _Rehearsal(pickle._Unpickler):  # the one in C makes room for what a file'
         if (module_name, global_name) == ("torch", "Size"):
             return tuple
         if module_name in ("torch", "torch.storage") and global_name.endswith("Storage"):
-            return _Kind(_WIDTHS.get(global_name, 8))
+            return _NumberType(_WIDTHS.get(global_name, 8))
         if module_name == "torch" and re.fullmatch(r"bool|b?float\w+|u?int\d+|complex\d+", global_name):
-            return _Kind(8)
+            return _NumberType(8)
         raise pickle.UnpicklingError(f"it names {module_name}.{global_name}"[:100])
 
     def persistent_load(self, pid: Any) -> None:
         what, kind, key, _, count = pid[:5]
-        if what != "storage" or not isinstance(kind, _Kind) or not isinstance(count, int) or count < 0:
-            raise pickle.UnpicklingError("it holds something that is no tensor")
+        if what != "storage" or not isinstance(kind, _NumberType) or not isinstance(count, int) or count < 0:
+            raise pickle.UnpicklingError("it holds an object that is not a tensor")
         self.storages[str(key)] = count * kind.width
         if sum(self.storages.values()) > self.held:
             raise pickle.UnpicklingError("its tensors claim more bytes than the file has")
 
 
 class _Mapping(dict):
-    """Takes the state that a model's OrderedDict has."""
+    """Stand-in for OrderedDict that accepts the state of a model's OrderedDict."""
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """Of numbers; bytes each."""
+class _NumberType:
+    """Stand-in for a storage or number type."""
 
     width: int
+    """Bytes of one number."""
 
 
 def _nothing(*given: Any) -> None:
-    return None
+    """Stand-in for the functions that rebuild tensors."""
 
 
 _REBUILD = ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")
@@ -282,17 +293,18 @@ _WIDTHS = {
 
 
 def _check_tensor(tensor: Any) -> None:
+    """Raises ValueError for a tensor that is not dense, not on the CPU, or larger than its storage."""
     import torch
 
     if not isinstance(tensor, torch.Tensor):
         return
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        raise ValueError(f"it holds a tensor that is {tensor.layout} on {tensor.device}, not plain numbers")
+        raise ValueError(f"it holds a tensor that is {tensor.layout} on {tensor.device}, not a plain tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise ValueError(f"a tensor of {tuple(tensor.shape)} claims more numbers than the file holds")
 
 
 def refuse(path: Path | str, what: str, error: Exception) -> NoReturn:
-    """Raises UserError: `path` is no usable `what`, and why."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    raise UserError(f"{path} is no usable {what}: {' '.join(str(reason).split())[:200]}") from None
+    """Raises UserError: `path` is not a usable `what`, with the reason from `error`."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+    raise UserError(f"{path} is not a usable {what}: {reason}") from None

@@ -1,4 +1,4 @@
-"""`sgm chat`: turns with what a run left, as it writes them; with the base model's answers beside them."""
+"""`sgm chat`: a conversation with the trained model in the terminal, with the base model's answers beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.generate import side_by_side
-from sgm_finetune.results.answers import Message, Result, Sampling, When, answer, load_result, trained_config
+from sgm_finetune.data.columns import Message
+from sgm_finetune.results.answers import Sampling, When, answer
+from sgm_finetune.results.load import LoadedResult, load_trained, read_result
 
 HELP = "/clear begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -28,19 +30,22 @@ def chat(
     compare: bool = False,
     system: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Reads questions from the terminal (or lines of standard input) and prints the answers of the result in output.dir
-    as they are written; returns the turns, {question, answer, (before)}. compare: the base model answers first, in a
-    conversation of its own."""
-    trained = trained_config(config, overrides)
-    if trained.model.task != "causal-lm":
+    """Reads questions from the terminal, or lines of standard input, and prints the answers as they are generated.
+
+    Returns the turns, {question, answer, (before)}. With `compare` the base model answers first, in a conversation of
+    its own. Raises UserError, before the model is loaded, for a result that holds no conversations.
+    """
+    log = StepLog(console)
+    stored = read_result(config, overrides, log)
+    if stored.config.model.task != "causal-lm":
         raise UserError(
-            f"sgm chat is for causal-lm, and this run's model.task is {trained.model.task}; take sgm generate"
+            f"sgm chat is for causal-lm, and this run's model.task is {stored.config.model.task}; take sgm generate"
         )
-    result = load_result(config, overrides, StepLog(console))
-    if not result.tokenizer.chat_template:
+    if not stored.tokenizer.chat_template:
         raise UserError(
-            f"model.name={result.config.model.name} has no chat template, so no turns; take sgm generate --prompt ..."
+            f"model.name={stored.config.model.name} has no chat template, so no turns; take sgm generate --prompt ..."
         )
+    result = load_trained(stored, log)
     begin: list[Message] = [{"role": "system", "content": system}] if system else []
     whens: tuple[When, ...] = ("before", "after") if compare else ("after",)
     conversations: dict[When, list[Message]] = {when: list(begin) for when in whens}
@@ -56,8 +61,8 @@ def chat(
             when: [*turn, {"role": "user", "content": question}] for when, turn in conversations.items()
         }
         try:
-            answers = _answered(result, asked, sampling, console)
-        except UserError as error:  # too long, or the template refuses it: what was said before stays
+            answers = _answer_turn(result, asked, sampling, console)
+        except UserError as error:  # too long, or refused by the template: the conversation before it stays
             console.print(str(error), style="yellow", markup=False, highlight=False, soft_wrap=True)
             continue
         for when, text in answers.items():
@@ -67,10 +72,10 @@ def chat(
     return turns
 
 
-def _answered(
-    result: Result, asked: Mapping[When, list[Message]], sampling: Sampling, console: Console
+def _answer_turn(
+    result: LoadedResult, asked: Mapping[When, list[Message]], sampling: Sampling, console: Console
 ) -> dict[When, str]:
-    """The answers, shown as they are written: one as text, two side by side. Ctrl-C stops them where they are."""
+    """Shows the answers as they are generated: one as text, two side by side. Ctrl-C stops them where they are."""
     pieces: dict[When, str] = dict.fromkeys(asked, "")
     beside = len(asked) > 1 and console.is_terminal
     live = Live(console=console, transient=True, refresh_per_second=8) if beside else nullcontext()
@@ -98,7 +103,7 @@ def _answered(
 
 
 def _next_question(console: Console, interactive: bool) -> str | None:
-    """None: the end."""
+    """The next question; None at the end of the conversation."""
     while True:
         try:
             line = console.input("[bold cyan]> [/bold cyan]") if interactive else sys.stdin.readline()

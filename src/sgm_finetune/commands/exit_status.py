@@ -1,36 +1,87 @@
-"""How a command ends: signals, memory, lost processes, one line on stderr and an exit status."""
+"""How a command ends: the exit status, and one line on stderr for what a person can fix.
+
+Exit status: 0 done; 2 something a person can fix (one line on stderr); 1 our fault (a traceback); 130 interrupted by
+Ctrl-C, and 128 plus its number for another signal.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
-from sgm_finetune.base.errors import in_one_line
+import typer
+
+from sgm_finetune.base.errors import UserError, in_one_line
 
 
 class Terminated(BaseException):
-    """A signal other than Ctrl-C's, which nothing but the end of the program answers."""
+    """A signal other than Ctrl-C's. Only the end of the program answers it."""
 
     def __init__(self, number: int):
         super().__init__()
         self.signal = signal.Signals(number)
 
 
+def run_and_exit(command: Callable[[], object]) -> NoReturn:
+    """Runs `command` and exits with its status. Unexpected exceptions pass through, with their traceback."""
+    try:
+        with _signals_as_exceptions():
+            command()
+    except UserError as error:
+        fail(str(error), 2)
+    except typer.TyperException as error:
+        fail(f"{error.format_message()} (sgm --help lists what there is)", 2)
+    except Terminated as error:
+        fail(f"Ended by {error.signal.name}", 128 + error.signal)
+    except (KeyboardInterrupt, typer.Abort):
+        fail("Interrupted", 130)
+    except BrokenPipeError:
+        os._exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        fail(f"{str(error.filename)[:60]}... is no path: {error.strerror}", 2)
+    except MemoryError as error:
+        fail(_describe_out_of_memory(error), 2)
+    except RuntimeError as error:
+        if _is_out_of_memory(error):
+            fail(_describe_out_of_memory(error), 2)
+        if not _lost_a_process(error):
+            raise
+        line = (
+            f"process {os.environ['RANK']}: another process of this run has ended (if it said nothing, the system may "
+            "have ended it for want of memory); continue from the last checkpoint with training.resume=true\n"
+        )
+        os.write(2, line.encode())  # in one piece, beside the lines of the other processes
+        os._exit(2)  # a collective shutdown would wait for the lost process
+    sys.exit(0)
+
+
+def fail(line: str, status: int) -> NoReturn:
+    """Prints one line on stderr, from the first process only, and exits with `status`."""
+    if os.environ.get("RANK", "0") == "0":
+        print(in_one_line(line), file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
 @contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM and a closed terminal as exceptions, so that half-written files and locks go; training has its own."""
+def _signals_as_exceptions() -> Iterator[None]:
+    """Raises Terminated for SIGTERM and SIGHUP, so that half-written files and locks are removed. Training has its own
+    handlers."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated(number)
 
     caught = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    caught = [number for number in caught if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores one of them
+    caught = [number for number in caught if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores SIGHUP
     if threading.current_thread() is not threading.main_thread():
         caught = []
     for number in caught:
@@ -43,11 +94,11 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """torch's exception of a GPU's memory, and what its allocator of the host's says."""
+    """Whether torch's GPU or host allocator ran out of memory."""
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
-def _out_of_memory(error: BaseException) -> str:
+def _describe_out_of_memory(error: BaseException) -> str:
     asked = re.search(r"allocate ([\d.]+ \w+|\d+ bytes)", str(error))
     what = f" ({asked[1]} more were asked for)" if asked else ""
     return (
@@ -56,24 +107,17 @@ def _out_of_memory(error: BaseException) -> str:
     )
 
 
-def _peer_is_gone(error: RuntimeError) -> bool:
+def _lost_a_process(error: RuntimeError) -> bool:
     """Whether a collective operation failed because another process no longer answers."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return False
     from torch.distributed import DistNetworkError
 
-    words = (
+    phrases = (
         "connection closed by peer",
         "connection reset",
         "broken pipe",
         "connection refused",
         "remote process exited",
     )
-    return isinstance(error, DistNetworkError) or any(word in str(error).lower() for word in words)
-
-
-def _fail(line: str, status: int) -> None:
-    """One line on stderr, from the first process only, and the exit status."""
-    if os.environ.get("RANK", "0") == "0":
-        print(in_one_line(line), file=sys.stderr, flush=True)
-    sys.exit(status)
+    return isinstance(error, DistNetworkError) or any(phrase in str(error).lower() for phrase in phrases)

@@ -18,7 +18,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import disk_free, whole_folder, write_json, write_text
 from sgm_finetune.base.memory import peak_memory, release_memory
 from sgm_finetune.base.text import mib
-from sgm_finetune.base.untrusted import read_object
+from sgm_finetune.base.untrusted import require_json_object
 from sgm_finetune.results.export import gguf_file
 from sgm_finetune.results.export.adapter import write_adapter
 from sgm_finetune.results.export.card import ExportFormat, hub_model, model_card
@@ -274,7 +274,7 @@ def _stop_texts(result: Result, chat_format: ChatFormat | None) -> list[str]:
     """The texts that end an answer: the chat format's own, then the end-of-text tokens."""
     tokenizer = result.tokenizer
     path = result.folder / "generation_config.json"
-    ids: Any = read_object(path).get("eos_token_id") if path.is_file() else None
+    ids: Any = require_json_object(path).get("eos_token_id") if path.is_file() else None
     ids = ids if isinstance(ids, list) else [ids]
     known = [number for number in ids if isinstance(number, int) and 0 <= number < len(tokenizer)]  # type: ignore[arg-type]
     tokens = [str(tokenizer.convert_ids_to_tokens(number)) for number in known]

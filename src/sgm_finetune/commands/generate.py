@@ -1,9 +1,10 @@
-"""What a finished run answers: `sgm generate`, and turn by turn `sgm chat`; beside it, the base model's own answer."""
+"""`sgm generate`: the answers of a finished run to texts or to a file of prompts, and the base model's beside them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,100 +18,106 @@ from rich.text import Text
 from sgm_finetune.base.config import Config, Role, Task
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.text import one_line
 from sgm_finetune.data import columns
-from sgm_finetune.data.tables import one_line, read_file
-from sgm_finetune.results.answers import (
-    Message,
-    Prompt,
-    Result,
-    Sampling,
-    When,
-    _writes,
-    answer,
-    load_result,
-    trained_config,
-)
+from sgm_finetune.data.columns import Message
+from sgm_finetune.data.tables import read_file
+from sgm_finetune.results.answers import Prompt, Sampling, When, answer, generates_text
+from sgm_finetune.results.load import LoadedResult, load_trained, read_result
 
 WIDE = 100
-"""Columns of a terminal from which two answers stand beside each other."""
-
-
+"""Columns of a terminal from which two answers stand side by side."""
 ROLES: dict[Task, tuple[Role, ...]] = {
     "causal-lm": ("messages", "prompt", "instruction", "text"),
     "seq2seq-lm": ("source", "text"),
     "sequence-classification": ("text",),
     "token-classification": ("tokens", "text"),
 }
-"""Columns of a file of prompts, those looked for first before the others."""
+"""Columns of a file of prompts; the first one that the file has is used."""
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What `sgm generate` was asked for."""
+
+    texts: Sequence[str] = ()
+    file: Path | None = None
+    """A file of prompts; "-" is standard input."""
+    sampling: Sampling = field(default_factory=Sampling)
+    compare: bool = False
+    """Show the base model's answer too."""
+    raw: bool = False
+    """Leave the chat template out."""
 
 
 def generate(
-    config: Config,
-    overrides: Sequence[str],
-    texts: Sequence[str],
-    file: Path | None,
-    console: Console,
-    sampling: Sampling,
-    compare: bool = False,
-    raw: bool = False,
+    config: Config, overrides: Sequence[str], request: GenerateRequest, console: Console
 ) -> list[dict[str, Any]]:
-    """The answers of the result in output.dir to `texts` and to the rows of `file`; printed, and returned as rows
-    {prompt, answer, (scores), (before)}. `raw`: without chat template. Raises UserError before the model is loaded for
-    what can be known then."""
+    """Prints the answers of the result in output.dir; returns them as rows {prompt, answer, (scores), (before)}.
+
+    Raises UserError, before the model is loaded, for what can be known then.
+    """
     log = StepLog(console)
-    asked = trained_config(config, overrides)
-    prompts: list[Prompt] = [*texts, *(read_prompts(file, asked) if file is not None else ())]
+    stored = read_result(config, overrides, log)
+    from_file = read_prompts(request.file, stored.config) if request.file is not None else []
+    prompts: list[Prompt] = [*request.texts, *from_file]
     if not prompts:
         raise UserError("There is nothing to answer; give --prompt TEXT or --input FILE")
-    result = load_result(config, overrides, log)
-    if len(prompts) == 1 and not compare and console.is_terminal and _writes(result.config.model.task):
-        return [{"prompt": prompts[0], **_streamed(result, prompts[0], sampling, raw, console)}]
+    result = load_trained(stored, log)
+    is_one_text = len(prompts) == 1 and generates_text(result.config.model.task)
+    if is_one_text and not request.compare and console.is_terminal:
+        return [{"prompt": prompts[0], **_stream_answer(result, prompts[0], request, console)}]
+    whens: tuple[When, ...] = ("before", "after") if request.compare else ("after",)
     answers: dict[When, list[dict[str, Any]]] = {}
-    for when in _WHENS if compare else _WHENS[1:]:
+    for when in whens:
         with log.bar(when) as progress:
-            answers[when] = answer(result, prompts, sampling, when, raw, progress)
+            answers[when] = answer(result, prompts, request.sampling, when, request.raw, progress)
     rows = []
-    for at, (prompt, found) in enumerate(zip(prompts, answers["after"], strict=True)):
-        rows.append({"prompt": prompt, **found, **({"before": answers["before"][at]} if compare else {})})
-        _print_row(console, rows[-1], len(prompts) > 1)
+    for at, prompt in enumerate(prompts):
+        row = {"prompt": prompt, **answers["after"][at]}
+        if request.compare:
+            row["before"] = answers["before"][at]
+        rows.append(row)
+        _print_row(console, row, with_prompt=len(prompts) > 1)
     return rows
 
 
-_WHENS: tuple[When, ...] = ("before", "after")
+def _stream_answer(result: LoadedResult, prompt: Prompt, request: GenerateRequest, console: Console) -> dict[str, Any]:
+    """Prints the answer while it is generated."""
 
-
-def _streamed(result: Result, prompt: Prompt, sampling: Sampling, raw: bool, console: Console) -> dict[str, Any]:
     def show(text: str) -> None:
         console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
 
-    (found,) = answer(result, [prompt], sampling, raw=raw, show=show)
+    (found,) = answer(result, [prompt], request.sampling, raw=request.raw, show=show)
     console.print()
     return found
 
 
 def read_prompts(path: Path, config: Config) -> list[Prompt]:
-    """Prompts of a file ("-": of standard input): the lines of a text, else rows (CSV, JSON lines, Parquet ...) by the
-    columns that the run was trained on, or their roles' own names. Of a conversation that ends with an answer, that
-    answer is left out."""
+    """Reads the prompts of a file ("-": of standard input).
+
+    A text file has one prompt a line. Other files (CSV, JSON lines, Parquet ...) are read by the columns that the run
+    was trained on, or by their roles' own names. If a conversation ends with an answer, that answer is left out.
+    """
     if str(path) == "-" or path.suffix == ".txt":
         text = sys.stdin.read() if str(path) == "-" else _read_text(path)
         return [line for line in text.splitlines() if line.strip()]
     table = read_file(path, "--input")
     task, chosen = config.model.task, config.data.columns
-    looked = {role: chosen.get(role, role) for role in ROLES[task]}
-    role = next((role for role, name in looked.items() if name in table.columns), None)
+    names = {role: chosen.get(role, role) for role in ROLES[task]}
+    role = next((role for role, name in names.items() if name in table.columns), None)
     if role is None:
         raise UserError(
-            f"{table.name} has none of the columns {', '.join(looked.values())}; it has {', '.join(table.columns)}"
+            f"{table.name} has none of the columns {', '.join(names.values())}; it has {', '.join(table.columns)}"
         )
-    name = looked[role]
+    name = names[role]
     if role == "messages":
         return [_question(turns) for turns in columns.read_conversations(table, name, answered=False)]
     if role == "instruction":
         inputs = table.columns.get(chosen.get("input", "input"))
         texts = columns.read_texts(table, name, may_be_empty=False)
         given = [""] * len(texts) if inputs is None else columns.read_inputs(table, chosen.get("input", "input"))
-        return [_question(turns) for turns in columns.instructions(texts, given, [""] * len(texts))]
+        return [_question(turns) for turns in columns.alpaca_conversations(texts, given, [""] * len(texts))]
     if role == "tokens":
         return [[str(word) for word in words] for words in table.columns[name]]
     texts = columns.read_texts(table, name, may_be_empty=False)
@@ -121,12 +128,15 @@ def read_prompts(path: Path, config: Config) -> list[Prompt]:
 
 
 def _question(turns: list[Message]) -> list[Message]:
-    """
+    """The conversation without the answers at its end.
+
     >>> _question([{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}])
     [{'role': 'user', 'content': '1 + 1?'}]
     """
-    end = next((at + 1 for at in range(len(turns) - 1, -1, -1) if turns[at]["role"] != "assistant"), len(turns))
-    return turns[:end]
+    end = len(turns)
+    while end > 0 and turns[end - 1]["role"] == "assistant":
+        end -= 1
+    return turns[:end] if end > 0 else turns
 
 
 def _read_text(path: Path) -> str:
@@ -136,17 +146,17 @@ def _read_text(path: Path) -> str:
         raise UserError(f"--input {path} cannot be read: {one_line(error)}") from None
 
 
-def _print_row(console: Console, row: dict[str, Any], several: bool) -> None:
-    if several:
-        console.print(Rule(escape(_shortened(row["prompt"])), align="left"))
+def _print_row(console: Console, row: dict[str, Any], with_prompt: bool) -> None:
+    if with_prompt:
+        console.print(Rule(escape(_shorten(row["prompt"])), align="left"))
     if "before" not in row:
-        console.print(_shown(row), markup=False, highlight=False, soft_wrap=True)
+        console.print(_describe_answer(row), markup=False, highlight=False, soft_wrap=True)
         return
-    console.print(side_by_side(console, _shown(row["before"]), _shown(row)))
+    console.print(side_by_side(console, _describe_answer(row["before"]), _describe_answer(row)))
 
 
 def side_by_side(console: Console, before: str, after: str) -> RenderableType:
-    """Two answers, beside each other on a wide terminal and below each other on a narrow one."""
+    """Two answers: side by side on a wide terminal, one below the other on a narrow one."""
     panels = [
         Panel(Text(text), title=title, title_align="left", expand=True)
         for title, text in (("before", before), ("after", after))
@@ -160,21 +170,22 @@ def side_by_side(console: Console, before: str, after: str) -> RenderableType:
     return table
 
 
-def _shown(row: dict[str, Any]) -> str:
-    """An answer as text: its class with the probabilities, words with tags other than O."""
+def _describe_answer(row: dict[str, Any]) -> str:
+    """An answer as text: a class with its probabilities, or words with their tags other than O."""
     found = row["answer"]
     if "scores" in row:
-        named = ", ".join(found) or "(none)" if isinstance(found, list) else found
+        names = (", ".join(found) or "(none)") if isinstance(found, list) else found
         best = sorted(row["scores"].items(), key=lambda pair: -pair[1])[:5]
-        return f"{named}  ({', '.join(f'{name} {score:.3f}' for name, score in best)})"
+        return f"{names}  ({', '.join(f'{name} {score:.3f}' for name, score in best)})"
     if isinstance(found, list):
         return " ".join(word if tag == "O" else f"{word}/{tag}" for word, tag in found)
     return f"{found:g}" if isinstance(found, float) else found
 
 
-def _shortened(prompt: Prompt) -> str:
-    """
-    >>> _shortened([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}])
+def _shorten(prompt: Prompt) -> str:
+    """A prompt as one line of at most 72 characters.
+
+    >>> _shorten([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}])
     '1 + 1?'
     """
     if isinstance(prompt, tuple):

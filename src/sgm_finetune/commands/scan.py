@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_text
-from sgm_finetune.measure.scan import matrix_names, measured_spectra, scan
+from sgm_finetune.measure.scan import matrix_names, measured_singular_values, scan
 from sgm_finetune.measure.scan_formats import (
     axolotl_format,
     json_format,
@@ -30,56 +31,78 @@ from sgm_finetune.results.report.scan_table import (
     scan_table,
 )
 
-Format = Literal["json", "spectrum", "axolotl"]
+ScanFormat = Literal["json", "spectrum", "axolotl"]
 
 
 class ScanInterrupted(Exception):  # noqa: N818 - the user's wish, not an error
     """The scan was stopped; what it had finished is remembered."""
 
 
-def scan_to(
-    model: str,
-    console: Console,
-    *,
-    output: Path | None = None,
-    format: Format | None = None,
-    estimator: Estimator | None = None,
-    top_fraction: float | None = None,
-    control: bool = False,
-    plot: Path | None = None,
-    matrices: Sequence[str] = (),
-    fresh: bool = False,
-) -> Scan:
-    """Scans `model`, or reads a file of results, shows a table on `console`, and writes `output` or prints on stdout.
+@dataclass(frozen=True)
+class ScanRequest:
+    """What `sgm scan` is asked to do."""
 
-    Nothing is printed on stdout where neither `output` nor `format` is given. `plot` is a folder for pictures: the heat
-    map, and the histogram of `matrices` (names, or patterns with * and ?), else of one matrix of each kind. Raises
-    UserError before anything is read for what can be known then, and ScanInterrupted.
+    model: str
+    """A model, or a file with the results of a scan."""
+    output: Path | None = None
+    """File to write."""
+    format: ScanFormat | None = None
+    """None: the JSON format for `output`; without `output` no result is printed."""
+    estimator: Estimator | None = None
+    """None: "mp", or the one that made the file of results."""
+    top_fraction: float | None = None
+    """Fraction of each kind of matrix to choose, in (0, 1]; the format "axolotl" needs it."""
+    control: bool = False
+    """Also scan each matrix with its entries shuffled."""
+    plot: Path | None = None
+    """New or empty folder for pictures: the heat map and histograms."""
+    matrices: tuple[str, ...] = ()
+    """Names of matrices, or patterns with * and ?, whose histograms are drawn; (): one matrix of each kind."""
+    fresh: bool = False
+    """Compute again what the cache has."""
+
+    @property
+    def is_result_file(self) -> bool:
+        """Whether `model` is a file with the results of a scan."""
+        path = Path(self.model)
+        return path.suffix == ".json" and path.expanduser().is_file()
+
+    def check(self) -> None:
+        """Raises UserError for what is wrong before anything is read."""
+        if self.output is not None and self.output.exists():
+            raise UserError(f"{self.output} exists; name another --output")
+        if self.plot is not None and self.plot.exists() and not (self.plot.is_dir() and not any(self.plot.iterdir())):
+            raise UserError(f"{self.plot} is no empty folder; name another --plot")
+        if self.is_result_file and (self.control or self.matrices or self.fresh):
+            option = "--control" if self.control else "--matrix" if self.matrices else "--fresh"
+            raise UserError(
+                f"{self.model} holds results of a scan, and {option} needs the weights; give the model itself"
+            )
+
+
+def run_scan(request: ScanRequest, console: Console) -> Scan:
+    """Scans the model, or reads its results, shows a table on `console`, and writes the output or prints it on stdout.
+
+    Nothing is printed on stdout where neither `output` nor `format` is given. Raises UserError, and ScanInterrupted.
     """
-    if output is not None and output.exists():
-        raise UserError(f"{output} exists; name another --output")
-    if plot is not None and plot.exists() and not (plot.is_dir() and not any(plot.iterdir())):
-        raise UserError(f"{plot} is no empty folder; name another --plot")
-    is_file = Path(model).expanduser().is_file() and Path(model).suffix == ".json"
-    if is_file and (control or matrices or fresh):
-        option = "--control" if control else "--matrix" if matrices else "--fresh"
-        raise UserError(f"{model} holds results of a scan, and {option} needs the weights; give the model itself")
-    drawn = _matching(model, matrix_names(model, estimator or "mp"), matrices) if matrices else []
+    request.check()
+    model, estimator, from_file = request.model, request.estimator or "mp", request.is_result_file
+    drawn = _match_patterns(model, matrix_names(model, estimator), request.matrices) if request.matrices else []
     log = StepLog(console)
-    scanned = load_scan(model, estimator) if is_file else _measured(model, estimator or "mp", control, fresh, log)
-    text = _text(scanned, format, top_fraction)
+    scanned = load_scan(model, request.estimator) if from_file else _scan_with_bar(request, estimator, log)
+    text = _format_scan(scanned, request.format, request.top_fraction)
     console.print(scan_table(scanned, console.width))
     log.line("scan", scan_summary(scanned))
-    if top_fraction is not None:
-        for note in selection_notes(scanned, top_fraction):
+    if request.top_fraction is not None:
+        for note in selection_notes(scanned, request.top_fraction):
             log.line("", note)
-    if plot is not None:
-        for path in draw_scan(scanned, None if is_file else model, drawn, plot, log):
+    if request.plot is not None:
+        for path in draw_scan(scanned, None if from_file else model, drawn, request.plot, log):
             log.line("drawn", str(path))
-    if output is not None:
-        write_text(output, text)
-        log.line("saved", str(output))
-    elif format is not None:
+    if request.output is not None:
+        write_text(request.output, text)
+        log.line("saved", str(request.output))
+    elif request.format is not None:
         print(text, end="", flush=True)
     return scanned
 
@@ -98,30 +121,34 @@ def draw_scan(scan: Scan, model: str | None, names: Sequence[str], folder: Path,
         for kind in kinds_in_order(scan.matrices)
     ]
     with log.bar("draw") as progress:
-        for found, matrix in measured_spectra(model, chosen, scan.estimator):
+        for found, matrix in measured_singular_values(model, chosen, scan.estimator):
             paths.append(folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', matrix.name).strip('-')}.png")
             save_histogram(found, matrix, paths[-1])
             progress(len(paths) - 1, len(chosen))
     return paths
 
 
-def _measured(model: str, estimator: Estimator, control: bool, fresh: bool, log: StepLog) -> Scan:
-    told = [0, 0]
+def _scan_with_bar(request: ScanRequest, estimator: Estimator, log: StepLog) -> Scan:
+    num_done, num_matrices = 0, 0
     with log.bar("scan") as progress:
 
-        def tell(done: int, total: int, name: str) -> None:
-            told[:] = done, total
+        def show(done: int, total: int, name: str) -> None:
+            nonlocal num_done
+            num_done = done
             progress(done, total)
 
         try:
-            told[1] = len(matrix_names(model, estimator))  # results come in order: many may be kept and none told yet
-            return scan(model, estimator=estimator, control=control, fresh=fresh, progress=tell)
+            # results come in order, so the cache may hold many before the first call of `show`
+            num_matrices = len(matrix_names(request.model, estimator))
+            return scan(request.model, estimator=estimator, control=request.control, fresh=request.fresh, progress=show)
         except KeyboardInterrupt:
-            so_far = f" after {told[0]} of {told[1]} matrices; the same command goes on there" if told[1] else ""
+            so_far = ""
+            if num_matrices:
+                so_far = f" after {num_done} of {num_matrices} matrices; the same command goes on there"
             raise ScanInterrupted(f"Interrupted{so_far}") from None
 
 
-def _text(scan: Scan, format: Format | None, top_fraction: float | None) -> str:
+def _format_scan(scan: Scan, format: ScanFormat | None, top_fraction: float | None) -> str:
     match format:
         case "axolotl":
             assert top_fraction is not None  # the command line asks for it before anything is read
@@ -132,7 +159,7 @@ def _text(scan: Scan, format: Format | None, top_fraction: float | None) -> str:
             return json_format(scan)
 
 
-def _matching(model: str, names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+def _match_patterns(model: str, names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """The names that the patterns are, or match; UserError for a pattern of nothing."""
     wanted: set[str] = set()
     for pattern in patterns:

@@ -17,17 +17,15 @@ from rich.console import Console
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.data.columns import Message
 from sgm_finetune.results.answers import (
-    Message,
     Prompt,
-    Result,
     Sampling,
     When,
     answer,
-    load_result,
-    speaks,
-    trained_config,
+    is_chat_model,
 )
+from sgm_finetune.results.load import LoadedResult, load_trained, read_result
 
 HOST = "127.0.0.1"
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
@@ -45,8 +43,8 @@ def serve(config: Config, overrides: Sequence[str], console: Console, port: int 
     if importlib.util.find_spec("gradio") is None:
         raise UserError("--serve needs Gradio; pip install 'sgm-finetune[browser]'")
     _check_free(port)
-    trained_config(config, overrides)
-    result = load_result(config, overrides, StepLog(console))
+    log = StepLog(console)
+    result = load_trained(read_result(config, overrides, log), log)
     report = Path(config.output.dir) / "report.html"
     page = build(result, report.read_text(encoding="utf-8") if report.is_file() else None)
     import gradio
@@ -73,7 +71,7 @@ def _check_free(port: int) -> None:
             raise UserError(f"--port {port} cannot be used ({error.strerror}); name another --port") from None
 
 
-def build(result: Result, report: str | None = None) -> Any:
+def build(result: LoadedResult, report: str | None = None) -> Any:
     """Returns the page, a gradio.Blocks, with a second tab if there is a report."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio
@@ -88,16 +86,16 @@ def build(result: Result, report: str | None = None) -> Any:
     return page
 
 
-def _add_inputs(gradio: Any, result: Result) -> None:
+def _add_inputs(gradio: Any, result: LoadedResult) -> None:
     if result.config.model.task in ("sequence-classification", "token-classification"):
         _add_classifier(gradio, result)
-    elif speaks(result):
+    elif is_chat_model(result):
         _add_conversation(gradio, result)
     else:
         _add_continuation(gradio, result)
 
 
-def _add_classifier(gradio: Any, result: Result) -> None:
+def _add_classifier(gradio: Any, result: LoadedResult) -> None:
     """Adds a text, and for it classes with probabilities, a number, or words with tags."""
     is_tagger = result.config.model.task == "token-classification"
     kind = gradio.Label
@@ -122,7 +120,7 @@ def _add_classifier(gradio: Any, result: Result) -> None:
         event(classify, [text, pair], outputs, api_name=False)
 
 
-def _answer_once(gradio: Any, result: Result, prompt: Prompt, when: When) -> dict[str, Any]:
+def _answer_once(gradio: Any, result: LoadedResult, prompt: Prompt, when: When) -> dict[str, Any]:
     try:
         with _MODEL_LOCK:
             return answer(result, [prompt], Sampling(), when)[0]
@@ -137,7 +135,7 @@ def _add_sampling(gradio: Any) -> list[Any]:
     return [longest, temperature]
 
 
-def _add_continuation(gradio: Any, result: Result) -> None:
+def _add_continuation(gradio: Any, result: LoadedResult) -> None:
     """Adds a text, and its continuation or the text that the model makes of it."""
     text = gradio.Textbox(label="Text", lines=4, autofocus=True)
     sampling = _add_sampling(gradio)
@@ -155,7 +153,7 @@ def _add_continuation(gradio: Any, result: Result) -> None:
     ask.click(stream, [text, *sampling], outputs, api_name=False)
 
 
-def _add_conversation(gradio: Any, result: Result) -> None:
+def _add_conversation(gradio: Any, result: LoadedResult) -> None:
     """Adds two conversations with the same questions, each with its own answers."""
     with gradio.Row():
         chats = [gradio.Chatbot(label=when, buttons=["copy"], height="55vh") for when in _WHENS]
@@ -180,7 +178,7 @@ def _add_conversation(gradio: Any, result: Result) -> None:
     clear.click(lambda: [[], [], [], []], None, [*histories, *chats], api_name=False)
 
 
-def _stream_answer(gradio: Any, result: Result, prompt: Prompt, sampling: Sampling, when: When) -> Iterator[str]:
+def _stream_answer(gradio: Any, result: LoadedResult, prompt: Prompt, sampling: Sampling, when: When) -> Iterator[str]:
     """Yields the answer as far as the model has written it, again after each piece."""
     pieces: queue.Queue[str | BaseException | None] = queue.Queue()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -70,7 +72,41 @@ class LengthGroupedSampler(Sampler[int]):
                 yield from batches[index]
 
 
-def divided_batch(config: Config, world_size: int) -> tuple[int, int]:
+def collator(
+    tokenizer: Any, task: Task, pad_to_multiple_of: int | None = None
+) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]]:
+    """A function from examples to a batch, padded on the right to the longest of them; it can be pickled.
+
+    Padding is hidden by the attention mask and by labels of -100, so without a padding token any other will do.
+    """
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None:
+        pad_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    return functools.partial(_collate, pad_id=pad_id, task=task, multiple=pad_to_multiple_of or 1)
+
+
+def _collate(examples: Sequence[Mapping[str, Any]], pad_id: int, task: Task, multiple: int) -> dict[str, torch.Tensor]:
+    def padded(key: str, value: int) -> torch.Tensor:
+        longest = max(len(example[key]) for example in examples)
+        width = -(-longest // multiple) * multiple
+        rows = [list(example[key]) + [value] * (width - len(example[key])) for example in examples]
+        return torch.tensor(rows, dtype=torch.long)
+
+    batch = {"input_ids": padded("input_ids", pad_id)}
+    if "position_ids" in examples[0]:  # packed: padding comes last, so that nothing sees it
+        batch["position_ids"] = padded("position_ids", 0)
+    else:
+        batch["attention_mask"] = padded("attention_mask", 0)
+    if "token_type_ids" in examples[0]:
+        batch["token_type_ids"] = padded("token_type_ids", 0)
+    if task == "sequence-classification":  # classes are whole numbers; sets of them, and numbers, are floats
+        batch["labels"] = torch.tensor([example["labels"] for example in examples])
+    else:
+        batch["labels"] = padded("labels", IGNORED)
+    return batch
+
+
+def divide_batch(config: Config, world_size: int) -> tuple[int, int]:
     """(examples in a micro-batch, micro-batches of each process in a step). Raises UserError where the batch cannot be
     divided over the processes."""
     batch = config.training.batch_size

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.tables import Table, one_line, read_file, running_text
+from sgm_finetune.base.text import one_line
+from sgm_finetune.data.tables import Table, read_file, running_text
 
 R_LIBRARIES = (
     Path("/usr/lib/R/site-library"),

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import bisect
-import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 import pyarrow as pa
-import torch
 import xxhash
 
 from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.tables import one_line
+from sgm_finetune.data.chat import asked_text, needs_template, written_answers
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +27,6 @@ FEATURES = {
     "attention_mask": datasets.List(datasets.Value("int8")),
 }
 TOKEN_FEATURES = datasets.Features({**FEATURES, "labels": datasets.List(datasets.Value("int32"))})
-ALPACA = "Below is an instruction that describes a task. Write a response that completes it.\n\n### Instruction:\n"
-"""How an instruction begins for a model without a chat template."""
 
 
 @dataclass(frozen=True)
@@ -129,40 +125,6 @@ def encoding_summary(encoded: Encoded) -> str:
     )
 
 
-def collator(
-    tokenizer: Any, task: Task, pad_to_multiple_of: int | None = None
-) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]]:
-    """A function from examples to a batch, padded on the right to the longest of them; it can be pickled.
-
-    Padding is hidden by the attention mask and by labels of -100, so without a padding token any other will do.
-    """
-    pad_id = tokenizer.pad_token_id
-    if pad_id is None:
-        pad_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-    return functools.partial(_collate, pad_id=pad_id, task=task, multiple=pad_to_multiple_of or 1)
-
-
-def _collate(examples: Sequence[Mapping[str, Any]], pad_id: int, task: Task, multiple: int) -> dict[str, torch.Tensor]:
-    def padded(key: str, value: int) -> torch.Tensor:
-        longest = max(len(example[key]) for example in examples)
-        width = -(-longest // multiple) * multiple
-        rows = [list(example[key]) + [value] * (width - len(example[key])) for example in examples]
-        return torch.tensor(rows, dtype=torch.long)
-
-    batch = {"input_ids": padded("input_ids", pad_id)}
-    if "position_ids" in examples[0]:  # packed: padding comes last, so that nothing sees it
-        batch["position_ids"] = padded("position_ids", 0)
-    else:
-        batch["attention_mask"] = padded("attention_mask", 0)
-    if "token_type_ids" in examples[0]:
-        batch["token_type_ids"] = padded("token_type_ids", 0)
-    if task == "sequence-classification":  # classes are whole numbers; sets of them, and numbers, are floats
-        batch["labels"] = torch.tensor([example["labels"] for example in examples])
-    else:
-        batch["labels"] = padded("labels", IGNORED)
-    return batch
-
-
 def _encode_classification(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
     texts, pairs = split["text"][:], split["text_pair"][:] if "text_pair" in split.column_names else None
     rows, num_long = _cut(tokenizer, texts, max_length, pairs)
@@ -232,68 +194,13 @@ def _encode_conversations(conversations: Sequence[list[dict]], tokenizer: Any, m
     return Encoded(dataset, num_truncated, num_dropped, num_divided)
 
 
-Written = tuple[str, list[tuple[int, int]]]
-
-
-def written_answers(conversation: list[dict], tokenizer: Any) -> list[Written]:
-    """The conversation as the chat template writes it, with the [begin, end) of the assistant's answers in it, each up
-    to the token that ends its turn.
-
-    One text, where every beginning of the conversation is written as a beginning of the whole; else one for each answer
-    (a template may drop the reasoning of earlier turns), as the model will see it when it is asked for that answer.
-    """
-    turns = [n for n, message in enumerate(conversation) if message["role"] == "assistant"]
-    whole = _written(conversation[: turns[-1] + 1], tokenizer)
-    parts = [
-        (_written(conversation[:n], tokenizer, ask=True), _written(conversation[: n + 1], tokenizer)) for n in turns
-    ]
-    if all(text.startswith(asked) and whole.startswith(text) for asked, text in parts):
-        return [(whole, [_answer_span(asked, text) for asked, text in parts])]
-    for asked, text in parts:
-        if not text.startswith(asked):
-            raise UserError(
-                "This model's chat template does not write a question the same way with and without its answer, so "
-                "what to learn cannot be found; give prompt and completion instead (data.format=completion)"
-            )
-    return [(text, [_answer_span(asked, text)]) for asked, text in parts]
-
-
-def _answer_span(asked: str, answered: str) -> tuple[int, int]:
-    """White space behind the end of a turn is not learnt."""
-    return len(asked), max(len(asked) + 1, len(answered.rstrip()))
-
-
-def _written(conversation: list[dict], tokenizer: Any, ask: bool = False) -> str:
-    try:
-        return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=ask)
-    except Exception as error:  # a template raises what it likes
-        raise UserError(f"The model's chat template refuses a conversation: {one_line(error)}") from None
-
-
 def _encode_without_template(conversations: Sequence[list[dict]], tokenizer: Any, max_length: int) -> Encoded:
     """Instructions as Alpaca writes them; longer conversations need a template."""
     for row, turns in enumerate(conversations, start=1):
         if [message["role"] for message in turns] != ["user", "assistant"]:
-            raise UserError(f"Example {row}: {_needs_template(len(turns))}")
+            raise UserError(f"Example {row}: {needs_template(len(turns))}")
     prompts = [asked_text(turns[:1], tokenizer) for turns in conversations]
     return _encode_completions(prompts, [answer["content"] for _, answer in conversations], tokenizer, max_length)
-
-
-def asked_text(conversation: list[dict], tokenizer: Any) -> str:
-    """What the model reads before it answers: the conversation by the chat template; for a model without one, a single
-    question as Alpaca writes instructions. Raises UserError where neither can write it."""
-    if tokenizer.chat_template is not None:
-        return _written(conversation, tokenizer, ask=True)
-    if [message["role"] for message in conversation] != ["user"]:
-        raise UserError(_needs_template(len(conversation)))
-    return f"{ALPACA}{conversation[0]['content']}\n\n### Response:\n"
-
-
-def _needs_template(num_messages: int) -> str:
-    return (
-        f"this model's tokenizer has no chat template, which a conversation of {num_messages} messages needs; take an "
-        "instruction-tuned model, or give prompt and completion (data.format=completion)"
-    )
 
 
 def _encode_packed(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:

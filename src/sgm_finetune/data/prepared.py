@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,20 @@ from transformers import PreTrainedTokenizerBase
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.processes import processes
-from sgm_finetune.data.encoding import Encoded, collator, encode, pack
+from sgm_finetune.data.batches import collator
+from sgm_finetune.data.encoding import Encoded, encode, pack
 from sgm_finetune.data.questions import has_answers
 from sgm_finetune.data.splits import DataSplits, load_splits
-from sgm_finetune.model.folder import announce_own_code, local_folder
-from sgm_finetune.model.load import check_model, load_tokenizer
+from sgm_finetune.model.files import ModelFiles, find_model_files
+from sgm_finetune.model.load import Head
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What is known before the model is loaded."""
+    """What a command knows before the model's weights are loaded."""
 
     folder: Path
+    """The base model's."""
     tokenizer: PreTrainedTokenizerBase
     splits: DataSplits
     train: Encoded
@@ -33,30 +34,46 @@ class PreparedData:
     test: Encoded
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
+    @property
+    def head(self) -> Head:
+        """What the data ask of the model's head."""
+        splits, padding = self.splits, self.tokenizer.pad_token_id
+        return Head(splits.labels, splits.label_kind, padding)  # type: ignore[arg-type]  # one token's id
 
-def prepare_data(config: Config, log: StepLog) -> PreparedData:
-    """Everything that can be checked without the model's weights: files, columns, labels, lengths, the tokenizer."""
+
+def prepare_data(config: Config, log: StepLog, files: ModelFiles | None = None) -> PreparedData:
+    """Reads, splits and encodes the data, and prints what it found. `files` are the model's, where they are known.
+
+    Checks everything that needs no weights: files, columns, labels, lengths, the tokenizer. Raises UserError.
+    """
     splits = load_splits(config.data, config.model.task)
-    with processes().main_process_first():  # one process converts or downloads, the others find it done
-        folder = local_folder(config.model.name, config.model.revision, lambda line: log.line("model", line))
-    announce_own_code(config.model, folder, log)
-    check_model(config.model, folder, config.data.max_length)
-    tokenizer = load_tokenizer(folder, config.model)
+    if files is None:
+        files = find_model_files(config.model, log, config.data.max_length)
     encoded = {
-        name: encode(getattr(splits, name), tokenizer, config.model.task, config.data.max_length)
+        name: encode(getattr(splits, name), files.tokenizer, config.model.task, config.data.max_length)
         for name in ("train", "validation", "test")
     }
     if config.data.packing:
         if not has_answers(encoded["train"].dataset, config.model.task) or config.model.task != "causal-lm":
             raise UserError("data.packing=true is for completion and chat data; running text is packed without it")
         encoded["train"] = pack(encoded["train"], config.data.max_length)
-    cut = sum(part.num_truncated for part in encoded.values())
+    log.line("data", " · ".join([splits.description, *_encoding_notes(encoded, config.data.max_length)]))
+    collate = collator(files.tokenizer, config.model.task, 8)
+    return PreparedData(files.folder, files.tokenizer, splits, **encoded, collate=collate)
+
+
+def _encoding_notes(encoded: Mapping[str, Encoded], max_length: int) -> list[str]:
+    """What the encoding truncated, dropped, packed and divided, a note each."""
+    truncated = sum(part.num_truncated for part in encoded.values())
     dropped = sum(part.num_dropped for part in encoded.values())
     divided = sum(part.num_divided for part in encoded.values())
-    notes = [f"{cut:,} cut to {config.data.max_length} tokens"] * bool(cut)
-    notes += [f"{dropped:,} dropped that have nothing to learn within {config.data.max_length}"] * bool(dropped)
+    notes = []
+    if truncated:
+        notes.append(f"{truncated:,} cut to {max_length} tokens")
+    if dropped:
+        notes.append(f"{dropped:,} dropped that have nothing to learn within {max_length}")
     if packed := encoded["train"].num_packed:
         notes.append(f"{packed:,} examples packed into {len(encoded['train'].dataset):,} sequences")
-    notes += [f"{divided:,} conversations divided into one example an answer"] * bool(divided)
-    log.line("data", " · ".join([splits.description, *notes]))
-    return PreparedData(folder, tokenizer, splits, **encoded, collate=collator(tokenizer, config.model.task, 8))
+    if divided:
+        notes.append(f"{divided:,} conversations divided into one example an answer")
+    return notes

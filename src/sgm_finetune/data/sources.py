@@ -15,8 +15,9 @@ from datasets.exceptions import DatasetsError
 
 from sgm_finetune.base.config import DataConfig
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.text import one_line
 from sgm_finetune.data.embedded import EMBEDDED
-from sgm_finetune.data.tables import Table, class_names, one_line, read_file, table_of, type_of
+from sgm_finetune.data.tables import Table, class_names, read_file, table_of, type_of
 
 Split = Literal["train", "validation", "test"]
 

@@ -13,13 +13,10 @@ import numpy as np
 
 from sgm_finetune.base.config import DataConfig, LabelKind, Task
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data import columns
+from sgm_finetune.data.rows import Rows, normalise, num_rows, take
 from sgm_finetune.data.sources import Source, Split, open_source
-from sgm_finetune.data.tables import Table
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-
-Rows = dict[str, list]  # column -> values; those of DataSplits
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def load_splits(config: DataConfig, task: Task) -> DataSplits:
 
 def split_source(source: Source, config: DataConfig, task: Task) -> DataSplits:
     """`load_splits` of a source that is already open."""
-    rows, labels, kind, notes = _normalise(source, config, task)
+    rows, labels, kind, notes = normalise(source, config, task)
     rows, dropped = drop_duplicates(rows)
     rows = _split_off(source, rows, config)
     for index, label in enumerate(labels if kind == "class" else ()):
@@ -66,9 +63,9 @@ def split_source(source: Source, config: DataConfig, task: Task) -> DataSplits:
     sizes, chosen = [], {}
     for number, split in enumerate(SPLITS, start=1):
         wanted = getattr(config, f"num_{split}")
-        total = _num_rows(rows[split])
+        total = num_rows(rows[split])
         order = _order(rows[split], config.seed, number)[:wanted]
-        chosen[split] = _take(rows[split], order if split == "train" else np.sort(order))
+        chosen[split] = take(rows[split], order if split == "train" else np.sort(order))
         sizes.append(f"{len(order):,} {split}" if len(order) == total else f"{len(order):,} of {total:,} {split}")
     facts = [*sizes, *_facts(chosen, labels, kind), *dropped, *notes]
     description = f"{source.name}: {', '.join(facts)}"
@@ -90,7 +87,7 @@ def drop_duplicates(rows: dict[Split, Rows]) -> tuple[dict[Split, Rows], list[st
             keys = _keys(rows[split])
             keep = [index for index, key in enumerate(keys) if key not in held_out]
             num_shared += len(keys) - len(keep)
-            kept[split] = _take(rows[split], keep)
+            kept[split] = take(rows[split], keep)
             held_out.update(keys)
     first: dict[str, int] = {}
     for index, key in enumerate(_keys(rows["train"])):
@@ -102,7 +99,7 @@ def drop_duplicates(rows: dict[Split, Rows]) -> tuple[dict[Split, Rows], list[st
             num_contradicting += labels is not None and labels[index] != labels[first[key]]
         else:
             first[key] = index
-    kept["train"] = _take(rows["train"], list(first.values()))
+    kept["train"] = take(rows["train"], list(first.values()))
     words = [f"{num_repeated:,} duplicates dropped" if num_repeated else "no duplicates"]
     if num_contradicting:
         words[0] += f" ({num_contradicting:,} with another label)"
@@ -129,90 +126,9 @@ def stratified_order(labels: Sequence[int], generator: np.random.Generator) -> n
     return shuffled[np.argsort(position, kind="stable")]
 
 
-def _normalise(
-    source: Source, config: DataConfig, task: Task
-) -> tuple[dict[Split, Rows], tuple[str, ...], LabelKind | None, list[str]]:
-    """Rows of each split that the source has, the class names, what a label is, and notes for the description."""
-    train = source.tables["train"]
-    layout = columns.choose_layout(train, config.columns, task, config.format)
-    rows: dict[Split, Rows] = {}
-    labels = _Labels()
-    notes: list[str] = []
-    num_empty = 0
-    for split, table in source.tables.items():  # train first: it defines the classes
-        column = columns.find_columns(table, layout, config.columns)
-        if "label" in column and split != "train" and columns.is_unlabelled(table, column["label"]):
-            notes.append(f"{table.name} has no labels and is not used")
-            continue
-        texts = _read_rows(layout.name, table, column)
-        if "label" in column:
-            texts["label"] = labels.read(table, column["label"], split, config.label_kind)
-        if "tags" in column:
-            texts["tags"] = labels.as_tags(table, column["tags"], split, texts["tags"])
-        if layout.roles == ("text",):
-            filled = [index for index, text in enumerate(texts["text"]) if text.strip()]
-            num_empty += _num_rows(texts) - len(filled)
-            texts = _take(texts, filled)
-        if not _num_rows(texts):
-            raise UserError(f"{table.name} ({split}) has no text in it")
-        rows[split] = texts
-    if task == "causal-lm" and not train.is_running_text:
-        there = columns.find_columns(train, layout, config.columns)
-        notes.append(f"format {layout.name} ({', '.join(f'`{name}`' for name in there.values())})")
-    if num_empty:
-        notes.append(f"{num_empty:,} empty texts dropped")
-    return rows, labels.names, labels.kind, notes
-
-
-def _read_rows(layout: str, table: Table, column: dict[columns.Role, str]) -> Rows:
-    """The rows as they are written, but for labels."""
-    match layout:
-        case "chat" | "sharegpt":
-            return {"messages": columns.read_conversations(table, column["messages"])}
-        case "alpaca":
-            what, answers = (columns.read_texts(table, column[role], False) for role in ("instruction", "output"))
-            given = columns.read_inputs(table, column["input"]) if "input" in column else [""] * len(what)
-            return {"messages": columns.instructions(what, given, answers)}
-        case "tagged":
-            tokens, tags = columns.read_tagged(table, column["tokens"], column["tags"])
-            return {"tokens": tokens, "tags": tags}
-    may_be_empty = ("prompt", "text") if layout in ("completion", "text") else ()
-    return {
-        role: columns.read_texts(table, name, may_be_empty=role in may_be_empty)
-        for role, name in column.items()
-        if role != "label"
-    }
-
-
-class _Labels:
-    """Labels and tags as numbers; what they are is found in the training data, which is read first."""
-
-    def __init__(self) -> None:
-        self.names: tuple[str, ...] = ()
-        self.kind: LabelKind | None = None
-
-    def read(self, table: Table, column: str, split: Split, asked: str) -> list:
-        self.kind = self.kind or columns.label_kind(table, column, asked)
-        match self.kind:
-            case "number":
-                return columns.read_numbers(table, column)
-            case "classes":
-                sets = columns.read_label_sets(table, column)
-                self.names = self.names or columns.class_names(table, column, list(itertools.chain(*sets)), len(sets))
-                return columns.label_vectors(table, split, sets, self.names)
-            case "class":
-                labels = columns.read_labels(table, column)
-                self.names = self.names or columns.class_names(table, column, labels)
-                return columns.label_ids(table, split, labels, self.names)
-
-    def as_tags(self, table: Table, column: str, split: Split, tags: list[list[str]]) -> list[list[int]]:
-        self.names = self.names or columns.class_names(table, column, list(itertools.chain(*tags)))
-        return [columns.label_ids(table, split, row, self.names) for row in tags]
-
-
 def _split_off(source: Source, rows: dict[Split, Rows], config: DataConfig) -> dict[Split, Rows]:
     """`rows` with validation and test; each is a stretch of one seeded order, so both are stratified."""
-    total = _num_rows(rows["train"])
+    total = num_rows(rows["train"])
     order = _order(rows["train"], config.seed, 0)
     rows = dict(rows)
     train = rows["train"]
@@ -220,10 +136,10 @@ def _split_off(source: Source, rows: dict[Split, Rows], config: DataConfig) -> d
     for split, fraction in fractions.items():
         if split not in rows:
             size = source.sizes.get(split, max(1, int(fraction * total)))
-            rows[split], order = _take(train, np.sort(order[:size])), order[size:]
-    rows["train"] = _take(train, np.sort(order))
+            rows[split], order = take(train, np.sort(order[:size])), order[size:]
+    rows["train"] = take(train, np.sort(order))
     for split in SPLITS:
-        if not _num_rows(rows[split]):
+        if not num_rows(rows[split]):
             raise UserError(_why_empty(source, split, total))
     return rows
 
@@ -252,18 +168,10 @@ def _text(value: str | list) -> str:
 
 
 def _order(rows: Rows, seed: int, purpose: int) -> np.ndarray:
-    labels = rows.get("label") or [0] * _num_rows(rows)
+    labels = rows.get("label") or [0] * num_rows(rows)
     if labels and not isinstance(labels[0], int):  # sets of classes, numbers: in any order
         labels = [0] * len(labels)
     return stratified_order(labels, np.random.default_rng([seed, purpose]))
-
-
-def _take(rows: Rows, indices: Sequence[int] | np.ndarray) -> Rows:
-    return {role: [values[index] for index in indices] for role, values in rows.items()}
-
-
-def _num_rows(rows: Rows) -> int:
-    return len(next(iter(rows.values())))
 
 
 def _facts(rows: dict[Split, Rows], labels: tuple[str, ...], kind: LabelKind | None) -> list[str]:

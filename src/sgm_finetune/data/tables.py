@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from datasets.table import InMemoryTable
 
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.text import one_line
 
 Format = Literal["csv", "tsv", "json", "jsonl", "parquet", "text", "conll"]
 
@@ -49,12 +50,6 @@ class Table:
     """Columns whose integers, or lists of them, stand for these names (`datasets.ClassLabel`)."""
     is_running_text: bool = False
     """The rows are passages of running text, in the one column `text`."""
-
-
-def one_line(error: Exception) -> str:
-    """What an exception of some library says, as one line of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def type_of(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> Format:

@@ -1,8 +1,7 @@
-"""The plan that follows from a scan, a probe and the configuration, and what it says in words."""
+"""The plan that follows from a scan, a probe and the configuration."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
@@ -11,9 +10,8 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.probe import Probe
 from sgm_finetune.measure.scan_result import MatrixScan, Scan, by_parameter
-from sgm_finetune.method.build_plan import MatrixNumbers, Plan, PlanSettings, build_plan
-from sgm_finetune.method.plan_rules import adapter_parameters
-from sgm_finetune.method.subspace import SIDES
+from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.names import stored_to_model_names
 
@@ -100,45 +98,3 @@ def _match_names(modules: Sequence[MatrixScan], names: Iterable[str]) -> dict[st
         if len(endings) == 1:
             matched[name] = endings[0]
     return matched
-
-
-def describe_plan(plan: Plan) -> str:
-    merged = sum(len(group.members) for group in plan.groups)
-    parts = [f"{len(plan.selected)} of {len(plan.matrices)} matrices"]
-    if plan.groups:
-        counts = Counter(group.side for group in plan.groups)
-        sides = ", ".join(f"{counts[side]} share their {side} side" for side in SIDES if counts[side])
-        parts.append(f"{merged} of them in {len(plan.groups)} groups ({sides})")
-    else:
-        spectral = any(matrix.start == "spectral" for matrix in plan.selected)
-        parts.append("no groups: " + ("LoRA started at its gradients' spectra" if spectral else "plain LoRA"))
-    trainable, plain = adapter_parameters(plan)
-    parts.append(f"{trainable / 1e6:.2f} M adapter parameters instead of {plain / 1e6:.2f} M")
-    return " · ".join(parts)
-
-
-def remarks(plan: Plan) -> list[str]:
-    """What a person should know about the plan: a criterion that found nothing says so, with its numbers."""
-    settings = plan.settings
-    kinds = [kind for kind in plan.kinds if kind.side is not None]
-    if plan.groups or settings.side == "none":
-        return []
-    if not kinds:
-        return ["no two of them read the same activations"] * (settings.scope == "activation")
-    match settings.criterion:
-        case "cosine":
-            best = max(kinds, key=lambda kind: kind.cosine_max or -1.0)
-            ceiling = sum(kind.cosine_other_half or 0.0 for kind in kinds) / len(kinds)
-            return [
-                f"merge.criterion=cosine found nothing: no two layers reach {settings.threshold}; the closest pair, in "
-                f"{best.kind}, has {best.cosine_max:.2f} (a layer with itself on other data: {ceiling:.2f} on average)"
-            ]
-        case "subspace":
-            best = max(kinds, key=lambda k: max(k.retention_input or 0.0, k.retention_output or 0.0))
-            return [
-                f"merge.criterion=subspace found nothing at merge.threshold={settings.threshold}; {best.kind} keeps "
-                f"{max(best.retention_input or 0.0, best.retention_output or 0.0):.2f} on average of all pairs"
-            ]
-        case "snr":
-            who = "layers of a kind" if settings.scope == "layers" else "readers of the same activations"
-            return [f"merge.criterion=snr found nothing: no two {who} are within the tolerance"]

@@ -14,7 +14,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import whole_file, write_json
 from sgm_finetune.base.text import first_mistake
 from sgm_finetune.base.untrusted import read_json_object, refuse
-from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.method.plan import Plan
 from sgm_finetune.method.plan_rules import inconsistency
 
 _PLAN = pydantic.TypeAdapter(Plan)

@@ -53,6 +53,33 @@ class Probe:
     """Most bytes of layer inputs held at once, between a forward and its backward pass."""
 
 
+class _Reads:
+    """Which activations each layer reads; each activation has a number that counts from 0 in every batch."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, list[tuple[int, int]]] = {}
+        """Name of a layer -> (batch, number) of every activation that it reads, in order."""
+        self._num_batches = 0
+        self._numbers: dict[tuple, int] = {}
+
+    def begin_batch(self) -> None:
+        self._num_batches += 1
+        self._numbers.clear()
+
+    def note(self, name: str, x: Tensor) -> None:
+        """Notes that the layer `name` reads `x`, which the caller holds until the batch ends: the memory of a freed
+        tensor can be another's."""
+        number = self._numbers.setdefault(_identity(x), len(self._numbers))
+        self.of.setdefault(name, []).append((self._num_batches, number))
+
+
+def _identity(x: Tensor) -> tuple:
+    """What distinguishes `x` from all other tensors that are held."""
+    # a tensor of device "meta" has no address; its storage object stands for it
+    address = (x.untyped_storage()._cdata, x.storage_offset()) if x.is_meta else x.data_ptr()
+    return address, x._version, x.shape, x.stride()
+
+
 class _Recorder:
     """Collects one half's sketches; alive between entering and leaving the hooks."""
 
@@ -62,13 +89,7 @@ class _Recorder:
         self.omegas: dict[tuple[int, torch.device], Tensor] = {}
         self.rooms: dict[torch.device, Mapping[str, tuple[Tensor, Tensor]]] = {}
         self.held_bytes = self.peak_bytes = 0
-        self.read: dict[str, list[tuple[int, int]]] = {}  # name -> (batch, number) of every activation that it read
-        self.num_batches = 0
-        self.numbers: dict[tuple[int, int, torch.Size, tuple[int, ...]], int] = {}  # what it is -> number in the batch
-
-    def begin_batch(self) -> None:
-        self.num_batches += 1
-        self.numbers.clear()
+        self.reads = _Reads()
 
     def omega(self, dim: int, device: torch.device) -> Tensor:
         if (dim, device) not in self.omegas:
@@ -85,9 +106,7 @@ class _Recorder:
         if begins:
             output = output.detach().requires_grad_().clone()
         x = args[0].detach()
-        # its own as long as it is held, until the backward pass
-        number = self.numbers.setdefault((x.data_ptr(), x._version, x.shape, x.stride()), len(self.numbers))
-        self.read.setdefault(name, []).append((self.num_batches, number))
+        self.reads.note(name, x)  # the hook below holds it until the backward pass
         self.held_bytes += x.numel() * x.element_size()
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
         output.register_hook(partial(self.add, name, x))
@@ -167,7 +186,7 @@ def probe(
             batch = {key: value.to(device) for key, value in batch.items()}
             losses.append(0.0)
             for piece, share in pieces(batch):
-                recorders[index % 2].begin_batch()
+                recorders[index % 2].reads.begin_batch()
                 with _hooked(matrices, recorders[index % 2]):
                     loss = _loss(model, piece) if mean_loss is None else mean_loss(model, piece)
                     if not bool(torch.isfinite(loss)):
@@ -194,7 +213,7 @@ def probe(
         halves=halves,
         shapes={name: matrices[name].shape for name in used},
         num_experts={name: number for name in used if (number := matrices[name].num_experts) is not None},
-        activations=_first_readers(used, [recorder.read for recorder in recorders]),
+        activations=_first_readers(used, [recorder.reads for recorder in recorders]),
         unused=unused,
         model_name=stored_to_model_names(model),
         loss=sum(losses) / len(losses),
@@ -212,7 +231,7 @@ def following(model: nn.Module, sketch_size: int, seed: int) -> Iterator[Callabl
     (`footprint.py`). Gives a function that tells the bytes of sketches and test vectors."""
     matrices = adaptable(model)
     recorder = _Recorder(matrices, sketch_size, seed)
-    recorder.begin_batch()
+    recorder.reads.begin_batch()
 
     def num_bytes() -> int:
         tensors = [*(t for pair in recorder.sums.values() for t in pair), *recorder.omegas.values()]
@@ -222,11 +241,37 @@ def following(model: nn.Module, sketch_size: int, seed: int) -> Iterator[Callabl
         yield num_bytes
 
 
-def _first_readers(names: Iterable[str], reads: Sequence[Mapping[str, list[tuple[int, int]]]]) -> dict[str, str]:
+def readers_of_same_activations(model: nn.Module, run: Callable[[], object]) -> list[list[str]]:
+    """Groups of names of weights that read the same activations while `run()` calls `model`: what the probe notes in
+    `Probe.activations`, on any device (also "meta"), with or without gradients.
+
+    Every name of `adaptable(model)` is in one group; groups, and names in a group, keep its order. A stack of experts,
+    and a layer that reads nothing, is a group of its own.
+    """
+    matrices, reads, held = adaptable(model), _Reads(), []
+    reads.begin_batch()
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        del module
+        held.append(args[0])
+        reads.note(name, args[0])
+
+    with ExitStack() as stack:
+        for name, matrix in matrices.items():
+            if matrix.num_experts is None:
+                stack.callback(matrix.module.register_forward_pre_hook(partial(note, name)).remove)
+        run()
+    groups: dict[str, list[str]] = {}
+    for name, first in _first_readers(matrices, [reads]).items():
+        groups.setdefault(first, []).append(name)
+    return list(groups.values())
+
+
+def _first_readers(names: Iterable[str], reads: Sequence[_Reads]) -> dict[str, str]:
     """Name -> the first of those that read the same activations as it, in all batches (a stack of experts: itself)."""
     first: dict[tuple, str] = {}
     return {
-        name: first.setdefault(tuple(tuple(read.get(name, [name])) for read in reads), name)  # type: ignore[arg-type]
+        name: first.setdefault(tuple(tuple(read.of.get(name, [name])) for read in reads), name)  # type: ignore
         for name in names
     }
 

@@ -8,7 +8,7 @@ import torch
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.processes import processes
-from sgm_finetune.data.batches import divided_batch, num_predictions
+from sgm_finetune.data.batches import divide_batch, num_predictions
 from sgm_finetune.data.prepared import PreparedData
 
 
@@ -25,7 +25,7 @@ def probe_batches(config: Config, prepared: PreparedData) -> list[dict[str, torc
 def probe_pieces(config: Config, batch: Mapping[str, torch.Tensor]) -> list[tuple[dict[str, torch.Tensor], float]]:
     """A probe batch in pieces that hold less than a step does, half of its micro-batch or, where that is checkpointed,
     single examples; and each one's share of the predictions that the batch's loss is a mean of."""
-    micro, _ = divided_batch(config, processes().num_processes)
+    micro, _ = divide_batch(config, processes().num_processes)
     size = 1 if config.training.checkpointing else max(1, micro // 2)
     pieces = [{k: x[at : at + size] for k, x in batch.items()} for at in range(0, len(batch["labels"]), size)]
     counts = [num_predictions(piece["labels"], config.model.task) for piece in pieces]

@@ -23,8 +23,8 @@ from torch import Tensor
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.scan_cache import content_key, recall, remember
 from sgm_finetune.measure.scan_result import Control, MatrixScan, Scan
-from sgm_finetune.method.singular_values import Spectrum, exact_bfloat16_products, spectra
-from sgm_finetune.method.snr import Estimator, SpectrumStatistics, signal_to_noise
+from sgm_finetune.method.singular_values import SingularValues, batched_singular_values, exact_bfloat16_products
+from sgm_finetune.method.snr import Estimator, SnrStatistics, signal_to_noise
 from sgm_finetune.model.folder import local_folder
 from sgm_finetune.model.names import kind_of, layer_of, module_of
 from sgm_finetune.model.weights.stored import StoredMatrix, stored_matrices
@@ -61,9 +61,9 @@ def scan(
     start = time.perf_counter()
     chosen = _choose(model, names, split_fused=estimator == "mp")
     purposes = ("", f"shuffled {_SHUFFLE_SEED}") if control else ("",)
-    found: dict[str, dict[str, Spectrum]] = {matrix.name: {} for matrix in chosen}
+    found: dict[str, dict[str, SingularValues]] = {matrix.name: {} for matrix in chosen}
     done = 0
-    with closing(_measured(chosen, purposes, fresh, _device(device))) as measured:  # also where `progress` raises
+    with closing(_measure(chosen, purposes, fresh, _device(device))) as measured:  # also where `progress` raises
         for matrix, purpose, spectrum in measured:
             found[matrix.name][purpose] = spectrum
             if len(found[matrix.name]) == len(purposes):
@@ -74,13 +74,13 @@ def scan(
     return Scan(str(model), estimator, scanned, time.perf_counter() - start)
 
 
-def measured_spectra(
+def measured_singular_values(
     model: str | Path, names: Collection[str], estimator: Estimator = "mp"
-) -> Iterator[tuple[Spectrum, MatrixScan]]:
+) -> Iterator[tuple[SingularValues, MatrixScan]]:
     """The spectrum of each of these matrices (the remembered one where there is one), and its scan, in any order.
     Raises UserError as `scan`."""
     chosen = _choose(model, names, split_fused=estimator == "mp")
-    for matrix, _, found in _measured(chosen, ("",), False, _device(None)):
+    for matrix, _, found in _measure(chosen, ("",), False, _device(None)):
         yield found, _matrix_scan(matrix, estimator, found)
 
 
@@ -118,9 +118,9 @@ def _device(device: str | torch.device | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _measured(
+def _measure(
     matrices: Sequence[StoredMatrix], purposes: Sequence[str], fresh: bool, device: torch.device
-) -> Generator[tuple[StoredMatrix, str, Spectrum]]:
+) -> Generator[tuple[StoredMatrix, str, SingularValues]]:
     """(matrix, purpose, spectrum) of every matrix and purpose, in order among the bfloat16 ones and among the others.
 
     Two workers, so that reading, checking and hashing one matrix goes on beside the arithmetic of another, and because
@@ -137,7 +137,7 @@ def _measured(
         try:
             with exact_bfloat16_products(kind and device.type == "cpu"):
                 for batch, results in zip(
-                    batches, pool.map(lambda b: _spectra(b, purposes, fresh, device), batches), strict=True
+                    batches, pool.map(lambda b: _find_spectra(b, purposes, fresh, device), batches), strict=True
                 ):
                     for matrix, by_purpose in zip(batch, results, strict=True):
                         yield from ((matrix, purpose, spectrum) for purpose, spectrum in by_purpose.items())
@@ -159,11 +159,11 @@ def _batches(matrices: Iterable[StoredMatrix], device: torch.device) -> Iterator
         yield from (members[at : at + count] for at in range(0, len(members), count))
 
 
-def _spectra(
+def _find_spectra(
     batch: Sequence[StoredMatrix], purposes: Sequence[str], fresh: bool, device: torch.device
-) -> list[dict[str, Spectrum]]:
+) -> list[dict[str, SingularValues]]:
     """Spectra by purpose of each matrix of a batch: remembered ones, else computed and remembered."""
-    found: list[dict[str, Spectrum]] = [{} for _ in batch]
+    found: list[dict[str, SingularValues]] = [{} for _ in batch]
     missing: list[tuple[int, str, str, Tensor]] = []
     for index, stored in enumerate(batch):
         weights = stored.load()
@@ -177,7 +177,7 @@ def _spectra(
     if missing:
         try:
             with _one_at_a_time if device.type == "cuda" else nullcontext():
-                computed = spectra([weights for *_, weights in missing])
+                computed = batched_singular_values([weights for *_, weights in missing])
         except ValueError:
             raise _not_finite(batch) from None
         for (index, purpose, key, _), spectrum in zip(missing, computed, strict=True):
@@ -206,9 +206,9 @@ def _not_finite(batch: Iterable[StoredMatrix]) -> UserError:
 
 
 def _matrix_scan(
-    matrix: StoredMatrix, estimator: Estimator, spectrum: Spectrum, shuffled: Spectrum | None = None
+    matrix: StoredMatrix, estimator: Estimator, spectrum: SingularValues, shuffled: SingularValues | None = None
 ) -> MatrixScan:
-    def statistics(spectrum: Spectrum) -> SpectrumStatistics:
+    def statistics(spectrum: SingularValues) -> SnrStatistics:
         rows, cols = spectrum.alive if estimator == "mp" else matrix.shape
         return signal_to_noise(spectrum.values[: min(rows, cols)], rows, cols, estimator)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import whole_file
-from sgm_finetune.method.singular_values import Spectrum
+from sgm_finetune.method.singular_values import SingularValues
 from sgm_finetune.model.folder import cache_dir
 
 _VERSION = 2
@@ -31,17 +31,17 @@ def content_key(matrix: Tensor, purpose: str = "") -> str:
     return digest.hexdigest()
 
 
-def recall(key: str) -> Spectrum | None:
+def recall(key: str) -> SingularValues | None:
     """The spectrum remembered under `key`; None where there is none, or none that can be read."""
     try:
         with safe_open(_file(key), framework="pt") as stored:
             rows, cols = stored.get_tensor("alive").tolist()
-            return Spectrum(stored.get_tensor("values"), (rows, cols))
+            return SingularValues(stored.get_tensor("values"), (rows, cols))
     except (OSError, SafetensorError, ValueError):
         return None
 
 
-def remember(key: str, spectrum: Spectrum) -> None:
+def remember(key: str, spectrum: SingularValues) -> None:
     """Keeps a spectrum, whole or not at all. A cache folder that cannot be written is not used."""
     with contextlib.suppress(UserError, SafetensorError), whole_file(_file(key)) as scratch:
         save_file({"values": spectrum.values.contiguous(), "alive": torch.tensor(spectrum.alive)}, scratch)

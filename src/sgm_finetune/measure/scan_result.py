@@ -21,7 +21,7 @@ class Control:
 
 @dataclass(frozen=True)
 class MatrixScan:
-    """What a scan says about one weight matrix; the numbers as in `SpectrumStatistics`."""
+    """What a scan says about one weight matrix; the numbers as in `SnrStatistics`."""
 
     name: str
     """Name of the module: the parameter's name without the trailing `.weight`, and `[part]` where the matrix is one

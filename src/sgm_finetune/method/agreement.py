@@ -1,4 +1,8 @@
-"""How well the gradients of matrices agree, side by side (docs/method.md section 3)."""
+"""How well the gradients of several matrices agree (docs/method.md sections 3.1 and 3.2).
+
+Every number is held out: a basis is fitted to the sketch of one half of the batches and evaluated on the other half.
+Each number is the mean of both directions.
+"""
 
 from __future__ import annotations
 
@@ -15,29 +19,33 @@ from sgm_finetune.method.subspace import (
     Sketch,
     cosines,
     energy_kept,
-    equalised,
+    equalise_channels,
     leading_basis,
     leading_rows,
     pairwise_retention,
     shared_basis,
 )
 
-Halves = tuple[Tensor, Tensor]  # of one layer and side, from the two halves of the batches
+TensorHalves = tuple[Tensor, Tensor]
+"""Tensors of one matrix and side, from the first and the second half of the batches."""
 
 
 @dataclass(frozen=True)
-class _SideMeasures:
-    """The probe's numbers on one side of matrices of equal width there, each the mean of fitting on either half and
-    looking at the other."""
+class SideAgreement:
+    """How well n matrices of equal width on one side can share a basis of `rank` directions there."""
 
     rank: int
-    sketches: list[Halves]
-    rows: list[Halves]
-    own: list[float]
+    sketches: list[TensorHalves]
+    """Of each matrix: its two sketches (k x d) with equally loud channels (eq. 11b), float64."""
+    rows: list[TensorHalves]
+    """Of each matrix: the `leading_rows` (rank x d) of its two sketches, float64."""
+    kept_own: list[float]
+    """Of each matrix: the share of held-out energy that its own basis keeps (eq. 11)."""
     retention: np.ndarray
+    """(n x n), float64: `pairwise_retention` (eq. 14)."""
 
-    def kept_together(self, indices: Sequence[int]) -> list[float]:
-        """Per matrix of `indices`: held-out energy kept by the basis shared by all of them."""
+    def kept_shared(self, indices: Sequence[int]) -> list[float]:
+        """Share of held-out energy that one basis for all of `indices` keeps of each of them (eq. 11, 12)."""
         kept = [0.0] * len(indices)
         for fit, held_out in ((0, 1), (1, 0)):
             shared = shared_basis([self.rows[i][fit] for i in indices], self.rank)
@@ -45,57 +53,73 @@ class _SideMeasures:
                 kept[position] += energy_kept(shared, self.sketches[i][held_out]) / 2
         return kept
 
-    def relative(self, kept: Sequence[float], indices: Sequence[int]) -> list[float]:
-        """What `kept_together(indices)` says over what their own bases keep."""
-        return [k / max(self.own[i], 1e-12) for k, i in zip(kept, indices, strict=True)]
+    def relative_to_own(self, kept: Sequence[float], indices: Sequence[int]) -> list[float]:
+        """Each share in `kept`, of the matrix at the same place in `indices`, over what its own basis keeps."""
+        return [share / max(self.kept_own[i], 1e-12) for share, i in zip(kept, indices, strict=True)]
 
-    def shares_of_all(self) -> list[float]:
-        everyone = range(len(self.own))
-        return self.relative(self.kept_together(everyone), everyone)
+    def retention_of_all(self) -> float:
+        """What one basis for all matrices keeps over what their own bases keep, the mean over matrices (eq. 14b)."""
+        everyone = range(len(self.kept_own))
+        return float(np.mean(self.relative_to_own(self.kept_shared(everyone), everyone)))
 
     def start(self, indices: Sequence[int]) -> Tensor:
+        """Q (d x rank) of the matrices `indices` from both halves (eq. 12), where their shared factor starts."""
         return shared_basis([half for i in indices for half in self.rows[i]], self.rank)
 
 
-def _measure_side(members: Sequence[MatrixNumbers], side: Side, rank: int) -> _SideMeasures:
-    loud = equalised([half.side(side) for matrix in members for half in _halves(matrix)])
-    sketches = list(zip(loud[::2], loud[1::2], strict=True))
-    one, two = [first for first, _ in sketches], [second for _, second in sketches]
-    own = [(energy_kept(leading_basis(a, rank), b) + energy_kept(leading_basis(b, rank), a)) / 2 for a, b in sketches]
-    retention = ((pairwise_retention(one, two, rank) + pairwise_retention(two, one, rank)) / 2).numpy()
-    rows = [(leading_rows(a, rank), leading_rows(b, rank)) for a, b in sketches]
-    return _SideMeasures(rank, sketches, rows, own, retention)
-
-
 @dataclass(frozen=True)
-class _KindMeasures:
-    """The probe's numbers on one kind's layers, or nothing where the probe did not run."""
+class KindAgreement:
+    """How well the layers of one kind and shape agree, on both sides and as whole gradients."""
 
-    sides: dict[Side, _SideMeasures]
+    sides: dict[Side, SideAgreement]
     cosines: np.ndarray | None
-    """None for stacks of experts, whose sketches are of another matrix than one expert's."""
-    other_half: list[float] | None
+    """(n x n), float64, between layers (eq. 13b). None for stacks of experts: their sketches are not of one expert's
+    matrix."""
+    cosines_other_half: list[float] | None
+    """Of each layer with itself on the other half. None for stacks of experts."""
 
 
-def _halves(matrix: MatrixNumbers) -> tuple[Sketch, Sketch]:
+def side_agreement(members: Sequence[MatrixNumbers], side: Side, rank: int) -> SideAgreement:
+    """Returns how well `members`, which have been probed and are equally wide on `side`, can share a basis there."""
+    loud = equalise_channels([half.side(side) for matrix in members for half in probed_halves(matrix)])
+    sketches = list(zip(loud[::2], loud[1::2], strict=True))
+    firsts, seconds = [first for first, _ in sketches], [second for _, second in sketches]
+    kept_own = [
+        (energy_kept(leading_basis(first, rank), second) + energy_kept(leading_basis(second, rank), first)) / 2
+        for first, second in sketches
+    ]
+    retention = ((pairwise_retention(firsts, seconds, rank) + pairwise_retention(seconds, firsts, rank)) / 2).numpy()
+    rows = [(leading_rows(first, rank), leading_rows(second, rank)) for first, second in sketches]
+    return SideAgreement(rank, sketches, rows, kept_own, retention)
+
+
+def kind_agreement(members: Sequence[MatrixNumbers], rank: int) -> KindAgreement | None:
+    """Returns how well `members`, of one kind and shape, agree; None if the probe did not measure all of them."""
+    if any(matrix.halves is None for matrix in members):
+        return None
+    sides: dict[Side, SideAgreement] = {side: side_agreement(members, side, rank) for side in SIDES}
+    if members[0].num_experts is not None:
+        return KindAgreement(sides, cosines=None, cosines_other_half=None)
+    firsts, seconds = ([probed_halves(matrix)[index] for matrix in members] for index in (0, 1))
+    between_layers = ((cosines(firsts) + cosines(seconds)) / 2).numpy()
+    return KindAgreement(sides, between_layers, cosines(firsts, seconds).tolist())
+
+
+def probed_halves(matrix: MatrixNumbers) -> tuple[Sketch, Sketch]:
+    """The two sketches of a matrix that the probe measured."""
     assert matrix.halves is not None
     return matrix.halves
 
 
-def _measure_kind(members: Sequence[MatrixNumbers], rank: int) -> _KindMeasures | None:
-    if any(matrix.halves is None for matrix in members):
-        return None
-    first, second = ([_halves(matrix)[index] for matrix in members] for index in (0, 1))
-    sides: dict[Side, _SideMeasures] = {side: _measure_side(members, side, rank) for side in SIDES}
-    if members[0].num_experts is not None:
-        return _KindMeasures(sides, None, None)
-    between = ((cosines(first) + cosines(second)) / 2).numpy()
-    return _KindMeasures(sides, between, cosines(first, second).tolist())
+def pair_values(table: np.ndarray) -> np.ndarray:
+    """The n(n-1)/2 entries of a symmetric n x n table that belong to two different matrices.
 
-
-def _pairs(table: np.ndarray) -> np.ndarray:
+    >>> pair_values(np.array([[1.0, 0.5], [0.5, 1.0]])).tolist()
+    [0.5]
+    """
     return table[np.triu_indices(len(table), 1)]
 
 
-def _mean_of_pairs(tables: Sequence[np.ndarray]) -> float:
-    return float(np.mean(np.concatenate([_pairs(table) for table in tables])))
+def mean_of_pairs(tables: Sequence[np.ndarray]) -> float:
+    """Mean of the `pair_values` of all `tables`."""
+    return float(np.mean(np.concatenate([pair_values(table) for table in tables])))

@@ -1,11 +1,11 @@
-"""The plan that follows from the numbers: select, choose sides, group, start (docs/method.md section 3)."""
+"""The plan that follows from the numbers (docs/method.md section 3): select, choose sides, group, start."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from sgm_finetune.method.agreement import (
-    _halves,
-    _KindMeasures,
-    _mean_of_pairs,
-    _measure_kind,
-    _measure_side,
-    _pairs,
-    _SideMeasures,
+    KindAgreement,
+    SideAgreement,
+    kind_agreement,
+    mean_of_pairs,
+    pair_values,
+    probed_halves,
+    side_agreement,
 )
 from sgm_finetune.method.grouping import group_layers
 from sgm_finetune.method.plan import (
@@ -33,80 +33,133 @@ from sgm_finetune.method.plan import (
     Similarity,
 )
 from sgm_finetune.method.selection import select_matrices
-from sgm_finetune.method.subspace import (
-    SIDES,
-    Side,
-    spectral_basis,
-    squared_norm,
-)
+from sgm_finetune.method.subspace import SIDES, Side, spectral_basis, squared_norm
 
-SNR_TOLERANCE_DB = 3.0  # of criterion "snr" where none is given: a factor of two in energy
+SNR_TOLERANCE_DB = 3.0  # for criterion "snr" without a given tolerance: a factor of two in energy
 
 
 def build_plan(
     model: str, matrices: Sequence[MatrixNumbers], settings: PlanSettings, estimator: str | None = None
 ) -> Plan:
-    """The plan that follows from the numbers (docs/method.md section 3): select, choose sides, group, start.
+    """Returns the plan that follows from the numbers (docs/method.md section 3).
 
-    Scope "activation": those that read the same activations may share their input side. Scope "layers": those of one
-    kind and shape may share the side that its layers have in common. Stacks of experts share nothing. What has no group
-    starts lora_A at its own basis.
-    Without probe numbers (`halves` None) or with side "none" there are neither groups nor starts: a plain LoRA plan.
+    With scope "activation", matrices that read the same activations may share their input side. With scope "layers",
+    matrices of one kind and shape may share the side that the kind has in common. Stacks of experts share nothing. A
+    matrix without a group starts its lora_A at its own basis.
+    Without probe numbers (`halves` is None), or with side "none", there are no groups and no starts: a plain LoRA plan.
     """
     chosen = set(select_matrices(matrices, settings))
     selected = [matrix for matrix in matrices if matrix.name in chosen]
-    found: list[_Found] = []
-    kinds: list[KindNumbers] = []
-    similarities: list[Similarity] = []
-    planned: dict[str, PlannedMatrix] = {}
-    for label, members in _by_kind(selected).items():
-        measured = _measure_kind(members, settings.rank)
-        numbers = _kind_numbers(label, members, measured, settings)
-        kinds.append(numbers)
-        planned |= _planned_kind(members, measured)
-        similarities += _similarities(label, members, measured, settings)
-        if measured is not None and numbers.side is not None:
-            side = measured.sides[numbers.side]
-            similarity = side.retention
-            if settings.criterion == "cosine":
-                assert measured.cosines is not None
-                similarity = measured.cosines
-            found += _find_groups(label, members, numbers.side, side, similarity, settings)
+
+    merged = [merge_layers(label, members, settings) for label, members in sort_by_kind(selected).items()]
     if settings.scope == "activation" and settings.side != "none":
-        for label, sets in _by_activation(selected).items():
-            numbers, groups, seen = _group_readers(label, sets, settings)
-            kinds.append(numbers)
-            found += groups
-            similarities += seen
-    for one in found:
-        for name, share in zip(one.group.members, one.kept, strict=True):
-            planned[name] = replace(planned[name], group=one.group.name, kept_shared=share)
-    starts = {one.group.name: one.start for one in found}
+        merged += [merge_readers(label, sets, settings) for label, sets in sort_by_activation(selected).items()]
+    groups = [group for kind in merged for group in kind.groups]
+    starts = {found.group.name: found.start for found in groups}
+
+    planned = {matrix.name: matrix for kind in merged for matrix in kind.planned}
+    for found in groups:
+        for name, kept in zip(found.group.members, found.kept, strict=True):
+            planned[name] = replace(planned[name], group=found.group.name, kept_shared=kept)
     for matrix in selected:
         if settings.side != "none" and matrix.halves is not None and planned[matrix.name].group is None:
             starts[matrix.name] = spectral_basis([half.input for half in matrix.halves], settings.rank)
             planned[matrix.name] = replace(planned[matrix.name], start="spectral")
-    everything = tuple(planned.get(m.name) or _described(m, selected=False) for m in matrices)
-    groups = tuple(one.group for one in found)
+
     return Plan(
-        model, settings, everything, groups, tuple(kinds), estimator, starts=starts, similarities=tuple(similarities)
+        model=model,
+        settings=settings,
+        matrices=tuple(planned.get(matrix.name) or plan_matrix(matrix, selected=False) for matrix in matrices),
+        groups=tuple(found.group for found in groups),
+        kinds=tuple(kind.numbers for kind in merged),
+        estimator=estimator,
+        starts=starts,
+        similarities=tuple(similarity for kind in merged for similarity in kind.similarities),
     )
 
 
-def _by_kind(matrices: Sequence[MatrixNumbers]) -> dict[str, list[MatrixNumbers]]:
-    """Kinds with their shape, which the label names where a kind has several: only equal shapes compare."""
+@dataclass(frozen=True)
+class FoundGroup:
+    """A group, the share of held-out energy that its basis keeps of each member, and its start (d x rank)."""
+
+    group: Group
+    kept: list[float]
+    start: Tensor
+
+
+@dataclass(frozen=True)
+class MergedKind:
+    """The result for one kind: its numbers, the tables that grouping reads, its groups, and its matrices."""
+
+    numbers: KindNumbers
+    similarities: list[Similarity]
+    groups: list[FoundGroup]
+    planned: list[PlannedMatrix] = field(default_factory=list)
+    """Without groups yet. Empty for readers of the same activations, whose matrices belong to kinds of their own."""
+
+
+def merge_layers(label: str, members: Sequence[MatrixNumbers], settings: PlanSettings) -> MergedKind:
+    """Returns what the layers of one kind have in common and, with scope "layers", their groups."""
+    agreement = kind_agreement(members, settings.rank)
+    planned = plan_kind(members, agreement)
+    if agreement is None or len(members) < 2:
+        return MergedKind(KindNumbers(label, len(members), None), [], [], planned)
+
+    numbers = kind_numbers(label, members, agreement, settings)
+    names = tuple(matrix.name for matrix in members)
+    similarities = [
+        Similarity(label, side, names, torch.from_numpy(one.retention)) for side, one in agreement.sides.items()
+    ]
+    if settings.criterion == "cosine" and agreement.cosines is not None:
+        similarities.append(Similarity(label, None, names, torch.from_numpy(agreement.cosines)))
+    if numbers.side is None:
+        return MergedKind(numbers, similarities, [], planned)
+
+    candidates = Candidates(label, members, numbers.side, agreement.sides[numbers.side])
+    similarity = candidates.agreement.retention
+    if settings.criterion == "cosine":
+        assert agreement.cosines is not None
+        similarity = agreement.cosines
+    return MergedKind(numbers, similarities, find_groups(candidates, similarity, settings), planned)
+
+
+def merge_readers(label: str, sets: Sequence[Sequence[MatrixNumbers]], settings: PlanSettings) -> MergedKind:
+    """Returns what the readers of the same activations have in common on their input side, and their groups."""
+    agreements = [side_agreement(members, "input", settings.rank) for members in sets]
+    numbers = KindNumbers(
+        kind=label,
+        num_layers=len(sets),
+        side="input",
+        retention_input=mean_of_pairs([agreement.retention for agreement in agreements]),
+        retention_all_input=float(np.mean([agreement.retention_of_all() for agreement in agreements])),
+    )
+    groups: list[FoundGroup] = []
+    similarities = []
+    for members, agreement in zip(sets, agreements, strict=True):
+        candidates = Candidates(label, members, "input", agreement)
+        groups += find_groups(candidates, agreement.retention, settings, first=len(groups))
+        names = tuple(matrix.name for matrix in members)
+        similarities.append(Similarity(label, "input", names, torch.from_numpy(agreement.retention)))
+    return MergedKind(numbers, similarities, groups)
+
+
+def sort_by_kind(matrices: Sequence[MatrixNumbers]) -> dict[str, list[MatrixNumbers]]:
+    """Label -> the matrices of one kind and shape; only equal shapes compare.
+
+    The label is the kind's name. It includes the shape if the kind has several.
+    """
     found: dict[tuple[str, tuple[int, int]], list[MatrixNumbers]] = {}
     for matrix in matrices:
         found.setdefault((matrix.kind, matrix.shape), []).append(matrix)
-    shapes = Counter(kind for kind, _ in found)
+    num_shapes = Counter(kind for kind, _ in found)
     return {
-        kind if shapes[kind] == 1 else f"{kind}[{shape[0]}x{shape[1]}]": members
+        kind if num_shapes[kind] == 1 else f"{kind}[{shape[0]}x{shape[1]}]": members
         for (kind, shape), members in found.items()
     }
 
 
-def _by_activation(matrices: Sequence[MatrixNumbers]) -> dict[str, list[list[MatrixNumbers]]]:
-    """Joined kinds -> the sets of two or more that read the same activations."""
+def sort_by_activation(matrices: Sequence[MatrixNumbers]) -> dict[str, list[list[MatrixNumbers]]]:
+    """Label of joined kinds -> its sets of two or more matrices that read the same activations."""
     sets: dict[str, list[MatrixNumbers]] = {}
     for matrix in matrices:
         if matrix.activation is not None and matrix.halves is not None:
@@ -114,13 +167,14 @@ def _by_activation(matrices: Sequence[MatrixNumbers]) -> dict[str, list[list[Mat
     found: dict[str, list[list[MatrixNumbers]]] = {}
     for members in sets.values():
         if len(members) > 1:
-            found.setdefault(_joined([matrix.kind for matrix in members]), []).append(members)
+            found.setdefault(join_kinds([matrix.kind for matrix in members]), []).append(members)
     return found
 
 
-def _joined(kinds: Sequence[str]) -> str:
-    """
-    >>> _joined(["layers.*.attention.query", "layers.*.attention.key"])
+def join_kinds(kinds: Sequence[str]) -> str:
+    """One label for several kinds: the first name, then the others without the parent that they share with it.
+
+    >>> join_kinds(["layers.*.attention.query", "layers.*.attention.key"])
     'layers.*.attention.query+key'
     """
     first, *others = kinds
@@ -128,82 +182,59 @@ def _joined(kinds: Sequence[str]) -> str:
     return "+".join([first, *(other.removeprefix(parent) for other in others)])
 
 
-def _kind_numbers(
-    label: str, members: Sequence[MatrixNumbers], measured: _KindMeasures | None, settings: PlanSettings
+def kind_numbers(
+    label: str, members: Sequence[MatrixNumbers], agreement: KindAgreement, settings: PlanSettings
 ) -> KindNumbers:
-    if measured is None or len(members) < 2:
-        return KindNumbers(label, len(members), None)
-    stacked = members[0].num_experts is not None
-    mean = {side: _mean_of_pairs([one.retention]) for side, one in measured.sides.items()}
-    by_all: dict[Side, float] = {side: float(np.mean(one.shares_of_all())) for side, one in measured.sides.items()}
+    """Returns the numbers of a kind with at least two layers, and the side on which they may merge."""
+    of_all: dict[Side, float] = {side: one.retention_of_all() for side, one in agreement.sides.items()}
+    may_merge = settings.scope == "layers" and members[0].num_experts is None
+    cosines, other_half = agreement.cosines, agreement.cosines_other_half
     return KindNumbers(
         kind=label,
         num_layers=len(members),
-        side=_choose_side(settings.side, by_all) if settings.scope == "layers" and not stacked else None,
-        retention_input=mean["input"],
-        retention_output=mean["output"],
-        retention_all_input=by_all["input"],
-        retention_all_output=by_all["output"],
-        cosine_mean=None if measured.cosines is None else _mean_of_pairs([measured.cosines]),
-        cosine_max=None if measured.cosines is None else float(np.max(_pairs(measured.cosines))),
-        cosine_other_half=None if measured.other_half is None else float(np.mean(measured.other_half)),
+        side=choose_side(settings.side, of_all) if may_merge else None,
+        retention_input=mean_of_pairs([agreement.sides["input"].retention]),
+        retention_output=mean_of_pairs([agreement.sides["output"].retention]),
+        retention_all_input=of_all["input"],
+        retention_all_output=of_all["output"],
+        cosine_mean=None if cosines is None else mean_of_pairs([cosines]),
+        cosine_max=None if cosines is None else float(np.max(pair_values(cosines))),
+        cosine_other_half=None if other_half is None else float(np.mean(other_half)),
     )
 
 
-def _similarities(
-    label: str, members: Sequence[MatrixNumbers], measured: _KindMeasures | None, settings: PlanSettings
-) -> list[Similarity]:
-    """Both sides of one kind's layers, and their cosines where those decide."""
-    if measured is None or len(members) < 2:
-        return []
-    names = tuple(matrix.name for matrix in members)
-    found = [Similarity(label, side, names, torch.from_numpy(one.retention)) for side, one in measured.sides.items()]
-    if settings.criterion == "cosine" and measured.cosines is not None:
-        found.append(Similarity(label, None, names, torch.from_numpy(measured.cosines)))
-    return found
+def choose_side(side: str, retention_of_all: Mapping[Side, float]) -> Side | None:
+    """Returns the side on which a kind's layers may merge, None for "none".
 
-
-def _group_readers(
-    label: str, sets: Sequence[Sequence[MatrixNumbers]], settings: PlanSettings
-) -> tuple[KindNumbers, list[_Found], list[Similarity]]:
-    """What the readers of the same activations have in common, their groups, and what those were found by."""
-    measured = [_measure_side(members, "input", settings.rank) for members in sets]
-    numbers = KindNumbers(
-        kind=label,
-        num_layers=len(sets),
-        side="input",
-        retention_input=_mean_of_pairs([one.retention for one in measured]),
-        retention_all_input=float(np.mean([one.shares_of_all() for one in measured])),
-    )
-    found: list[_Found] = []
-    for members, one in zip(sets, measured, strict=True):
-        found += _find_groups(label, members, "input", one, one.retention, settings, first=len(found))
-    seen = [
-        Similarity(label, "input", tuple(matrix.name for matrix in members), torch.from_numpy(one.retention))
-        for members, one in zip(sets, measured, strict=True)
-    ]
-    return numbers, found, seen
+    "auto" takes the side on which one basis for all layers keeps more of what their own bases keep (eq. 14b).
+    """
+    match side:
+        case "none":
+            return None
+        case "input" | "output":
+            return side
+        case _:
+            return max(SIDES, key=lambda candidate: retention_of_all[candidate])
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A group, the held-out energy that its basis keeps of each member, and its start."""
+class Candidates:
+    """Matrices that may share one side, and how well they agree there."""
 
-    group: Group
-    kept: list[float]
-    start: Tensor
+    label: str
+    members: Sequence[MatrixNumbers]
+    side: Side
+    agreement: SideAgreement
 
 
-def _find_groups(
-    label: str,
-    members: Sequence[MatrixNumbers],
-    side: Side,
-    measured: _SideMeasures,
-    similarity: np.ndarray,
-    settings: PlanSettings,
-    first: int = 0,
-) -> list[_Found]:
-    """Groups of two or more, numbered from `first`."""
+def find_groups(
+    candidates: Candidates, similarity: np.ndarray, settings: PlanSettings, first: int = 0
+) -> list[FoundGroup]:
+    """Returns the groups of two or more (docs/method.md section 3.3), numbered from `first`.
+
+    `similarity` (n x n) is what the criterion compares, in the order of the candidates' members.
+    """
+    members, agreement = candidates.members, candidates.agreement
     snr_db = [0.0 if matrix.snr_db is None else matrix.snr_db for matrix in members]
     threshold, tolerance = settings.threshold, settings.snr_tolerance_db
     if settings.criterion == "snr":
@@ -211,56 +242,49 @@ def _find_groups(
         tolerance = SNR_TOLERANCE_DB if tolerance is None else tolerance
 
     def joint_retention(kept: Sequence[float], indices: Sequence[int]) -> float:
-        return min(measured.relative(kept, indices))
+        return min(agreement.relative_to_own(kept, indices))
 
     def accept(indices: list[int]) -> bool:
-        return settings.criterion != "subspace" or (
-            joint_retention(measured.kept_together(indices), indices) >= settings.threshold
-        )
+        if settings.criterion != "subspace":
+            return True
+        return joint_retention(agreement.kept_shared(indices), indices) >= settings.threshold
 
     found = []
     for indices in group_layers(similarity, threshold, snr_db, tolerance, settings.max_group_size, accept):
         if len(indices) > 1:
-            levels, kept = [snr_db[i] for i in indices], measured.kept_together(indices)
+            levels, kept = [snr_db[i] for i in indices], agreement.kept_shared(indices)
             group = Group(
-                name=f"{label}/{side}/{first + len(found)}",
-                kind=label,
-                side=side,
+                name=f"{candidates.label}/{candidates.side}/{first + len(found)}",
+                kind=candidates.label,
+                side=candidates.side,
                 members=tuple(members[i].name for i in indices),
                 similarity=min(float(similarity[pair]) for pair in combinations(indices, 2)),
                 joint_retention=joint_retention(kept, indices),
                 snr_spread_db=max(levels) - min(levels),
             )
-            found.append(_Found(group, kept, measured.start(indices)))
+            found.append(FoundGroup(group, kept, agreement.start(indices)))
     return found
 
 
-def _choose_side(side: str, retention_by_all: Mapping[Side, float]) -> Side | None:
-    """auto: the side on which one basis for all of the kind's layers loses least (eq. 14b)."""
-    match side:
-        case "none":
-            return None
-        case "input" | "output":
-            return side
-        case _:
-            return max(SIDES, key=lambda candidate: retention_by_all[candidate])
+def plan_kind(members: Sequence[MatrixNumbers], agreement: KindAgreement | None) -> list[PlannedMatrix]:
+    """Returns the selected matrices of one kind, with the probe's numbers if there are any."""
+    planned = [plan_matrix(matrix, selected=True) for matrix in members]
+    if agreement is None:
+        return planned
+    return [
+        replace(
+            one,
+            gradient_energy=sum(squared_norm(half) for half in probed_halves(matrix)) / 2,
+            cosine_other_half=None if agreement.cosines_other_half is None else agreement.cosines_other_half[i],
+            kept_own=Energy(agreement.sides["input"].kept_own[i], agreement.sides["output"].kept_own[i]),
+        )
+        for i, (one, matrix) in enumerate(zip(planned, members, strict=True))
+    ]
 
 
-def _planned_kind(members: Sequence[MatrixNumbers], measured: _KindMeasures | None) -> dict[str, PlannedMatrix]:
-    planned = {}
-    for i, matrix in enumerate(members):
-        numbers = {}
-        if measured is not None:
-            numbers = {
-                "gradient_energy": sum(squared_norm(half) for half in _halves(matrix)) / 2,
-                "cosine_other_half": None if measured.other_half is None else measured.other_half[i],
-                "kept_own": Energy(measured.sides["input"].own[i], measured.sides["output"].own[i]),
-            }
-        planned[matrix.name] = _described(matrix, selected=True, **numbers)
-    return planned
+def plan_matrix(matrix: MatrixNumbers, selected: bool) -> PlannedMatrix:
+    """Returns the matrix with the scan's numbers. A number that is not finite, and the decibels of SNR 0, are None."""
 
-
-def _described(matrix: MatrixNumbers, selected: bool, **numbers) -> PlannedMatrix:
     def finite(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
 
@@ -274,5 +298,4 @@ def _described(matrix: MatrixNumbers, selected: bool, **numbers) -> PlannedMatri
         snr=finite(matrix.snr),
         snr_db=None if matrix.snr == 0 else finite(matrix.snr_db),
         signal_rank=matrix.signal_rank,
-        **numbers,
     )

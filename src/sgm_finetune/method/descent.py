@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-_QUIETEST = 1e-6
+_CHANNEL_FLOOR = 1e-6
 """Channels below this share of the mean are not made louder."""
 
 
@@ -46,11 +46,11 @@ def polar_factor(momentum: Tensor) -> Tensor:
     >>> polar_factor(torch.tensor([[0.0, 3.0], [-0.5, 0.0]])).tolist()
     [[0.0, 1.0], [-1.0, 0.0]]
     """
-    scaled = _of_unit_size(momentum)
+    scaled = _with_unit_norm(momentum)
     return inverse_root(scaled @ scaled.mT) @ scaled
 
 
-def _of_unit_size(momentum: Tensor) -> Tensor:
+def _with_unit_norm(momentum: Tensor) -> Tensor:
     """M over its norm, so that no square overflows or vanishes."""
     size = torch.linalg.matrix_norm(momentum, keepdim=True).clamp_min(torch.finfo(momentum.dtype).tiny)
     return momentum / size
@@ -83,7 +83,7 @@ def descent_directions(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterat
     roots, scaled = [], []
     for momentum, root, channels in parts:
         roots.append(root)
-        scaled.append(_of_unit_size(root @ momentum * (channels + _QUIETEST).rsqrt().unsqueeze(-2)))
+        scaled.append(_with_unit_norm(root @ momentum * (channels + _CHANNEL_FLOOR).rsqrt().unsqueeze(-2)))
     polar_roots = inverse_roots([rows @ rows.mT for rows in scaled])
     for root, polar_root, rows in zip(roots, polar_roots, scaled, strict=True):
         yield root @ polar_root @ rows  # r x r first

@@ -8,10 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from sgm_finetune.method.subspace import (
-    Side,
-    Sketch,
-)
+from sgm_finetune.method.subspace import Side, Sketch
 
 
 @dataclass(frozen=True)

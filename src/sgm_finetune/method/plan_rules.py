@@ -1,4 +1,4 @@
-"""What makes a plan valid, and how many parameters it trains."""
+"""The rules that every plan keeps, whatever its model (docs/method.md section 3)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import math
 from collections import Counter
 
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.method.subspace import (
-    width,
-)
+from sgm_finetune.method.subspace import width
 
 MAX_RANK = 2**16
 
@@ -43,14 +41,3 @@ def inconsistency(plan: Plan) -> str | None:
         if len(widths) > 1:
             return f"group `{group.name}` mixes {group.side} widths {sorted(widths)}; only equal ones share"
     return None
-
-
-def adapter_parameters(plan: Plan) -> tuple[int, int]:
-    """(trainable adapter parameters of the plan, the same without any sharing): r·(d_in + d_out) a matrix, less what
-    groups share: r·d of the shared side for each member but the first."""
-    rank = plan.settings.rank
-    plain = sum(rank * sum(matrix.shape) * (matrix.num_experts or 1) for matrix in plan.selected)
-    saved = 0
-    for group in plan.groups:
-        saved += rank * width(plan.shape_of(group.members[0]), group.side) * (len(group.members) - 1)
-    return plain - saved, plain

@@ -38,7 +38,7 @@ def choose_per_kind(snrs: Mapping[str, float], kinds: Mapping[str, str], fractio
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"the fraction to select is {fraction}; it lies above 0 and is at most 1")
-    _refuse_nonsense(snrs)
+    _check_ratios(snrs)
     members: dict[str, list[str]] = {}
     for name in snrs:
         members.setdefault(kinds[name], []).append(name)
@@ -84,11 +84,11 @@ def above_threshold(snrs: Mapping[str, float], threshold: float) -> list[str]:
     >>> above_threshold({"a": 0.5, "b": 2.0, "c": 1.0}, 1.0)
     ['b', 'c']
     """
-    _refuse_nonsense(snrs)
+    _check_ratios(snrs)
     return [name for name, snr in snrs.items() if snr >= threshold]
 
 
-def _refuse_nonsense(snrs: Mapping[str, float]) -> None:
+def _check_ratios(snrs: Mapping[str, float]) -> None:
     for name, snr in snrs.items():
         if math.isnan(snr) or snr == -math.inf:
             raise ValueError(f"the SNR of {name} is {snr}, which is no ratio")

@@ -29,7 +29,7 @@ _PANELS = 8  # the Gram matrix is symmetric: of 8 x 8 panels only 36 are multipl
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class SingularValues:
     """The singular values of one matrix."""
 
     values: Tensor
@@ -44,10 +44,10 @@ def singular_values(weights: Tensor) -> Tensor:
     >>> singular_values(torch.tensor([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]])).tolist()
     [4.0, 3.0]
     """
-    return spectra([weights])[0].values
+    return batched_singular_values([weights])[0].values
 
 
-def spectra(matrices: Sequence[Tensor]) -> list[Spectrum]:
+def batched_singular_values(matrices: Sequence[Tensor]) -> list[SingularValues]:
     """Spectra of matrices whose smaller sides are equal, decomposed together on their device.
 
     Any floating dtype; the answer of W, Wᵀ and 2ⁿW is the same bits, scaled. Below FLOAT64_BELOW the arithmetic is
@@ -60,15 +60,19 @@ def spectra(matrices: Sequence[Tensor]) -> list[Spectrum]:
     size = talls[0].shape[1]
     assert all(tall.shape[1] == size for tall in talls), "matrices of one batch share their smaller side"
     if size == 0:
-        return [Spectrum(torch.zeros(0, dtype=torch.float64), (0, 0)) for _ in matrices]
+        return [SingularValues(torch.zeros(0, dtype=torch.float64), (0, 0)) for _ in matrices]
     if size < FLOAT64_BELOW:
-        found = _spectra(talls, torch.float64)
+        found = _decompose(talls, torch.float64)
     else:
-        found = _spectra(talls, torch.float32)
+        found = _decompose(talls, torch.float32)
         for i, spectrum in enumerate(found):
             if spectrum is None:
-                (found[i],) = _spectra([talls[i]], torch.float64)
-    return [_laid(spectrum, matrix) for spectrum, matrix in zip(found, matrices, strict=True) if spectrum is not None]
+                (found[i],) = _decompose([talls[i]], torch.float64)
+    return [
+        _with_sides_of(spectrum, matrix)
+        for spectrum, matrix in zip(found, matrices, strict=True)
+        if spectrum is not None
+    ]
 
 
 @contextmanager
@@ -85,33 +89,33 @@ def exact_bfloat16_products(enabled: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _spectra(talls: Sequence[Tensor], dtype: torch.dtype) -> list[Spectrum | None]:
+def _decompose(talls: Sequence[Tensor], dtype: torch.dtype) -> list[SingularValues | None]:
     """Spectra in the given precision, rows = the larger side; None where float32 does not resolve a matrix."""
     grams = [_gram(tall, dtype) for tall in talls]
     stacked = grams[0][0][None] if len(grams) == 1 else torch.stack([gram for gram, *_ in grams])
     eigenvalues = torch.linalg.eigvalsh(stacked).double().flip(-1).cpu()
-    found: list[Spectrum | None] = []
+    found: list[SingularValues | None] = []
     for values, (gram, scale, rows) in zip(eigenvalues, grams, strict=True):
-        if dtype == torch.float32 and not _resolved(values):
+        if dtype == torch.float32 and not _is_resolved(values):
             found.append(None)
         else:
             alive = int((gram.diagonal() > 0).sum())
             values[alive:] = 0
-            found.append(Spectrum(values.clamp_min(0).sqrt() / scale, (rows, alive)))
+            found.append(SingularValues(values.clamp_min(0).sqrt() / scale, (rows, alive)))
     return found
 
 
-def _resolved(eigenvalues: Tensor) -> bool:
+def _is_resolved(eigenvalues: Tensor) -> bool:
     """Whether float32 is enough for these (descending): few zeros, and noise that is not small beside the largest."""
     size, largest = len(eigenvalues), eigenvalues[0]
     num_tiny = int((eigenvalues <= _SINGULAR * largest).sum())
     return num_tiny <= size // 512 and bool(eigenvalues[size // 2 : size * 3 // 4].mean() >= _BLURRED * largest)
 
 
-def _laid(spectrum: Spectrum, matrix: Tensor) -> Spectrum:
+def _with_sides_of(spectrum: SingularValues, matrix: Tensor) -> SingularValues:
     """The spectrum of the tall matrix as that of `matrix`."""
     rows, cols = spectrum.alive
-    return spectrum if matrix.shape[0] >= matrix.shape[1] else Spectrum(spectrum.values, (cols, rows))
+    return spectrum if matrix.shape[0] >= matrix.shape[1] else SingularValues(spectrum.values, (cols, rows))
 
 
 def _gram(tall: Tensor, dtype: torch.dtype) -> tuple[Tensor, float, int]:

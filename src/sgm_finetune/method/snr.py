@@ -31,12 +31,12 @@ NO_SIGNAL_DB = 20 * math.log10(ROUNDING)
 
 _TRACY_WIDOM = 3.27  # its 99.9 % point (β = 1): a larger top singular value is chance once in a thousand matrices
 _SIGMA_DEVIATIONS = 1.0  # allowed error of σ itself
-_FIT, _FIT_VALUES = 0.075, 2.0  # a noise bulk is this near to the law: a share of its values, or so many of them
+_FIT, _FIT_NUM_VALUES = 0.075, 2.0  # a noise bulk is this near to the law: a share of its values, or so many of them
 _NEAREST = 1.5  # how much farther than the nearest bulk one with fewer signals may be
 
 
 @dataclass(frozen=True)
-class SpectrumStatistics:
+class SnrStatistics:
     """What the singular values of one matrix say about noise and signal."""
 
     sigma: float
@@ -58,7 +58,7 @@ def bulk_median(aspect: float) -> float:
     >>> round(bulk_median(1.0) ** 2, 4)  # μ_1 of Gavish & Donoho
     0.6528
     """
-    return math.sqrt(1 + aspect + 2 * math.sqrt(aspect) * math.cos(_angle_below(0.5, aspect)))
+    return math.sqrt(1 + aspect + 2 * math.sqrt(aspect) * math.cos(_angle_of_share(0.5, aspect)))
 
 
 def bulk_share_above(values: Tensor, aspect: float) -> Tensor:
@@ -85,15 +85,15 @@ def bulk_density(values: Tensor, aspect: float) -> Tensor:
 
 
 @lru_cache(maxsize=65536)
-def _bulk_energy(first: float, last: float, aspect: float) -> float:
+def bulk_energy(first: float, last: float, aspect: float) -> float:
     """Mean of y² over the law from its share `first` to its share `last`, counted from the top (eq. 3)."""
-    low, high = (_angle_below(share, aspect) for share in (first, last))
+    low, high = (_angle_of_share(share, aspect) for share in (first, last))
     energy = (high - math.sin(high) * math.cos(high)) - (low - math.sin(low) * math.cos(low))
     return energy / math.pi / (last - first)
 
 
 @lru_cache(maxsize=65536)
-def _angle_below(share: float, aspect: float) -> float:
+def _angle_of_share(share: float, aspect: float) -> float:
     """The θ above which this share of the law lies: y² = 1 + β + 2√β·cos θ (eq. 2)."""
     if share <= 0 or share >= 1:
         return 0.0 if share <= 0 else math.pi
@@ -149,14 +149,14 @@ def estimate_noise(singular_values: Tensor | Sequence[float], rows: int, cols: i
     >>> estimate_noise([5.0, 0.0, 0.0], 3, 3)[1]
     1
     """
-    s, largest = _normalised(singular_values, rows, cols)
-    sigma, rank, _ = _deflate(s, rows, cols)
+    s, largest = _scale_to_one(singular_values, rows, cols)
+    sigma, rank, _ = deflate(s, rows, cols)
     return sigma * largest, rank
 
 
 def signal_to_noise(
     singular_values: Tensor | Sequence[float], rows: int, cols: int, estimator: Estimator = "mp"
-) -> SpectrumStatistics:
+) -> SnrStatistics:
     """Noise level, signal rank and signal-to-noise ratio of a rows x cols matrix with these singular values (eq. 6).
 
     "mp" is finite for every finite matrix: zeros and pure noise have SNR 0 (NO_SIGNAL_DB), and a matrix without noise
@@ -168,18 +168,18 @@ def signal_to_noise(
     >>> signal_to_noise([1.0, 1.0], 2, 2, estimator="spectrum").snr
     inf
     """
-    s, largest = _normalised(singular_values, rows, cols)
+    s, largest = _scale_to_one(singular_values, rows, cols)
     match estimator:
         case "mp":
-            sigma, rank, edge = _deflate(s, rows, cols)
+            sigma, rank, edge = deflate(s, rows, cols)
             noise = max(s[rank:].square().sum().item(), _sigma_floor(rows, cols) ** 2 * rows * cols)
             snr = s[:rank].square().sum().item() / noise if rank else 0.0
         case "spectrum":
-            sigma, rank, edge, snr = _published(s, rows, cols, largest)
-    return SpectrumStatistics(sigma * largest, edge * largest, rank, snr, ratio_decibels(snr))
+            sigma, rank, edge, snr = published_formula(s, rows, cols, largest)
+    return SnrStatistics(sigma * largest, edge * largest, rank, snr, ratio_decibels(snr))
 
 
-def _normalised(singular_values: Tensor | Sequence[float], rows: int, cols: int) -> tuple[Tensor, float]:
+def _scale_to_one(singular_values: Tensor | Sequence[float], rows: int, cols: int) -> tuple[Tensor, float]:
     """(s/s₁ descending in float64, s₁); s stays zero where all of it is."""
     s = torch.as_tensor(singular_values, dtype=torch.float64).sort(descending=True).values
     assert s.shape == (min(rows, cols),), f"{tuple(s.shape)} singular values of a {rows} x {cols} matrix"
@@ -193,7 +193,7 @@ def _sigma_floor(rows: int, cols: int) -> float:
     return ROUNDING / (math.sqrt(rows) + math.sqrt(cols)) if min(rows, cols) else 0.0
 
 
-def _deflate(s: Tensor, rows: int, cols: int) -> tuple[float, int, float]:
+def deflate(s: Tensor, rows: int, cols: int) -> tuple[float, int, float]:
     """(σ, k, edge) of a normalised spectrum (eq. 5): of the signal ranks that their own estimate of the noise confirms
     the smallest whose noise follows the Marchenko-Pastur law, or as nearly as any of the others.
 
@@ -208,23 +208,23 @@ def _deflate(s: Tensor, rows: int, cols: int) -> tuple[float, int, float]:
         return _sigma_floor(rows, cols), size - num_zero, ROUNDING
     found: dict[int, tuple[float, float]] = {}
     for quarter in range(4):
-        rank, edge = _settle(s, rows, cols, quarter * size // 4)
+        rank, edge = confirm_rank(s, rows, cols, quarter * size // 4)
         if rank not in found:
             found[rank] = edge, distance_from_noise(s, rows, cols, rank)
-            if found[rank][1] <= _fit(size - rank):
+            if found[rank][1] <= _fit_tolerance(size - rank):
                 break
     nearest = min(distance for _, distance in found.values())
-    rank = min(k for k, (_, d) in found.items() if d <= max(_fit(size - k), _NEAREST * nearest))
+    rank = min(k for k, (_, d) in found.items() if d <= max(_fit_tolerance(size - k), _NEAREST * nearest))
     sigma = bulk_sigma(s, rows, cols, rank)
-    return max(sigma * _absorbed(s[:rank], sigma, rows, cols), _sigma_floor(rows, cols)), rank, found[rank][0]
+    return max(sigma * absorption_factor(s[:rank], sigma, rows, cols), _sigma_floor(rows, cols)), rank, found[rank][0]
 
 
-def _fit(num_values: int) -> float:
+def _fit_tolerance(num_values: int) -> float:
     """Distance from the law that this many singular values of noise stay below."""
-    return max(_FIT, _FIT_VALUES / num_values)
+    return max(_FIT, _FIT_NUM_VALUES / num_values)
 
 
-def _settle(s: Tensor, rows: int, cols: int, rank: int) -> tuple[int, float]:
+def confirm_rank(s: Tensor, rows: int, cols: int, rank: int) -> tuple[int, float]:
     """(k, edge): from `rank`, k ← number of values above the edge that the values below k give, until it stays.
 
     The edge falls as k grows, so k moves in one direction; where rounding turns it once, the larger k is kept, with
@@ -251,10 +251,10 @@ def bulk_sigma(singular_values: Tensor, rows: int, cols: int, rank: int) -> floa
     larger, smaller = max(rows, cols) - rank, min(rows, cols) - rank
     first, last = smaller // 4, math.ceil(smaller * 3 / 4)
     middle = singular_values[rank + first : rank + last].square().mean().item()
-    return math.sqrt(middle / (larger * _bulk_energy(first / smaller, last / smaller, smaller / larger)))
+    return math.sqrt(middle / (larger * bulk_energy(first / smaller, last / smaller, smaller / larger)))
 
 
-def _absorbed(signal: Tensor, sigma: float, rows: int, cols: int) -> float:
+def absorption_factor(signal: Tensor, sigma: float, rows: int, cols: int) -> float:
     """Factor by which the noise below k singular values is weaker than the noise they stand in (eq. 5b)."""
     m, n = rows - len(signal), cols - len(signal)
     shifted = signal.square() / sigma**2 - (rows + cols - len(signal)) if sigma > 0 else signal
@@ -274,7 +274,7 @@ def distance_from_noise(singular_values: Tensor, rows: int, cols: int, rank: int
     return (above - shares).abs().max().item()
 
 
-def _published(s: Tensor, rows: int, cols: int, largest: float) -> tuple[float, int, float, float]:
+def published_formula(s: Tensor, rows: int, cols: int, largest: float) -> tuple[float, int, float, float]:
     """(σ, k, edge, SNR) as the published Spectrum script computes them (eq. 7), flaws included.
 
     σ is the interquartile range of the *singular values* over 1.349 (as if they were a normal sample), the edge

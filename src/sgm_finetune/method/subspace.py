@@ -103,7 +103,7 @@ def leading_basis(stacked: Tensor, rank: int) -> Tensor:
 
 def leading_rows(sketch: Tensor, rank: int) -> Tensor:
     """ΣQᵀ (rank x d), float64: the leading part of the unit-norm sketch, which is what a layer brings to a group."""
-    values, columns = leading_part(normalised(sketch), rank)
+    values, columns = leading_part(with_unit_norm(sketch), rank)
     return values[:, None] * columns.T
 
 
@@ -114,7 +114,7 @@ def shared_basis(rows: Sequence[Tensor], rank: int) -> Tensor:
 
 def spectral_basis(sketches: Sequence[Tensor], rank: int) -> Tensor:
     """Q (d x rank) for matrices that share one, from their sketches with equal channels (eq. 11b, 12)."""
-    return shared_basis([leading_rows(sketch, rank) for sketch in equalised(sketches)], rank)
+    return shared_basis([leading_rows(sketch, rank) for sketch in equalise_channels(sketches)], rank)
 
 
 def width(shape: tuple[int, int], side: Side) -> int:
@@ -122,23 +122,23 @@ def width(shape: tuple[int, int], side: Side) -> int:
     return shape[1] if side == "input" else shape[0]
 
 
-def normalised(sketch: Tensor) -> Tensor:
+def with_unit_norm(sketch: Tensor) -> Tensor:
     """The sketch over its Frobenius norm; zeros stay zeros."""
     norm = torch.linalg.vector_norm(sketch)
     return sketch / norm if norm > 0 else sketch
 
 
-def equalised(sketches: Sequence[Tensor]) -> list[Tensor]:
+def equalise_channels(sketches: Sequence[Tensor]) -> list[Tensor]:
     """Sketches (k x d) that may share a basis, each of unit norm and with its channels (columns) divided by their root
     mean square over all of them (eq. 11b); float64. Channels below a millionth of the mean square are not made louder.
 
-    >>> [s.round(decimals=2).tolist() for s in equalised([torch.tensor([[3.0, 0.1], [3.0, -0.1]])])]
+    >>> [s.round(decimals=2).tolist() for s in equalise_channels([torch.tensor([[3.0, 0.1], [3.0, -0.1]])])]
     [[[0.5, 0.5], [0.5, -0.5]]]
     """
-    wide = [normalised(sketch.double()) for sketch in sketches]
+    wide = [with_unit_norm(sketch.double()) for sketch in sketches]
     squares = torch.stack([sketch.square().mean(0) for sketch in wide]).mean(0)
     floor = (1e-6 * squares.mean()).clamp_min(torch.finfo(torch.float64).tiny)
-    return [normalised(sketch * (squares + floor).rsqrt()) for sketch in wide]
+    return [with_unit_norm(sketch * (squares + floor).rsqrt()) for sketch in wide]
 
 
 def energy_kept(basis: Tensor, sketch: Tensor) -> float:
@@ -169,19 +169,19 @@ def cosines(sketches: Sequence[Sketch], others: Sequence[Sketch] | None = None) 
     (n x n) between all of `sketches`, or (n,) between `sketches[i]` and `others[i]` (the same layer on other data).
     They compare the leading k/2 directions of either gradient, from `reconstruct`; 0 for a zero gradient.
     """
-    first, first_norms = _reconstructed(sketches)
+    first, first_norms = _reconstruct_all(sketches)
     if others is None:
         inner = (_gram(first[0].mT) * _gram(first[1])).sum((-1, -2))
         scale = first_norms[:, None] * first_norms[None, :]
     else:
-        second, second_norms = _reconstructed(others)
+        second, second_norms = _reconstruct_all(others)
         inner = ((first[0].mT @ second[0]) * (first[1] @ second[1].mT)).sum((-1, -2))
         scale = first_norms * second_norms
     result = torch.where(scale > 0, inner / scale.clamp_min(1e-300), 0.0).clamp(-1.0, 1.0)
     return result if others is not None else result.fill_diagonal_(1.0)
 
 
-def _reconstructed(sketches: Sequence[Sketch]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _reconstruct_all(sketches: Sequence[Sketch]) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """((Q (n x d_out x k/2), X (n x k/2 x d_in)), norms ‖X‖ (n)) of n gradients of one shape."""
     parts = [reconstruct(sketch) for sketch in sketches]
     bases, rests = torch.stack([q for q, _ in parts]), torch.stack([x for _, x in parts])
@@ -206,7 +206,7 @@ def pairwise_retention(fit: Sequence[Tensor], held_out: Sequence[Tensor], rank: 
     parts M = [F_i; F_j] with MMᵀ = UΛUᵀ the basis is MᵀUΛ^(-1/2), and H applied to it needs only HMᵀ.
     """
     rows = torch.stack([leading_rows(s, rank) for s in fit])
-    tests = torch.stack([normalised(s).double() for s in held_out])
+    tests = torch.stack([with_unit_norm(s).double() for s in held_out])
     num_layers = len(rows)
     if num_layers < 2:
         return torch.ones(num_layers, num_layers, dtype=torch.float64)

@@ -18,7 +18,7 @@ from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import first_line
-from sgm_finetune.base.untrusted import read_object
+from sgm_finetune.base.untrusted import require_json_object
 
 
 @dataclass(frozen=True)
@@ -142,5 +142,5 @@ def _library_bars() -> Iterator[None]:
 
 def announce_own_code(config: ModelConfig, folder: Path, log: StepLog) -> None:
     """Says aloud, before it does, that Python code of a model's folder runs."""
-    if config.trust_remote_code and "auto_map" in read_object(folder / "config.json"):
+    if config.trust_remote_code and "auto_map" in require_json_object(folder / "config.json"):
         log.line("model", f"runs the Python code in {folder}, as model.trust_remote_code=true allows")

@@ -1,121 +1,25 @@
-"""Base models: how they are loaded and quantised, which layers can be adapted."""
+"""Base models: loaded and quantised, or built without numbers."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-from sgm_finetune.base.config import LabelKind, ModelConfig, Task
+from sgm_finetune.base.config import LabelKind, ModelConfig
 from sgm_finetune.base.device import device_for, has_gpu, multiplies_bfloat16
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import first_line
-from sgm_finetune.base.untrusted import MAX_LAYERS, check_shards, read_json_object
+from sgm_finetune.model.architecture import auto_class, read_model_config
 from sgm_finetune.model.four_bit import ready_for_backward
 from sgm_finetune.model.names import block_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
-    """What can be known before the weights are loaded: a readable config, an architecture that fits the task,
-    positions for `max_length` tokens, bitsandbytes where quantisation is asked for. Raises UserError."""
-    described = _described(config, folder)
-    check_shards(folder)
-    known = _AUTO[config.task]._model_mapping  # type: ignore[attr-defined]
-    remote = _AUTO[config.task].__name__ in (getattr(described, "auto_map", None) or {})
-    if type(described) not in known and not remote:
-        raise UserError(
-            f"model.task={config.task} does not fit model.name={config.name}, a {described.model_type}; "
-            f"choose another task or model"
-        )
-    positions = num_positions(described)
-    if positions is not None and max_length > positions:
-        raise UserError(
-            f"data.max_length={max_length} is more than the {positions} positions of model.name={config.name}; "
-            f"take data.max_length={positions} or less"
-        )
-    if config.quantization != "none":
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError(
-                f"model.quantization={config.quantization} needs bitsandbytes; pip install bitsandbytes, "
-                "or take model.quantization=none"
-            )
-        existing = getattr(described, "quantization_config", None)
-        if existing is not None:
-            raise UserError(f"{config.name} is quantised already; take model.quantization=none")
-
-
-def fitting_tasks(name: str) -> tuple[Task, ...]:
-    """Tasks that Transformers has a model for, by the config.json of a folder; all of them for a model that is not
-    here."""
-    folder = Path(name).expanduser()
-    if not (folder / "config.json").is_file():
-        return get_args(Task)
-    described = _described(ModelConfig(name=name), folder)
-    return tuple(task for task in get_args(Task) if type(described) in _AUTO[task]._model_mapping) or get_args(Task)
-
-
-def _described(config: ModelConfig, folder: Path) -> PreTrainedConfig:
-    """config.json; UserError where it cannot be read, or needs code that `model.trust_remote_code` does not allow."""
-    try:
-        values = read_json_object(folder / "config.json")
-        if "auto_map" in values and not config.trust_remote_code and values.get("model_type") not in CONFIG_MAPPING:
-            raise UserError(
-                f"model.name={config.name} brings Python code of its own, which is not run unless you say "
-                "model.trust_remote_code=true; read it first"
-            )
-        described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        layers = getattr(described.get_text_config(), "num_hidden_layers", None)
-        if isinstance(layers, int) and layers > MAX_LAYERS:
-            raise ValueError(f"{layers:,} layers")
-        return described
-    except UserError:
-        raise
-    except Exception as error:  # Transformers raises many types here
-        raise UserError(
-            f"{folder / 'config.json'} cannot be used: {first_line(error)}; get the model's files again"
-        ) from None
-
-
-def num_positions(described: PreTrainedConfig) -> int | None:
-    """The longest sequence that the model was made for, where its config says so."""
-    text = described.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and any(family in text.model_type for family in ("roberta", "camembert")):
-        positions -= text.pad_token_id + 1  # these count positions from behind the padding token's
-    return positions
-
-
-_AUTO: dict[str, Any] = {
-    "causal-lm": AutoModelForCausalLM,
-    "sequence-classification": AutoModelForSequenceClassification,
-    "token-classification": AutoModelForTokenClassification,
-    "seq2seq-lm": AutoModelForSeq2SeqLM,
-}
-
-
-def auto_class(task: Task) -> Any:
-    """Transformers' loader of models for the task."""
-    return _AUTO[task]
-
 
 _PROBLEMS: dict[LabelKind, str] = {
     "class": "single_label_classification",
@@ -125,35 +29,31 @@ _PROBLEMS: dict[LabelKind, str] = {
 """Transformers' names for what a label is."""
 
 
-def load_tokenizer(folder: Path, config: ModelConfig | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the right, with a padding token (its end-of-text token where it has none)."""
-    config = config or ModelConfig()
-    # a word in a list of words is one inside a sentence
-    words: dict[str, Any] = {"add_prefix_space": True} if config.task == "token-classification" else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **words)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        tokenizer(["a", "b"] if words else "a b", is_split_into_words=bool(words))  # what cannot be used is found now
-    except Exception as error:  # tokenizers raises its own, and Transformers many
-        raise UserError(
-            f"{folder} has no usable tokenizer; put tokenizer.json and tokenizer_config.json there "
-            f"({first_line(error).rstrip(':')})"
-        ) from None
-    tokenizer.padding_side = "right"
-    return tokenizer
+@dataclass(frozen=True)
+class Head:
+    """What the data ask of a model's head."""
+
+    labels: tuple[str, ...] = ()
+    """Names of the classes, in the order of the logits; () keeps the head that the files have."""
+    label_kind: LabelKind | None = None
+    """What one label is: a class, a set of classes, a number. None: not known, or no classification."""
+    pad_token_id: int | None = None
+    """Id of the tokenizer's padding token; None keeps the model's own."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the head is made for these labels, or for a number, rather than kept as stored."""
+        return bool(self.labels) or self.label_kind == "number"
 
 
 def load_model(
     config: ModelConfig,
     folder: Path,
-    labels: tuple[str, ...] = (),
-    pad_token_id: int | None = None,
+    head: Head = Head(),
     device: torch.device | None = None,
-    label_kind: LabelKind | None = None,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The base model, in eval mode, quantised as asked, ready for backward passes; and the names of its modules that
-    are not in its files: a new head, for `labels`, or for a number (`label_kind`).
+    are not in its files: a new head, as `head` asks for.
 
     dtype "auto": under quantisation what `multiplies_bfloat16` says, else the stored type. A new head
     starts from torch's global random state; one of another size than the stored one is new. What lies outside the
@@ -162,10 +62,10 @@ def load_model(
     device = device or device_for()
     settings: dict[str, Any] = {"device_map": {"": device}, "attn_implementation": _attention()}
     quantised = config.quantization != "none"
-    described = _settled(config, folder, labels, pad_token_id, label_kind)
-    if labels or label_kind == "number":
+    described = _config_for(config, folder, head)
+    if head.is_own:
         settings["ignore_mismatched_sizes"] = True  # of a head for other labels
-    auto, trusted = _AUTO[config.task], config.trust_remote_code
+    auto, trusted = auto_class(config.task), config.trust_remote_code
     try:
         if quantised:
             with torch.device("meta"):
@@ -202,20 +102,18 @@ def _attention() -> str | None:
     return None if has_gpu() else "eager"
 
 
-def _settled(
-    config: ModelConfig, folder: Path, labels: tuple[str, ...], pad_token_id: int | None, label_kind: LabelKind | None
-) -> PreTrainedConfig:
+def _config_for(config: ModelConfig, folder: Path, head: Head) -> PreTrainedConfig:
     """The model's configuration for the task's labels."""
-    described = _described(config, folder)
-    if labels or label_kind == "number":
-        names = labels or ("number",)
+    described = read_model_config(config, folder)
+    if head.is_own:
+        names = head.labels or ("number",)
         described.num_labels = len(names)
         described.id2label = dict(enumerate(names))
         described.label2id = {label: i for i, label in enumerate(names)}
-        if label_kind is not None:
-            described.problem_type = _PROBLEMS[label_kind]  # type: ignore[assignment]
-    if pad_token_id is not None:
-        described.pad_token_id = pad_token_id
+        if head.label_kind is not None:
+            described.problem_type = _PROBLEMS[head.label_kind]  # type: ignore[assignment]
+    if head.pad_token_id is not None:
+        described.pad_token_id = head.pad_token_id
     if hasattr(text := described.get_text_config(), "use_cache"):
         text.use_cache = False  # of keys and values, which generation alone has use for
     return described
@@ -224,20 +122,18 @@ def _settled(
 def skeleton(
     config: ModelConfig,
     folder: Path,
-    labels: tuple[str, ...] = (),
-    pad_token_id: int | None = None,
-    label_kind: LabelKind | None = None,
+    head: Head = Head(),
 ) -> PreTrainedModel:
     """What `load_model` would load, on device "meta": shapes, types and code without numbers. Quantised layers are
     stand-ins that need what bitsandbytes' need (`stand_ins.py`)."""
     from sgm_finetune.model.stand_ins import FUSED_ATTENTION, stand_in
 
     quantised = config.quantization != "none"
-    described = _settled(config, folder, labels, pad_token_id, label_kind)
+    described = _config_for(config, folder, head)
     stored = getattr(described, "dtype", None) or torch.float32
     dtype = _dtype(config) or stored
     with torch.device("meta"):
-        model = _AUTO[config.task].from_config(
+        model = auto_class(config.task).from_config(
             described, dtype=dtype, attn_implementation=_attention(), trust_remote_code=config.trust_remote_code
         )
         if getattr(model.config.get_text_config(), "_attn_implementation", None) == "sdpa":

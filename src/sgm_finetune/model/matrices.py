@@ -10,7 +10,7 @@ from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.model.names import _conversions, block_of
+from sgm_finetune.model.names import block_of, weight_conversions
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def out_of_reach(model: nn.Module) -> list[str]:
     `...shared_expert.gate_proj` as the name by which the experts of that model type are stored, and adapts these."""
     stored = {
         leaf
-        for conversion in _conversions(model)
+        for conversion in weight_conversions(model)
         if isinstance(conversion, WeightConverter)
         for pattern in conversion.source_patterns
         if ".experts.*." in f".{pattern}" and (leaf := pattern.removesuffix(".weight").rpartition(".")[2])

@@ -26,14 +26,14 @@ def block_of(name: str) -> str | None:
     return None if number is None else ".".join(parts[: number + 1])
 
 
-def _conversions(model: nn.Module) -> list[Any]:
+def weight_conversions(model: nn.Module) -> list[Any]:
     return list(get_model_conversion_mapping(model)) if isinstance(model, PreTrainedModel) else []
 
 
 def stored_to_model_names(model: nn.Module) -> Callable[[str], str]:
     """A function from the name of a parameter in the model's files to its name in `model`: many experts' matrices have
     the name of one stack, and a bare encoder's files lack the task model's prefix. It can be pickled."""
-    conversions = _conversions(model)
+    conversions = weight_conversions(model)
     return partial(
         _model_name,
         renamings=[c for c in conversions if isinstance(c, WeightRenaming)],

@@ -1,57 +1,95 @@
-"""Evaluation on a data set: the loss of each task, its metrics, and answers that the model generates."""
+"""A model tested on a data set: its loss, its task's metrics, and the answers that it generates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import by_length
-from sgm_finetune.results.metrics import task_metrics
-from sgm_finetune.train.fast.head_loss import HeadLoss
-from sgm_finetune.train.losses import Collator, Progress, sum_losses
+from sgm_finetune.data.encoding import IGNORED
+from sgm_finetune.data.questions import has_answers, questions
+from sgm_finetune.results.generation import answer_metrics, generate_answers
+from sgm_finetune.results.metrics import (
+    classification_metrics,
+    multilabel_metrics,
+    regression_metrics,
+    tagging_metrics,
+)
+from sgm_finetune.train.losses import Losses, Progress, TestSet, sum_losses
+
+SHOWN_SAMPLES = 8
+"""Generated answers that are kept with their prompt and reference."""
 
 
-def evaluate_model(
-    model: nn.Module,
-    encoded: Dataset,
-    collator: Collator,
-    task: Task,
-    batch_size: int,
-    labels: Sequence[str] = (),
-    progress: Progress = lambda done, total: None,
-    head_loss: HeadLoss | None = None,
-) -> dict[str, Any]:
-    """`evaluate_with_predictions` without the predictions."""
-    return evaluate_with_predictions(model, encoded, collator, task, batch_size, labels, progress, head_loss)[0]
+@dataclass(frozen=True)
+class Evaluation:
+    """What a test found."""
+
+    metrics: dict[str, Any]
+    """Plain data. `loss` is the mean loss in nats, `num_examples` the number of examples; then the task's metrics."""
+    predictions: list[Any]
+    """For each example its class, vector of 0 and 1, number, or tags of its words; None for language models."""
 
 
-def evaluate_with_predictions(
-    model: nn.Module,
-    encoded: Dataset,
-    collator: Collator,
-    task: Task,
-    batch_size: int,
-    labels: Sequence[str] = (),
-    progress: Progress = lambda done, total: None,
-    head_loss: HeadLoss | None = None,
-) -> tuple[dict[str, Any], list[Any]]:
-    """The model's metrics on `encoded` (input_ids, labels), plain data; `loss` is the mean, num_examples their number.
-    And what it predicts of each example: a class, a vector of 0 and 1, a number, the tags of its words, or None.
+def evaluate_model(model: nn.Module, test_set: TestSet, progress: Progress = lambda done, total: None) -> Evaluation:
+    """Computes the loss of `model` on `test_set`, and the metrics of its task.
 
     One class: `classification_metrics`. Sets of classes: `multilabel_metrics`. Numbers: `regression_metrics`. Tagged
     words: `tagging_metrics`. Language modelling: perplexity = exp(loss), num_tokens (predicted).
     Raises UserError for a loss that is not finite.
     """
-    losses = sum_losses(model, encoded, by_length(encoded), collator, task, batch_size, progress, head_loss=head_loss)
+    encoded = test_set.encoded
+    losses = sum_losses(model, test_set, by_length(encoded), progress)
     mean = losses.total / losses.count
     if not math.isfinite(mean):
         raise UserError(f"The evaluation's loss is {mean}; try model.dtype=float32")
-    found = {"loss": mean, "num_examples": len(encoded)}
-    predicted = [losses.predictions[i] for i in range(len(encoded))]
-    return {**found, **task_metrics(task, encoded, predicted, losses, labels)}, predicted
+    predictions = [losses.predictions[i] for i in range(len(encoded))]
+    metrics = {"loss": mean, "num_examples": len(encoded)}
+    return Evaluation({**metrics, **_task_metrics(test_set, predictions, losses)}, predictions)
+
+
+def evaluate_answers(
+    model: nn.Module,
+    test_set: TestSet,
+    tokenizer: PreTrainedTokenizerBase,
+    num_generated: int,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Lets `model` answer the first `num_generated` test examples; returns the metrics of its answers, and a few
+    samples. Returns {} where none are asked for or the data has no answers."""
+    number = min(num_generated, len(test_set.encoded))
+    if not number or not has_answers(test_set.encoded, test_set.task):
+        return {}
+    asked = questions(test_set.encoded, range(number), test_set.task)
+    answers = generate_answers(model, asked, tokenizer, test_set.task, test_set.batch_size, progress)
+    texts = [
+        [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in (q.prompt, q.answer)] for q in asked
+    ]
+    samples = [
+        {"prompt": prompt, "reference": reference, "answer": answer}
+        for (prompt, reference), answer in zip(texts[:SHOWN_SAMPLES], answers, strict=False)
+    ]
+    metrics = answer_metrics(answers, [reference for _, reference in texts])
+    return {**metrics, "num_generated": number, "samples": samples}
+
+
+def _task_metrics(test_set: TestSet, predictions: list[Any], losses: Losses) -> dict[str, Any]:
+    truth = list(test_set.encoded["labels"])
+    match test_set.task:
+        case "causal-lm" | "seq2seq-lm":
+            mean = losses.total / losses.count
+            return {"perplexity": math.exp(min(mean, 700.0)), "num_tokens": losses.count}
+        case "token-classification":
+            tags = [[tag for tag in row if tag != IGNORED] for row in truth]
+            return tagging_metrics(tags, predictions, test_set.labels)
+    match truth[0]:
+        case int():
+            return classification_metrics(truth, predictions, len(test_set.labels))
+        case float():
+            return regression_metrics(truth, predictions)
+    return multilabel_metrics(truth, predictions)

@@ -1,4 +1,4 @@
-"""output.dir: whose it is, what a run leaves there before its first step, and whether a run may go on there."""
+"""output.dir: whether a run may use it, what a run writes there before its first step, and how it is resumed."""
 
 from __future__ import annotations
 
@@ -9,48 +9,52 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.environment import environment_file
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_json
 from sgm_finetune.base.text import first_mistake
-from sgm_finetune.base.untrusted import read_object, refuse
+from sgm_finetune.base.untrusted import refuse, require_json_object
 from sgm_finetune.data.encoding import fingerprint
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.measure.plan_file import save_plan
-from sgm_finetune.method.build_plan import Plan
-from sgm_finetune.results.files import PTH, RESULTS, clear_results, write_config
-from sgm_finetune.train.budget.fit import as_begun
+from sgm_finetune.method.plan import Plan
+from sgm_finetune.results.files import RESULTS, clear_results, write_config
+from sgm_finetune.results.pth import PTH
+from sgm_finetune.train.budget.fit import reuse_fit
 from sgm_finetune.train.checkpoints import best_checkpoint, is_whole, last_whole_checkpoint
 
 _PROGRESS = Path("checkpoints") / "progress.json"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What is known before training; kept in checkpoints/progress.json for a run that is resumed."""
+class Start:
+    """What a run knows before its first step; checkpoints/progress.json keeps it for a run that is resumed."""
 
     plan: Plan
     before: dict[str, Any]
-    predicted: list[Any]
-    """Of the first test examples, before."""
+    """Metrics of the untouched model on the test data."""
+    predictions: list[Any]
+    """Its predictions for the first test examples."""
     probe: dict[str, Any] | None
+    """What metrics.json reports about the probe; None: there was none."""
 
 
 def begin(
-    config: Config, asked: Config, output: Path, measured: Measured, prepared: PreparedData, seconds: dict[str, float]
+    config: Config, asked: Config, output: Path, start: Start, prepared: PreparedData, seconds: dict[str, float]
 ) -> None:
-    """The output folder as training finds it: an earlier run's results gone, this run's plan and numbers there.
-    `asked` is the configuration before it was fitted to memory.budget.
+    """Removes an earlier run's results from the output folder and writes this run's plan and numbers.
 
-    The first file says that a run has begun: one that was killed before its first checkpoint can be begun anew.
+    `asked` is the configuration before it was fitted to memory.budget. The first file shows that a run has begun, so
+    that one that was killed before its first checkpoint can begin anew.
     """
     if config.output.overwrite or _has_only_begun(output):
         clear_results(output)
     progress = {
-        "before": measured.before,
-        "predicted": measured.predicted,
-        "probe": measured.probe,
+        "before": start.before,
+        "predicted": start.predictions,
+        "probe": start.probe,
         "seconds": seconds,
         "asked": asked.model_dump(mode="json"),
         "data": _fingerprints(prepared),
@@ -58,25 +62,25 @@ def begin(
     write_json(output / _PROGRESS, progress)
     write_json(output / "environment.json", environment_file(config))
     write_config(output / "config.yaml", config)
-    save_plan(measured.plan, output / "plan.json")
+    save_plan(start.plan, output / "plan.json")
 
 
-def earlier(output: Path, plan: Plan, seconds: dict[str, float]) -> Measured:
-    """What the interrupted run had measured; its seconds count."""
+def recall_start(output: Path, plan: Plan, seconds: dict[str, float]) -> Start:
+    """Returns what the interrupted run knew before its first step, and adds its seconds to `seconds`."""
     progress = _progress(output)
     seconds |= progress.seconds
-    return Measured(plan, progress.before, progress.predicted, progress.probe)
+    return Start(plan, progress.before, progress.predicted, progress.probe)
 
 
 def as_it_began(config: Config, output: Path) -> Config:
-    """`config` of a resumed run, with what memory.budget chose when it began."""
+    """The configuration of a resumed run, with what memory.budget chose when the run began."""
     if not (output / "config.yaml").is_file() or not (output / _PROGRESS).is_file():
         return config
-    return as_begun(config, load_config(output / "config.yaml"), _progress(output).asked)
+    return reuse_fit(config, load_config(output / "config.yaml"), _progress(output).asked)
 
 
 def check_same_data(prepared: PreparedData, output: Path) -> None:
-    """Raises UserError where a resumed run would be given other examples than it began with."""
+    """Raises UserError if a resumed run would get other examples than it began with."""
     before = _progress(output).data
     for name, now in _fingerprints(prepared).items():
         if before.get(name, now) != now:
@@ -101,13 +105,13 @@ class _Progress(BaseModel):
 
 def _progress(output: Path) -> _Progress:
     try:
-        return _Progress.model_validate(read_object(output / _PROGRESS))
+        return _Progress.model_validate(require_json_object(output / _PROGRESS))
     except ValidationError as error:
         refuse(output / _PROGRESS, "progress of a run", ValueError(first_mistake(error)))
 
 
 def _has_only_begun(output: Path) -> bool:
-    """Whether what is there was left by a run that saved no checkpoint and no result: nothing to lose."""
+    """Whether the folder holds a run that saved neither a checkpoint nor a result, so that nothing can be lost."""
     return (
         (output / _PROGRESS).is_file()
         and not (output / PTH).exists()
@@ -116,7 +120,11 @@ def _has_only_begun(output: Path) -> bool:
 
 
 def claim_output(config: Config, output: Path) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh run. Raises UserError rather than touch earlier results."""
+    """Returns the checkpoint to resume from, or None for a fresh run.
+
+    Raises UserError if the folder holds earlier results that may not be replaced, if there is nothing to resume, or if
+    the folder cannot be written.
+    """
     if output.exists() and not output.is_dir():
         raise UserError(f"output.dir={output} is a file; name a folder")
     present = [name for name in RESULTS if (output / name).exists()]
@@ -128,10 +136,10 @@ def claim_output(config: Config, output: Path) -> Path | None:
             raise UserError(
                 f"{output} lacks the plan or the progress of the run to resume; start without training.resume"
             )
-        best = best_checkpoint(checkpoint)  # where it is gone, a later and better one had taken its place
+        best = best_checkpoint(checkpoint)  # if it is gone, a later and better one had taken its place
         if best is not None and best.is_dir() and not is_whole(best):
             raise UserError(f"{best}, the best checkpoint of the run to resume, is damaged; start a new run")
-        _same_run(config, output)
+        _check_same_run(config, output)
         _check_writable(output)
         return checkpoint
     if present and not config.output.overwrite and not _has_only_begun(output):
@@ -157,11 +165,11 @@ _FREE = (
     "training.resume", "training.shard", "training.micro_batch_size", "training.checkpointing", "output.dir",
     "output.overwrite", "training.report_to", "plan",
 )  # fmt: skip
-"""What may change when a run is resumed: what changes no result beyond rounding."""
+"""Keys that may change when a run is resumed: they change no result beyond rounding."""
 
 
-def _same_run(config: Config, output: Path) -> None:
-    """A resumed run must be the run that was interrupted: every key that shapes the result is equal."""
+def _check_same_run(config: Config, output: Path) -> None:
+    """Raises UserError if a key that shapes the result differs from the interrupted run's."""
     earlier = load_config(output / "config.yaml").model_dump(mode="json")
     now = config.model_dump(mode="json")
     for section, values in now.items():

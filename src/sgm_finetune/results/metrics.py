@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, mean_absolute_error, r2_score
-
-from sgm_finetune.base.config import Task
-from sgm_finetune.data.encoding import IGNORED
-from sgm_finetune.train.losses import Losses
 
 
 @dataclass(frozen=True)
@@ -46,25 +40,6 @@ METRICS = (
     Metric("loss", "loss", higher_is_better=False, unit="nats"),
 )
 """Metrics in the order in which they matter. Each task has some of them."""
-
-
-def task_metrics(
-    task: Task, encoded: Dataset, predicted: Sequence[Any], losses: Losses, labels: Sequence[str]
-) -> dict[str, Any]:
-    """Returns the metrics of the task: perplexity, or those of one of the functions below."""
-    truth = list(encoded["labels"])
-    match task:
-        case "causal-lm" | "seq2seq-lm":
-            mean = losses.total / losses.count
-            return {"perplexity": math.exp(min(mean, 700.0)), "num_tokens": losses.count}
-        case "token-classification":
-            return tagging_metrics([[tag for tag in row if tag != IGNORED] for row in truth], predicted, labels)
-    match truth[0]:
-        case int():
-            return classification_metrics(truth, predicted, len(labels))
-        case float():
-            return regression_metrics(truth, predicted)
-    return multilabel_metrics(truth, predicted)
 
 
 def classification_metrics(truth: Sequence[int], predicted: Sequence[int], num_labels: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Transformers' TrainingArguments for a run, and what this machine cannot do of them."""
+"""Transformers' TrainingArguments for a run, and the check that this machine can follow them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    TrainingArguments,
-)
+from transformers import TrainingArguments
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.device import has_gpu
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.batches import divided_batch, num_steps
+from sgm_finetune.data.batches import divide_batch, num_steps
 
 
 def training_arguments(config: Config, checkpoints: Path, num_train: int, world_size: int) -> TrainingArguments:
-    """Transformers' arguments for the run. Raises UserError where the batch cannot be divided over the processes."""
+    """Transformers' arguments for the run. Raises UserError when the batch cannot be divided over the processes."""
     training = config.training
-    micro, num_micro = divided_batch(config, world_size)
+    micro, num_micro = divide_batch(config, world_size)
     steps = num_steps(config, num_train)
     every = training.eval_steps or max(1, -(-steps // 4))
     return TrainingArguments(
@@ -64,23 +62,25 @@ def training_arguments(config: Config, checkpoints: Path, num_train: int, world_
 _OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw_8bit": {"optim": "adamw_bnb_8bit"}, "paged_adamw_8bit": {"optim": "paged_adamw_8bit"},
 }  # fmt: skip
-"""Our names for what Trainer makes by another."""
+"""Our name of an optimizer -> the arguments by which Trainer makes it."""
 
 
 _CHECKPOINTING: dict[bool | str, dict[str, bool] | None] = {
     False: None, True: {"use_reentrant": False}, "offload": {"use_reentrant": False, "offload": True},
 }  # fmt: skip
+"""`training.checkpointing` -> Transformers' settings for it."""
 
 
 def check_machine(config: Config) -> None:
-    """Raises UserError for an optimizer, a place for activations, or a tracker, that this machine has not."""
+    """Raises UserError when this machine lacks the GPU, or a package, that the optimizer, checkpointing or a tracker
+    needs."""
     if config.training.checkpointing == "offload" and not has_gpu():
-        raise UserError("training.checkpointing=offload is for GPUs, and there is none here; take true")
+        raise UserError("training.checkpointing=offload needs a GPU, and this machine has none; set it to true")
     name = config.training.optimizer
     if "8bit" in name and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"training.optimizer={name} needs bitsandbytes; pip install bitsandbytes, or take adamw")
+        raise UserError(f"training.optimizer={name} needs bitsandbytes; pip install bitsandbytes, or set it to adamw")
     if name.startswith("paged") and not has_gpu():
-        raise UserError(f"training.optimizer={name} is for GPUs, and there is none here; take adamw_8bit")
+        raise UserError(f"training.optimizer={name} needs a GPU, and this machine has none; set it to adamw_8bit")
     for tracker in config.training.report_to:
         if importlib.util.find_spec(tracker) is None:
-            raise UserError(f"training.report_to={tracker} needs its package; pip install {tracker}, or leave it out")
+            raise UserError(f"training.report_to={tracker} needs its package; pip install {tracker}, or remove it")

@@ -1,4 +1,4 @@
-"""Callbacks of Transformers' Trainer: signals, progress, non-finite losses, the sampler's epoch."""
+"""Callbacks for Transformers' Trainer: signals, progress, non-finite losses, the sampler's epoch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.memory import peak_memory
@@ -24,7 +20,7 @@ from sgm_finetune.data.batches import LengthGroupedSampler
 
 
 class SamplerEpoch(TrainerCallback):
-    """Tells the sampler its epoch. The data loader does not reach it when several processes resume within an epoch."""
+    """Sets the sampler's epoch. The data loader does not do so when several processes resume within an epoch."""
 
     def __init__(self) -> None:
         self.sampler: LengthGroupedSampler | None = None
@@ -35,7 +31,7 @@ class SamplerEpoch(TrainerCallback):
 
 
 class StepMeter(TrainerCallback):
-    """Times steps: what is between them (validation, checkpoints) does not count."""
+    """Measures the speed of steps. Work between steps (validation, checkpoints) does not count."""
 
     def __init__(self) -> None:
         self.began: tuple[float, int] | None = None
@@ -45,7 +41,10 @@ class StepMeter(TrainerCallback):
             self.began = time.perf_counter(), state.num_input_tokens_seen
 
     def read(self, state: TrainerState) -> dict[str, float]:
-        """Since the step that began after the last reading; named as Transformers names what differs between runs."""
+        """Peak memory, and tokens per second since the first step after the last reading.
+
+        The `train_` prefix is Transformers' own, for logs of the training loop.
+        """
         measured: dict[str, float] = {"train_peak_memory_bytes": peak_memory()}
         if self.began is not None:
             seconds, tokens = time.perf_counter() - self.began[0], state.num_input_tokens_seen - self.began[1]
@@ -56,7 +55,7 @@ class StepMeter(TrainerCallback):
 
 
 class NonFiniteLoss(TrainerCallback):
-    """Stops the run on a loss or gradient that is not finite, naming the step."""
+    """Stops the run when a loss or gradient norm is not finite; the error names the step."""
 
     def on_log(self, args, state: TrainerState, control, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         for name in ("loss", "grad_norm", "eval_loss"):
@@ -72,7 +71,8 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 
 class Interruption(TrainerCallback):
-    """Ctrl-C, SIGTERM, or a closed terminal: finish the step, save a checkpoint, stop. A second signal stops now."""
+    """On Ctrl-C, SIGTERM or a closed terminal, finishes the step, saves a checkpoint and stops the training. A second
+    signal stops it at once."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -80,7 +80,7 @@ class Interruption(TrainerCallback):
 
     def __enter__(self) -> Interruption:
         for number in _SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -90,27 +90,28 @@ class Interruption(TrainerCallback):
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name is not None:
-            if signal.Signals(number).name == "SIGHUP":  # shells send it again
+            if signal.Signals(number).name == "SIGHUP":  # shells send it twice
                 return
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
-        if not torch.distributed.is_initialized():  # else perhaps there will be no end of this step
-            self._say()
+        if not torch.distributed.is_initialized():  # otherwise this step may never end, if another process has died
+            self._announce()
 
-    def _say(self) -> None:
+    def _announce(self) -> None:
         print(f"{self.signal_name}: finishing this step and saving a checkpoint", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if any_process(self.signal_name is not None) and state.global_step < state.max_steps:
             if torch.distributed.is_initialized() and state.is_world_process_zero:
-                self._say()
+                self._announce()
             self.signal_name = self.signal_name or "signal on another process"
-            control.should_save = control.should_training_stop = True  # and a validation that is due comes first
+            control.should_save = control.should_training_stop = True  # a due validation still runs first
         return control
 
 
 class TrainingBar(TrainerCallback):
-    """A bar with loss, validation loss, tokens/s and memory; without a terminal, a line now and then."""
+    """A progress bar with loss, validation loss, tokens/s and memory; without a terminal, a line after each
+    validation."""
 
     def __init__(self, console: Console):
         self.console = console

@@ -1,12 +1,13 @@
-"""Checkpoints that are whole or do not count (docs/safety.md).
+"""Checkpoints count only when they are whole (docs/safety.md).
 
-Transformers writes a checkpoint's files one after the other, and then deletes older checkpoints. Here a checkpoint
-counts once a list of its files, with their sizes and hashes, stands behind them and all are on the disk; only then
-older ones go. So a run that was killed at any moment finds the last checkpoint that was whole.
+Transformers writes the files of a checkpoint one after another and then deletes older checkpoints. Here a checkpoint
+counts once all its files are on the disk, followed by a list of them with their sizes and hashes. Only then are older
+checkpoints deleted. So a run that is killed at any moment still has its last whole checkpoint.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,21 @@ from sgm_finetune.base.files import sync, write_json
 from sgm_finetune.base.untrusted import read_json
 
 CONTENTS = "contents.json"
-"""Written last: the checkpoint's files, their bytes and XXH3-128 hashes."""
+"""The list of a checkpoint's files, their sizes in bytes and their XXH3-128 hashes. Written last."""
 KEPT = 2
-"""Checkpoints that stay: the newest and the best, or the one before."""
+"""Number of checkpoints that stay: the newest, and the best or the one before."""
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Lists a checkpoint's files when all processes have written theirs, and lets older checkpoints go after that."""
+    """Lists a checkpoint's files when all processes have written theirs, then deletes older checkpoints."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if best := state.best_model_checkpoint:  # of a run whose folder has been moved
+        if best := state.best_model_checkpoint:  # the run's folder may have been moved
             state.best_model_checkpoint = str(Path(str(args.output_dir)) / Path(best).name)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # each process has its own random states
+            torch.distributed.barrier()  # each process writes its own random states
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             seal(folder)
@@ -44,7 +45,8 @@ class WholeCheckpoints(TrainerCallback):
 
 
 def seal(folder: Path) -> None:
-    """Writes the list of `folder`'s files behind them, all of them on the disk before it. Raises UserError."""
+    """Makes sure that all files of `folder` are on the disk, then writes their list. Raises UserError when it
+    cannot."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CONTENTS):
         sync(path)
@@ -54,7 +56,7 @@ def seal(folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all files that `seal` listed are there as they were."""
+    """Whether all files that `seal` listed are still there, unchanged."""
     try:
         listed = read_json(folder / CONTENTS)
         return bool(listed) and all(
@@ -66,33 +68,31 @@ def is_whole(folder: Path) -> bool:
 
 
 def last_whole_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that is whole, or None."""
-    return next((folder for folder in reversed(_numbered(checkpoints)) if is_whole(folder)), None)
+    """The newest whole checkpoint, or None."""
+    return next((folder for folder in reversed(_checkpoints_by_step(checkpoints)) if is_whole(folder)), None)
 
 
 def best_checkpoint(checkpoint: Path) -> Path | None:
-    """The one that `checkpoint` says was best so far, beside it, or None. Its run may have been moved since."""
+    """The best checkpoint so far according to `checkpoint`, or None. It is looked for beside `checkpoint`, since the
+    run's folder may have been moved."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     best = state.best_model_checkpoint
     return checkpoint.parent / Path(best).name if best else None
 
 
 def discard_after(checkpoint: Path) -> None:
-    """Removes what was begun after `checkpoint` and never became whole."""
-    numbered = _numbered(checkpoint.parent)
+    """Deletes the checkpoints after `checkpoint`, which never became whole."""
+    numbered = _checkpoints_by_step(checkpoint.parent)
     for folder in numbered[numbered.index(checkpoint) + 1 :]:
         shutil.rmtree(folder)
 
 
-def _numbered(checkpoints: Path) -> list[Path]:
-    """The checkpoints by their step; clocks play no part."""
+def _checkpoints_by_step(checkpoints: Path) -> list[Path]:
+    """The checkpoints in the order of their steps, whatever their files' times."""
     found = [path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while piece := file.read(2**22):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]

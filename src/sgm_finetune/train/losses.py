@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -18,24 +18,44 @@ from sgm_finetune.data.encoding import IGNORED
 from sgm_finetune.train.fast.head_loss import HeadLoss
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
-
-
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Encoded examples, and how a model is tested on them."""
+
+    __test__: ClassVar[bool] = False  # pytest collects classes of this name
+
+    encoded: Dataset
+    """Rows with input_ids and labels."""
+    collate: Collator
+    task: Task
+    batch_size: int
+    """Examples in a forward pass."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes or tags."""
+    head_loss: HeadLoss | None = None
+    """Computes a language model's loss without all of its logits (docs/method.md section 8)."""
 
 
 @dataclass
 class Losses:
-    """Sums over part of a data set: loss in nats (a number's: squared error), what it was counted over, and what was
-    predicted, by index: a class, a vector of 0 and 1, a number, or the tags of the words."""
+    """Sums over part of a data set."""
 
     total: float = 0.0
+    """Loss in nats; of numbers, the squared error."""
     count: int = 0
+    """Examples, predicted tokens or tagged words that the loss was summed over."""
     predictions: dict[int, Any] = field(default_factory=dict)
+    """Index of an example -> its predicted class, vector of 0 and 1, number, or tags of its words."""
 
 
 def summed_loss(logits: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, int]:
-    """(sum, count): cross-entropy in nats over examples (one class), predicted tokens or tagged words; over examples
-    the binary cross-entropy averaged over classes (labels: vectors), or the squared error (labels: numbers). float32.
+    """Returns (sum, count) of a batch's loss; the sum is float32.
+
+    The loss is the cross-entropy in nats over examples (one class), predicted tokens or tagged words. Where labels are
+    vectors, it is the binary cross-entropy averaged over classes; where labels are numbers, the squared error.
 
     >>> summed_loss(torch.tensor([[2.0]]), torch.tensor([5.0]), "sequence-classification")
     (tensor(9.), 1)
@@ -54,78 +74,59 @@ def summed_loss(logits: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, int
     return total, count
 
 
-def _predicted(logits: Tensor, labels: Tensor, task: Task) -> list[Any]:
-    """What the logits say about each example."""
-    match task:
-        case "sequence-classification" if labels.is_floating_point():
-            return logits.squeeze(-1).tolist() if labels.dim() == 1 else (logits > 0).long().tolist()
-        case "sequence-classification":
-            return logits.argmax(-1).tolist()
-        case "token-classification":
-            rows = zip(logits.argmax(-1), labels != IGNORED, strict=True)
-            return [row[tagged].tolist() for row, tagged in rows]
-        case _:
-            return [None] * len(labels)
-
-
 def sum_losses(
     model: nn.Module,
-    encoded: Dataset,
+    test_set: TestSet,
     indices: Sequence[int],
-    collator: Collator,
-    task: Task,
-    batch_size: int,
     progress: Progress = lambda done, total: None,
     num_batches: int = 0,
-    head_loss: HeadLoss | None = None,
 ) -> Losses:
-    """The summed loss of `model`, in eval mode, on `indices` of `encoded`. Sums are taken in float64 in the order
-    given, so that the same weights on the same machine give the same digits. The model's mode is restored.
+    """Returns the summed loss of `model`, in eval mode, on the examples `indices` of `test_set`.
 
-    At least `num_batches` are computed, the first one again where there are fewer: the processes that share a model
-    compute together.
+    Sums are taken in float64 in the order given, so that the same weights on the same machine give the same digits.
+    The model's mode is restored. At least `num_batches` batches are computed: processes that share a sharded model
+    compute together, so one with fewer batches computes its first example again.
     """
     device = next(model.parameters()).device
+    task = test_set.task
     was_training = model.training
     model.eval()
     losses = Losses()
+
+    def batch_of(chosen: Sequence[int]) -> dict[str, Tensor]:
+        return {k: v.to(device) for k, v in test_set.collate([test_set.encoded[i] for i in chosen]).items()}
+
     try:
-        with torch.no_grad():  # not inference_mode, whose tensors a sharded model would keep for training
-            for first in range(0, len(indices), batch_size):
-                chosen = indices[first : first + batch_size]
-                batch = {k: v.to(device) for k, v in collator([encoded[i] for i in chosen]).items()}
-                labels = batch["labels"] if task == "seq2seq-lm" else batch.pop("labels")  # which its decoder reads
-                if head_loss is not None:
-                    total, count = head_loss(model, batch, labels)
+        with torch.no_grad():  # not inference_mode: a sharded model would keep its tensors for training
+            for first in range(0, len(indices), test_set.batch_size):
+                chosen = indices[first : first + test_set.batch_size]
+                batch = batch_of(chosen)
+                # an encoder-decoder reads its labels as the decoder's input
+                labels = batch["labels"] if task == "seq2seq-lm" else batch.pop("labels")
+                if test_set.head_loss is not None:
+                    total, count = test_set.head_loss(model, batch, labels)
                     losses.predictions.update(dict.fromkeys(chosen))
                 else:
-                    logits = _forward(model, batch)
+                    logits = _logits(model, batch)
                     total, count = summed_loss(logits, labels, task)
-                    losses.predictions.update(zip(chosen, _predicted(logits, labels, task), strict=True))
+                    losses.predictions.update(zip(chosen, _predictions(logits, labels, task), strict=True))
                 losses.total += float(total)
                 losses.count += count
-                progress(min(first + batch_size, len(indices)), len(indices))
-            for _ in range(num_batches - -(-len(indices) // batch_size)):
-                batch = {k: v.to(device) for k, v in collator([encoded[indices[0] if indices else 0]]).items()}
-                _forward(model, batch if task == "seq2seq-lm" else {k: v for k, v in batch.items() if k != "labels"})
+                progress(min(first + test_set.batch_size, len(indices)), len(indices))
+            for _ in range(num_batches - -(-len(indices) // test_set.batch_size)):
+                batch = batch_of([indices[0] if indices else 0])
+                _logits(model, batch if task == "seq2seq-lm" else {k: v for k, v in batch.items() if k != "labels"})
     finally:
         model.train(was_training)
     return losses
 
 
-def _forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    try:
-        return model(**batch).logits
-    except RuntimeError as error:
-        if "dtype" not in str(error):
-            raise
-        what = f"A {type(model).__name__} cannot compute in its type ({first_line(error)})"
-        raise UserError(f"{what}; try model.dtype=float32") from None
-
-
 @torch.no_grad()
 def check_packing(model: nn.Module, encoded: Dataset) -> None:
-    """Raises UserError where packed examples see each other: the second one's logits are others than alone."""
+    """Raises UserError if packed examples see each other.
+
+    The check compares the logits of the second example of a packed sequence with those that it has alone.
+    """
     if "position_ids" not in encoded.column_names:
         return
     row = next((row for row in encoded if row["position_ids"].count(0) > 1), None)  # type: ignore[index, call-overload]
@@ -142,3 +143,27 @@ def check_packing(model: nn.Module, encoded: Dataset) -> None:
         raise UserError(
             f"data.packing=true: packed examples see each other in a {type(model).__name__}; take data.packing=false"
         )
+
+
+def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    try:
+        return model(**batch).logits
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        what = f"A {type(model).__name__} cannot compute in its type ({first_line(error)})"
+        raise UserError(f"{what}; try model.dtype=float32") from None
+
+
+def _predictions(logits: Tensor, labels: Tensor, task: Task) -> list[Any]:
+    """What the logits predict for each example; None for language models."""
+    match task:
+        case "sequence-classification" if labels.is_floating_point():
+            return logits.squeeze(-1).tolist() if labels.dim() == 1 else (logits > 0).long().tolist()
+        case "sequence-classification":
+            return logits.argmax(-1).tolist()
+        case "token-classification":
+            rows = zip(logits.argmax(-1), labels != IGNORED, strict=True)
+            return [row[tagged].tolist() for row, tagged in rows]
+        case _:
+            return [None] * len(labels)

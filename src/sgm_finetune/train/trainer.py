@@ -1,12 +1,13 @@
-"""Training: Transformers' `Trainer` with batches that do not depend on the number of processes, and manners.
+"""Training by Transformers' `Trainer`, in batches that do not depend on the number of processes.
 
-`SGMTrainer` adds to `Trainer` only what it has hooks for: a sampler, tying before a checkpoint is loaded, callbacks.
-A merged model trains as well under the plain `Trainer` or TRL's `SFTTrainer`.
+`SGMTrainer` adds a sampler, the loss in parts, tying before a checkpoint is loaded, and callbacks. A merged model
+also trains under the plain `Trainer` or TRL's `SFTTrainer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,25 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import writing
 from sgm_finetune.base.processes import sum_over_processes
 from sgm_finetune.data.batches import LengthGroupedSampler, by_length
-from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.method.plan import Plan
 from sgm_finetune.train.adapters.apply import tie
 from sgm_finetune.train.adapters.optimizer import create_optimizer
 from sgm_finetune.train.callbacks import Interruption, NonFiniteLoss, SamplerEpoch, StepMeter, TrainingBar
 from sgm_finetune.train.checkpoints import WholeCheckpoints, best_checkpoint
 from sgm_finetune.train.fast.head_loss import HeadLoss
-from sgm_finetune.train.losses import sum_losses, summed_loss
+from sgm_finetune.train.losses import Collator, TestSet, sum_losses, summed_loss
 
 _OWN_LOSS: tuple[Task, ...] = ("token-classification", "seq2seq-lm")
 
 
 class SGMTrainer(Trainer):
-    """`Trainer` for a model from `apply_plan`: pass its `plan`, so that loaded checkpoints stay tied."""
+    """`Trainer` for a model from `apply_plan`.
+
+    Pass the model's `plan`, so that a loaded checkpoint keeps shared factors tied. `task` makes losses exact means over
+    the whole batch. `global_batch_size` is the number of examples in a step over all processes; with it, batches hold
+    examples of similar length and do not depend on the number of processes. `head_loss` computes a language model's
+    loss without all of its logits.
+    """
 
     def __init__(
         self,
@@ -77,8 +84,11 @@ class SGMTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """With a `head_loss`, and of tasks whose models average over a micro-batch: the sum over the labels that the
-        whole batch has."""
+        """The loss of a micro-batch, as its share of the mean over the whole batch.
+
+        A `head_loss`, and the tasks whose models average over a micro-batch, sum over the labels here and divide by
+        `num_items_in_batch`, the number of labels in the whole batch.
+        """
         outputs: Any = None
         if num_items_in_batch is not None and self.head_loss is not None:
             batch = {key: value for key, value in inputs.items() if key != "labels"}
@@ -96,17 +106,15 @@ class SGMTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """With a `task`: the exact mean loss, each process taking its share, whatever their number."""
+        """Returns the exact mean loss if `task` is set; each process computes its share of the examples."""
         if self.task is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         model: Any = self.model
         share = by_length(dataset)[self.args.process_index :: self.args.world_size]
         size, largest_share = self.args.per_device_eval_batch_size, -(-len(dataset) // self.args.world_size)
-        losses = sum_losses(
-            model, dataset, share, self.data_collator, self.task, size, num_batches=-(-largest_share // size),
-            head_loss=self.head_loss,
-        )  # fmt: skip
+        test_set = TestSet(dataset, self.data_collator, self.task, size, head_loss=self.head_loss)
+        losses = sum_losses(model, test_set, share, num_batches=-(-largest_share // size))
         total, count = sum_over_processes(losses.total, float(losses.count))
         metrics = {f"{metric_key_prefix}_loss": total / count}
         self.log(metrics)
@@ -114,21 +122,23 @@ class SGMTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With a step's loss also its tokens per second, and the most memory until then (docs/report.md)."""
+        """Adds tokens per second and peak memory to the logged loss of a step (docs/report.md)."""
         if "loss" in logs:
             logs |= self._meter.read(self.state)
         super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """As `Trainer` clips, and before that: UserError for a gradient that is not finite, by name, while the weights
-        are those of the step before. No public hook comes between the gradients and their clipping, which makes all of
-        them NaN when one is."""
+        """Clips as `Trainer` does, after a check: raises UserError that names a gradient that is not finite.
+
+        The weights are still those of the step before. No public hook comes between the gradients and their clipping,
+        which makes all of them NaN if one is.
+        """
         if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
             return super()._clip_grad_norm(model)
         named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for _, p in named])
         if not torch.isfinite(total):
-            raise UserError(_not_finite(named, self.state.global_step + 1))
+            raise UserError(_describe_not_finite(named, self.state.global_step + 1))
         return super()._clip_grad_norm(model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -138,72 +148,99 @@ class SGMTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
-def _not_finite(named: Sequence[tuple[str, torch.nn.Parameter]], step: int) -> str:
-    """Which gradient it is: of several the last, since they come backward; the norm of finite ones can be infinite."""
+def _describe_not_finite(named: Sequence[tuple[str, torch.nn.Parameter]], step: int) -> str:
+    """The error message for gradients that are not finite. It names the last one in the model's order, which the
+    backward pass computes first. If each is finite and only their norm is not, it names all of them."""
     bad = [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
-    last = bad[-1].removeprefix("base_model.model.").replace(".default", "") if bad else "all of them together"
-    what = f"`{last}`" if len(bad) == 1 else f"`{last}` and {len(bad) - 1} before it" if bad else last
+    if not bad:
+        what = "all of them together"
+    else:
+        what = f"`{bad[-1].removeprefix('base_model.model.').replace('.default', '')}`"
+        if len(bad) > 1:
+            what += f" and {len(bad) - 1} before it"
     return (
         f"The gradient of {what} is not finite at step {step}; the weights are still those of the step before, and "
         "earlier checkpoints are whole. Try a smaller training.learning_rate or model.dtype=float32"
     )
 
 
-def train(
-    model: PeftModel,
-    plan: Plan,
-    config: Config,
-    datasets: tuple[Dataset, Dataset],
-    collator: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]],
-    arguments: TrainingArguments,
-    console: Console,
-    head_loss: HeadLoss | None = None,
-    resume_from: Path | None = None,
-) -> tuple[SGMTrainer, str | None]:
-    """Trains on `datasets` = (train, validation); the model holds the best checkpoint's weights afterwards.
+@dataclass(frozen=True)
+class TrainingJob:
+    """What is trained, on what, and how."""
 
-    Also returns the name of the signal that ended it early, if one did; then a checkpoint of the last step is on disk.
+    config: Config
+    model: PeftModel
+    plan: Plan
+    train: Dataset
+    validation: Dataset
+    collate: Collator
+    arguments: TrainingArguments
+    head_loss: HeadLoss | None = None
+    """Computes a language model's loss without all of its logits."""
+    resume_from: Path | None = None
+    """The checkpoint to continue from."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training ended. The model holds the weights of the best checkpoint, unless a signal stopped it."""
+
+    state: TrainerState
+    stopped_by: str | None
+    """Name of the signal that stopped it early; then a checkpoint of the last step is on the disk."""
+
+
+def train(job: TrainingJob, console: Console) -> Trained:
+    """Trains the adapters of `job.model`; validates, saves checkpoints, and shows progress on `console`.
+
+    Raises UserError for a loss or gradient that is not finite, a full disk, and a best checkpoint that is gone.
     """
-    callbacks: list[TrainerCallback] = [NonFiniteLoss(), WholeCheckpoints()]
-    if config.training.early_stopping_patience:
-        callbacks.append(EarlyStoppingCallback(config.training.early_stopping_patience))
+    training = job.config.training
     interruption = Interruption()
-    optimizer = None
-    if config.training.optimizer == "spectral":
-        optimizer = create_optimizer(
-            model, config.training.peak_learning_rate, weight_decay=config.training.weight_decay
-        )
-    trainer = SGMTrainer(
-        model=model,
-        optimizers=(optimizer, None),
-        args=arguments,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1],
-        data_collator=collator,
-        callbacks=[*callbacks, interruption, TrainingBar(console)],
-        plan=plan,
-        task=config.model.task,
-        global_batch_size=config.training.batch_size,
-        head_loss=head_loss,
-    )
-    trainer.remove_callback(PrinterCallback)
-    if resume_from is not None and not trainer.is_deepspeed_enabled:
-        state = TrainerState.load_from_json(str(resume_from / TRAINER_STATE_NAME))
-        if _has_ended(state, arguments.max_steps, config.training.early_stopping_patience):
+    trainer = _trainer(job, [interruption, TrainingBar(console)])
+    if job.resume_from is not None and not trainer.is_deepspeed_enabled:
+        state = TrainerState.load_from_json(str(job.resume_from / TRAINER_STATE_NAME))
+        if _has_ended(state, job.arguments.max_steps, training.early_stopping_patience):
             trainer.state = state  # Trainer would take one more step before it looks
-            trainer._load_from_checkpoint(str(best_checkpoint(resume_from) or resume_from))
-            return trainer, None
+            trainer._load_from_checkpoint(str(best_checkpoint(job.resume_from) or job.resume_from))
+            return Trained(state, None)
     remedy = "; make room and continue with training.resume=true: earlier checkpoints are whole"
-    with interruption, writing(Path(str(arguments.output_dir)), remedy):
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    with interruption, writing(Path(str(job.arguments.output_dir)), remedy):
+        trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
     best = trainer.state.best_model_checkpoint
     if interruption.signal_name is None and best and not Path(best).is_dir():  # Trainer would go on without it
         raise UserError(f"{best}, the best checkpoint of this run, is gone, and its weights with it; start a new run")
-    return trainer, interruption.signal_name
+    return Trained(trainer.state, interruption.signal_name)
+
+
+def _trainer(job: TrainingJob, callbacks: Sequence[TrainerCallback]) -> SGMTrainer:
+    """The trainer of `job`, with the optimizer that its configuration names."""
+    training = job.config.training
+    first: list[TrainerCallback] = [NonFiniteLoss(), WholeCheckpoints()]
+    if training.early_stopping_patience:
+        first.append(EarlyStoppingCallback(training.early_stopping_patience))
+    optimizer = None
+    if training.optimizer == "spectral":
+        optimizer = create_optimizer(job.model, training.peak_learning_rate, weight_decay=training.weight_decay)
+    trainer = SGMTrainer(
+        model=job.model,
+        optimizers=(optimizer, None),
+        args=job.arguments,
+        train_dataset=job.train,
+        eval_dataset=job.validation,
+        data_collator=job.collate,
+        callbacks=[*first, *callbacks],
+        plan=job.plan,
+        task=job.config.model.task,
+        global_batch_size=training.batch_size,
+        head_loss=job.head_loss,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _has_ended(state: TrainerState, max_steps: int, patience: int) -> bool:
-    """Whether a checkpoint is the last of its run: killed after it, only the evaluation was lost."""
+    """Whether a checkpoint is the last of its run, so that only the evaluation after it is missing."""
     callbacks: Any = state.stateful_callbacks or {}
     stopping = callbacks.get(EarlyStoppingCallback.__name__) or {}
     waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)

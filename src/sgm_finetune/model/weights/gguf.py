@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.model.weights.fused import Cut
-from sgm_finetune.model.weights.quantized import Parameter, Rows, assembled
+from sgm_finetune.model.weights.tensors import Parameter, Rows, assemble
 
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EXPERTS = re.compile(r"_exps\.weight$")
@@ -105,4 +105,4 @@ def _read_packed(raw, kind, shape: tuple[int, int], expert: int | None, cut: Cut
 
     packed = raw() if expert is None else raw()[expert]
     rows: Rows = lambda start, stop: torch.from_numpy(quants.dequantize(packed[start:stop], kind))  # noqa: E731
-    return assembled(shape, rows, cut)
+    return assemble(shape, rows, cut)

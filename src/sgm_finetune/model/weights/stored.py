@@ -2,7 +2,7 @@
 
 Matrices are the two-dimensional `.weight` tensors, torch's fused `in_proj_weight`, and every expert of a
 three-dimensional stack; biases, norms and convolutions are not. How quantised ones are read is in `quantized.py` and
-`gguf_files.py`, where fused ones are cut in `fused.py`.
+`gguf.py`, where fused ones are cut in `fused.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from sgm_finetune.base.text import first_line
 from sgm_finetune.base.untrusted import read_json, read_torch, shard_names
 from sgm_finetune.model.weights.fused import Cut, cuts
 from sgm_finetune.model.weights.gguf import gguf_tensors
-from sgm_finetune.model.weights.quantized import FLOATS, Parameter, StoredTensor, plain, read_quantised
+from sgm_finetune.model.weights.quantized import read_quantised
+from sgm_finetune.model.weights.tensors import FLOATS, Parameter, StoredTensor, plain
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",

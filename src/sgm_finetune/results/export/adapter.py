@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from sgm_finetune.results.load import Result, lora_config
+from sgm_finetune.results.load import Result
+from sgm_finetune.results.pth import lora_config
 
 
 def write_adapter(result: Result, skeleton: PreTrainedModel, base: str, folder: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from sgm_finetune.measure.make_plan import describe_plan
 from sgm_finetune.measure.plan_file import parse_plan
+from sgm_finetune.measure.plan_summary import describe_plan
 from sgm_finetune.results.load import Result
 from sgm_finetune.results.metrics import METRICS, Metric
 

@@ -19,8 +19,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.names import stored_to_model_names
-from sgm_finetune.model.weights.quantized import StoredTensor, quantisation
+from sgm_finetune.model.weights.quantized import quantisation
 from sgm_finetune.model.weights.stored import stored_tensors
+from sgm_finetune.model.weights.tensors import StoredTensor
 from sgm_finetune.results.load import Result, attach_untrained, base_skeleton
 from sgm_finetune.train.adapters.apply import ADAPTER, lora_layers, num_experts
 

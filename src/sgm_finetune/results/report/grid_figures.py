@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from sgm_finetune.measure.scan_result import MatrixScan
-from sgm_finetune.method.build_plan import Plan, PlannedMatrix
+from sgm_finetune.method.plan import Plan, PlannedMatrix
 from sgm_finetune.results.report.scan_table import short_kinds
 from sgm_finetune.results.report.svg import ALONE, INK, LINE, canvas, readable_on, svg
 

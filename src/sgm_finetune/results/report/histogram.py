@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sgm_finetune.measure.scan_result import MatrixScan
-from sgm_finetune.method.singular_values import Spectrum
+from sgm_finetune.method.singular_values import SingularValues
 from sgm_finetune.method.snr import bulk_density, bulk_sigma
 
 _MAX_BINS = 120
@@ -52,7 +52,7 @@ class Histogram:
         return self.bin_width * len(self.noise)
 
 
-def histogram_of(spectrum: Spectrum, matrix: MatrixScan) -> Histogram:
+def histogram_of(spectrum: SingularValues, matrix: MatrixScan) -> Histogram:
     """Returns the histogram of a matrix with the noise level, edge and rank that the scan found."""
     rows, cols = spectrum.alive
     values = spectrum.values[: min(rows, cols)]

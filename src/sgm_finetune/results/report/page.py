@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from sgm_finetune.base.files import write_text
-from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.examples import NUM_SHOWN
 from sgm_finetune.results.report import grid_figures, training_figures
 from sgm_finetune.results.report.formats import count, finite, layer_ranges

@@ -10,11 +10,12 @@ from typing import Any
 
 from jinja2 import UndefinedError
 
-from sgm_finetune.base.config import Config, load_config
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.untrusted import read_json
 from sgm_finetune.measure.plan_file import load_plan
-from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.report.pictures import Pictures, parse_pictures
 
 

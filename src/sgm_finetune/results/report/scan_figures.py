@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 
 from sgm_finetune.base.files import whole_file
 from sgm_finetune.measure.scan_result import MatrixScan, Scan
-from sgm_finetune.method.singular_values import Spectrum
+from sgm_finetune.method.singular_values import SingularValues
 from sgm_finetune.results.report.grid_figures import SNR_COLOURS, grid_of
 from sgm_finetune.results.report.histogram import histogram_of, law_of_noise
 from sgm_finetune.results.report.scan_table import kinds_in_order, lowest_median_highest, short_kinds
@@ -82,7 +82,7 @@ def _look(matrix: MatrixScan, colour: Callable[[float], str]) -> tuple[str, str]
     return colour(matrix.snr_db), f"{matrix.snr_db:.1f}".replace("-", "−")
 
 
-def save_histogram(spectrum: Spectrum, matrix: MatrixScan, path: Path) -> None:
+def save_histogram(spectrum: SingularValues, matrix: MatrixScan, path: Path) -> None:
     """Writes the singular values of a matrix as a PNG, with the law of the fitted noise and the noise edge."""
 
     def draw(figure: Figure) -> None:
@@ -98,7 +98,7 @@ def save_histogram(spectrum: Spectrum, matrix: MatrixScan, path: Path) -> None:
     _save(path, 6.4, 3.6, draw)
 
 
-def draw_histogram(axes: Axes, spectrum: Spectrum, matrix: MatrixScan, legend: bool = True) -> None:
+def draw_histogram(axes: Axes, spectrum: SingularValues, matrix: MatrixScan, legend: bool = True) -> None:
     """Draws the histogram of noise and signal, the Marchenko-Pastur law fitted to the noise (eq. 2, 3), and the edge.
 
     The legend counts the values beyond three edges, which the axis does not show.

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
-from sgm_finetune.method.build_plan import Plan
+from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.report.formats import NOTHING
 from sgm_finetune.results.report.pictures import SimilarityTable
 from sgm_finetune.results.report.svg import INK, canvas, svg

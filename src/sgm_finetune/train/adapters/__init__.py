@@ -1,1 +1,1 @@
-"""From a plan to an ordinary PEFT model whose groups share one parameter."""
+"""From a plan to an ordinary PEFT model, in which the layers of a group share one parameter."""

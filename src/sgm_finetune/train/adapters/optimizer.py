@@ -1,9 +1,9 @@
-"""A torch optimizer for LoRA factors, shared ones included: spectral descent (docs/method.md section 6)."""
+"""Spectral descent: a torch optimizer for LoRA factors, shared ones included (docs/method.md section 6)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from sgm_finetune.base.config import Optimizer
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.method.descent import (
     channel_profile,
@@ -23,16 +24,17 @@ from sgm_finetune.method.descent import (
 from sgm_finetune.train.adapters.apply import ADAPTER, lora_layers, num_experts
 
 _CHANNEL_MEMORY = 0.95
-"""Weight of the past in the running means of a factor's channels."""
+"""Weight of the past in the running mean of a factor's channels."""
 HEAD_RATE = 1e-3
-"""AdamW's learning rate for trained parameters that are no factors: a new classification head."""
+"""AdamW's learning rate for trained parameters that are not factors, such as a new classification head."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The two factors of one layer's update and its scaling; layers of a group hold the same parameter.
+    """The two factors and the scaling of one layer's update; the layers of a group hold the same shared parameter.
 
-    Of a stack of experts `a` is (experts·r) x d_in, expert by expert, and `b` d_out x (r·experts), as PEFT has them.
+    `a` is r x d_in and `b` is d_out x r. For a stack of experts, `a` is (experts·r) x d_in, expert by expert, and `b`
+    is d_out x (r·experts), direction by direction, as PEFT stores them.
     """
 
     a: nn.Parameter
@@ -42,12 +44,12 @@ class Pair:
 
     @property
     def unit(self) -> float:
-        """Spectral norm of B·D (or D·A) with which ΔW changes by 1 in the norm from RMS to RMS (eq. 17b)."""
+        """The spectral norm of B·D (or D·A) at which ΔW changes by 1 in the norm from RMS to RMS (eq. 17b)."""
         return math.sqrt(self.b.shape[0] / self.a.shape[1]) / self.scaling
 
 
 def factor_pairs(model: PeftModel) -> list[Pair]:
-    """Every LoRA layer's factors, in the model's order."""
+    """The factors of every LoRA layer, in the model's order."""
     return [
         Pair(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER], num_experts(layer))  # type: ignore
         for layer in lora_layers(model).values()
@@ -57,10 +59,11 @@ def factor_pairs(model: PeftModel) -> list[Pair]:
 def create_optimizer(
     model: PeftModel, lr: float, head_lr: float = HEAD_RATE, weight_decay: float = 0.0
 ) -> FactorDescent:
-    """The optimizer of everything that `model` trains, for any trainer: `Trainer(optimizers=(optimizer, None))`.
+    """Returns the optimizer of all parameters that `model` trains, for any trainer: `Trainer(optimizers=(it, None))`.
 
-    LoRA factors take steps of `lr`, the norm from RMS to RMS of the change of ΔW; what else is trained (a new head)
-    takes AdamW's at `head_lr`. Schedules scale both. Build it after `apply_plan`, and before a checkpoint is loaded.
+    LoRA factors take steps of `lr`, the norm from RMS to RMS of the change of ΔW. Other trained parameters, such as a
+    new head, take AdamW's steps at `head_lr`. Schedules scale both rates. Build the optimizer after `apply_plan` and
+    before a checkpoint is loaded.
     """
     pairs = factor_pairs(model)
     factors = {id(factor) for pair in pairs for factor in (pair.a, pair.b)}
@@ -71,12 +74,11 @@ def create_optimizer(
 class FactorDescent(torch.optim.Optimizer):
     """Momentum, then spectral descent on every factor (eq. 17).
 
-    The step `lr` is the norm from RMS to RMS by which ΔW changes, the metric of a shared factor the mean over its
-    members; no factor changes by more than about 1/`trust` of itself (eq. 18). State of an r x d factor: its momentum
-    and d running means (AdamW: twice the factor). Factors of equal shape step together, in float32; each expert of a
-    stack has its own step. `others` are
-    stepped by AdamW at `others_lr`. Weight decay is decoupled, as AdamW's. Raises UserError for a gradient that is not
-    finite, before any factor has moved.
+    The step `lr` is the norm from RMS to RMS by which ΔW changes. The metric of a shared factor is the mean over its
+    members. No factor changes by more than about 1/`trust` of itself (eq. 18). The state of an r x d factor is its
+    momentum and d running means (AdamW's: twice the factor). Factors of equal shape step together, in float32; each
+    expert of a stack has its own step. AdamW steps the `others` at `others_lr`. Weight decay is decoupled, as in AdamW.
+    `step` raises UserError, before any factor changes, when a gradient is not finite.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class FactorDescent(torch.optim.Optimizer):
             groups.append({"params": list(others), "lr": others_lr})
         super().__init__(groups, {"momentum": momentum, "weight_decay": weight_decay})
         self.trust = trust
-        self._made_shares: dict[tuple[int, ...], Tensor] = {}
+        self._member_weight_cache: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -117,36 +119,36 @@ class FactorDescent(torch.optim.Optimizer):
         for factor in group["params"]:
             if factor.grad is not None:
                 buckets.setdefault(self._bucket(factor), []).append(factor)
-        # before anything is changed, and once: on a GPU each question waits for all that was asked of it before
+        # checked before anything changes, and only once: on a GPU each check waits for all the work queued before it
         norm = nn.utils.get_total_norm([f.grad for factors in buckets.values() for f in factors])  # type: ignore[misc]
         if not torch.isfinite(norm):
             raise UserError("A gradient is not finite; try a smaller training.learning_rate or model.dtype=float32")
-        grams = self._grams()
+        grams = self._gram_matrices()
         metrics = []
         for bucket, factors in buckets.items():
             own = torch.stack([grams[f] for f in factors])
             floor = partner_floor(_mean_square(own), group["lr"] * bucket.unit, self.trust)
-            metrics.append(partner_metric(self._metric(factors, grams), floor))
-        directions = descent_directions(self._parts(buckets, inverse_roots(metrics), group["momentum"]))
-        # nothing is asked of the factors any more: both step from where both were
+            metrics.append(partner_metric(self._partner_gram(factors, grams), floor))
+        directions = descent_directions(self._step_inputs(buckets, inverse_roots(metrics), group["momentum"]))
+        # all directions are computed before any factor changes, so A and B step from the same point
         for (bucket, factors), steps in zip(buckets.items(), directions, strict=True):
             steps *= group["lr"] * bucket.unit
             if group["weight_decay"]:
                 torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])  # type: ignore
-            torch._foreach_sub_(factors, [stored(bucket.side, step) for step in steps.unbind()])  # type: ignore
+            torch._foreach_sub_(factors, [pack_factor(bucket.side, step) for step in steps.unbind()])  # type: ignore
 
-    def _parts(
+    def _step_inputs(
         self, buckets: dict[_Bucket, list[nn.Parameter]], roots: Sequence[Tensor], momentum: float
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(Nesterov's look ahead, S⁻¹, channels) of each bucket; the running means take this step's values in."""
+        """Updates the running means and yields (Nesterov's look-ahead, S⁻¹, channels) for each bucket."""
         for (bucket, factors), root in zip(buckets.items(), roots, strict=True):
-            gradients = torch.stack([laid(bucket.side, f.grad.float(), bucket.experts) for f in factors])  # type: ignore[union-attr]
-            moved = self._running("momentum", factors, gradients, momentum)
-            channels = self._running("channels", factors, channel_profile(root @ gradients), _CHANNEL_MEMORY)
+            gradients = torch.stack([unpack_factor(bucket.side, f.grad.float(), bucket.experts) for f in factors])  # type: ignore[union-attr]
+            moved = self._update_means("momentum", factors, gradients, momentum)
+            channels = self._update_means("channels", factors, channel_profile(root @ gradients), _CHANNEL_MEMORY)
             yield moved.lerp_(gradients, 1 - momentum), root, channels
 
-    def _running(self, name: str, factors: list[nn.Parameter], values: Tensor, memory: float) -> Tensor:
-        """The factors' running means of `values`, (n, ...), with this step's value in them; a copy."""
+    def _update_means(self, name: str, factors: list[nn.Parameter], values: Tensor, memory: float) -> Tensor:
+        """Updates the factors' running means called `name` by `values`, (n, ...), and returns a copy of them."""
         means = []
         for factor, value in zip(factors, values, strict=True):
             state = self.state[factor]
@@ -187,40 +189,68 @@ class FactorDescent(torch.optim.Optimizer):
         return _Bucket(side, pairs[0].num_experts, factor.shape, self._unit(factor), len(pairs))
 
     def _unit(self, factor: nn.Parameter) -> float:
-        """The first member's; `_metric` measures the others in it."""
+        """The first member's unit; `_partner_gram` converts the other members to it."""
         return self.members[factor][1][0].unit
 
-    def _grams(self) -> dict[nn.Parameter, Tensor]:
-        """Every factor's A·Aᵀ or Bᵀ·B, experts x r x r."""
+    def _gram_matrices(self) -> dict[nn.Parameter, Tensor]:
+        """Factor -> its Gram matrix A·Aᵀ or Bᵀ·B, experts x r x r."""
         alike: dict[tuple[str, int, torch.Size], list[nn.Parameter]] = {}
         for factor, (side, pairs) in self.members.items():
             alike.setdefault((side, pairs[0].num_experts, factor.shape), []).append(factor)
         grams: dict[nn.Parameter, Tensor] = {}
         for (side, experts, _), factors in alike.items():
-            rows = torch.stack([laid(side, f.float(), experts) for f in factors])
+            rows = torch.stack([unpack_factor(side, f.float(), experts) for f in factors])
             grams.update(zip(factors, (rows @ rows.mT).unbind(), strict=True))
         return grams
 
-    def _metric(self, factors: list[nn.Parameter], grams: dict[nn.Parameter, Tensor]) -> Tensor:
-        """Mean Gram matrix (n x experts x r x r) of each factor's partners, each in its own layer's unit."""
+    def _partner_gram(self, factors: list[nn.Parameter], grams: dict[nn.Parameter, Tensor]) -> Tensor:
+        """Mean Gram matrix of each factor's partners (n x experts x r x r), each partner in its own layer's unit."""
         members = [self.members[f] for f in factors]
         partners = [grams[pair.b if side == "a" else pair.a] for side, pairs in members for pair in pairs]
         gram = torch.stack(partners).unflatten(0, (len(factors), -1))
         if gram.shape[1] > 1:
-            gram = gram * self._shares(factors, gram.device)
+            gram = gram * self._member_weights(factors, gram.device)
         return gram.mean(1)
 
-    def _shares(self, factors: list[nn.Parameter], device: torch.device) -> Tensor:
-        """How much a member's change counts, (n, members, 1, 1, 1); made once: making it has a GPU wait."""
+    def _member_weights(self, factors: list[nn.Parameter], device: torch.device) -> Tensor:
+        """How much the change of each member counts, (n, members, 1, 1, 1). Cached, because making it blocks a GPU."""
         key = tuple(map(id, factors))
-        if key not in self._made_shares:
-            shares = [[(self._unit(f) / pair.unit) ** 2 for pair in self.members[f][1]] for f in factors]
-            self._made_shares[key] = torch.tensor(shares, dtype=torch.float32, device=device)[..., None, None, None]
-        return self._made_shares[key]
+        if key not in self._member_weight_cache:
+            weights = [[(self._unit(f) / pair.unit) ** 2 for pair in self.members[f][1]] for f in factors]
+            self._member_weight_cache[key] = torch.tensor(weights, dtype=torch.float32, device=device)[
+                ..., None, None, None
+            ]
+        return self._member_weight_cache[key]
+
+
+def state_bytes(trained: Iterable[nn.Parameter], optimizer: Optimizer) -> int:
+    """Bytes of the state that `optimizer` holds for the `trained` parameters after its first step.
+
+    Spectral descent holds 4 bytes for each number of a factor and for each of its channels (`FactorDescent`). AdamW
+    holds 8 bytes a number. AdamW in 8 bits holds 2 bytes a number, plus scales that are not counted here, and 8 bytes a
+    number for tensors of less than 4,096 numbers, which bitsandbytes keeps in 32 bits. Does not cover stacks of
+    experts; counts a matrix that is not a factor (a new head's) as if it were one.
+    """
+    match optimizer:
+        case "adamw":
+            return sum(8 * p.numel() for p in trained)
+        case "adamw_8bit" | "paged_adamw_8bit":
+            return sum(2 * p.numel() if p.numel() >= 4096 else 8 * p.numel() for p in trained)
+        case "spectral":
+            return sum(4 * (p.numel() + max(p.shape)) if p.dim() == 2 else 8 * p.numel() for p in trained)
+
+
+def workspace_bytes(trained: Iterable[nn.Parameter]) -> int:
+    """Bytes that a step of `FactorDescent` needs beside its state: the directions of all factors, and about five
+    tensors as large as the factors of one shape, which step together."""
+    buckets: dict[torch.Size, int] = {}
+    for parameter in trained:
+        buckets[parameter.shape] = buckets.get(parameter.shape, 0) + 4 * parameter.numel()
+    return sum(buckets.values()) + 5 * max(buckets.values(), default=0)
 
 
 class _Bucket(NamedTuple):
-    """What factors that step together have in common."""
+    """What the factors that step together have in common."""
 
     side: str
     experts: int
@@ -229,10 +259,10 @@ class _Bucket(NamedTuple):
     num_members: int
 
 
-def laid(side: str, factor: Tensor, experts: int = 1) -> Tensor:
-    """The factors as experts x r x d, from how PEFT stores them.
+def unpack_factor(side: str, factor: Tensor, experts: int = 1) -> Tensor:
+    """A factor as experts x r x d, unpacked from PEFT's layout.
 
-    >>> laid("b", torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), experts=2).tolist()
+    >>> unpack_factor("b", torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), experts=2).tolist()
     [[[1, 5], [3, 7]], [[2, 6], [4, 8]]]
     """
     if side == "a":
@@ -240,8 +270,8 @@ def laid(side: str, factor: Tensor, experts: int = 1) -> Tensor:
     return factor.unflatten(1, (-1, experts)).permute(2, 1, 0)
 
 
-def stored(side: str, factors: Tensor) -> Tensor:
-    """Inverse of `laid`."""
+def pack_factor(side: str, factors: Tensor) -> Tensor:
+    """A factor in PEFT's layout: the inverse of `unpack_factor`."""
     return factors.flatten(0, 1) if side == "a" else factors.permute(2, 1, 0).flatten(1, 2)
 
 

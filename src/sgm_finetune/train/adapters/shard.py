@@ -1,4 +1,4 @@
-"""The frozen base sharded over the processes of a run (FSDP2), the trained factors replicated (docs/scale.md)."""
+"""Shards the frozen base over the processes of a run (FSDP2); the trained factors are replicated (docs/scale.md)."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ from sgm_finetune.model.names import block_of
 
 @dataclass(frozen=True)
 class Sharded:
-    """Bytes of parameters."""
+    """The number of sharded blocks, and bytes of parameters."""
 
     num_blocks: int
     whole: int
-    """Of all of them."""
+    """Bytes of all parameters."""
     here: int
-    """Of what this process holds."""
+    """Bytes that this process holds."""
 
 
 def shard_base(model: PreTrainedModel, device: torch.device, new_modules: Sequence[str] = ()) -> Sharded:
-    """Cuts the parameters of every numbered block, and of embeddings and head where they are not tied, into one piece a
-    process, which goes to `device`; a block is whole only while it computes. `new_modules`, and what is added later,
-    stay whole on every process: adapters, and so every shared factor.
+    """Cuts the base into one piece a process and moves each piece to its process's `device`.
 
-    To be called on every process, with the process group initialised, for a model that lies on the CPU: it is cut block
-    by block, so `device` never holds more than its pieces and one block. 4-bit weights are cut too; their scales stay
-    whole. All parameters are frozen. Raises UserError for stacks of experts and for 8-bit weights.
+    Cuts the parameters of every numbered block, and of embeddings and head unless they are tied; a block is whole only
+    while it computes. `new_modules` and modules added later (adapters, so every shared factor) stay whole on every
+    process. 4-bit weights are cut too, but their scales stay whole. Freezes all parameters.
+
+    Every process must call it, with the process group initialised and the model on the CPU. The model is cut block by
+    block, so `device` never holds more than its pieces and one block. Raises UserError for stacks of experts and for
+    8-bit weights.
     """
     matrices = adaptable(model)
     if any(matrix.num_experts is not None for matrix in matrices.values()):
-        raise UserError("training.shard=true is not possible with a model of experts; take training.shard=false")
+        raise UserError("training.shard=true is not possible with a model of experts; set training.shard=false")
     if any(p.dtype == torch.int8 for p in model.parameters()):
-        raise UserError("training.shard=true is not possible with 8-bit weights; take model.quantization=nf4 or none")
+        raise UserError("training.shard=true is not possible with 8-bit weights; set model.quantization=nf4 or none")
     model.requires_grad_(False)
     whole = _num_bytes(model)
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
@@ -53,8 +55,8 @@ def shard_base(model: PreTrainedModel, device: torch.device, new_modules: Sequen
     for module in (*map(model.get_submodule, blocks), *ends, *_around(model, blocks)):
         if not all(p in apart for p in module.parameters()):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=apart)
-    model.to(device)  # type: ignore[arg-type]  # what was not cut
-    for module, weight in packed.items():  # bitsandbytes' 4-bit layers; PEFT asks their weights for these
+    model.to(device)  # type: ignore[arg-type]  # moves what was not cut
+    for module, weight in packed.items():  # bitsandbytes' 4-bit layers: PEFT reads these attributes of the weights
         module.quant_state.to(device)  # type: ignore[operator, union-attr]
         for name in ("compress_statistics", "quant_type"):
             setattr(module.weight, name, getattr(weight, name))
@@ -62,7 +64,7 @@ def shard_base(model: PreTrainedModel, device: torch.device, new_modules: Sequen
 
 
 def reduce_factors_only(model: PeftModel) -> None:
-    """Tells data parallelism to leave the pieces of the base alone, which are different on every process."""
+    """Makes data parallelism ignore the pieces of the base, which differ between processes."""
     pieces = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
     model._ddp_params_and_buffers_to_ignore = sorted(pieces)  # type: ignore[assignment]
 
@@ -73,7 +75,7 @@ def _num_bytes(model: nn.Module) -> int:
 
 
 def _ends(model: PreTrainedModel) -> tuple[list[nn.Module], set[nn.Parameter]]:
-    """Embeddings and output layer that hold weights of their own; and the weights that modules share."""
+    """The embeddings and the output layer that hold their own weights, and the weights that several modules share."""
     owners: dict[nn.Parameter, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -84,7 +86,7 @@ def _ends(model: PreTrainedModel) -> tuple[list[nn.Module], set[nn.Parameter]]:
 
 
 def _around(model: nn.Module, blocks: Sequence[str]) -> list[nn.Module]:
-    """The modules that call the blocks one after another, inner ones first: within them the next block is gathered
-    while one computes. (PEFT calls the model itself past its hooks, so it can be none of them.)"""
+    """The modules that call the blocks one after another, inner ones first. Sharding them lets the next block be
+    gathered while one computes. The model itself is not among them: PEFT calls it without its hooks."""
     names = dict.fromkeys(block.rpartition(".")[0].rpartition(".")[0] for block in blocks)
     return [model.get_submodule(name) for name in sorted(names, key=lambda n: -n.count(".")) if name]

@@ -1,1 +1,1 @@
-"""What a run needs, predicted before it starts, and how it is made to fit."""
+"""What a run needs: the memory, disk space and time predicted before it begins."""

@@ -1,7 +1,8 @@
-"""What a computation needs, found without computing: tensors of device "meta" have shapes and no numbers.
+"""Counts the memory and the operations that a computation needs, without computing it.
 
-The code that will run is run on them, and every operation's new tensors are followed until they are freed. What a
-kernel allocates and frees within itself is not seen, but for those listed here.
+Tensors of device "meta" have shapes and no numbers. The code that will run is run on them, and every new tensor of
+every operation is followed until it is freed. Memory that a kernel allocates and frees within itself is not seen,
+except for the kernels in `_WORKSPACES`.
 """
 
 from __future__ import annotations
@@ -12,22 +13,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
 _WORKSPACES = {_aten.logsumexp.default: 1.0}
-"""Operation -> bytes that its CPU kernel holds within, in units of its first argument."""
+"""Operation -> bytes that its CPU kernel allocates within itself, in units of its first argument's size."""
+
+
+def saved_elsewhere() -> saved_tensors_hooks:
+    """A context in which tensors kept for the backward pass do not count: the host holds them instead of the GPU, as
+    with `training.checkpointing=offload`, where they are what the checkpointed blocks read."""
+    return saved_tensors_hooks(
+        lambda kept: (kept.shape, kept.dtype), lambda sent: torch.empty(sent[0], dtype=sent[1], device="meta")
+    )
 
 
 class Footprint(TorchDispatchMode):
-    """A context manager. `peak`: most bytes of tensors made within it that were alive at a time; `now`: those alive;
-    `flops`: of matrix products; `traffic`: bytes that all operations read and wrote. `known` tensors do not count.
+    """A context manager that follows the tensors made within it.
 
-    Nothing can be read from tensors without numbers: a number that is asked for is 1 (a mask hides nothing), and a
-    boolean index selects `num_selected` rows. `wide_at_peak`: bytes at the peak of tensors whose last dimension is
-    `width`.
+    `peak`: most bytes of such tensors that were alive at one time. `now`: bytes alive now. `wide_at_peak`: bytes at the
+    peak of tensors whose last dimension is `width`. `flops`: floating-point operations of matrix products. `traffic`:
+    bytes that all operations read and wrote. Tensors in `known` do not count.
+
+    Tensors without numbers cannot be read: a number that the code asks for is 1 (so a mask hides nothing), and a
+    boolean index selects `num_selected` rows.
 
     >>> with Footprint() as footprint:
     ...     a = torch.zeros(256, 256, device="meta")
@@ -41,7 +53,7 @@ class Footprint(TorchDispatchMode):
         self.now = self.peak = self.flops = self.traffic = 0
         self.num_selected, self.width = num_selected, width
         self.wide = self.wide_at_peak = 0
-        # a storage without numbers has no address: its object stands for it, as long as it lives
+        # a storage without numbers has no address; its object identifies it as long as it lives
         self._alive: dict[int, Any] = {s._cdata: s for s in (tensor.untyped_storage() for tensor in known)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,9 +63,9 @@ class Footprint(TorchDispatchMode):
         if func is _aten.index.Tensor and args[0].is_meta and _selects(args[1]):
             mask = args[1][0]
             made = torch.empty(self.num_selected, *args[0].shape[mask.dim() :], dtype=args[0].dtype, device="meta")
-        elif func is _aten.unique_consecutive.default and args[0].is_meta:  # all are alike
+        elif func is _aten.unique_consecutive.default and args[0].is_meta:  # all entries are equal
             made = tuple(torch.empty(1, dtype=args[0].dtype, device="meta") for _ in range(3))
-        elif func is _aten._grouped_mm.default and args[0].is_meta:  # of every type, as its CPU kernel
+        elif func is _aten._grouped_mm.default and args[0].is_meta:  # accepts every type, as its CPU kernel does
             made = _grouped_product(args[0], args[1], kwargs.get("offs", args[2] if len(args) > 2 else None))
         else:
             made = func(*args, **kwargs)
@@ -94,17 +106,19 @@ class Footprint(TorchDispatchMode):
 
 
 def _grouped_product(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
-    """Rows in groups that end there, each with a matrix of its own; of two matrices, one product a group."""
+    """The output of a grouped product, without numbers. `ends` are the row indices at which the groups end. A 3-D `b`
+    holds one matrix a group; a 2-D `b` gives one product a group."""
     if b.dim() == 3:
         return torch.empty(*a.shape[:-1], b.shape[-1], dtype=a.dtype, device="meta")
     return torch.empty(1 if ends is None else len(ends), a.shape[0], b.shape[1], dtype=a.dtype, device="meta")
 
 
 def _selects(indices: Any) -> bool:
+    """Whether an index is one boolean mask."""
     return len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
 
 
 def _is_view(func: Any) -> bool:
-    """Whether an operation only looks at its argument in another way."""
+    """Whether an operation returns a view of its argument."""
     returned = func._schema.returns
     return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write

@@ -1,12 +1,11 @@
-"""An estimate in words: one line, and a table for the terminal."""
+"""An estimate as text: one line, and a table for the terminal."""
 
 from __future__ import annotations
 
 from rich.table import Table
 
-from sgm_finetune.base.text import gib
-from sgm_finetune.train.budget.estimate import Estimate
-from sgm_finetune.train.budget.fit import PHASES
+from sgm_finetune.base.text import gib, mib
+from sgm_finetune.train.budget.needs import PHASES, Estimate
 
 _PARTS = {
     "process_bytes": "libraries and data",
@@ -20,22 +19,25 @@ _PARTS = {
 
 
 def describe_estimate(needed: Estimate, within_reach: int) -> str:
-    """One line: the most memory and in which phase, what it consists of there, disk and time."""
+    """One line: the peak memory, its phase and the weights' part of it, then disk space and time."""
     seconds = sum(needed.seconds.values())
-    took = f"{seconds / 3600:.1f} h" if seconds >= 6000 else f"{seconds / 60:.0f} min"
     if seconds < 100:
-        took = f"{seconds:.0f} s"
+        duration = f"{seconds:.0f} s"
+    elif seconds < 6000:
+        duration = f"{seconds / 60:.0f} min"
+    else:
+        duration = f"{seconds / 3600:.1f} h"
     parts = [
         f"about {gib(needed.peak_bytes)} at most ({PHASES[needed.peak_phase]}), "
         f"{gib(needed.weights_bytes)} of it weights; {gib(within_reach)} within reach",
-        f"{needed.disk_bytes / 2**20:,.0f} MiB on disk",
-        f"about {took} after the scan",
+        f"{mib(needed.disk_bytes)} on disk",
+        f"about {duration} after the scan",
     ]
     return " · ".join(parts)
 
 
 def estimate_table(needed: Estimate, within_reach: int) -> Table:
-    """The parts of a training step, then the whole of every phase, then disk and time."""
+    """The parts of a training step, then the memory of every phase, disk space and time."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column()
     table.add_column(justify="right")
@@ -43,20 +45,18 @@ def estimate_table(needed: Estimate, within_reach: int) -> Table:
     where = f"micro-batch of {needed.micro_batch_size}, the longest of {needed.longest} tokens"
     table.add_row("[bold]a step consists of[/bold]", "MiB", where)
     for key, name in _PARTS.items():
-        table.add_row(f"  {name}", _mib(getattr(needed, key)))
+        table.add_row(f"  {name}", _in_mib(getattr(needed, key)))
     table.add_row(
-        "[bold]most memory while[/bold]", "MiB", f"on this {needed.device}: {_mib(within_reach)} within reach"
+        "[bold]most memory while[/bold]", "MiB", f"on this {needed.device}: {_in_mib(within_reach)} within reach"
     )
     for phase, num_bytes in needed.phases.items():
-        table.add_row(f"  {PHASES[phase]}", _mib(num_bytes), "the most" if phase == needed.peak_phase else "")
-    table.add_row("[bold]disk[/bold]", _mib(needed.disk_bytes), "adapter, .pth, checkpoints")
-    table.add_row(
-        "[bold]time after the scan[/bold]", "s", f"{needed.steps:,} steps; measured beside: a product, a copy"
-    )
+        table.add_row(f"  {PHASES[phase]}", _in_mib(num_bytes), "peak" if phase == needed.peak_phase else "")
+    table.add_row("[bold]disk[/bold]", _in_mib(needed.disk_bytes), "adapter, .pth, checkpoints")
+    table.add_row("[bold]time after the scan[/bold]", "s", f"{needed.steps:,} steps, at this machine's speed")
     for what, seconds in needed.seconds.items():
         table.add_row(f"  {what}", f"{seconds:,.0f}")
     return table
 
 
-def _mib(num_bytes: int) -> str:
+def _in_mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.0f}"

@@ -1,7 +1,8 @@
-"""Attention that keeps no probabilities for the backward pass, for CPUs (docs/method.md section 8).
+"""Attention for CPUs that keeps no probabilities for the backward pass (docs/method.md section 8).
 
-Transformers' eager attention keeps heads x length x length numbers a layer, twice; torch's fused one keeps none and is
-the slower one in bfloat16 on a CPU (docs/LOG.md). Here they are computed again, one sequence at a time.
+Transformers' eager attention keeps heads x length x length numbers a layer, twice. Torch's fused attention keeps none,
+but is slower in bfloat16 on a CPU (docs/LOG.md). Here the backward pass computes the probabilities again, one sequence
+at a time.
 """
 
 from __future__ import annotations
@@ -16,20 +17,23 @@ from transformers.masking_utils import eager_mask
 from sgm_finetune.train.fast.same_output import ROUNDING, output_change
 
 NAME = "sgm_recomputed"
-_MORE = ("softcap", "s_aux", "position_bias", "head_mask")
-"""What some models hand to attention beside a mask."""
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+"""Arguments beside a mask that some models pass to attention and that this one does not support."""
 
 
-class _Attention(torch.autograd.Function):
-    """softmax(s·q kᵀ + mask) v, sequence by sequence. q: (batch, heads, length, d); k, v: (batch, key heads, keys, d),
-    each for heads / key heads consecutive heads; mask, added: (batch or 1, 1, length, keys) or None."""
+class RecomputedAttention(torch.autograd.Function):
+    """softmax(s·q kᵀ + mask) v, sequence by sequence.
+
+    q: (batch, heads, length, d). k, v: (batch, key heads, keys, d); each key head serves heads / key heads consecutive
+    heads. mask: (batch or 1, 1, length, keys), added to the scores, or None.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         output = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
         for i in range(len(q)):
             grouped = q[i].reshape(k.shape[1], -1, q.shape[-1])
-            probabilities = _probabilities(grouped, k[i], _of(mask, i), scaling, q.shape[-2])
+            probabilities = _probabilities(grouped, k[i], _sequence_mask(mask, i), scaling, q.shape[-2])
             torch.bmm(probabilities, v[i], out=output[i].view(k.shape[1], -1, v.shape[-1]))
         ctx.scaling = scaling
         ctx.save_for_backward(q, k, v, mask)
@@ -41,7 +45,7 @@ class _Attention(torch.autograd.Function):
         for_q, for_k, for_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         for i in range(len(q)):
             grouped, delta = (x[i].reshape(k.shape[1], -1, x.shape[-1]) for x in (q, gradients[0]))
-            probabilities = _probabilities(grouped, k[i], _of(mask, i), ctx.scaling, q.shape[-2])
+            probabilities = _probabilities(grouped, k[i], _sequence_mask(mask, i), ctx.scaling, q.shape[-2])
             torch.bmm(probabilities.mT, delta, out=for_v[i])
             p, for_p = probabilities.float(), torch.bmm(delta, v[i].mT).float()
             # softmax's derivative: p (for_p - Σ p for_p)
@@ -51,12 +55,13 @@ class _Attention(torch.autograd.Function):
         return for_q, for_k, for_v, None, None
 
 
-def _of(mask: Tensor | None, i: int) -> Tensor | None:
+def _sequence_mask(mask: Tensor | None, i: int) -> Tensor | None:
+    """The mask of sequence `i`; a mask of batch size 1 serves all sequences."""
     return None if mask is None else mask[min(i, len(mask) - 1)]
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, length: int) -> Tensor:
-    """(key heads, heads / key heads · length, keys), of q's type; the softmax in float32."""
+    """Attention probabilities, (key heads, heads / key heads · length, keys), in q's type; the softmax is float32."""
     scores = torch.bmm(q, k.mT).mul_(scaling)
     if mask is not None:
         scores.view(len(k), -1, length, k.shape[-2]).add_(mask)
@@ -67,11 +72,11 @@ def _forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    if dropout or any(kwargs.get(name) is not None for name in _MORE):
-        raise NotImplementedError("attention with dropout, caps, sinks or biases of position")
+    if dropout or any(kwargs.get(name) is not None for name in _UNSUPPORTED):
+        raise NotImplementedError("attention with dropout, softcapping, sinks or position biases")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask = attention_mask[..., : key.shape[-2]] if attention_mask is not None else None
-    output = _Attention.apply(query, key, value, mask, scaling)
+    output = RecomputedAttention.apply(query, key, value, mask, scaling)
     return output.transpose(1, 2).contiguous(), None  # type: ignore[union-attr]
 
 
@@ -80,15 +85,18 @@ AttentionMaskInterface.register(NAME, eager_mask)
 
 
 def recompute_attention(model: PreTrainedModel, batch: dict[str, Tensor]) -> bool:
-    """Has `model` keep no attention probabilities, where its output for `batch` stays what it is; whether it does. Not
-    where its attention has dropout, or more to it than a mask (caps, sinks, biases of position)."""
+    """Makes `model` recompute attention probabilities instead of keeping them, if its output for `batch` stays the
+    same.
+
+    Returns whether it did. Attention with dropout, softcapping, sinks or position biases stays as it is.
+    """
     config: Any = model.config.get_text_config()
     before = config._attn_implementation
     if any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")):
         return False
-    refusals = (ValueError, TypeError, RuntimeError)  # NotImplementedError is one
-    off = output_change(model, batch, lambda: model.set_attn_implementation(NAME), refusals)
-    same = config._attn_implementation == NAME and off <= ROUNDING
+    refusals = (ValueError, TypeError, RuntimeError)  # NotImplementedError is a RuntimeError
+    change = output_change(model, batch, lambda: model.set_attn_implementation(NAME), refusals)
+    same = config._attn_implementation == NAME and change <= ROUNDING
     if not same:
         model.set_attn_implementation(before)
     return same

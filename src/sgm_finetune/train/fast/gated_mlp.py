@@ -1,7 +1,7 @@
 """Gated MLPs that keep two tensors for the backward pass instead of four (docs/method.md section 8).
 
 down(act(gate(x)) ∘ up(x)) keeps gate(x), act(gate(x)), up(x) and the product, each as wide as the MLP. Here the
-product and the activation are computed again, in the backward pass of `down` and of the product.
+backward passes of `down` and of the product compute the product and the activation again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Activation = Callable[[Tensor], Tensor]
 
 
 class _Product(torch.autograd.Function):
-    """act(gate) ∘ up, of any one shape; keeps both."""
+    """act(gate) ∘ up, of equal shapes; keeps gate and up for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: _Activation) -> Tensor:
@@ -44,27 +44,30 @@ class _Product(torch.autograd.Function):
 
 
 def _forward(module: Any, x: Tensor) -> Tensor:
+    """The forward of a gated MLP, of whose product the backward pass keeps only the shape."""
     gate, up, act = module.gate_proj(x), module.up_proj(x), module.act_fn
     if not torch.is_grad_enabled():
         return module.down_proj(act(gate).mul_(up))
     product = _Product.apply(gate, up, act)
-    there = product.untyped_storage()._cdata  # type: ignore[union-attr]
+    product_storage = product.untyped_storage()._cdata  # type: ignore[union-attr]
     gate, up = gate.detach(), up.detach()
 
-    def packed(kept: Tensor) -> Tensor | torch.Size:
-        same = kept.untyped_storage()._cdata == there and kept.numel() == gate.numel()
+    def pack(kept: Tensor) -> Tensor | torch.Size:
+        same = kept.untyped_storage()._cdata == product_storage and kept.numel() == gate.numel()
         return kept.shape if same and kept.is_contiguous() else kept
 
-    def unpacked(found: Tensor | torch.Size) -> Tensor:
-        return found if isinstance(found, Tensor) else act(gate).mul_(up).view(found)
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else act(gate).mul_(up).view(kept)
 
-    with saved_tensors_hooks(packed, unpacked):
+    with saved_tensors_hooks(pack, unpack):
         return module.down_proj(product)
 
 
 def recompute_mlps(model: PreTrainedModel, batch: dict[str, Tensor]) -> bool:
-    """Has the gated MLPs of `model` keep less, where its output for `batch` stays what it is; whether it does. Not for
-    checkpointed blocks, which would keep more by it."""
+    """Makes the gated MLPs of `model` keep two tensors instead of four, if its output for `batch` stays the same.
+
+    Returns whether it did. Do not use it with checkpointed blocks, which would keep more.
+    """
     found = [m for m in model.modules() if {name for name, _ in m.named_children()} == _PARTS]
 
     def replace() -> None:
@@ -81,8 +84,8 @@ def recompute_mlps(model: PreTrainedModel, batch: dict[str, Tensor]) -> bool:
 
 
 def recomputed_width(model: nn.Module, lowest: int = 0) -> int:
-    """Entries for each token of all products that `recompute_mlps` has computed again, from the block `lowest` on:
-    below the lowest that is trained there is no backward pass, and nothing is kept."""
+    """Entries a token of all the products that `recompute_mlps` makes the model compute again, from block `lowest` on.
+    Below the lowest trained block there is no backward pass, and nothing is kept."""
     changed = (
         module
         for name, module in model.named_modules()

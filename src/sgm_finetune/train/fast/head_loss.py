@@ -1,7 +1,8 @@
-"""Cross-entropy of a causal language model without all of its logits (docs/method.md section 8).
+"""Cross-entropy of a causal language model without the logits of a whole batch (docs/method.md section 8).
 
-The logits of a batch are its largest tensor: tokens x vocabulary, in float32, and as large again for their gradient.
-Here they exist for a few rows at a time, of predicted tokens only, and become the hidden states' gradient at once.
+The logits are the largest tensor of a batch: tokens x vocabulary, in float32, and their gradient is as large again.
+Here they exist for a few rows at a time, of predicted tokens only, and the hidden states' gradient is computed from
+them at once.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from torch.distributed.tensor import DTensor
 
 from sgm_finetune.data.encoding import IGNORED
 
-_CHUNK = {"cpu": 2**21, "cuda": 2**25}
-"""Logits that exist at a time. On a CPU larger ones take more memory and no less time (docs/LOG.md)."""
+NUM_LOGITS = {"cpu": 2**21, "cuda": 2**25}
+"""Number of logits that exist at one time. On a CPU more of them take more memory and no less time (docs/LOG.md)."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Σ (log Σ exp z − z[y]), z = W h. h: (n, d); W: (vocabulary, d), frozen; y: (n,). The sum is float32."""
+    """Σ (log Σ exp z − z[y]) with z = W h, summed in float32. h: (n, d). W: (vocabulary, d), frozen. y: (n,)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, _CHUNK.get(hidden.device.type, _CHUNK["cpu"]) // weight.shape[0])
+        size = max(1, NUM_LOGITS.get(hidden.device.type, NUM_LOGITS["cpu"]) // weight.shape[0])
         for first in range(0, len(hidden), size):
             rows = slice(first, first + size)
             targets = labels[rows, None]
@@ -49,10 +50,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """(sum in nats, count) over the positions whose next label counts. hidden: (batch, length, d); weight: (vocabulary,
-    d), not trained; labels: (batch, length), IGNORED where none counts."""
+    """The loss in nats, summed over all positions whose next label is not IGNORED, and the number of these positions.
+
+    hidden: (batch, length, d). weight: (vocabulary, d). labels: (batch, length). Raises NotImplementedError when
+    `weight` is trained.
+    """
     if weight.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError("the output layer is trained, and gets no gradient from a loss in parts")
+        raise NotImplementedError("a trained output layer gets no gradient from a loss computed in parts")
     targets = labels[:, 1:]
     counted = targets != IGNORED
     rows = hidden[:, :-1][counted]
@@ -60,46 +64,49 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
 
 
 class HeadLoss:
-    """The summed loss of a causal language model, from what its decoder gives its output layer."""
+    """Computes the summed loss of a causal language model in parts, from its decoder's hidden states."""
 
     def __init__(self, decoder: nn.Module, head: nn.Linear) -> None:
         self.decoder, self.head = decoder, head
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int]:
-        """(sum in nats, count). `model` may be wrapped; its own logits are computed for one position."""
-        # by index: a slice is not contiguous, for which the output layer's weights are copied for every example
+        """The summed loss in nats, and the number of predictions. `model` may be wrapped; its own logits are computed
+        for one position only."""
+        # an index, not a slice: a slice is not contiguous, and for it the output layer copies its weights an example
         first = torch.zeros(1, dtype=torch.long, device=labels.device)
-        hidden, _ = _decoded(model, self.decoder, {**batch, "logits_to_keep": first})
+        hidden, _ = _run_decoder(model, self.decoder, {**batch, "logits_to_keep": first})
         return linear_cross_entropy(hidden, self.head.weight, labels)
 
     def mean(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """The mean loss of a batch with its labels, in nats."""
+        """The mean loss of a batch, which holds its labels, in nats."""
         total, count = self(model, {name: x for name, x in batch.items() if name != "labels"}, batch["labels"])
         return total / count
 
 
 @torch.no_grad()
-def head_loss(model: nn.Module, batch: dict[str, Tensor]) -> HeadLoss | None:
-    """`HeadLoss` of a causal language model, where its logits for the beginning of `batch` are what its output layer
-    makes of its decoder's output; None where they are scaled or capped, or the layer is in pieces. A model that
-    trains its output layer must not use it."""
+def find_head_loss(model: nn.Module, batch: dict[str, Tensor]) -> HeadLoss | None:
+    """Returns the `HeadLoss` of a causal language model, or None if its loss cannot be computed in parts.
+
+    It can if the logits for the beginning of `batch` are the output layer applied to the decoder's output, neither
+    scaled nor capped, and the layer is not sharded. Do not use it for a model that trains its output layer.
+    """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     head, decoder = base.get_output_embeddings(), base.base_model
     if type(head) is not nn.Linear or head.bias is not None or decoder is base:
         return None
     if isinstance(head.weight, DTensor) or "logits_to_keep" not in inspect.signature(base.forward).parameters:
         return None
-    passed: list[Any] = []
-    with head.register_forward_hook(lambda module, args, output: passed.append((args[0], output))):
-        hidden, logits = _decoded(model, decoder, {"input_ids": batch["input_ids"][:1, :32]})
-    if logits.is_meta:  # nothing can be computed: whether the same tensors went through
-        given, made = passed[-1]
+    calls: list[Any] = []
+    with head.register_forward_hook(lambda module, args, output: calls.append((args[0], output))):
+        hidden, logits = _run_decoder(model, decoder, {"input_ids": batch["input_ids"][:1, :32]})
+    if logits.is_meta:  # no numbers to compare: check that the same tensors went through the layer
+        given, made = calls[-1]
         return HeadLoss(decoder, head) if made is logits and given._base is hidden else None
     return HeadLoss(decoder, head) if torch.equal(logits, head(hidden)) else None
 
 
-def _decoded(model: nn.Module, decoder: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """What the decoder gives the output layer, and the logits."""
+def _run_decoder(model: nn.Module, decoder: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The decoder's output, which the output layer reads, and the logits."""
     seen: list[Tensor] = []
     with decoder.register_forward_hook(lambda module, args, output: seen.append(output[0])):
         logits = model(**inputs).logits

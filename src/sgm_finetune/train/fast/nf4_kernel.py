@@ -1,8 +1,8 @@
-"""Four bits to numbers in one kernel, for GPUs: bitsandbytes' weights with nested scales take three.
+"""Dequantises bitsandbytes' 4-bit weights in one GPU kernel; with nested scales bitsandbytes takes three.
 
-Not imported where Triton is missing. A weight's entry is code[its four bits] times its block's scale, and a scale is
-code₂[its byte] times a scale of its own, plus an offset (QLoRA, arXiv 2305.14314, section 3); all in float32, so that
-the bits are those of bitsandbytes.
+Import it only where Triton is installed. An entry of a weight is code[its four bits] times the scale of its block. A
+nested scale is code₂[its byte] times a scale of its own, plus an offset (QLoRA, arXiv 2305.14314, section 3). All of it
+is computed in float32, so the result has the same bits as bitsandbytes'.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 
 _BYTES = 2048
-"""Packed bytes that a program unpacks."""
+"""Number of packed bytes that one program unpacks."""
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _unpack(packed, code, scales, scale_code, scale_scales, offset, out, num_byt
 
 
 def dequantize(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    """(d_out, d_in) of bitsandbytes' packed NF4 or FP4 weight and its `quant_state`."""
+    """The weight in `dtype`, (d_out, d_in), from bitsandbytes' packed NF4 or FP4 weight and its `quant_state`."""
     out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     num_bytes = packed.numel()
     nested = state.nested

@@ -1,8 +1,9 @@
-"""What training.step=fast does to a model before it is measured, trained and evaluated (docs/method.md section 8)."""
+"""Applies training.step=fast to a model before it is measured, trained and evaluated (docs/method.md section 8)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from peft import PeftModel
 from torch import Tensor
@@ -13,42 +14,56 @@ from sgm_finetune.base.device import has_gpu
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.attention import recompute_attention
 from sgm_finetune.train.fast.gated_mlp import recompute_mlps
-from sgm_finetune.train.fast.head_loss import HeadLoss, head_loss
+from sgm_finetune.train.fast.head_loss import HeadLoss, find_head_loss
 from sgm_finetune.train.fast.liger import use_liger
 from sgm_finetune.train.launch import zero_stage
 
 _COLUMNS = 64
-"""As many tokens of a batch show whether a model computes the same in another way."""
+"""Number of tokens of each example on which a changed model is compared with the unchanged one."""
+
+
+class FastBase(NamedTuple):
+    """What `prepare_base` gives beside the model that it changes."""
+
+    head_loss: HeadLoss | None
+    """The loss computed in parts, or None where the model's own loss is used."""
+    remarks: list[str]
+    """One line for each part of the fast step that this model does without, and why."""
 
 
 def prepare_base(
     config: Config, model: PreTrainedModel, new_modules: Sequence[str], batch: dict[str, Tensor]
-) -> tuple[HeadLoss | None, list[str]]:
-    """Attention that keeps no probabilities (on a CPU), Liger's kernels (on a GPU) and the loss in parts (a causal
-    language model's), where they give what the model itself gives for the beginning of `batch`; the remarks say where
-    they do not."""
+) -> FastBase:
+    """Makes `model` compute the fast step. Returns its loss and remarks.
+
+    On a CPU attention keeps no probabilities, and gated MLPs keep less unless blocks are checkpointed. On a GPU Liger's
+    kernels compute. A causal language model gets its loss in parts. Each change is made only if the model's output for
+    the beginning of `batch` stays the same. With training.step=peft the model stays as it is.
+    """
     if config.training.step == "peft":
-        return None, []
+        return FastBase(None, [])
     remarks = []
     beginning = {name: x[:, :_COLUMNS] if x.dim() == 2 else x for name, x in batch.items()}
     beginning = {name: x.to(model.device) for name, x in beginning.items()}
     if has_gpu() and model.device.type != "cpu":
-        if (why := use_liger(model, beginning)) is not None:
-            remarks.append(f"norms, rotary embeddings and MLPs by Transformers' own code: {why}")
+        reason = use_liger(model, beginning)
+        if reason is not None:
+            remarks.append(f"Transformers' own code computes norms, rotary embeddings and MLPs: {reason}")
     elif not has_gpu() and not recompute_attention(model, beginning):
-        remarks.append("attention by Transformers' own code: this model's has dropout, or more to it than a mask")
+        remarks.append("Transformers' own code computes attention: this model's has dropout, or more than a mask")
     if not has_gpu() and not config.training.checkpointing:
         recompute_mlps(model, beginning)
     if config.model.task != "causal-lm":
-        return None, remarks
+        return FastBase(None, remarks)
     found = None
-    if not new_modules and zero_stage() < 3:  # a new output layer is trained; ZeRO-3 has it in pieces
-        found = head_loss(model, {"input_ids": beginning["input_ids"]})
+    if not new_modules and zero_stage() < 3:  # a new output layer is trained; ZeRO-3 cuts it into pieces
+        found = find_head_loss(model, {"input_ids": beginning["input_ids"]})
     if found is None:
-        remarks.append("the loss from all logits of a batch: this model's cannot be had in parts")
-    return found, remarks
+        remarks.append("the loss takes all logits of a batch: this model's cannot be computed in parts")
+    return FastBase(found, remarks)
 
 
 def prepare_adapters(config: Config, adapted: PeftModel) -> list[str]:
-    """Updates added in place; returns the names of the layers whose update PEFT's own forward adds."""
+    """Makes the LoRA layers add their updates in place. Returns the names of the layers that cannot and keep PEFT's own
+    forward. Does nothing and returns no names with training.step=peft."""
     return use_fast_step(adapted) if config.training.step == "fast" else []

@@ -1,4 +1,4 @@
-"""Whether a model computes the same in another way, which the fast step asks before it does (docs/method.md 8)."""
+"""Checks that a changed model still computes the same output, as the fast step requires (docs/method.md 8)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 ROUNDING = 0.02
-"""`output_change` that another order of the same operations may make, in bfloat16."""
+"""The largest `output_change` that another order of the same operations makes in bfloat16."""
 
 
 @torch.no_grad()
@@ -20,27 +20,31 @@ def output_change(
     change: Callable[[], Any],
     refusals: tuple[type[Exception], ...] = (),
 ) -> float:
-    """‖z' − z‖/‖z‖ of the model's logits for `batch` before and after `change`, in eval mode; infinite where the
-    changed model raises one of `refusals`; 0 on device "meta", where there are no numbers."""
+    """The relative change ‖z' − z‖/‖z‖ of the model's logits for `batch` that `change()` causes, in eval mode.
+
+    Infinite if the changed model raises one of `refusals`; 0 on device "meta", where there are no numbers.
+    """
     was_training = model.training
     model.eval()
     try:
-        expected = _logits(model, batch)
+        before = _logits(model, batch)
         try:
             change()
-            found = _logits(model, batch)
+            after = _logits(model, batch)
         except refusals:
             return math.inf
     finally:
         model.train(was_training)
-    if found.is_meta:
+    if after.is_meta:
         return 0.0
-    difference, size = float((found - expected).norm()), float(expected.norm())
-    return difference / size if size else math.inf if difference else 0.0
+    difference, size = float((after - before).norm()), float(before.norm())
+    if size:
+        return difference / size
+    return math.inf if difference else 0.0
 
 
 def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Of tokens, not of padding, in float32; of a sequence where it has one for all."""
+    """The logits in float32, without those of padding tokens if the model has logits for each token."""
     logits: Tensor = model(**batch).logits.float()
     mask = batch.get("attention_mask")
     return logits[mask.bool()] if mask is not None and logits.shape[:2] == mask.shape else logits

@@ -1,0 +1,144 @@
+"""Reads the configuration from a YAML file and `key=value` overrides; reports a mistake in one line."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from sgm_finetune.base.config import Config, known_keys, sections
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.text import short_repr
+from sgm_finetune.base.untrusted import parse_yaml, read_yaml
+
+
+def load_config(path: Path | str | None, overrides: typing.Sequence[str] = ()) -> Config:
+    """The configuration in a YAML file (None: all defaults), with `section.key=value` overrides applied.
+
+    Raises UserError for a missing or unreadable file, an unknown key (the message names the nearest known key), a value
+    of the wrong type or out of range, and an override that is not `key=value`.
+    """
+    where = str(path) if path is not None else "defaults"
+    values = _read_yaml(Path(path)) if path is not None else {}
+    origin = dict.fromkeys(_leaf_keys(values), where)
+    return parse_config(values, where, origin | set_overrides(values, overrides))
+
+
+def set_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, str]:
+    """Writes `section.key=value` overrides into the nested `values`. Returns the origin of each key, for messages.
+
+    Raises UserError when an override is not `key=value` or puts a key below a plain value.
+    """
+    origin = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"`{override}` is not key=value; write for example training.epochs=1")
+        try:
+            value = parse_yaml(text) if text.strip() else None
+        except ValueError:
+            value = text
+        _set_key(values, key.strip(), value, override)
+        origin[key.strip()] = f"`{override}`"
+    return origin
+
+
+def parse_config(
+    values: dict[str, Any], where: str = "config", origin: typing.Mapping[str, str] = types.MappingProxyType({})
+) -> Config:
+    """The configuration in the nested `values`.
+
+    Raises UserError for an unknown key or a wrong value. The message begins with the `origin` of the key, else `where`.
+    """
+    _reject_unknown_keys(values, Config, (), where, origin)
+    try:  # an empty section is None in YAML and takes its defaults
+        return Config.model_validate({key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        raise UserError(_describe_error(error, where, origin)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = read_yaml(path)
+    except FileNotFoundError:
+        raise UserError(f"No configuration file {path}; name one with --config, or create one with sgm init") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {short_repr(values, limit=60)}; write `key: value` lines")
+    return values
+
+
+def _leaf_keys(values: dict[str, Any], prefix: str = "") -> typing.Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaf_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _set_key(values: dict[str, Any], dotted: str, value: Any, override: str) -> None:
+    *parents, leaf = dotted.split(".")
+    for section in parents:
+        inner = values.get(section)
+        if inner is None:
+            inner = values[section] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"`{override}`: `{section}` holds {short_repr(inner, limit=60)}, which has no keys")
+        values = inner
+    values[leaf] = value
+
+
+def _reject_unknown_keys(values, model, path, where, origin) -> None:
+    """Raises UserError for a key that the model does not have, at any depth below `path`."""
+    for key, value in values.items():
+        dotted = ".".join((*path, str(key)))
+        if key not in model.model_fields:
+            raise UserError(
+                f"{_origin(dotted, where, origin)}: unknown key `{dotted}`{_suggestion(str(key), model, dotted)}"
+            )
+        section = sections(model).get(key)
+        if section is not None:
+            if value is None:
+                continue
+            if not isinstance(value, dict):
+                keys = ", ".join(section.model_fields)
+                raise UserError(f"{where}: `{dotted}` is {short_repr(value, limit=60)}; it takes the keys {keys}")
+            _reject_unknown_keys(value, section, (*path, key), where, origin)
+
+
+def _origin(dotted: str, where: str, origin: typing.Mapping[str, str]) -> str:
+    """The place where the key, or a key below it, was written."""
+    return origin.get(dotted) or next((o for key, o in origin.items() if key.startswith(f"{dotted}.")), where)
+
+
+def _suggestion(key: str, model: type[BaseModel], dotted: str) -> str:
+    """The end of a message about an unknown key: the nearest known key, else the keys of its section."""
+    near = difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean `{near[0]}`?"
+    elsewhere = [known for known in known_keys() if known.rpartition(".")[2] == key]
+    elsewhere += difflib.get_close_matches(dotted, known_keys(), n=1, cutoff=0.6)
+    if elsewhere:
+        return f"; did you mean `{elsewhere[0]}`?"
+    return f"; known keys: {', '.join(model.model_fields)}"
+
+
+def _describe_error(error: ValidationError, where: str, origin: typing.Mapping[str, str]) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    dotted = ".".join(location)
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if first["type"] == "value_error" and len(location) <= 1:  # a rule about several keys names them itself
+        return f"{where}: {message}"
+    known = next((key for key in known_keys() if dotted == key or dotted.startswith(f"{key}.")), dotted)
+    return f"{_origin(known, where, origin)}: `{known}` is {short_repr(first['input'], limit=60)}; {message}"

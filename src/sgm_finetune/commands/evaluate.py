@@ -1,0 +1,48 @@
+"""`sgm evaluate`: the metrics of a result on the test data, from its .pth file and the base model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands.session import prepare_session, step_log
+from sgm_finetune.commands.steps import load_base, prepare_fast_adapters, test
+from sgm_finetune.results.load import Result, attach_adapter, read_result
+
+
+def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict[str, Any]:
+    """Returns the test metrics of output.dir/sgm_finetuned.pth.
+
+    The configuration that trained it is in the file; `overrides` (key=value) change it. Raises UserError for test data
+    with other labels, and for a harness file that the .pth file alone names, since such a file can run code.
+    """
+    log = step_log(console)
+    result = read_result(config, overrides, log)
+    _check_harness_files(result, config.evaluation.harness)
+    s = prepare_session(result.config, log, result.base)
+    labels = s.prepared.splits.labels
+    if labels != result.labels:
+        raise UserError(
+            f"The data has the labels {list(labels)}, {result.path} was trained with {list(result.labels)}; "
+            "choose other test data"
+        )
+    base = load_base(s)
+    model = attach_adapter(base.model, result.content, result.path)
+    prepare_fast_adapters(s, model)
+    found = test(s, base, model, "test")
+    return {"model": s.config.model.name, "data": s.prepared.splits.description, **found.metrics}
+
+
+def _check_harness_files(result: Result, own: Sequence[str]) -> None:
+    """Raises UserError for a task file of the harness that the person did not name."""
+    strange = [name for name in result.config.evaluation.harness if name.endswith((".yaml", ".yml"))]
+    strange = [name for name in strange if name not in own]
+    if strange:
+        raise UserError(
+            f"{result.path} was trained with evaluation.harness={strange[0]}, a file that can run code; say "
+            "evaluation.harness=... yourself, or evaluation.harness=[]"
+        )

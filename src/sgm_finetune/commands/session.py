@@ -1,0 +1,162 @@
+"""A session: the state that travels through a command, and what is settled before a model is loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.console import Clock, StepLog
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.files import disk_free, lock_folder
+from sgm_finetune.base.memory import memory_within_reach, release_memory
+from sgm_finetune.base.processes import on_main, processes
+from sgm_finetune.base.text import gib, mib
+from sgm_finetune.data.prepared import PreparedData, prepare_data
+from sgm_finetune.measure.plan_file import load_plan
+from sgm_finetune.method.plan import Plan
+from sgm_finetune.model.files import ModelFiles
+from sgm_finetune.results.folder import as_it_began, check_same_data, claim_output
+from sgm_finetune.results.harness import check_harness
+from sgm_finetune.train.arguments import check_machine
+from sgm_finetune.train.budget.estimate import PredictionError, estimate
+from sgm_finetune.train.budget.fit import check_fits, fit
+from sgm_finetune.train.budget.needs import Estimate
+from sgm_finetune.train.budget.table import describe_estimate
+from sgm_finetune.train.launch import apply_launcher, check_launch
+
+
+@dataclass
+class Session:
+    """The configuration, the data and the console of a command, and where its run continues."""
+
+    config: Config
+    """As asked for, then as it was fitted to memory.budget."""
+    asked: Config
+    """Before it was fitted."""
+    prepared: PreparedData
+    log: StepLog
+    given_plan: Plan | None = None
+    """The plan of the run that is resumed, or of the file in `plan`; None: it is measured."""
+    checkpoint: Path | None = None
+    """The checkpoint that the run resumes from."""
+    estimate: Estimate | None = None
+    """What the run needs; None where it cannot be predicted."""
+    clock: Clock = field(default_factory=Clock)
+    started: float = field(default_factory=time.perf_counter)
+    lock: ExitStack = field(default_factory=ExitStack)
+    """Holds the output folder against other runs, once `hold_output` was called."""
+    holds_output: bool = False
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output.dir)
+
+    def hold_output(self) -> None:
+        """Locks the output folder until the session ends; the first process does it for all of them."""
+        if not self.holds_output and processes().is_main_process:
+            self.lock.enter_context(lock_folder(self.output))
+        self.holds_output = True
+
+
+def step_log(console: Console) -> StepLog:
+    """A log on `console`; only the first process prints."""
+    return StepLog(console if processes().is_main_process else Console(quiet=True))
+
+
+def prepare_session(config: Config, log: StepLog, files: ModelFiles | None = None) -> Session:
+    """A session with its data prepared. Raises UserError for what can be checked without the model's weights."""
+    return Session(config, config, _checked_data(config, log, files), log)
+
+
+def _checked_data(config: Config, log: StepLog, files: ModelFiles | None = None) -> PreparedData:
+    check_harness(config.evaluation.harness, config.model.task)
+    return prepare_data(config, log, files)
+
+
+@contextmanager
+def open_session(config: Config, console: Console, dry_run: bool = False) -> Iterator[Session]:
+    """The session of a training run: output folder claimed and locked, checkpoint found, data read, memory checked.
+
+    Raises UserError, before anything large is loaded, for what can be known then. The lock ends with the session. A dry
+    run neither locks nor writes.
+    """
+    started, log = time.perf_counter(), step_log(console)
+    config = apply_launcher(config)
+    output = Path(config.output.dir)
+    with ExitStack() as lock:
+        holds_output = output.is_dir() and not dry_run
+        if holds_output and processes().is_main_process:
+            lock.enter_context(lock_folder(output))
+        asked = config
+        if config.training.resume:
+            config = as_it_began(config, output)
+        checkpoint = claim_output(config, output)
+        check_machine(config)
+        check_launch(config, processes().num_processes, checkpoint)
+        given_plan = _given_plan(config, output, checkpoint)
+        prepared = _checked_data(config, log)
+        if checkpoint is not None:
+            check_same_data(prepared, output)
+        s = Session(
+            config, asked, prepared, log, given_plan, checkpoint,
+            started=started, lock=lock, holds_output=holds_output,
+        )  # fmt: skip
+        fit_to_memory(s)
+        yield s
+
+
+def _given_plan(config: Config, output: Path, checkpoint: Path | None) -> Plan | None:
+    if checkpoint is not None:
+        return load_plan(output / "plan.json")
+    return load_plan(config.plan) if config.plan is not None else None
+
+
+def fit_to_memory(s: Session) -> None:
+    """Estimates what the run needs; with memory.budget, changes the configuration until it fits.
+
+    A resumed run keeps the configuration that it began with. Where the needs cannot be predicted, it prints why and
+    leaves `s.estimate` None. Raises UserError where memory or disk are not enough, and for a budget that cannot be
+    checked.
+    """
+
+    def decide() -> tuple[Config, Estimate | None, int]:
+        reach = memory_within_reach()
+        try:
+            if s.checkpoint is not None:
+                return s.config, estimate(s.config, s.prepared, s.given_plan), reach
+            return *fitted_estimate(s, reach), reach
+        except PredictionError as error:
+            if s.config.memory.budget is not None:
+                raise
+            s.log.line("memory", str(error))
+            return s.config, None, reach
+
+    s.config, s.estimate, reach = on_main(decide)
+    release_memory()
+    if s.estimate is None:
+        return
+    check_fits(s.estimate, reach, s.config)
+    s.log.line("memory", describe_estimate(s.estimate, reach))
+    free = disk_free(s.output)
+    if s.estimate.disk_bytes > free:
+        raise UserError(
+            f"output.dir={s.output} will take about {mib(s.estimate.disk_bytes)}, and its disk has {mib(free)} free; "
+            "make room, or name a folder on another disk"
+        )
+
+
+def fitted_estimate(s: Session, within_reach: int) -> tuple[Config, Estimate]:
+    """The configuration that fits into memory.budget (without one: as it is), and what it needs."""
+    if s.config.memory.budget is None:
+        return s.config, estimate(s.config, s.prepared, s.given_plan)
+    budget = min(s.config.memory.budget, within_reach)
+    fitted = fit(s.config, s.prepared, budget, s.given_plan)
+    if fitted.given_up:
+        s.log.line("memory", f"to fit into {gib(budget)}: {', '.join(fitted.given_up)}")
+    return fitted.config, fitted.estimate

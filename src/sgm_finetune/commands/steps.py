@@ -1,0 +1,198 @@
+"""The steps that commands share: scan, load the base, test, probe, plan, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from accelerate.utils import set_seed
+from peft import PeftModel
+from torch import nn
+
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.memory import release_memory
+from sgm_finetune.base.processes import on_main, processes
+from sgm_finetune.base.text import mib
+from sgm_finetune.commands.session import Session
+from sgm_finetune.measure.make_plan import make_plan
+from sgm_finetune.measure.plan_summary import describe_plan, plan_remarks
+from sgm_finetune.measure.probe import Probe, probe
+from sgm_finetune.measure.probe_batches import probe_batches, probe_pieces
+from sgm_finetune.measure.scan import scan
+from sgm_finetune.measure.scan_formats import load_scan
+from sgm_finetune.measure.scan_result import Scan
+from sgm_finetune.method.parameter_count import adapter_parameters
+from sgm_finetune.method.plan import Plan
+from sgm_finetune.model.matrices import adaptable, out_of_reach
+from sgm_finetune.results.evaluation import evaluate_answers, evaluate_model
+from sgm_finetune.results.examples import kept_predictions
+from sgm_finetune.results.harness import harness_metrics
+from sgm_finetune.results.metrics import describe_metrics
+from sgm_finetune.results.report.scan_table import scan_summary
+from sgm_finetune.train import base_model
+from sgm_finetune.train.adapters.apply import apply_plan
+from sgm_finetune.train.adapters.shard import reduce_factors_only
+from sgm_finetune.train.base_model import Base
+from sgm_finetune.train.fast.prepare import prepare_adapters
+from sgm_finetune.train.launch import model_is_sharded
+from sgm_finetune.train.losses import TestSet
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A model's metrics on the test data, and the predictions that are kept for the report."""
+
+    metrics: dict[str, Any]
+    predictions: list[Any]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """The base model with its adapters, and how many parameters it trains."""
+
+    model: PeftModel
+    num_trainable: int
+    num_without_sharing: int
+    """As many would be trained if no matrices shared a factor: plain LoRA."""
+
+    def to_dict(self) -> dict[str, int]:
+        """As in metrics.json."""
+        return {"trainable_parameters": self.num_trainable, "plain_lora_parameters": self.num_without_sharing}
+
+
+def scan_weights(s: Session) -> Scan:
+    """The signal-to-noise ratio of every weight matrix: from the model's files, or from the file in snr.scan."""
+    config = s.config
+    if config.snr.scan is not None:
+        scanned = load_scan(config.snr.scan, config.snr.estimator)
+        s.log.line("scan", f"{scan_summary(scanned)} · from {config.snr.scan}")
+        return scanned
+
+    def run_scan() -> Scan:
+        with s.clock.time("scan"), s.log.bar("scan") as progress:
+            return scan(s.prepared.folder, estimator=config.snr.estimator, progress=progress)
+
+    scanned = on_main(run_scan)
+    s.log.line("scan", scan_summary(scanned))
+    return scanned
+
+
+def load_base(s: Session) -> Base:
+    """The frozen base model, ready for the step that training.step names."""
+    return base_model.load_base(s.config, s.prepared, s.log)
+
+
+def test(s: Session, base: Base, model: nn.Module, when: str) -> Tested:
+    """Tests `model` on the test data: loss and metrics, generated answers, and the tasks of evaluation.harness."""
+    config, prepared = s.config, s.prepared
+    test_set = TestSet(
+        prepared.test.dataset,
+        prepared.collate,
+        config.model.task,
+        config.training.eval_batch_size,
+        prepared.splits.labels,
+        base.head_loss,
+    )
+    with s.clock.time("evaluate"), s.log.bar(when) as progress:
+        found = evaluate_model(model, test_set, progress)
+        metrics = found.metrics
+        metrics |= evaluate_answers(model, test_set, prepared.tokenizer, config.evaluation.num_generated, progress)
+        if tasks := config.evaluation.harness:
+            size, limit = config.training.eval_batch_size, config.evaluation.harness_limit
+            metrics["harness"] = harness_metrics(model, prepared.tokenizer, tasks, size, limit)
+    release_memory()
+    s.log.line(when, describe_metrics(metrics))
+    for name, numbers in metrics.get("harness", {}).items():
+        s.log.line("", " · ".join([name, *(f"{key} {value:.4f}" for key, value in numbers.items())]))
+    return Tested(metrics, kept_predictions(found.predictions))
+
+
+def probe_gradients(s: Session, base: Base) -> Probe | None:
+    """Sketches of every matrix's gradient, from a few batches; None where merge.side=none merges nothing."""
+    config = s.config
+    if config.merge.side == "none":
+        s.log.line("probe", "not needed: merge.side=none")
+        return None
+    with s.clock.time("probe"), s.log.bar("probe") as progress:
+        probed = probe(
+            base.model,
+            probe_batches(config, s.prepared),
+            sketch_size=config.probe.sketch_size,
+            seed=config.probe.seed,
+            progress=progress,
+            mean_loss=base.head_loss and base.head_loss.mean,
+            pieces=partial(probe_pieces, config),
+        )
+    s.log.line(
+        "probe",
+        f"{probed.num_batches} batches, {probed.num_tokens:,} tokens in {probed.seconds:.1f} s · sketches "
+        f"{mib(probed.sketch_bytes)} · activations at most {mib(probed.activation_bytes)}",
+    )
+    return probed
+
+
+def choose_plan(s: Session, base: Base, scanned: Scan, probed: Probe | None) -> Plan:
+    """The plan that follows from the scan and the probe; prints which matrices cannot be trained, and why."""
+    release_memory()
+    model = base.model
+    plan = make_plan(scanned, probed, s.config, model)
+    if beyond := out_of_reach(model):
+        s.log.line("", f"not told from experts by PEFT, so not trained: {_some(beyond)}")
+    if probed is not None and probed.unused:
+        s.log.line("", f"not in the loss, so not trained: {_some(probed.unused)}")
+    planned = {matrix.name for matrix in plan.matrices}
+    measured = adaptable(model) if probed is None else probed.shapes
+    if missing := [name for name in measured if name not in planned]:
+        s.log.line("", f"not in the scan, so not trained: {_some(missing)}")
+    return plan
+
+
+def print_plan(s: Session, plan: Plan) -> None:
+    s.log.line("plan", describe_plan(plan))
+    for remark in plan_remarks(plan):
+        s.log.line("", remark)
+
+
+def apply(s: Session, base: Base, plan: Plan) -> Adapted:
+    """The model that `plan` describes: PEFT LoRA whose groups share one factor, ready for the fast step."""
+    print_plan(s, plan)
+    set_seed(s.config.training.seed)
+    model = apply_plan(base.model, plan, base.new_modules)
+    num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    num_factors, num_plain = adapter_parameters(plan)
+    adapted = Adapted(model, num_trainable, num_trainable - num_factors + num_plain)
+    s.log.line("apply", _describe_parameters(adapted, num_factors, num_plain))
+    prepare_fast_adapters(s, model)
+    if s.config.training.shard:
+        reduce_factors_only(model)
+    return adapted
+
+
+def prepare_fast_adapters(s: Session, model: PeftModel) -> None:
+    """Switches the adapters to the fast step, and prints which of them PEFT's own forward still computes."""
+    if slow := prepare_adapters(s.config, model):
+        s.log.line("", f"by PEFT's own forward: {_some(slow)}")
+
+
+def agree(config: Config, measure: Callable[[], Any]) -> Any:
+    """What the first process measures, on every process. If the model is sharded, all of them compute it together."""
+    if not model_is_sharded(config):
+        return on_main(measure)
+    found = measure()
+    return on_main(lambda: found)
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{names[0]}" if len(names) == 1 else f"{len(names)} matrices ({names[0]}, ...)"
+
+
+def _describe_parameters(adapted: Adapted, num_factors: int, num_plain: int) -> str:
+    total = adapted.num_trainable
+    head = f" (and {total - num_factors:,} of a new head)" if total > num_factors else ""
+    line = f"PEFT LoRA: {num_factors:,} trainable adapter parameters{head}; without sharing {num_plain:,}"
+    if processes().num_processes > 1:  # gradients are float32
+        reduced, unshared = (4 * size / 2**20 for size in (total, adapted.num_without_sharing))
+        line += f" · gradients of {reduced:,.2f} MiB reduced a step, {unshared:,.2f} without sharing"
+    return line

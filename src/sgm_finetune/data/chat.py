@@ -1,0 +1,64 @@
+"""Conversations as text: by the tokenizer's chat template, or a single question as Alpaca writes instructions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.text import one_line
+from sgm_finetune.data.columns import Message
+
+ALPACA = "Below is an instruction that describes a task. Write a response that completes it.\n\n### Instruction:\n"
+"""How an instruction begins for a model without a chat template."""
+
+Written = tuple[str, list[tuple[int, int]]]
+
+
+def written_answers(conversation: list[Message], tokenizer: Any) -> list[Written]:
+    """The conversation as the chat template writes it, with the [begin, end) of the assistant's answers in it, each up
+    to the token that ends its turn.
+
+    One text, where every beginning of the conversation is written as a beginning of the whole; else one for each answer
+    (a template may drop the reasoning of earlier turns), as the model will see it when it is asked for that answer.
+    """
+    turns = [n for n, message in enumerate(conversation) if message["role"] == "assistant"]
+    whole = _render(conversation[: turns[-1] + 1], tokenizer)
+    parts = [(_render(conversation[:n], tokenizer, ask=True), _render(conversation[: n + 1], tokenizer)) for n in turns]
+    if all(text.startswith(asked) and whole.startswith(text) for asked, text in parts):
+        return [(whole, [_answer_span(asked, text) for asked, text in parts])]
+    for asked, text in parts:
+        if not text.startswith(asked):
+            raise UserError(
+                "This model's chat template does not write a question the same way with and without its answer, so "
+                "what to learn cannot be found; give prompt and completion instead (data.format=completion)"
+            )
+    return [(text, [_answer_span(asked, text)]) for asked, text in parts]
+
+
+def _answer_span(asked: str, answered: str) -> tuple[int, int]:
+    """White space behind the end of a turn is not learnt."""
+    return len(asked), max(len(asked) + 1, len(answered.rstrip()))
+
+
+def _render(conversation: list[Message], tokenizer: Any, ask: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=ask)
+    except Exception as error:  # a template raises what it likes
+        raise UserError(f"The model's chat template refuses a conversation: {one_line(error)}") from None
+
+
+def asked_text(conversation: list[Message], tokenizer: Any) -> str:
+    """What the model reads before it answers: the conversation by the chat template; for a model without one, a single
+    question as Alpaca writes instructions. Raises UserError where neither can write it."""
+    if tokenizer.chat_template is not None:
+        return _render(conversation, tokenizer, ask=True)
+    if [message["role"] for message in conversation] != ["user"]:
+        raise UserError(needs_template(len(conversation)))
+    return f"{ALPACA}{conversation[0]['content']}\n\n### Response:\n"
+
+
+def needs_template(num_messages: int) -> str:
+    return (
+        f"this model's tokenizer has no chat template, which a conversation of {num_messages} messages needs; take an "
+        "instruction-tuned model, or give prompt and completion (data.format=completion)"
+    )

@@ -1,0 +1,51 @@
+"""A plan in a line, and what a person should know about it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from sgm_finetune.method.parameter_count import adapter_parameters
+from sgm_finetune.method.plan import Plan
+from sgm_finetune.method.subspace import SIDES
+
+
+def describe_plan(plan: Plan) -> str:
+    merged = sum(len(group.members) for group in plan.groups)
+    parts = [f"{len(plan.selected)} of {len(plan.matrices)} matrices"]
+    if plan.groups:
+        counts = Counter(group.side for group in plan.groups)
+        sides = ", ".join(f"{counts[side]} share their {side} side" for side in SIDES if counts[side])
+        parts.append(f"{merged} of them in {len(plan.groups)} groups ({sides})")
+    else:
+        spectral = any(matrix.start == "spectral" for matrix in plan.selected)
+        parts.append("no groups: " + ("LoRA started at its gradients' spectra" if spectral else "plain LoRA"))
+    trainable, plain = adapter_parameters(plan)
+    parts.append(f"{trainable / 1e6:.2f} M adapter parameters instead of {plain / 1e6:.2f} M")
+    return " · ".join(parts)
+
+
+def plan_remarks(plan: Plan) -> list[str]:
+    """What a person should know about the plan: a criterion that found nothing says so, with its numbers."""
+    settings = plan.settings
+    kinds = [kind for kind in plan.kinds if kind.side is not None]
+    if plan.groups or settings.side == "none":
+        return []
+    if not kinds:
+        return ["no two of them read the same activations"] * (settings.scope == "activation")
+    match settings.criterion:
+        case "cosine":
+            best = max(kinds, key=lambda kind: kind.cosine_max or -1.0)
+            ceiling = sum(kind.cosine_other_half or 0.0 for kind in kinds) / len(kinds)
+            return [
+                f"merge.criterion=cosine found nothing: no two layers reach {settings.threshold}; the closest pair, in "
+                f"{best.kind}, has {best.cosine_max:.2f} (a layer with itself on other data: {ceiling:.2f} on average)"
+            ]
+        case "subspace":
+            best = max(kinds, key=lambda k: max(k.retention_input or 0.0, k.retention_output or 0.0))
+            return [
+                f"merge.criterion=subspace found nothing at merge.threshold={settings.threshold}; {best.kind} keeps "
+                f"{max(best.retention_input or 0.0, best.retention_output or 0.0):.2f} on average of all pairs"
+            ]
+        case "snr":
+            who = "layers of a kind" if settings.scope == "layers" else "readers of the same activations"
+            return [f"merge.criterion=snr found nothing: no two {who} are within the tolerance"]

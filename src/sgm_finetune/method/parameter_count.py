@@ -1,0 +1,17 @@
+"""The number of parameters that a plan trains (docs/method.md section 4)."""
+
+from __future__ import annotations
+
+from sgm_finetune.method.plan import Plan
+from sgm_finetune.method.subspace import width
+
+
+def adapter_parameters(plan: Plan) -> tuple[int, int]:
+    """(trainable adapter parameters of the plan, the same without any sharing): r·(d_in + d_out) a matrix, less what
+    groups share: r·d of the shared side for each member but the first."""
+    rank = plan.settings.rank
+    plain = sum(rank * sum(matrix.shape) * (matrix.num_experts or 1) for matrix in plan.selected)
+    saved = 0
+    for group in plan.groups:
+        saved += rank * width(plan.shape_of(group.members[0]), group.side) * (len(group.members) - 1)
+    return plain - saved, plain

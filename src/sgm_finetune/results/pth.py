@@ -1,0 +1,158 @@
+"""sgm_finetuned.pth: one file of tensors and plain data, written whole and read without running any code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sgm_finetune.base.config import Config, LabelKind
+from sgm_finetune.base.config_file import parse_config, set_overrides
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.files import whole_file
+from sgm_finetune.base.text import first_mistake
+from sgm_finetune.base.untrusted import check_bounded, read_torch, refuse
+from sgm_finetune.measure.plan_file import plan_document
+from sgm_finetune.method.plan import Plan
+from sgm_finetune.train.adapters.apply import ADAPTER
+
+PTH = "sgm_finetuned.pth"
+FORMAT = "sgm-finetuned/1"
+
+
+def save_pth(
+    path: Path,
+    model: PeftModel,
+    plan: Plan,
+    config: Config,
+    labels: Sequence[str],
+    label_kind: LabelKind | None,
+    roles: Sequence[str] = (),
+) -> None:
+    """One file of tensors and plain data with all that `sgm evaluate` needs but the base model.
+
+    Keys: format, adapter (name -> tensor, a shared factor's storage once), peft_config, plan, config; and of the data
+    labels, label_kind and roles (text, label, messages ...).
+    """
+    state = {name: tensor.detach().cpu() for name, tensor in _once(get_peft_model_state_dict(model)).items()}
+    content = {
+        "format": FORMAT,
+        "adapter": state,
+        "peft_config": _plain(model.peft_config[ADAPTER].to_dict()),
+        "plan": plan_document(plan),
+        "config": config.model_dump(mode="json"),
+        "labels": list(labels),
+        "label_kind": label_kind,
+        "roles": list(roles),
+    }
+    with whole_file(path) as scratch:
+        torch.save(content, scratch)
+
+
+def _once(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the CPU, with tensors that share memory still sharing it."""
+    moved: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    return {n: moved.setdefault((t.data_ptr(), t.shape), t.detach().cpu()) for n, t in state.items()}
+
+
+def _plain(value: Any) -> Any:
+    """JSON's types only: sets become sorted lists, enumerations their values."""
+    match value:
+        case dict():
+            return {str(k): _plain(v) for k, v in value.items()}
+        case set() | frozenset():
+            return sorted(_plain(v) for v in value)
+        case list() | tuple():
+            return [_plain(v) for v in value]
+        case bool() | int() | float() | None:
+            return value
+        case _:
+            return str(getattr(value, "value", value))
+
+
+class _Settings(BaseModel):
+    """PEFT's settings that a run writes; nothing else of PEFT's (regular expressions, classes to import, other
+    files) is taken from a file."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    r: int = Field(ge=1, le=2**16)
+    lora_alpha: float = Field(gt=0, allow_inf_nan=False)
+    lora_dropout: float = Field(ge=0, lt=1)
+    target_modules: list[str] | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM"] | None = None
+    fan_in_fan_out: bool = False
+
+
+class _Content(BaseModel):
+    """A .pth file's."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", arbitrary_types_allowed=True)
+    format: Literal["sgm-finetuned/1"]
+    adapter: dict[str, torch.Tensor]
+    peft_config: dict[str, Any]
+    plan: dict[str, Any]
+    config: dict[str, Any]
+    labels: list[str]
+    label_kind: LabelKind | None = None
+    roles: list[str] = []
+
+
+def load_pth(path: Path) -> dict[str, Any]:
+    """The content of a .pth file that `save_pth` wrote, read without running any code from it, its types checked."""
+    try:
+        content = read_torch(path)
+    except FileNotFoundError:
+        raise UserError(f"No {path}; train first with `sgm finetune`, or name the folder with output.dir=...") from None
+    except (OSError, ValueError):
+        raise UserError(
+            f"{path} is cut short, or holds more than tensors and plain data (it could be code, so it was not read); "
+            "take a file that `sgm finetune` wrote"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by `sgm finetune` (format {FORMAT})")
+    try:
+        _Content.model_validate(content)
+        for part in ("peft_config", "plan", "config"):
+            check_bounded(content[part], leaf=_check_plain)
+        _check_settings(content["peft_config"])
+    except ValueError as error:
+        refuse(path, "result", ValueError(first_mistake(error)) if isinstance(error, ValidationError) else error)
+    return content
+
+
+def _check_plain(value: Any) -> None:
+    if not isinstance(value, str | int | float | None):
+        raise ValueError(f"it holds a {type(value).__name__} where plain data belongs")
+
+
+def _check_settings(given: dict[str, Any]) -> None:
+    """ValueError for settings that a run does not write, and which would change what PEFT does."""
+    _Settings.model_validate(given)
+    fields = LoraConfig.__dataclass_fields__
+    ours = {*_Settings.model_fields, "peft_type", "inference_mode", "base_model_name_or_path", "revision",
+            "auto_mapping", "peft_version"}  # fmt: skip
+    plain = _plain(LoraConfig().to_dict())
+    for key in given.keys() & fields.keys() - ours:
+        if given[key] and given[key] != plain.get(key):
+            raise ValueError(f"`peft_config.{key}` is {str(given[key])[:60]!r}, which `sgm finetune` does not write")
+
+
+def stored_config(content: dict[str, Any], path: Path, config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration in a loaded .pth file, changed by `overrides` (key=value). Where results are, and whether a
+    model's own code may run, is `config`'s, never the file's, which may be a stranger's. Raises UserError."""
+    values = parse_config(content["config"], str(path)).model_dump(mode="json")
+    values["output"]["dir"] = config.output.dir
+    values["model"]["trust_remote_code"] = config.model.trust_remote_code
+    return parse_config(values, str(path), set_overrides(values, overrides))
+
+
+def lora_config(content: dict[str, Any]) -> LoraConfig:
+    """PEFT's configuration of the adapter in a loaded .pth file, for whatever folder its base is in now."""
+    given = content["peft_config"]
+    return LoraConfig(**{key: given[key] for key in _Settings.model_fields if key in given})

@@ -1,0 +1,38 @@
+"""The plan that an estimate assumes when a run has none yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from sgm_finetune.base.config import Config
+from sgm_finetune.method.plan import Group, MatrixNumbers, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.method.selection import select_matrices
+from sgm_finetune.model.matrices import Matrix
+from sgm_finetune.model.names import kind_of, layer_of
+
+
+def assume_plan(config: Config, matrices: Mapping[str, Matrix], find_readers: Callable[[], list[list[str]]]) -> Plan:
+    """A plan for `matrices` as large as the one that the run will make.
+
+    All matrices count as equally good, since nothing is scanned: of each kind the first are selected, which lie as low
+    in the model as any choice by SNR. Selected matrices that read the same activations share `lora_A` where
+    `merge.scope=activation`; `find_readers` gives the names of all matrices, those that read the same together.
+    """
+    settings = PlanSettings(
+        config.adapter.rank, config.adapter.alpha, config.adapter.dropout,
+        top_fraction=config.selection.top_fraction, prefer_depth=config.selection.prefer_depth,
+    )  # fmt: skip
+    alike = [MatrixNumbers(n, kind_of(n), layer_of(n), m.shape, 1.0, 0.0, None) for n, m in matrices.items()]
+    selected = set(select_matrices(alike, settings))
+    planned = tuple(
+        PlannedMatrix(n, kind_of(n), layer_of(n), m.shape, n in selected, num_experts=m.num_experts)
+        for n, m in matrices.items()
+    )
+    groups: list[Group] = []
+    if config.merge.side != "none" and config.merge.scope == "activation":
+        shareable = {name for name in selected if matrices[name].num_experts is None}
+        for readers in find_readers():
+            members = tuple(name for name in readers if name in shareable)
+            if len(members) > 1:
+                groups.append(Group(members[0], kind_of(members[0]), "input", members, "random"))
+    return Plan(config.model.name, settings, planned, tuple(groups))

@@ -1,0 +1,172 @@
+"""The phases of a run, followed over a model without numbers: the test, the answers, the probe, a step.
+
+Each phase runs the run's own code on tensors of device "meta" (`footprint.py`), on the largest batch that the data
+have.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.processes import processes
+from sgm_finetune.data.batches import LengthGroupedSampler, divide_batch, longest_first, num_predictions, num_steps
+from sgm_finetune.data.prepared import PreparedData
+from sgm_finetune.data.questions import answer_limit, has_answers, questions
+from sgm_finetune.measure.probe import following, readers_of_same_activations
+from sgm_finetune.measure.probe_batches import probe_batches, probe_pieces
+from sgm_finetune.train.budget.footprint import Footprint, saved_elsewhere
+from sgm_finetune.train.fast.prepare import prepare_base
+from sgm_finetune.train.losses import summed_loss
+
+_NUM_EPOCHS = 3
+"""Epochs whose batches are looked at for the largest one."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one batch needs beside the model."""
+
+    peak: int = 0
+    """Most bytes of tensors that are alive at one time."""
+    wide: int = 0
+    """Bytes at the peak of tensors as wide as the vocabulary."""
+    flops: int = 0
+    """Floating-point operations of matrix products."""
+    traffic: int = 0
+    """Bytes that all operations read and wrote."""
+    tokens: int = 1
+
+
+class Follower:
+    """Follows the phases of the run that `config` and `prepared` describe over `model`, which has no numbers.
+
+    Changes `model` as the run does before it tests it (`prepare_base`).
+    """
+
+    def __init__(self, config: Config, prepared: PreparedData, model: PreTrainedModel):
+        self.config, self.prepared, self.model = config, prepared, model
+        self.micro_batch_size, self.num_micro_batches = divide_batch(config, processes().num_processes)
+        self.vocabulary_size = getattr(model.config.get_text_config(), "vocab_size", -1)
+        splits = {name: getattr(prepared, name).dataset for name in ("train", "validation", "test")}
+        self.lengths = {name: [len(ids) for ids in dataset["input_ids"]] for name, dataset in splits.items()}
+        """Split -> number of tokens of each example."""
+        first, _ = self._longest_batch("train", min(2, len(prepared.train.dataset)))
+        with Footprint(num_selected=len(first["input_ids"])):
+            self.head_loss = prepare_base(config, model, (), first).head_loss
+
+    def test(self, split: str, model: nn.Module) -> Work:
+        """The loss of the longest batch of `split`, without gradients."""
+        batch, predicted = self._longest_batch(split, self.config.training.eval_batch_size)
+        with self._footprint(model, predicted) as footprint, torch.no_grad():
+            model.eval()
+            self._loss(model, batch)
+        return _work(footprint, batch["input_ids"].numel())
+
+    def answer(self, model: nn.Module) -> Work:
+        """The answers to the first test questions: a forward pass over the prompts, and a cache that grows by the
+        answers. Nothing where the task has no answers or `evaluation.num_generated` is 0."""
+        task, test = self.config.model.task, self.prepared.test.dataset
+        num_asked = min(self.config.evaluation.num_generated, len(test))
+        if not num_asked or not has_answers(test, task):
+            return Work()
+        asked = questions(test, range(num_asked), task)
+        size, prompt = min(self.config.training.eval_batch_size, num_asked), max(len(q.prompt) for q in asked)
+        limit = answer_limit(asked)
+        ids = torch.zeros(size, prompt, dtype=torch.long, device="meta")
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True}
+        if task == "seq2seq-lm":
+            inputs["decoder_input_ids"] = torch.zeros(size, limit, dtype=torch.long, device="meta")
+        elif self.head_loss is not None:
+            inputs["logits_to_keep"] = 1
+        with self._footprint(model, 1) as footprint, torch.no_grad():
+            model.eval()
+            outputs = model(**inputs)
+            cache = footprint.now
+            del outputs
+        grown = cache if task == "seq2seq-lm" else cache * (prompt + limit) // prompt
+        # a layer copies its keys and values whenever they grow
+        return _work(footprint, size * (prompt + limit), peak=max(footprint.peak, 2 * grown))
+
+    def probe(self) -> tuple[Work, int]:
+        """The gradients of the largest piece of a probe batch, and the bytes of the sketches of both halves. The
+        sketches of one half are among the work's peak too."""
+        batches = probe_batches(self.config, self.prepared)
+        pieces = [piece for batch in batches for piece, _ in probe_pieces(self.config, batch)]
+        batch, predicted = self._without_numbers(max(pieces, key=lambda piece: piece["input_ids"].numel()))
+        with following(self.model, self.config.probe.sketch_size, self.config.probe.seed) as sketch_bytes:
+            with self._footprint(self.model, predicted) as footprint:
+                self._loss(self.model, batch).backward()
+            num_bytes = sketch_bytes()
+        return _work(footprint, batch["input_ids"].numel()), 2 * num_bytes
+
+    def step(self, model: nn.Module) -> Work:
+        """The forward and backward pass of the largest micro-batch, beside the gradients of earlier ones."""
+        batch, predicted = self._largest_micro_batch()
+        offload = self.config.training.checkpointing == "offload"
+        with self._footprint(model, predicted) as footprint, saved_elsewhere() if offload else nullcontext():
+            model.train()
+            own = self.head_loss is None and self.config.model.task in ("causal-lm", "sequence-classification")
+            loss = model(**batch).loss if own else self._loss(model, batch)
+            loss.backward()
+            del loss
+        earlier_gradients = footprint.now if self.num_micro_batches > 1 else 0
+        for parameter in model.parameters():
+            parameter.grad = None
+        return _work(footprint, batch["input_ids"].numel(), peak=footprint.peak + earlier_gradients)
+
+    def readers(self) -> list[list[str]]:
+        """Names of all matrices of the model, those that read the same activations together."""
+        batch, _ = self._longest_batch("train", 1)
+        with Footprint(num_selected=1), torch.no_grad():
+            return readers_of_same_activations(self.model, lambda: self._loss(self.model, batch))
+
+    def _longest_batch(self, split: str, size: int) -> tuple[dict[str, Tensor], int]:
+        """The `size` longest examples of a split, and the number of their predictions."""
+        dataset = getattr(self.prepared, split).dataset
+        indices = longest_first(self.lengths[split])[:size]
+        return self._without_numbers(self.prepared.collate([dataset[i] for i in indices]))
+
+    def _largest_micro_batch(self) -> tuple[dict[str, Tensor], int]:
+        """The micro-batch with the most tokens of the first epochs, in the order in which training takes them."""
+        dataset, lengths = self.prepared.train.dataset, self.lengths["train"]
+        batch_size = self.config.training.batch_size
+        sampler = LengthGroupedSampler(lengths, batch_size, self.config.training.seed)
+        num_left, largest, most = batch_size * num_steps(self.config, len(lengths)), [0], 0
+        for epoch in range(_NUM_EPOCHS):
+            sampler.set_epoch(epoch)
+            order = list(sampler)[: max(0, num_left)]
+            num_left -= len(order)
+            for first in range(0, len(order), self.micro_batch_size):
+                indices = order[first : first + self.micro_batch_size]
+                num_tokens = len(indices) * max(lengths[i] for i in indices)
+                if num_tokens > most:
+                    largest, most = indices, num_tokens
+        return self._without_numbers(self.prepared.collate([dataset[i] for i in largest]))
+
+    def _without_numbers(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+        """The batch on device "meta", and the number of its predictions."""
+        predicted = num_predictions(batch["labels"], self.config.model.task)
+        return {name: tensor.to("meta") for name, tensor in batch.items()}, max(1, predicted)
+
+    def _footprint(self, model: nn.Module, predicted: int) -> Footprint:
+        return Footprint([*model.parameters(), *model.buffers()], predicted, self.vocabulary_size)
+
+    def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        task = self.config.model.task
+        if self.head_loss is not None:
+            return self.head_loss.mean(model, batch)
+        labels = batch["labels"]
+        inputs = batch if task == "seq2seq-lm" else {name: x for name, x in batch.items() if name != "labels"}
+        return summed_loss(model(**inputs).logits, labels, task)[0]
+
+
+def _work(footprint: Footprint, num_tokens: int, peak: int | None = None) -> Work:
+    peak = footprint.peak if peak is None else peak
+    return Work(peak, footprint.wide_at_peak, footprint.flops, footprint.traffic, num_tokens)
