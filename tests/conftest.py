@@ -18,9 +18,11 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sgm-tests-")  # of mod
 
 import pytest
 import torch
+from peft import PeftModel
 
 from sgm_finetune.measure.probe import Probe
-from sgm_finetune.method.plan import MatrixNumbers
+from sgm_finetune.method.plan import MatrixNumbers, Plan
+from sgm_finetune.train.adapters.apply import lora_layers
 
 GOOD = ["good", "great", "fine", "lovely", "superb", "bright"]
 BAD = ["bad", "awful", "poor", "dull", "broken", "weak"]
@@ -80,6 +82,18 @@ def make_batches(num: int = 4, size: int = 4, length: int = 7, task: str = "sequ
         labels = ids if task == "causal-lm" else torch.randint(0, 2, (size,), generator=generator)
         batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
     return batches
+
+
+def shared_factors(model: PeftModel, plan: Plan) -> dict[str, list[torch.nn.Parameter]]:
+    """Group name -> the shared factor as each member holds it; equal objects when tied."""
+    layers = lora_layers(model)
+    return {
+        group.name: [
+            (layers[name].lora_A if group.side == "input" else layers[name].lora_B)["default"].weight
+            for name in group.members
+        ]
+        for group in plan.groups
+    }
 
 
 READERS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))

@@ -15,8 +15,9 @@ import yaml
 from safetensors.torch import save_file
 
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.files import write_text
 from sgm_finetune.measure.scan import batches_by_size, measured_singular_values, scan
-from sgm_finetune.measure.scan_formats import axolotl_format, load_scan, save_scan, spectrum_format
+from sgm_finetune.measure.scan_formats import axolotl_format, json_format, load_scan, spectrum_format
 from sgm_finetune.method.singular_values import batched_singular_values, singular_values
 from sgm_finetune.method.snr import NO_SIGNAL_DB, signal_to_noise
 from sgm_finetune.model.names import kind_of, layer_of
@@ -146,7 +147,7 @@ def test_a_saved_scan_is_the_same_scan(folder: Path, tmp_path: Path):
     for estimator in ("mp", "spectrum"):
         found = scan(folder, estimator=estimator)
         path = tmp_path / "deep" / "scan.json"
-        save_scan(found, path)
+        write_text(path, json_format(found))
         assert load_scan(path) == found
         assert [p.name for p in path.parent.iterdir()] == ["scan.json"]
         document = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(word))
@@ -160,7 +161,7 @@ def test_an_infinite_ratio_is_null_in_json_and_comes_back(tmp_path: Path):
     )
     found = scan(tmp_path, estimator="spectrum")
     assert math.isinf(found.matrices[0].snr)
-    save_scan(found, tmp_path / "scan.json")
+    write_text(tmp_path / "scan.json", json_format(found))
     assert json.loads((tmp_path / "scan.json").read_text())["matrices"][0]["snr"] is None
     assert load_scan(tmp_path / "scan.json") == found
     assert json.loads(spectrum_format(found))["h.0.fc"]["snr"] == math.inf

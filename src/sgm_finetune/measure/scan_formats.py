@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import write_text
 from sgm_finetune.base.untrusted import read_json
 from sgm_finetune.measure.scan_result import MatrixScan, Scan, by_parameter
 from sgm_finetune.method.selection import KindChoice, choose_per_kind, ties
@@ -21,11 +20,6 @@ _REMEDY = (
     "MODEL is a model (a folder, a .safetensors, .bin or .gguf file, a hub id), the JSON that "
     "`sgm scan MODEL --output FILE` writes, or a result file of the published Spectrum script"
 )
-
-
-def save_scan(scan: Scan, path: str | Path) -> None:
-    """Writes the scan as JSON; the file appears only when complete."""
-    write_text(Path(path), json_format(scan))
 
 
 def load_scan(path: str | Path, estimator: Estimator | None = None) -> Scan:

@@ -70,16 +70,6 @@ def tie(model: PeftModel, plan: Plan) -> None:
             other.weight = owner.weight
 
 
-def shared_factors(model: PeftModel, plan: Plan) -> dict[str, list[nn.Parameter]]:
-    """Group name -> the shared factor as each member holds it, in the members' order. Tied members hold the same
-    object."""
-    layers = lora_layers(model)
-    return {
-        group.name: [_factors(layers[name], group.side)[0].weight for name in group.members]  # type: ignore[misc]
-        for group in plan.groups
-    }
-
-
 def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raises UserError unless every planned matrix exists in `model` with its shape and every group can be built."""
     matrices = adaptable(model)
