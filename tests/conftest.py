@@ -104,7 +104,6 @@ def adapted(model: torch.nn.Module, share: bool = False, **config: object):
     from peft import LoraConfig, get_peft_model
 
     from sgm_finetune.model.matrices import adaptable
-    from sgm_finetune.train.adapters.apply import lora_layers
 
     made = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(adaptable(model)), **config))
     with torch.no_grad():

@@ -8,6 +8,10 @@ from typing import Any, get_args
 
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -27,6 +31,13 @@ _AUTO: dict[str, Any] = {
     "token-classification": AutoModelForTokenClassification,
     "seq2seq-lm": AutoModelForSeq2SeqLM,
 }
+_MODELS: dict[str, Any] = {
+    "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "sequence-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "token-classification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "seq2seq-lm": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+}
+"""Task -> class of a configuration -> class of its model."""
 
 
 def auto_class(task: Task) -> Any:
@@ -42,7 +53,7 @@ def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
     """
     described = read_model_config(config, folder)
     check_shards(folder)
-    known = _AUTO[config.task]._model_mapping  # type: ignore[attr-defined]
+    known = _MODELS[config.task]
     remote = _AUTO[config.task].__name__ in (getattr(described, "auto_map", None) or {})
     if type(described) not in known and not remote:
         raise UserError(
@@ -75,7 +86,7 @@ def fitting_tasks(name: str) -> tuple[Task, ...]:
     if not (folder / "config.json").is_file():
         return get_args(Task)
     described = read_model_config(ModelConfig(name=name), folder)
-    return tuple(task for task in get_args(Task) if type(described) in _AUTO[task]._model_mapping) or get_args(Task)
+    return tuple(task for task in get_args(Task) if type(described) in _MODELS[task]) or get_args(Task)
 
 
 def read_model_config(config: ModelConfig, folder: Path) -> PreTrainedConfig:

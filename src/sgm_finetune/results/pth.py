@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,11 +138,11 @@ def _check_plain(value: Any) -> None:
 def _check_settings(given: dict[str, Any]) -> None:
     """Raises ValueError for a setting that no run writes and that would change what PEFT does."""
     _Settings.model_validate(given)
-    fields = LoraConfig.__dataclass_fields__
+    names = {field.name for field in fields(LoraConfig)}
     ours = {*_Settings.model_fields, "peft_type", "inference_mode", "base_model_name_or_path", "revision",
             "auto_mapping", "peft_version"}  # fmt: skip
     plain = _plain(LoraConfig().to_dict())
-    for key in given.keys() & fields.keys() - ours:
+    for key in given.keys() & names - ours:
         if given[key] and given[key] != plain.get(key):
             raise ValueError(f"`peft_config.{key}` is {str(given[key])[:60]!r}, which `sgm finetune` does not write")
 

@@ -47,11 +47,9 @@ def check_launch(config: Config, num_processes: int, checkpoint: Path | None = N
 def _check_fsdp() -> None:
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("The launcher asks for FSDP version 1; set fsdp_version: 2 in its fsdp_config")
-    for key in ("OFFLOAD_PARAMS", "ACTIVATION_CHECKPOINTING"):
-        if os.environ.get(f"FSDP_{key}", "false") == "true":
-            raise UserError(
-                f"The launcher's fsdp_{key.lower()}: true is not supported; set it to false in its fsdp_config"
-            )
+    for key in ("FSDP_OFFLOAD_PARAMS", "FSDP_ACTIVATION_CHECKPOINTING"):
+        if os.environ.get(key, "false") == "true":
+            raise UserError(f"The launcher's {key.lower()}: true is not supported; set it to false in its fsdp_config")
 
 
 def _check_deepspeed(config: Config, num_processes: int) -> None:

@@ -72,10 +72,10 @@ class Footprint(TorchDispatchMode):
         outputs = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
         for tensor in outputs:
             self._follow(tensor)
-        if not _is_view(func):
+        if not func.is_view:
             inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             self.traffic += sum(x.numel() * x.element_size() for x in (*inputs, *outputs))
-            if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            if (formula := flop_registry.get(func.overloadpacket)) is not None:
                 self.flops += formula(*args, **kwargs, out_val=made)
             if func in _WORKSPACES:
                 within = int(_WORKSPACES[func] * args[0].numel() * args[0].element_size())
@@ -116,9 +116,3 @@ def _grouped_product(a: Tensor, b: Tensor, ends: Tensor | None) -> Tensor:
 def _selects(indices: Any) -> bool:
     """Whether an index is one boolean mask."""
     return len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
-
-
-def _is_view(func: Any) -> bool:
-    """Whether an operation returns a view of its argument."""
-    returned = func._schema.returns
-    return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
