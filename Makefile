@@ -35,6 +35,7 @@ check: $(VENV)/installed-dev
 docs: $(VENV)/installed-dev
 	$(BIN)/python -m sgm_finetune.base.reference docs/reference
 	$(BIN)/python -m typer sgm_finetune.commands.cli utils docs --name sgm --output docs/reference/cli.md
+	$(BIN)/python docs/layout.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
 
 format: $(VENV)/installed-dev

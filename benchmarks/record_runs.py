@@ -73,7 +73,7 @@ def row(run: dict[str, Any]) -> str:
 
 
 def table(run: dict[str, Any]) -> str:
-    """Two tables (docs/method.md section 3.4): the layers of a kind, then the readers of the same activations."""
+    """The tables of docs/evidence/gradient-agreement.md: layers of a kind, then readers of the same activations."""
     lines = [
         "| kind | cosine between layers, mean / largest | same layer, other data | own basis keeps, input / output | "
         "of that, two layers' shared basis: input / output | one basis for all: input / output |",

@@ -1,4 +1,4 @@
-"""Pico models of the architectures that people bring, each saved as its makers publish it: weights and a tokenizer."""
+"""Pico models of the common architectures, each saved as its authors publish it: weights and a tokenizer."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ ENCODER_DECODERS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
 
 
 def save_pico(name: str, folder: Path) -> Path:
-    """The pretrained model of that architecture, without a head for any task of ours but its own."""
+    """Saves a pretrained model of that architecture, encoders without a head; returns `folder`."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     if name in DECODERS:

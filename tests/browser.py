@@ -1,4 +1,4 @@
-"""A real headless Chromium, driven over DevTools' own pipe: what a page logs, asks for, measures and looks like."""
+"""Drives a real headless Chromium over DevTools' pipe: what a page logs, requests, measures and looks like."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _PATIENCE = 60.0
 
 
 class Page:
-    """One tab. `logged` is what the console said (errors, warnings, exceptions), `requested` every address asked for
-    but the page's own and data within it."""
+    """One tab. `logged` has the console's errors, warnings and exceptions. `requested` has every requested address
+    except the page's own and data URLs."""
 
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read, self._buffer, self._number = write, read, b"", 0
@@ -39,7 +39,7 @@ class Page:
             self._call(f"{domain}.enable")
 
     def open(self, path: Path, width: int, dark: bool = False) -> None:
-        """Loads a file on a screen of that many CSS pixels; a phone below 600."""
+        """Loads a file on a screen `width` CSS pixels wide, which is a phone below 600."""
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
                    mobile=width < 600)  # fmt: skip
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
@@ -54,7 +54,7 @@ class Page:
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression, awaited, as if a person had touched the page."""
+        """Returns the awaited value of a JavaScript expression, run as if the user had touched the page."""
         found = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True,
                            userGesture=True)  # fmt: skip
         assert "exceptionDetails" not in found, found["exceptionDetails"]
@@ -66,7 +66,7 @@ class Page:
         self._session = session
 
     def picture(self, path: Path) -> None:
-        """The whole page as PNG."""
+        """Writes the whole page as PNG."""
         shot = self._call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
 

@@ -18,9 +18,11 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sgm-tests-")  # of mod
 
 import pytest
 import torch
+from peft import PeftModel
 
 from sgm_finetune.measure.probe import Probe
-from sgm_finetune.method.plan import MatrixNumbers
+from sgm_finetune.method.plan import MatrixNumbers, Plan
+from sgm_finetune.train.adapters.apply import lora_layers
 
 GOOD = ["good", "great", "fine", "lovely", "superb", "bright"]
 BAD = ["bad", "awful", "poor", "dull", "broken", "weak"]
@@ -82,6 +84,18 @@ def make_batches(num: int = 4, size: int = 4, length: int = 7, task: str = "sequ
     return batches
 
 
+def shared_factors(model: PeftModel, plan: Plan) -> dict[str, list[torch.nn.Parameter]]:
+    """Group name -> the shared factor as each member holds it; equal objects when tied."""
+    layers = lora_layers(model)
+    return {
+        group.name: [
+            (layers[name].lora_A if group.side == "input" else layers[name].lora_B)["default"].weight
+            for name in group.members
+        ]
+        for group in plan.groups
+    }
+
+
 READERS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
@@ -90,7 +104,6 @@ def adapted(model: torch.nn.Module, share: bool = False, **config: object):
     from peft import LoraConfig, get_peft_model
 
     from sgm_finetune.model.matrices import adaptable
-    from sgm_finetune.train.adapters.apply import lora_layers
 
     made = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(adaptable(model)), **config))
     with torch.no_grad():

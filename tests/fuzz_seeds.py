@@ -1,4 +1,4 @@
-"""A good file of every kind that SGM reads from others, and how it is read: where the fuzzing begins."""
+"""A valid file of every kind that SGM reads from others, and its reader: the seeds of the fuzzing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ from sgm_finetune.train.checkpoints import CONTENTS, is_whole, seal
 
 @dataclass(frozen=True)
 class Reader:
-    """`good`: a file's bytes, or plain data that `write` makes bytes of. `read` is given the path of a changed file."""
+    """A reader with a valid input. `good` is the bytes of a file, or plain data that `write` turns into bytes.
+
+    `read` receives the path of a changed file.
+    """
 
     file: str
     good: Any
@@ -142,7 +145,7 @@ def read_plan(path: Path) -> None:
 
 
 def read_pth(path: Path) -> None:
-    """As `sgm evaluate` does, up to a model without numbers."""
+    """Reads the file as `sgm evaluate` does, but builds the model without weights."""
     content = load_pth(path)
     config = stored_config(content, path, Config(), [])
     assert not config.model.trust_remote_code

@@ -1,6 +1,7 @@
-"""Reads changed files, in a process of its own, since a reader in C may crash. Prints a line of JSON for each reader:
-how many files gave a result and how many the one line of a UserError. Everything else ends the process with status 1,
-a traceback and the file's bytes; a file that takes longer than 20 s with status 1 as well.
+"""Reads changed files in a process of its own, because a reader in C may crash.
+
+Prints a line of JSON for each reader: how many files gave a result, and how many the one line of a UserError. Any other
+outcome ends the process with status 1, a traceback and the file's bytes. So does a file that takes longer than 20 s.
 
     python tests/fuzz_worker.py INPUTS SEED [READER ...]
 """
@@ -37,7 +38,7 @@ _ODD = st.recursive(
 
 @st.composite
 def changed_data(draw: st.DrawFn, good: Any) -> Any:
-    """`good` with up to three values replaced, left out, repeated, or renamed; sometimes nested without end."""
+    """`good` with up to three values replaced, removed, repeated or renamed; sometimes nested very deeply."""
     value = copy.deepcopy(good)
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         found = list(places(value))
@@ -93,12 +94,12 @@ def files(draw: st.DrawFn, reader: Reader) -> bytes:
         try:
             return reader.write(draw(changed_data(reader.good)))
         except (TypeError, ValueError, RecursionError, OverflowError, UnicodeEncodeError):
-            pass  # what its writer cannot write
+            pass  # the writer cannot write this value
     return draw(changed_bytes(reader.write(reader.good) if reader.write is not None else reader.good))
 
 
-def written(reader: Reader, content: bytes, folder: Path) -> Path:
-    """The file, with those that belong beside it."""
+def write_case(reader: Reader, content: bytes, folder: Path) -> Path:
+    """Writes the file and its companion files; returns its path."""
     for name, held in {**(reader.beside or {}), reader.file: content}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(held)
@@ -117,7 +118,7 @@ def fuzz(reader: Reader, inputs: int, number: int) -> dict[str, Any]:
     @given(files(reader))
     def run(content: bytes) -> None:
         with tempfile.TemporaryDirectory(prefix="sgm-fuzz-") as folder:
-            path = written(reader, content, Path(folder))
+            path = write_case(reader, content, Path(folder))
             begun = time.monotonic()
             faulthandler.dump_traceback_later(SLOWEST, exit=True)
             try:
@@ -135,7 +136,7 @@ def fuzz(reader: Reader, inputs: int, number: int) -> dict[str, Any]:
             found["slowest_seconds"] = max(found["slowest_seconds"], round(time.monotonic() - begun, 3))
 
     with tempfile.TemporaryDirectory(prefix="sgm-fuzz-") as folder:
-        reader.read(written(reader, reader.write(reader.good) if reader.write else reader.good, Path(folder)))
+        reader.read(write_case(reader, reader.write(reader.good) if reader.write else reader.good, Path(folder)))
     run()
     return {**found, "seconds": round(time.monotonic() - started, 1)}
 

@@ -1,4 +1,4 @@
-"""Made-up runs for reports and comparisons, and a reader of pages."""
+"""Made-up runs for reports and comparisons, and an HTML reader."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
 def sample_plan(num_layers: int = 30, seed: int = 0) -> Plan:
-    """A plan with made-up numbers: neighbours are merged, a quarter of o_proj is not trained, some layers are alone."""
+    """Returns a made-up plan: neighbours are merged, a quarter of o_proj is not trained, some layers are alone."""
     chance = random.Random(seed)
     matrices, groups, kinds = [], [], []
     for kind in KINDS:
@@ -79,7 +79,7 @@ def sample_plan(num_layers: int = 30, seed: int = 0) -> Plan:
 
 
 def plain_plan() -> Plan:
-    """What a run without scan numbers, probe and merging leaves: every optional number is None."""
+    """Returns the plan of a run without scan, probe and merging: every optional number is None."""
     matrices = tuple(
         PlannedMatrix(f"h.{layer}.c_attn", "c_attn", layer, (2304, 768), selected=layer > 0) for layer in range(3)
     )
@@ -87,7 +87,7 @@ def plain_plan() -> Plan:
 
 
 def sample_history(steps: int = 240) -> list[dict]:
-    """Transformers' log history: a loss a step, a validation loss every quarter, the closing summary."""
+    """Returns Transformers' log history: a loss per step, a validation loss every quarter, the closing summary."""
     chance = random.Random(1)
     history: list[dict] = []
     for step in range(1, steps + 1):
@@ -135,7 +135,7 @@ def language_metrics() -> dict:
 
 
 class Reader(HTMLParser):
-    """Collects tags, attributes and text, and notes every tag that does not close where it should."""
+    """Collects tags, attributes and text, and every tag that is closed in the wrong place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def sample_examples() -> dict:
 
 
 def sample_pictures(plan: Plan) -> Pictures:
-    """Two histograms, and the similarities of every kind's layers on both sides."""
+    """Returns two histograms, and the similarities of the layers of every kind on both sides."""
     spectra = []
     for at, weights in enumerate((torch.randn(60, 40), torch.zeros(6, 5))):
         values = torch.linalg.svdvals(weights.double())

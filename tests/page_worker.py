@@ -1,5 +1,8 @@
-"""Asks the page of `sgm report --serve` in a process of its own, since Gradio leaves sockets and loops open; prints
-what it found. Arguments: the folders of a classifier's and of a chat model's run."""
+"""Uses the page of `sgm report --serve` and prints what it found as JSON.
+
+It runs in a process of its own, because Gradio leaves sockets and loops open. Arguments: the folder of a classifier's
+run and the folder of a chat model's run.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ def page_of(folder: str, report: str | None = None):
 
 
 def shown(page, *arguments):
-    """What the page's first event comes to show."""
+    """Returns what the page finally shows after its first event."""
     found = page.fns[0].fn(*arguments)
     return found if isinstance(found, list) else list(found)[-1]
 

@@ -1,5 +1,5 @@
-"""One table of what people get wrong: exit status 2, one line that says what, its value and the remedy, no traceback,
-and nothing written."""
+"""A table of user errors. Each ends with exit status 2 and one line (what is wrong, the value, the remedy), without a
+traceback, and writes nothing."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sgm_finetune.commands.cli import main
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row makes what it needs."""
+    """The folders in which a row of the table makes its files."""
 
     folder: Path
     llama: Path
     bert: Path
     finished: Path
-    """A finished run's output folder, to be copied."""
+    """Output folder of a finished run, for a row to copy."""
 
     @property
     def output(self) -> Path:
@@ -37,14 +37,14 @@ class Place:
         return path
 
     def model(self, *, source: Path | None = None) -> Path:
-        """A copy of the pico LLaMA, or of `source`, to be spoiled."""
+        """A copy of the pico LLaMA, or of `source`, for a row to damage."""
         return shutil.copytree(source or self.llama, self.folder / "model")
 
     def earlier_run(self) -> Path:
         return shutil.copytree(self.finished, self.output)
 
     def plan(self, change: Callable[[dict[str, Any]], None]) -> Path:
-        """The finished run's plan with something in it changed."""
+        """A changed copy of the finished run's plan."""
         document = json.loads((self.finished / "plan.json").read_text(encoding="utf-8"))
         change(document)
         shutil.copy(self.finished / "plan.safetensors", self.folder / "plan.safetensors")
@@ -52,7 +52,7 @@ class Place:
 
 
 class Code:
-    """What a hostile .pth holds: an object whose loading would run a program."""
+    """The content of a hostile .pth: loading this object would run a program."""
 
     def __reduce__(self):
         return (print, ("this must never run",))
@@ -101,7 +101,7 @@ def pickled(path: Path) -> Path:
 
 
 def unfinished(folder: Path) -> Path:
-    """As a run leaves it that was stopped after a checkpoint."""
+    """The output folder of a run that was stopped after a checkpoint."""
     (folder / "sgm_finetuned.pth").unlink()
     return folder
 
@@ -146,8 +146,8 @@ CONFIGURATION: list[Row] = [
     ("a budget that is no size", lambda p: ["memory.budget=much"], ["memory.budget", "'much'"]),
     ("a budget of nothing", lambda p: ["memory.budget=1KiB"], ["`memory.budget`", "1048576"]),
     ("a budget below the weights", lambda p: ["memory.budget=20MiB"], ["is not enough", "model.quantization=nf4"]),
-    ("pages without a GPU", lambda p: ["training.optimizer=paged_adamw_8bit"], ["GPU", "take adamw_8bit"]),
-    ("a GPU's host without one", lambda p: ["training.checkpointing=offload"], ["GPU", "take true"]),
+    ("pages without a GPU", lambda p: ["training.optimizer=paged_adamw_8bit"], ["GPU", "set it to adamw_8bit"]),
+    ("a GPU's host without one", lambda p: ["training.checkpointing=offload"], ["GPU", "set it to true"]),
     ("a kind of checkpointing", lambda p: ["training.checkpointing=offlod"], ["offlod", "'offload'"]),
     ("a rank beyond the width", lambda p: ["adapter.rank=40", "probe.sketch_size=40"], ["40", "32 directions of"]),
     ("no key=value", lambda p: ["training.epochs"], ["`training.epochs`", "write for example training.epochs=1"]),
@@ -169,7 +169,11 @@ DATA: list[Row] = [
     ("a file that is not UTF-8", lambda p: [f"data.train={p.file('x.csv', LATIN_1)}"], ["x.csv", "UTF-8"]),
     ("a broken row", lambda p: [f"data.train={p.file('x.csv', 'text,label', 'a,b,c')}"], ["line 2", "3 fields"]),
     ("a broken JSON line", lambda p: [f"data.train={p.file('x.jsonl', '{a}')}"], ["line 1", "not JSON"]),
-    ("a file that is no Parquet", lambda p: [f"data.train={p.file('x.parquet', 'PAR')}"], ["x.parquet", "no Parquet"]),
+    (
+        "a file that is no Parquet",
+        lambda p: [f"data.train={p.file('x.parquet', 'PAR')}"],
+        ["x.parquet", "not a Parquet"],
+    ),
     ("an unknown column", lambda p: ["data.columns={text: txt}"], ["`txt`", "(has: text, label)", "`text`"]),
     (
         "columns of other names",
@@ -207,12 +211,20 @@ TASKS: list[Row] = [
     (
         "a conversation without an answer",
         lambda p: [LM, lines(p, says("user"))],
-        ["row 1", "no answer of the assistant"],
+        ["row 1", "no answer by the assistant"],
     ),
-    ("an unknown speaker", lambda p: [LM, lines(p, says("robot"))], ["message 1 is by 'robot'", "known: system, user"]),
-    ("a message that is a number", lambda p: [LM, lines(p, says("assistant", 7))], ["message 1", "content 7, no text"]),
-    ("a conversation that is text", lambda p: [LM, lines(p, {"messages": "hi"})], ["'hi', no list of messages"]),
-    ("an empty conversation", lambda p: [LM, lines(p, {"messages": []})], ["[], no list of messages"]),
+    (
+        "an unknown speaker",
+        lambda p: [LM, lines(p, says("robot"))],
+        ["message 1 has the role 'robot'", "known roles: system, user"],
+    ),
+    (
+        "a message that is a number",
+        lambda p: [LM, lines(p, says("assistant", 7))],
+        ["message 1", "content 7, which is not a text"],
+    ),
+    ("a conversation that is text", lambda p: [LM, lines(p, {"messages": "hi"})], ["'hi', not a list of messages"]),
+    ("an empty conversation", lambda p: [LM, lines(p, {"messages": []})], ["[], not a list of messages"]),
     (
         "a format without its columns",
         lambda p: [LM, "data.format=alpaca", lines(p, {"prompt": "a", "completion": "b"})],
@@ -224,7 +236,11 @@ TASKS: list[Row] = [
         lambda p: [LM, "data.columns={prompt: text, output: label}"],
         ["belong to different formats"],
     ),
-    ("a role that the task lacks", lambda p: ["data.columns={source: text}"], ["role `source`", "takes text, label"]),
+    (
+        "a role that the task lacks",
+        lambda p: ["data.columns={source: text}"],
+        ["role `source`", "its roles are text, label"],
+    ),
     (
         "an instruction without an output",
         lambda p: [LM, lines(p, {"instruction": "a", "output": ""})],
@@ -238,7 +254,7 @@ TASKS: list[Row] = [
     (
         "as many words as tags",
         lambda p: [TAGS, lines(p, {"tokens": ["a", "b"], "tags": ["O"]})],
-        ["2 words", "1 `tags`"],
+        ["2 words", "1 tags in `tags`"],
     ),
     (
         "words that are text",
@@ -264,7 +280,7 @@ TASKS: list[Row] = [
     (
         "numbers that are words",
         lambda p: ["data.label_kind=number", f"data.train={p.file('x.csv', 'text,label', 'a,1.5', 'b,many')}"],
-        ["row 2", "'many', no number"],
+        ["row 2", "'many' in `label`, which is not a number"],
     ),
     (
         "numbers that may be classes",
@@ -274,7 +290,7 @@ TASKS: list[Row] = [
     (
         "sets of classes that are numbers",
         lambda p: ["data.label_kind=classes", lines(p, {"text": "a", "label": 3})],
-        ["`label` is 3, no list", "[] for none"],
+        ["`label` is 3, not a list", "[] for none"],
     ),
     ("packed reviews", lambda p: ["data.packing=true"], ["data.packing=true", "completion and chat"]),
     (
@@ -285,9 +301,9 @@ TASKS: list[Row] = [
     (
         "a stream of text",
         lambda p: [LM, f"data.train={p.file('x.txt', REVIEWS)}", *STREAM],
-        ["x.txt cannot be streamed", "known: csv"],
+        ["x.txt cannot be streamed", "set data.file_type to one of csv"],
     ),
-    ("a stream of what is small", lambda p: ["data.name=imdb", "data.train=", *STREAM], ["imdb is read whole"]),
+    ("a stream of what is small", lambda p: ["data.name=imdb", "data.train=", *STREAM], ["embedded data.name=imdb"]),
     ("a harness for classes", lambda p: ["evaluation.harness=[arc_easy]"], ["evaluation.harness", "leave it out"]),
     ("the same column twice", lambda p: ["data.columns={text: label}"], ["the same column `label`"]),
 ]
@@ -298,7 +314,7 @@ SCALE: list[Row] = [
     (
         "a model's own code",
         lambda p: [f"model.name={own_code(p.model())}"],
-        ["model.trust_remote_code=true", "read it"],
+        ["model.trust_remote_code=true", "read the code"],
     ),
 ]
 
@@ -344,12 +360,12 @@ MODEL: list[Row] = [
         ["model.task=sequence-classification", "vit", "another task or model"],
     ),
     (
-        "a model that is quantised already",
+        "a model that is already quantised",
         lambda p: [
             f"model.name={with_config(p.model(), quantization_config={'quant_method': 'gptq', 'bits': 4})}",
             "model.quantization=nf4",
         ],
-        ["quantised already", "model.quantization=none"],
+        ["already quantised", "model.quantization=none"],
     ),
 ]
 
@@ -462,8 +478,12 @@ SCAN: list[Row] = [
     ("histograms of nothing", lambda p: [str(p.llama), "--matrix", "*q_proj"], ["--plot FOLDER"]),
     ("a matrix that there is not", lambda p: plotted(p, "model.layers.0.mlp.up_prj"), ["did you mean", ".up_proj?"]),
     ("a pattern of nothing", lambda p: plotted(p, "*query"), ["*query", "pattern"]),
-    ("pictures over others", lambda p: [str(p.llama), "--plot", str(p.file("x", "mine").parent)], ["no empty folder"]),
-    ("a file for pictures", lambda p: [str(p.llama), "--plot", str(p.file("x", "mine"))], ["no empty folder"]),
+    (
+        "pictures over others",
+        lambda p: [str(p.llama), "--plot", str(p.file("x", "mine").parent)],
+        ["not an empty folder"],
+    ),
+    ("a file for pictures", lambda p: [str(p.llama), "--plot", str(p.file("x", "mine"))], ["not an empty folder"]),
     ("two things on stdout", lambda p: [str(p.llama), "--json", "--format", "spectrum"], ["--json", "leave one"]),
     ("a file that holds no scan", lambda p: [str(p.file("s.json", '{"a": 1}'))], ["s.json", "is no scan"]),
     ("results of the other estimator", lambda p: [published(p), "--estimator", "mp"], ["spectrum, not mp"]),
@@ -479,12 +499,12 @@ SCAN: list[Row] = [
 
 
 def with_result(place: Place, to: str, *more: str) -> list[str]:
-    """`sgm export` of a finished run's copy."""
+    """Arguments of `sgm export` for a copy of a finished run."""
     return ["--to", to, f"output.dir={place.earlier_run()}", *more]
 
 
 def foreign(place: Place) -> Path:
-    """A folder of the user's own."""
+    """A folder that belongs to the user."""
     (place.folder / "mine").mkdir()
     return place.file("mine/a.txt", "mine").parent
 
@@ -506,7 +526,7 @@ EXPORT: list[Row] = [
     (
         "a folder with something else in it",
         lambda p: with_result(p, "merged", "--output", str(foreign(p))),
-        ["no earlier export", "--output"],
+        ["not an earlier export", "--output"],
     ),
     (
         "an earlier export",
@@ -553,7 +573,7 @@ OTHER: list[Row] = [
 
 @pytest.fixture(scope="module")
 def finished(llama_folder, reviews, tmp_path_factory) -> Path:
-    """A finished pico run's output folder."""
+    """The output folder of a finished pico run."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "empty.yaml").write_text("")
     with pytest.raises(SystemExit) as caught:
@@ -577,7 +597,7 @@ def place(tmp_path, llama_folder, bert_folder, finished) -> Place:
 
 @pytest.fixture(autouse=True)
 def _as_a_fresh_process(monkeypatch):
-    """Transformers reads these settings when it is imported, which a test before this one may have done."""
+    """Sets what Transformers reads at its import, because an earlier test may have imported it."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -588,7 +608,7 @@ def _as_a_fresh_process(monkeypatch):
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every file below `folder` and its bytes."""
+    """The bytes of every file below `folder`, by path."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
@@ -604,7 +624,7 @@ def refused(arguments: list[str], parts: list[str], place: Place, capfd) -> None
     error = capfd.readouterr().err
     assert caught.value.code == 2, error
     assert error.count("\n") == 1, error
-    assert error.strip(), "nothing was said"
+    assert error.strip(), "no message"
     assert "Traceback" not in error
     for part in parts:
         assert part in error

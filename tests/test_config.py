@@ -1,4 +1,4 @@
-"""The configuration: typed, bounded, documented; what a person gets wrong is named in one line, with the remedy."""
+"""The configuration is typed, bounded and documented; it reports a mistake in one line, with the remedy."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_an_override_that_is_not_key_equals_value_is_refused(override):
         ("1: 2\n", ["unknown key `1`"]),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused_in_one_line(write, text, parts):
+def test_an_invalid_configuration_file_is_refused_in_one_line(write, text, parts):
     path = write(text)
     line = said(load_config, path)
     assert all(part in line for part in [str(path), *parts])

@@ -1,4 +1,4 @@
-"""`sgm doctor` finds what is wrong with a machine, and says what to do."""
+"""`sgm doctor` finds what is wrong with a machine and says what to do."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def test_a_package_that_is_absent_or_too_old_makes_it_not_ready(monkeypatch, cap
 
 
 def test_a_quantised_layer_that_computes_wrongly_is_found(monkeypatch):
-    monkeypatch.setattr(doctor, "_quantised_error", lambda *arguments: float("inf"))
+    monkeypatch.setattr(doctor, "_layer_error", lambda *arguments: float("inf"))
     found = named(doctor.examine(), "4 bits (NF4)")[0]
     assert found.verdict == "missing"
-    assert found.remedy == "take model.quantization=none"
+    assert found.remedy == "use model.quantization=none"
 
 
-def test_a_hub_that_does_not_answer_is_said_with_the_way_around(monkeypatch):
+def test_an_unreachable_hub_is_reported_with_the_alternatives(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     (found,) = named(doctor.examine(hub_timeout=1.0), "hub")

@@ -1,4 +1,4 @@
-"""Examples that changed are those, with their text, in an order that does not depend on chance."""
+"""examples.json holds the examples whose prediction changed, with their text, in a fixed order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: a stack of experts is measured, planned and trained as one matrix for each of them."""
+"""Mixtures of experts: a stack is measured, planned and trained with one matrix per expert."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def batches():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stacks_sketches_are_those_of_the_one_matrix_that_its_experts_make(folders, name):
+def test_a_stack_is_sketched_as_one_matrix_of_all_its_experts(folders, name):
     probed = probe(loaded(folders[name]), batches(), sketch_size=6)
-    model = loaded(folders[name])  # float32: grouped products know no float64
+    model = loaded(folders[name])  # float32, since grouped products do not support float64
     for batch in batches()[::2]:
         model(**batch).loss.backward()
     gradient = model.get_parameter(STACK).grad.double()
@@ -61,7 +61,7 @@ def test_a_stacks_sketches_are_those_of_the_one_matrix_that_its_experts_make(fol
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_probe_leaves_a_model_with_experts_as_it_found_it(folders, name):
+def test_the_probe_leaves_a_model_with_experts_unchanged(folders, name):
     model = loaded(folders[name])
     model.get_parameter(STACK).requires_grad_(False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -73,7 +73,7 @@ def test_the_probe_leaves_a_model_with_experts_as_it_found_it(folders, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_expert_has_its_snr_from_the_files_and_starts_where_all_of_them_do(folders, name):
+def test_every_expert_has_its_snr_from_the_files_and_the_start_of_its_stack(folders, name):
     scanned, probed = scan(folders[name]), probe(loaded(folders[name]), batches(), sketch_size=12)
     plan = make_plan(scanned, probed, load_config(None, ["adapter.rank=4", "probe.sketch_size=12"]))
     matrix = next(matrix for matrix in plan.matrices if matrix.name == STACK)
@@ -94,7 +94,7 @@ def test_every_expert_has_its_snr_from_the_files_and_starts_where_all_of_them_do
     torch.testing.assert_close(adapted(**batch).logits, before, rtol=0, atol=1e-6)
 
 
-def test_linear_layers_that_peft_takes_for_experts_are_left_alone(folders):
+def test_linear_layers_that_peft_takes_for_experts_are_left_out(folders):
     model = loaded(folders["qwen2_moe"])
     there = adaptable(model)
     assert len(out_of_reach(model)) == 2 * 3
@@ -104,7 +104,7 @@ def test_linear_layers_that_peft_takes_for_experts_are_left_alone(folders):
     assert "model.layers.0.mlp.experts.down_proj" in there
 
 
-def test_what_experts_cannot_do_is_refused(folders):
+def test_settings_that_experts_do_not_support_are_refused(folders):
     model = loaded(folders["mixtral"])
     with pytest.raises(UserError, match=r"shard=true is not possible with a model of experts; set training.shard=fal"):
         shard_base(model, torch.device("cpu"))
@@ -123,7 +123,7 @@ def test_what_experts_cannot_do_is_refused(folders):
         apply_plan(model, replace(plan, groups=(group,)))
 
 
-def test_layers_that_merge_leave_experts_out(folders):
+def test_groups_leave_experts_out(folders):
     probed = probe(loaded(folders["mixtral"]), batches(), sketch_size=12)
     for criterion in ("subspace", "cosine"):
         chosen = ["adapter.rank=4", "probe.sketch_size=12", "merge.scope=layers", "merge.threshold=-1"]
@@ -132,14 +132,14 @@ def test_layers_that_merge_leave_experts_out(folders):
         assert not any("experts" in name for group in plan.groups for name in group.members)
 
 
-def test_factors_are_laid_out_and_back():
+def test_laying_factors_out_and_storing_them_are_inverse():
     factor = torch.arange(24.0).reshape(12, 2)
     assert torch.equal(pack_factor("a", unpack_factor("a", factor, 3)), factor)
     assert torch.equal(pack_factor("b", unpack_factor("b", factor.T, 3)), factor.T)
 
 
-def test_an_experts_step_is_that_of_a_layer_of_its_own():
-    """What PEFT computes with, expert by expert, moves as if each expert were a LoRA layer."""
+def test_an_experts_step_is_that_of_a_separate_layer():
+    """The factors that PEFT uses for each expert move as if each expert were a LoRA layer."""
     generator = torch.Generator().manual_seed(0)
     factors = [(torch.randn(2, 6, generator=generator), torch.randn(5, 2, generator=generator)) for _ in range(3)]
     ups = [(torch.randn(2, 6, generator=generator), torch.randn(5, 2, generator=generator)) for _ in range(3)]
@@ -170,7 +170,7 @@ def test_an_experts_step_is_that_of_a_layer_of_its_own():
 
 
 def test_the_layout_of_a_stack_is_pefts_own(folders):
-    """PEFT's change of expert e is the product of the factors that `laid` gives for it."""
+    """PEFT's update of expert e is the product of the factors that `laid` returns for it."""
     model = loaded(folders["mixtral"])
     plan = make_plan(
         scan(folders["mixtral"]),

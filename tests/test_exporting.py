@@ -1,5 +1,4 @@
-"""Results that travel: what is merged is what PEFT merges, what is written computes what was trained, and what does not
-is not kept."""
+"""Exports: a merge equals PEFT's own, an export computes what was trained, and one that does not is not kept."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ from sgm_finetune.train.adapters.apply import apply_plan
 ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 """Largest relative error of one rounding to the type."""
 SUM = 1e-6
-"""Of a float32 product of pico factors, beside one in float64."""
+"""Largest absolute error of a float32 product of pico factors, against float64."""
 TEXT = "\n\n".join(
     f"the film was good {'very ' * (i % 9)}plot {'cast ' * (i // 9)}and the story " * 4 for i in range(60)
 )
@@ -72,7 +71,7 @@ def task_of(name: str) -> Task:
 
 
 def train(model: Path, task: Task, source: Path, output: Path, *more: str) -> list[str]:
-    """A result as a run leaves it, of factors drawn at random; returns the override that names it."""
+    """Writes a result as a run does, with random factors. Returns the override that names it."""
     settings = [f"model.name={model}", f"model.task={task}", f"data.train={source}", "data.max_length=32"]
     settings += ["merge.side=none", "adapter.rank=4", f"output.dir={output}", *more]
     config = load_config(None, settings)
@@ -101,7 +100,7 @@ def exported(where: list[str], to: str, **asked) -> dict:
 
 @torch.no_grad()
 def oracle(result) -> dict[str, torch.Tensor]:
-    """PEFT's own merge, in float64."""
+    """Returns PEFT's own merge, in float64."""
     model = attach_adapter(load_unquantised(result, "float32"), result.content, result.path).double()
     return model.merge_and_unload().state_dict()
 
@@ -121,7 +120,7 @@ def llama(tmp_path_factory, data, llama_folder) -> list[str]:
     return train(llama_folder, "causal-lm", data["causal-lm"], tmp_path_factory.mktemp("llama") / "out")
 
 
-# what is merged
+# merging
 
 
 def test_a_merged_model_is_that_of_peft(finished, tmp_path):
@@ -234,7 +233,7 @@ def test_a_classifier_keeps_its_head_and_its_labels(data, bert_folder, tmp_path)
     assert model.config.architectures == ["BertForSequenceClassification"]
 
 
-# what is not kept
+# exports that are not kept
 
 
 def spoiled(name: str, monkeypatch) -> None:
@@ -288,7 +287,7 @@ def test_a_comparison_sees_how_much_of_the_update_arrived():
 
 
 def bpe_tokenizer(byte_fallback: bool = False, divides_digits: bool = True):
-    """A pico tokenizer of a kind that GGUF knows: byte-level BPE, or BPE with bytes to fall back on."""
+    """Returns a pico tokenizer that GGUF supports: byte-level BPE, or BPE with a fallback to bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -348,7 +347,7 @@ def save_decoder(name: str, folder: Path, tokenizer=None) -> Path:
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(config(**{**sizes, **GGUF_MODELS[name]}))
     with torch.no_grad():
-        for parameter in model.parameters():  # away from zero biases and equal norms
+        for parameter in model.parameters():  # makes biases non-zero and norms unequal
             parameter += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     (tokenizer or bpe_tokenizer()).save_pretrained(folder)
@@ -404,7 +403,7 @@ def test_a_tokenizer_of_sentencepiece_s_kind_goes_the_same_way(data, tmp_path):
 
 
 @needs_llama_cpp
-def test_a_tokenizer_that_llama_cpp_cuts_otherwise_is_refused(data, tmp_path, monkeypatch):
+def test_a_tokenizer_that_llama_cpp_splits_differently_is_refused(data, tmp_path, monkeypatch):
     from sgm_finetune.results.export import gguf_vocabulary
 
     model = save_decoder("llama", tmp_path / "m", bpe_tokenizer(divides_digits=False))
@@ -415,7 +414,7 @@ def test_a_tokenizer_that_llama_cpp_cuts_otherwise_is_refused(data, tmp_path, mo
     assert {path.name for path in tmp_path.iterdir()} == {"m", "out"}
 
 
-def test_the_rule_that_cuts_text_is_told_by_the_tokenizer():
+def test_the_pre_tokenizer_s_name_is_found_in_the_tokenizer():
     assert read_vocabulary(bpe_tokenizer(), 448).pre == "smollm"
     assert read_vocabulary(bpe_tokenizer(divides_digits=False), 448).pre == "gpt-2"
     assert read_vocabulary(bpe_tokenizer(byte_fallback=True), 448).model == "llama"
@@ -423,12 +422,12 @@ def test_the_rule_that_cuts_text_is_told_by_the_tokenizer():
         read_vocabulary(make_tokenizer(), 32)
 
 
-def test_turned_rows_are_a_permutation_of_each_head():
+def test_reordered_rows_are_a_permutation_of_each_head():
     rows = torch.arange(24.0)
-    turned = rope_order(rows, num_heads=3)
+    reordered = rope_order(rows, num_heads=3)
     for head in range(3):
-        assert turned[8 * head : 8 * head + 8].sort().values.tolist() == rows[8 * head : 8 * head + 8].tolist()
-        assert turned[8 * head : 8 * head + 2].tolist() == [8 * head, 8 * head + 4]
+        assert reordered[8 * head : 8 * head + 8].sort().values.tolist() == rows[8 * head : 8 * head + 8].tolist()
+        assert reordered[8 * head : 8 * head + 2].tolist() == [8 * head, 8 * head + 4]
 
 
 # Ollama
@@ -458,7 +457,7 @@ def renderer(template: str):
 
 
 def go(template: str, messages) -> str:
-    """The few words of Go's template language that a Modelfile of ours has."""
+    """Renders the part of Go's template language that our Modelfiles use."""
     words = re.split(r"(\{\{.*?\}\})", template, flags=re.DOTALL)
     begin, end = words.index("{{ range .Messages }}"), len(words) - 1 - words[::-1].index("{{ end }}")
     text = "".join(words[:begin])
@@ -521,7 +520,7 @@ def test_the_card_says_what_it_is_and_names_no_folder_of_this_machine(llama, tmp
 
 
 class FakeHub:
-    """What is called of the hub's client."""
+    """The part of the hub's client that SGM calls."""
 
     def __init__(self):
         self.calls, self.error = [], None

@@ -1,4 +1,4 @@
-"""`sgm init`, the reference page and the JSON Schema are made of the configuration's own types."""
+"""`sgm init`, the reference page and the JSON Schema come from the types of the configuration."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_task_is_guessed_from_the_columns(header, rows, task, columns, tmp_p
     assert load_config(tmp_path / "c.yaml") == config
 
 
-def test_four_questions_are_asked_and_columns_where_they_are_not_told(tmp_path, monkeypatch):
+def test_four_questions_are_asked_and_the_columns_if_necessary(tmp_path, monkeypatch):
     (tmp_path / "d.csv").write_text("no,question,reply\n1,a b c,d\n2,e f g,h\n")
     answers = io.StringIO(f"owner/model\n{tmp_path / 'd.csv'}\ncausal-lm\nnf4\nquestion\nreply\n")
     monkeypatch.setattr("sys.stdin", answers)
@@ -141,7 +141,7 @@ def test_every_key_has_a_type_and_a_description():
 
 
 def test_the_pages_of_the_documentation_are_those_of_this_version():
-    """`python -m sgm_finetune.base.reference docs/reference` writes them."""
+    """`python -m sgm_finetune.base.reference docs/reference` generates them."""
     assert (ROOT / "docs/reference/config.md").read_text(encoding="utf-8") == reference_page()
     assert json.loads((ROOT / "docs/reference/config.schema.json").read_text()) == json_schema()
 

@@ -1,5 +1,5 @@
-"""Files of others, changed at random: each gives a result or the one line of a UserError, never a traceback, a hang or
-a crash (docs/untrusted.md)."""
+"""Files with random changes give a result or the one line of a UserError, never a traceback, a hang or a crash
+(docs/untrusted.md)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_changed_files_give_a_result_or_one_line():
 
 @pytest.mark.slow
 def test_thousands_of_changed_files_give_a_result_or_one_line():
-    """SGM_SEED: other files. SGM_RECORD=FILE appends what was counted."""
+    """SGM_SEED selects other files. SGM_RECORD=FILE appends the counts to FILE."""
     seed = int(os.environ.get("SGM_SEED", "1"))
     rows = fuzzed(500, seed)
     assert sum(row["inputs"] for row in rows) >= 10_000

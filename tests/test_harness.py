@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model that is being fine-tuned."""
+"""lm-evaluation-harness evaluates a model that is being fine-tuned."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ metric_list:
 
 
 def film(number: int) -> str:
-    """Good where the number is even."""
+    """Returns a review, which is good if the number is even."""
     chooser = random.Random(number)
     words = chooser.choices((GOOD, BAD)[number % 2], k=3) + chooser.choices(OTHER, k=4)
     chooser.shuffle(words)
@@ -42,7 +42,7 @@ def film(number: int) -> str:
 
 @pytest.fixture
 def task(tmp_path):
-    """A task of ours in lm-eval's format: whether the words before are good or bad."""
+    """Writes a task of our own in lm-eval's format: whether a review is good or bad."""
     rows = [{"film": film(n), "verdict": n % 2} for n in range(200, 220)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "pico.yaml"

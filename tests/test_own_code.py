@@ -96,7 +96,7 @@ def own(murmur, reviews, tmp_path) -> list[str]:
 
 def test_a_models_own_code_is_not_run_unless_asked_for(own, murmur):
     (murmur / "modeling_murmur.py").write_text("raise SystemExit('this ran')")
-    with pytest.raises(UserError, match=r"Python code of its own, which is not run .* model\.trust_remote_code=true"):
+    with pytest.raises(UserError, match=r"its own Python code, which does not run .* model\.trust_remote_code=true"):
         pipeline.finetune(load_config(None, own), Console(file=StringIO()))
 
 

@@ -1,4 +1,4 @@
-"""The pages in a real Chromium: a quiet console, no request, nothing wider than a phone, buttons that copy."""
+"""The pages in a real Chromium: no console message, no request, nothing wider than a phone, and buttons that copy."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def page() -> Iterator[Page]:
 
 
 def leave_run(folder: Path, plan: Plan, labels: tuple[str, ...] = ("negative", "positive")) -> Path:
-    """A made-up run with everything on its page."""
+    """Writes a made-up run that fills every section of its page."""
     folder.mkdir()
     long = "/a/folder/whose/name/is/much/longer/than/a/phone/is/wide/" + "x" * 80
     metrics = classification_metrics(labels) | {"test_fingerprint": "a", "data": long}
@@ -69,7 +69,7 @@ def leave_run(folder: Path, plan: Plan, labels: tuple[str, ...] = ("negative", "
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory) -> dict[str, Path]:
-    """Name -> page: reports of a run with everything, of one with nothing, and a comparison."""
+    """Returns name -> page: the reports of a full, an ordinary and a bare run, and their comparison."""
     folder = tmp_path_factory.mktemp("runs")
     full = leave_run(folder / "full", sample_plan(), tuple(f"class number {i}" for i in range(20)))
     other = leave_run(folder / "other", replace(sample_plan(6, seed=1), starts={}))
@@ -133,7 +133,7 @@ def test_every_figure_has_a_description_and_every_drawing_ink(page, made_up):
 
 
 def test_text_is_readable_in_light_and_dark(page, made_up):
-    """Contrast of at least 4.5 (WCAG AA) between the text's colour and the page's."""
+    """The contrast of text and page is at least 4.5 (WCAG AA)."""
     for dark in (False, True):
         page.open(made_up["full"], DESK, dark)
         colours = page.run("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")

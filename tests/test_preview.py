@@ -57,7 +57,7 @@ def test_what_the_loss_does_not_count_is_dimmed_or_outside_of_brackets(rows, tmp
         ("bart", "seq2seq-lm", {"target": "good"}, "→ good <eos>"),
     ],
 )
-def test_what_is_to_be_predicted_stands_below(name, task, row, part, tmp_path):
+def test_the_label_or_target_is_below_the_text(name, task, row, part, tmp_path):
     column = "source" if task == "seq2seq-lm" else "text"
     other = (
         {"label": ["b"]} if isinstance(row.get("label"), list) else {"label": 0.5} if row.get("label") == 1.5 else {}

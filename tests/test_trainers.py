@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BAD, GOOD, OTHER, make_batches, make_model, make_tokenizer, measured_numbers
+from conftest import BAD, GOOD, OTHER, make_batches, make_model, make_tokenizer, measured_numbers, shared_factors
 from datasets import Dataset
 
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.method.build_plan import build_plan
 from sgm_finetune.method.plan import Plan, PlanSettings
-from sgm_finetune.train.adapters.apply import apply_plan, shared_factors
+from sgm_finetune.train.adapters.apply import apply_plan
 from sgm_finetune.train.adapters.optimizer import create_optimizer
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_batches, make_model, measured_numbers
+from conftest import make_batches, make_model, measured_numbers, shared_factors
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 from sgm_finetune.base.errors import UserError
@@ -20,7 +20,6 @@ from sgm_finetune.train.adapters.apply import (
     check_plan,
     check_starts,
     lora_layers,
-    shared_factors,
     tie,
 )
 

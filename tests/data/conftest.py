@@ -16,7 +16,7 @@ WORDS = [f"w{number}" for number in range(60)]
 
 
 def word_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """One token a word. `causal` adds nothing by itself and has no padding token; `encoder` wraps in [CLS], [SEP]."""
+    """A tokenizer with one token per word. `causal`: no added or padding token. `encoder`: adds [CLS] and [SEP]."""
     special = ["<unk>", "<eos>", "[CLS]", "[SEP]", "[PAD]"]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(special + WORDS)}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

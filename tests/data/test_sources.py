@@ -44,7 +44,7 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
-        UserError, match=r"data\.name=a/b is none of .*: Couldn't reach .* \(try again\); check its name"
+        UserError, match=r"data\.name=a/b is not one of .*: Couldn't reach .* \(try again\); check the name"
     ):
         load_splits(DataConfig(name="a/b"), "causal-lm")
 
@@ -69,16 +69,16 @@ def test_a_subset_of_a_hub_data_set_is_asked_for_by_name(monkeypatch: pytest.Mon
     ("config", "message"),
     [
         ({}, "No data: give data.train=FILE or data.name, for example data.name=rotten-tomatoes"),
-        ({"test": "t.csv"}, "data.test needs data.train beside it"),
-        ({"name": "imdb", "test": "t.csv"}, "data.test goes with data.train, not with data.name"),
+        ({"test": "t.csv"}, "data.test needs data.train too"),
+        ({"name": "imdb", "test": "t.csv"}, "data.test needs data.train; it cannot be used with data.name"),
         ({"name": "rotten_tomatos"}, "Unknown data.name=rotten_tomatos; did you mean `rotten-tomatoes`?"),
         ({"name": "reviews.jsonl"}, "data.name=reviews.jsonl is a file; give it as data.train=reviews.jsonl"),
-        ({"name": "empty"}, "data.name=empty: this folder is no data set that can be loaded"),
-        ({"name": "broken"}, "data.name=broken: this folder is no data set that can be loaded"),
+        ({"name": "empty"}, "data.name=empty: this folder cannot be loaded as a data set"),
+        ({"name": "broken"}, "data.name=broken: this folder cannot be loaded as a data set"),
         ({"name": "testonly"}, "data.name=testonly has no split `train` (has: test)"),
     ],
 )
-def test_a_source_that_is_none_is_refused_in_one_line(reviews: Path, config: dict, message: str) -> None:
+def test_an_invalid_source_is_refused_in_one_line(reviews: Path, config: dict, message: str) -> None:
     for folder in ("empty", "broken", "testonly"):
         (reviews.parent / folder).mkdir()
     (reviews.parent / "broken" / "train.csv").write_text("text,label\na,b\nc,d,e,f\n")

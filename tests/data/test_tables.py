@@ -31,12 +31,12 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         assert columns_of(path) == ROWS, path.name
 
 
-def test_the_format_can_be_said_where_the_ending_does_not(tmp_path: Path) -> None:
+def test_the_file_type_can_be_given_for_an_unknown_extension(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("text,label\nhello,1\n")
     assert columns_of(tmp_path / "data", format="csv") == {"text": ["hello"], "label": ["1"]}
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("text,label\nhello,1\n", encoding="utf-8-sig")
     assert list(columns_of(tmp_path / "r.csv")) == ["text", "label"]
 
@@ -79,10 +79,10 @@ def test_parquet_keeps_class_names_and_reads_categories(tmp_path: Path) -> None:
         ("r.csv", b"text,label\ncaf\xe9,1\n", "is not UTF-8: byte 0xe9 at 14"),
         ("r.json", '[{"text": "a"},\n{"text": }]', "r.json line 2 is not JSON: Expecting value"),
         ("r.json", "[]", "r.json has no rows"),
-        ("r.json", '["a", "b"]', "row 1 is no JSON object"),
+        ("r.json", '["a", "b"]', "row 1 is not a JSON object"),
         ("r.jsonl", '{"text": "a"}\n\n{"text"\n', "line 3 is not JSON"),
-        ("r.jsonl", '{"text": "a"}\n17\n', "line 2 is no JSON object"),
-        ("r.parquet", "text,label\n", "is no Parquet file"),
+        ("r.jsonl", '{"text": "a"}\n17\n', "line 2 is not a JSON object"),
+        ("r.parquet", "text,label\n", "is not a Parquet file"),
         ("r.txt", " \n\n ", "r.txt has no rows"),
         ("r.conll", "-DOCSTART- -X- O\n\n", "r.conll has no rows"),
         ("r.conll", "U.N. NNP B-ORG\nofficial O\n", "line 2 has 2 field(s), the first word 3; write the word first"),
@@ -90,7 +90,7 @@ def test_parquet_keeps_class_names_and_reads_categories(tmp_path: Path) -> None:
         (
             "r.xlsx",
             "",
-            "unknown ending `.xlsx` (known: .csv .tsv .json .jsonl .parquet .txt .conll); say data.file_type",
+            "unknown extension `.xlsx` (known: .csv .tsv .json .jsonl .parquet .txt .conll); set data.file_type",
         ),
     ],
 )

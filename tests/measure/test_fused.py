@@ -1,4 +1,4 @@
-"""Truths about the parts of fused parameters: together they are the parameter, and they are what the model uses."""
+"""Parts of fused parameters: together they make up the parameter, and the model computes with each of them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sgm_finetune.model.weights.fused import _EXPERT_LAYOUTS, Cut, Layout, cuts
+from sgm_finetune.model.weights.fused import EXPERT_LAYOUTS, Cut, Layout, cuts
 from sgm_finetune.model.weights.stored import StoredMatrix, stored_matrices
 
-TOLERANCE = 1e-5  # of float32 products of 16 numbers
+TOLERANCE = 1e-5  # for float32 products of 16 numbers
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,13 +42,13 @@ def build(name: str, **config):
 
 
 def saved(model, folder: Path, **settings) -> dict[str, StoredMatrix]:
-    """Name -> matrix of the folder that the model is saved in."""
+    """Name -> matrix, from a folder into which the model is saved."""
     model.save_pretrained(folder, **settings)
     return {matrix.name: matrix for matrix in stored_matrices(folder)}
 
 
 def parts_of(matrices: dict[str, StoredMatrix], parameter: str) -> dict[str, torch.Tensor]:
-    """Part -> matrix of the one parameter whose name contains `parameter`, in the first layer."""
+    """Part -> matrix, for the parameter of the first layer whose name contains `parameter`."""
     first = next(m.parameter for m in matrices.values() if parameter in m.parameter)
     return {str(m.part): m.load() for m in matrices.values() if m.parameter == first}
 
@@ -94,15 +94,15 @@ def tiny(case: str):
 
 
 @pytest.mark.parametrize("case", FUSED)
-def test_the_parts_of_a_parameter_are_exactly_the_parameter(case: str, tmp_path: Path):
-    """As multisets of (random, so distinct) values; nothing else changes by splitting, and without it all is whole."""
+def test_the_parts_of_a_parameter_make_up_the_parameter(case: str, tmp_path: Path):
+    """Their (random, so distinct) values are the same multiset; splitting changes no other parameter."""
     matrices = saved(tiny(case), tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     whole = stored_matrices(tmp_path, split_fused=False)
     assert all(m.part is None or m.part.isdecimal() for m in whole)
     parameters = list(dict.fromkeys(m.parameter for m in matrices.values()))
     assert list(dict.fromkeys(m.parameter for m in whole)) == parameters
-    assert len(matrices) > len(whole) or case in ("Mixtral", "Qwen3Moe")  # saved with every gate and up apart
+    assert len(matrices) > len(whole) or case in ("Mixtral", "Qwen3Moe")  # these files store each gate and up by itself
     for parameter in parameters:
         parts = [m for m in matrices.values() if m.parameter == parameter]
         assert all(tuple(m.load().shape) == m.shape for m in parts)
@@ -124,17 +124,17 @@ def test_cuts_of_any_layout_are_a_partition(groups: int, lengths: list[int], axi
     assert torch.equal(torch.cat(taken).sort().values, whole.flatten())
 
 
-# What the model itself does.
+# The parts are those that the model computes with.
 
 
 def heads(states: torch.Tensor) -> torch.Tensor:
-    """(1, heads, inputs, d) -> (heads d, inputs): the matrix, when the identity's rows were the inputs."""
+    """(1, heads, inputs, d) -> (heads d, inputs): the matrix, if the inputs were the rows of the identity."""
     return states[0].transpose(1, 2).flatten(0, 1)
 
 
 @pytest.mark.parametrize("case", ["Bloom", "Persimmon", "Falcon", "Falcon per head", "Falcon new decoder"])
 def test_parts_are_what_the_models_own_function_splits(case: str, tmp_path: Path):
-    """q, k, v of the fused product of the identity are the three matrices; Falcon repeats shared heads."""
+    """The fused product of the identity splits into the three matrices; Falcon repeats shared heads."""
     model = tiny(case)
     parts = parts_of(saved(model, tmp_path), "query_key_value")
     module = next(m for m in model.modules() if hasattr(m, "query_key_value"))
@@ -151,7 +151,7 @@ def test_parts_are_what_the_models_own_function_splits(case: str, tmp_path: Path
 
 @pytest.mark.parametrize("case", ["GPT2", "GPTBigCode", "GPTBigCode per head", "GPTNeoX", "Phi3", "ModernBert"])
 def test_parts_give_the_queries_keys_and_values_of_a_forward_pass(case: str, tmp_path: Path, monkeypatch):
-    """At the first position, where rotary embeddings do nothing."""
+    """They agree at the first position, where rotary embeddings change nothing."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     model = tiny(case)
@@ -197,7 +197,7 @@ def test_parts_that_a_forward_pass_cuts_itself(tmp_path: Path):
 
 
 def activated(module, inputs: tuple, monkeypatch) -> torch.Tensor:
-    """What the module gives to its activation (or, gpt-oss, to the sigmoid) as the gate."""
+    """The module's gate: the input of its activation function (of the sigmoid for gpt-oss)."""
     seen: list[torch.Tensor] = []
     for name in ("act_fn", "activation_fn", "activation", "act"):
         function = getattr(module, name, None)
@@ -227,9 +227,11 @@ def expert_inputs(expert: int):
 
 @pytest.mark.parametrize("layout", ["as published", "as in memory"])
 @pytest.mark.parametrize("case", ["Mixtral", "Qwen3Moe", "GptOss", "GraniteMoe"])
-def test_every_expert_is_a_matrix_of_its_own(case: str, layout: str, tmp_path: Path, monkeypatch):
-    """Gate and up of expert 2, from one stack or from files that hold every expert apart; gpt-oss' alternate and its
-    gates are clamped at 7, so small inputs."""
+def test_every_expert_is_one_matrix(case: str, layout: str, tmp_path: Path, monkeypatch):
+    """Gate and up of expert 2, from one stack or from files that store every expert by itself.
+
+    gpt-oss alternates them, and clamps its gates at 7, so the inputs are small.
+    """
     model = tiny(case)
     experts = next(m for m in model.modules() if hasattr(m, "gate_up_proj"))
     x, index, weights = expert_inputs(2)
@@ -249,7 +251,7 @@ def test_every_expert_is_a_matrix_of_its_own(case: str, layout: str, tmp_path: P
     torch.testing.assert_close(gate, expected, rtol=1e-4, atol=TOLERANCE)
 
 
-def test_a_stack_of_experts_is_listed_one_by_one_also_whole(tmp_path: Path):
+def test_experts_of_a_stack_are_listed_one_by_one_also_without_splitting(tmp_path: Path):
     tiny("Mixtral").save_pretrained(tmp_path, save_original_format=False)
     names = [m.name for m in stored_matrices(tmp_path, split_fused=False) if "experts" in m.name]
     assert sorted(names) == sorted(
@@ -281,7 +283,7 @@ def test_torchs_own_attention_needs_no_config(tmp_path: Path):
     "config", [None, {"model_type": "unheard_of", "n_embd": 4}, {"model_type": "gpt2", "n_embd": 5}]
 )
 def test_an_unknown_layout_is_one_matrix(config: dict | None, tmp_path: Path):
-    """No config, another model type, or a matrix that is not of the model's size (cross attention: k and v only)."""
+    """No config, another model type, or a matrix of another size (cross attention: k and v only)."""
     save_file({"h.0.attn.c_attn.weight": torch.randn(4, 12)}, tmp_path / "model.safetensors")
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -295,15 +297,15 @@ def test_the_text_model_of_a_multimodal_config_counts():
 
 
 def test_a_transposed_conv1d_is_split_along_its_outputs():
-    """As bitsandbytes stores GPT-2."""
+    """bitsandbytes stores GPT-2 that way."""
     assert [c.axis for c in cuts("h.0.attn.c_attn.weight", (12, 4), {"model_type": "gpt2", "n_embd": 4})] == [0] * 3
 
 
 @pytest.mark.parametrize(
-    "model_type", [t for name, _, types in _EXPERT_LAYOUTS if name == "gate_up_proj" for t in types.split()]
+    "model_type", [t for name, _, types in EXPERT_LAYOUTS if name == "gate_up_proj" for t in types.split()]
 )
 def test_the_table_of_experts_is_what_the_installed_modeling_files_say(model_type: str):
-    """Every listed model cuts gate and up in halves; gpt-oss alone takes every other one."""
+    """Every listed model cuts gate and up in halves; only gpt-oss alternates them."""
     source = (Path(transformers.__file__).parent / "models" / model_type / f"modeling_{model_type}.py").read_text()
     assert "self.gate_up_proj = nn.Parameter(" in source
     if model_type == "gpt_oss":

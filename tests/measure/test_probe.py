@@ -1,4 +1,4 @@
-"""The probe: what it measures agrees with autograd, and it leaves no trace."""
+"""The probe: its sketches agree with autograd, and it leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sgm_finetune.train.budget.footprint import Footprint
 
 
 def true_gradients(model, batches):
-    """Whole weight gradients, summed over the batches, by autograd in float64."""
+    """The weight gradients, summed over the batches, by autograd in float64."""
     model = model.double()
     model.zero_grad()
     for batch in batches:
@@ -48,7 +48,7 @@ def test_sketches_agree_with_the_gradients_that_autograd_forms(task):
 @pytest.mark.parametrize("task", ["sequence-classification", "causal-lm"])
 @pytest.mark.parametrize("training", [{"micro_batch_size": 2}, {"checkpointing": True}], ids=str)
 def test_a_batch_in_pieces_is_the_same_batch(task, training):
-    """Also where the pieces have unequal numbers of predictions, or none."""
+    """The sketches are the same also when pieces have different numbers of predictions, or none."""
     batches = make_batches(task=task)
     if task == "causal-lm":
         for batch in batches:
@@ -112,7 +112,7 @@ def test_an_equal_copy_is_another_activation_also_without_numbers(copies, togeth
 
 
 class Branching(torch.nn.Module):
-    """Its two branches read one tensor in some batches, equal copies in others."""
+    """A model whose two branches read one tensor in some batches and equal copies in others."""
 
     def __init__(self, copies: set[int]):
         super().__init__()
@@ -132,7 +132,7 @@ class Branching(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("copies", "together"), [(set(), True), ({0, 1, 2, 3}, False), ({3}, False)])
-def test_they_read_the_same_activations_only_where_they_do_in_every_batch(copies, together):
+def test_readers_of_the_same_activations_read_them_in_every_batch(copies, together):
     probed = probe(Branching(copies), make_batches(4))  # type: ignore[arg-type]
     assert (probed.activations["layers.0.right"] == "layers.0.left") is together
 
@@ -157,7 +157,7 @@ def assert_same(before, after):
 
 @pytest.fixture
 def mixed_model():
-    """A model in a state of its own: parts in training mode, parts frozen, dropout on."""
+    """A model with some parts in training mode, some parts frozen, and dropout."""
     model = make_model(attention_dropout=0.3)
     model.train()
     model.model.layers[1].eval()
@@ -165,14 +165,14 @@ def mixed_model():
     return model
 
 
-def test_the_model_is_left_as_it_was_found(mixed_model):
+def test_the_probe_leaves_the_model_unchanged(mixed_model):
     before = footprint(mixed_model)
     probe(mixed_model, make_batches())
     assert_same(before, footprint(mixed_model))
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "loss"])
-def test_the_model_is_left_as_it_was_found_also_after_an_exception(mixed_model, where):
+def test_the_probe_leaves_the_model_unchanged_also_after_an_exception(mixed_model, where):
     before = footprint(mixed_model)
     batches = make_batches()
     layer, handle = mixed_model.model.layers[2].mlp.up_proj, None
@@ -194,7 +194,7 @@ def test_the_model_is_left_as_it_was_found_also_after_an_exception(mixed_model, 
 
 
 def test_no_weight_gradient_is_ever_formed(monkeypatch):
-    """Every parameter is frozen while the batches run, so autograd has nothing to form."""
+    """Every parameter is frozen while the batches run, so autograd forms none."""
     model = make_model()
     seen = []
     model.model.layers[0].register_forward_hook(
@@ -215,7 +215,7 @@ def test_two_probes_are_equal():
             assert torch.equal(a.output, b.output)
 
 
-def test_the_cost_is_said_in_seconds_and_bytes():
+def test_the_cost_is_reported_in_seconds_and_bytes():
     probed = probe(make_model(), make_batches(), sketch_size=6)
     sketches = sum(t.numel() * 4 for pair in probed.halves.values() for s in pair for t in (s.input, s.output))
     assert probed.sketch_bytes > sketches
@@ -224,8 +224,8 @@ def test_the_cost_is_said_in_seconds_and_bytes():
     assert probed.num_tokens == 4 * 4 * 7
 
 
-def test_gpt2_layers_are_measured_in_the_same_orientation():
-    """Conv1D keeps its weight transposed; G is d_out x d_in all the same."""
+def test_gpt2_layers_are_sketched_in_the_same_orientation():
+    """Conv1D stores its weight transposed, but its gradient is d_out x d_in."""
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
     def build():
@@ -250,7 +250,7 @@ def test_one_batch_is_refused():
 
 
 class Detour(torch.nn.Module):
-    """The layer that the loss does not see."""
+    """A layer beside a spare one, whose output the loss does not use."""
 
     def __init__(self, layer):
         super().__init__()
@@ -273,8 +273,8 @@ def test_a_layer_that_the_loss_does_not_use_is_left_out_and_listed():
         probe(model, make_batches(), names=list(probed.unused))
 
 
-def test_a_gradient_begins_at_what_reads_no_embedding():
-    """DeBERTa projects a table of relative positions, which no gradient reaches from below."""
+def test_a_layer_that_reads_a_table_of_positions_is_measured():
+    """DeBERTa projects a table of relative positions; the input of that layer requires no gradient."""
     from transformers import DebertaConfig, DebertaForSequenceClassification
 
     config = DebertaConfig(
@@ -291,6 +291,6 @@ def test_a_gradient_begins_at_what_reads_no_embedding():
     torch.testing.assert_close(probed.halves[name][0].input.double(), expected, rtol=1e-3, atol=1e-6)
 
 
-def test_an_unknown_layer_is_named():
+def test_an_unknown_layer_is_refused_by_name():
     with pytest.raises(UserError, match="q_prj"):
         probe(make_model(), make_batches(), names=["model.layers.0.self_attn.q_prj"])

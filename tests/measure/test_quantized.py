@@ -1,4 +1,4 @@
-"""Truths about quantised checkpoints: what is loaded is what the bits stand for, in float32, some rows at a time."""
+"""Quantised checkpoints load as the float32 values that their bits encode, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sgm_finetune.model.weights import tensors as weight_tensors
 from sgm_finetune.model.weights.stored import StoredMatrix, stored_matrices
 
 CHUNKS = [1, 100, 2**22]
-"""Elements at a time: single rows, ranges that end inside blocks, everything."""
+"""Number of elements at a time: single rows, ranges that end inside blocks, the whole matrix."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,7 +36,7 @@ def _chunk(request, monkeypatch):
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], **config) -> dict[str, StoredMatrix]:
-    """Name -> matrix of a folder with these tensors and this config."""
+    """Name -> matrix, from a folder with these tensors and this config."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     if config:
         (folder / "config.json").write_text(json.dumps(config))
@@ -52,7 +52,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def check(matrix: StoredMatrix, expected: torch.Tensor, dtype: str) -> None:
-    """The same values to the last digit or so of float32, under the right shape and label."""
+    """Asserts values to the last digits of float32, the shape and the format."""
     loaded = matrix.load()
     assert (matrix.dtype, matrix.is_float, matrix.shape) == (dtype, False, tuple(expected.shape))
     assert (loaded.dtype, tuple(loaded.shape)) == (torch.float32, matrix.shape)
@@ -75,7 +75,7 @@ def llama(tmp_path_factory) -> Path:
 
 
 def quantise_and_save(folder: Path, target: Path, **settings):
-    """The model as bitsandbytes holds it, saved by Transformers."""
+    """The model quantised by bitsandbytes, saved by Transformers."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -170,7 +170,7 @@ def test_companions_may_lie_in_another_shard(llama, tmp_path):
 )
 @pytest.mark.usefixtures("_chunk")
 def test_fp8_values_times_their_scale(tmp_path, name, scale, block):
-    """One scale, one per row or column, or per block of 128 x 128 (the last ones smaller), or as config.json says."""
+    """One scale for all, per row or column, or per block: 128 x 128 (the last ones smaller), or as config.json says."""
     weight, scales = normal(140, 130).to(torch.float8_e4m3fn), normal(*scale).abs() + 0.1
     grid = scales.reshape(scale if len(scale) == 2 else (-1, 1))
     expected = torch.empty(140, 130)
@@ -185,7 +185,7 @@ def test_fp8_values_times_their_scale(tmp_path, name, scale, block):
 
 
 def test_fp8_blocks_where_the_size_is_no_multiple_but_divides_evenly(tmp_path):
-    """192 rows in 2 blocks are 128 and 64, not 96 and 96."""
+    """192 rows in 2 blocks are blocks of 128 and 64, not of 96 and 96."""
     weight, scales = torch.ones(192, 128).to(torch.float8_e4m3fn), torch.tensor([[1.0], [2.0]])
     found = write(tmp_path, {"a.weight": weight, "a.weight_scale_inv": scales})
     assert found["a"].load()[:, 0].tolist() == [1.0] * 128 + [2.0] * 64
@@ -200,7 +200,7 @@ def test_fp8_scales_that_are_powers_of_two(tmp_path, as_bytes):
     check(found["a"], expected, "fp8")
 
 
-def test_fp8_experts_have_scales_of_their_own(tmp_path):
+def test_each_fp8_expert_has_its_scales(tmp_path):
     weight, scales = normal(3, 8, 4).to(torch.float8_e4m3fn), torch.tensor([1.0, 2.0, 3.0])
     for shaped in (scales, scales.view(3, 1, 1), (torch.ones(3, 8, 1) * scales.view(3, 1, 1))):
         found = write(tmp_path, {"mlp.experts.down_proj": weight, "mlp.experts.down_proj_scale_inv": shaped})
@@ -217,7 +217,7 @@ def test_compressed_int8_is_scaled_by_row_and_group(tmp_path, num_groups):
 
 
 def pack(values: torch.Tensor, bits: int, dim: int, order=None) -> torch.Tensor:
-    """Naive: small integers along `dim`, 32/bits to a word, place by place."""
+    """A naive packer: small integers along `dim`, 32/bits to a word, one by one."""
     values = values if dim == 1 else values.T
     per_word = 32 // bits
     order = order or list(range(per_word))
@@ -259,7 +259,7 @@ def test_compressed_packed_integers(tmp_path, bits, reordered, asymmetric):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.usefixtures("_chunk")
 def test_gptq(tmp_path, bits, reordered, version):
-    """w = (q - z) scale of the input's group; the usual files hold z - 1, which wraps around at z = 0."""
+    """w = (q - z) scale of the input's group; files in the format `gptq` hold z - 1, which wraps around at z = 0."""
     i, o, g = 64, 48, 4
     values, zero, scale = integers(i, o, bits=bits), integers(g, o, bits=bits), normal(g, o).half()
     group = torch.arange(i) // 16
@@ -277,7 +277,7 @@ def test_gptq(tmp_path, bits, reordered, version):
 
 @pytest.mark.usefixtures("_chunk")
 def test_awq(tmp_path):
-    """Eight columns of a word lie in the order 0 2 4 6 1 3 5 7."""
+    """The eight columns of a word have the order 0 2 4 6 1 3 5 7."""
     i, o, g = 64, 48, 4
     values, zero, scale = integers(i, o, bits=4), integers(g, o, bits=4), normal(g, o).half()
     order = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -308,8 +308,8 @@ def test_a_fused_gptq_matrix_is_split(tmp_path):
 
 
 @pytest.mark.usefixtures("_chunk")
-def test_mxfp4_experts_are_what_transformers_makes_of_them(tmp_path):
-    """The model holds the transpose, and its gate and up alternate: in the file they are every other row."""
+def test_mxfp4_experts_are_those_that_transformers_dequantises(tmp_path):
+    """The model holds the transpose. Its gate and up alternate: each has every other row of the file."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     blocks = integers(3, 24, 2, 16, bits=8).to(torch.uint8)
@@ -336,7 +336,7 @@ QUANTISED = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
 
 
 def write_gguf(file: Path, matrices: dict[str, tuple[np.ndarray, str]]) -> None:
-    """A GGUF file of (values, type) by name."""
+    """Writes a GGUF file of name -> (values, type)."""
     writer = gguf.GGUFWriter(file, "llama")
     for name, (values, kind) in matrices.items():
         qtype = gguf.GGMLQuantizationType[kind]
@@ -368,7 +368,7 @@ def test_a_gguf_matrix_is_what_the_gguf_package_dequantises(tmp_path, kind):
     "kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ3_S", "NVFP4"]
 )
 def test_gguf_types_that_only_llama_cpp_writes_are_read_too(tmp_path, kind):
-    """Bytes of any content are some matrix; scales that are no number included, hence bit for bit."""
+    """Any bytes are some matrix, also with NaN scales; so the test compares bits."""
     qtype = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[qtype]
     raw = np.random.default_rng(1).integers(0, 48, (6, 512 // block * size), dtype=np.uint8)
@@ -438,7 +438,7 @@ def test_smollm2_from_gguf_is_what_the_gguf_package_dequantises():
 @pytest.mark.slow
 @pytest.mark.skipif(SMOLLM2 is None, reason="the embedded model is not installed")
 def test_smollm2_from_gguf_is_what_transformers_loads():
-    """llama.cpp reorders the rows of q and k for its rotary embedding, so v, up and down are compared."""
+    """llama.cpp reorders the rows of q and k for its rotary embedding, so the test compares v, up and down."""
     from transformers import AutoModelForCausalLM
 
     file = smollm2_file()
@@ -452,7 +452,7 @@ def test_smollm2_from_gguf_is_what_transformers_loads():
     assert torch.equal(found["blk.9.ffn_down"], layers[9].mlp.down_proj.weight)
 
 
-# What a person can fix: one line that names the thing, before anything large is read.
+# A mistake that a person can fix gives one line that names it, before anything large is read.
 
 
 def refusal(path: Path) -> str:
@@ -502,7 +502,7 @@ FP8 = torch.ones(8, 8).to(torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "method", "said"),
+    ("tensors", "method", "parts"),
     [
         ({"a.weight": BYTES}, {"quant_method": "bitnet"}, ["uint8", "bitnet", "unquantised"]),
         ({"a.W_q": BYTES}, {"quant_method": "hqq"}, ["uint8", "hqq"]),
@@ -534,15 +534,15 @@ FP8 = torch.ones(8, 8).to(torch.float8_e4m3fn)
         ),
     ],
 )
-def test_what_cannot_be_dequantised_is_refused_with_tensor_type_and_method(tmp_path, tensors, method, said):
+def test_an_unknown_format_is_refused_with_tensor_type_and_method(tmp_path, tensors, method, parts):
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": method} if method else {}))
     message = refusal(tmp_path)
-    for part in ["model.safetensors", next(iter(tensors)), *said]:
+    for part in ["model.safetensors", next(iter(tensors)), *parts]:
         assert part in message
 
 
-def test_group_numbers_beyond_the_scales_are_damage(tmp_path):
+def test_a_group_number_beyond_the_scales_is_refused(tmp_path):
     tensors = {
         "a.qweight": torch.ones(1, 8, dtype=torch.int32), "a.qzeros": torch.ones(1, 1, dtype=torch.int32),
         "a.scales": torch.ones(1, 8), "a.g_idx": torch.full((8,), 5, dtype=torch.int32),
@@ -560,7 +560,7 @@ def test_masks_and_index_buffers_of_a_quantised_model_are_left_alone(tmp_path, n
 
 
 def test_loading_holds_the_result_and_small_chunks_only(tmp_path, monkeypatch):
-    """Of 8 million values no float tensor larger than a chunk is made beside the result."""
+    """For 8 million values it makes no float tensor larger than a chunk, except the result."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     weight, scale = torch.ones(2000, 4000, dtype=torch.int8), torch.ones(2000)

@@ -1,4 +1,4 @@
-"""Truths about scanning a model's files."""
+"""The scan of a model's files: its numbers, its files, its refusals, its cache."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import yaml
 from safetensors.torch import save_file
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.measure.scan import _batches, measured_singular_values, scan
-from sgm_finetune.measure.scan_formats import axolotl_format, load_scan, save_scan, spectrum_format
+from sgm_finetune.base.files import write_text
+from sgm_finetune.measure.scan import batches_by_size, measured_singular_values, scan
+from sgm_finetune.measure.scan_formats import axolotl_format, json_format, load_scan, spectrum_format
 from sgm_finetune.method.singular_values import batched_singular_values, singular_values
 from sgm_finetune.method.snr import NO_SIGNAL_DB, signal_to_noise
 from sgm_finetune.model.names import kind_of, layer_of
@@ -27,7 +28,7 @@ NUM_LAYERS = 11
 
 @pytest.fixture
 def tensors() -> dict[str, torch.Tensor]:
-    """The weights of a small LLaMA: eleven layers, so that layer 10 has to come after layer 9."""
+    """The weights of a small LLaMA: eleven layers, so that layer 10 must come after layer 9."""
     draw = torch.Generator().manual_seed(0)
 
     def matrix(*shape: int) -> torch.Tensor:
@@ -50,7 +51,7 @@ def folder(tensors: dict[str, torch.Tensor], tmp_path: Path) -> Path:
 
 
 def shard(tensors: dict[str, torch.Tensor], folder: Path, count: int = 3) -> dict[str, str]:
-    """Writes the tensors in turn to `count` shards; returns the weight map."""
+    """Writes the tensors to `count` shards in turn; returns tensor name -> shard."""
     folder.mkdir(exist_ok=True)
     files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     placed = {name: files[i % count] for i, name in enumerate(tensors)}
@@ -102,14 +103,14 @@ def test_shards_files_and_checkpoints_of_one_model_scan_alike(
     assert scan(tmp_path / "bin").matrices == plain
 
 
-def test_half_precision_is_scanned_as_what_it_stores(tensors: dict[str, torch.Tensor], tmp_path: Path):
+def test_half_precision_is_scanned_by_its_stored_values(tensors: dict[str, torch.Tensor], tmp_path: Path):
     rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     save_file(rounded, tmp_path / "half.safetensors")
     save_file({name: tensor.float() for name, tensor in rounded.items()}, tmp_path / "full.safetensors")
     assert scan(tmp_path / "half.safetensors").matrices == scan(tmp_path / "full.safetensors").matrices
 
 
-def test_named_matrices_only(folder: Path):
+def test_names_restrict_the_scan(folder: Path):
     found = scan(folder, names=["lm_head", "model.layers.3.self_attn.q_proj"])
     assert [(m.name, m.layer, m.kind) for m in found.matrices] == [
         ("lm_head", None, "lm_head"),
@@ -119,7 +120,7 @@ def test_named_matrices_only(folder: Path):
         scan(folder, names=["model.layers.3.self_attn.q_prj"])
 
 
-def test_every_number_of_a_name_leaves_its_kind():
+def test_a_kind_has_no_number_of_the_name():
     assert kind_of("h.10.attn.c_attn") == "h.*.attn.c_attn"
     assert kind_of("encoder.block.2.layer.1.fc") == "encoder.block.*.layer.*.fc"
     assert (layer_of("encoder.block.2.layer.1.fc"), layer_of("layer2.fc")) == (2, None)
@@ -135,7 +136,7 @@ def test_pruned_units_are_neither_noise_nor_signal(tmp_path: Path):
     assert found.sigma == pytest.approx(whole.sigma, rel=1e-12)
 
 
-def test_progress_is_told_after_each_matrix(folder: Path):
+def test_progress_is_called_after_each_matrix(folder: Path):
     told: list[tuple[int, int, str]] = []
     found = scan(folder, progress=lambda done, total, name: told.append((done, total, name)))
     total = len(found.matrices)
@@ -146,7 +147,7 @@ def test_a_saved_scan_is_the_same_scan(folder: Path, tmp_path: Path):
     for estimator in ("mp", "spectrum"):
         found = scan(folder, estimator=estimator)
         path = tmp_path / "deep" / "scan.json"
-        save_scan(found, path)
+        write_text(path, json_format(found))
         assert load_scan(path) == found
         assert [p.name for p in path.parent.iterdir()] == ["scan.json"]
         document = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(word))
@@ -160,7 +161,7 @@ def test_an_infinite_ratio_is_null_in_json_and_comes_back(tmp_path: Path):
     )
     found = scan(tmp_path, estimator="spectrum")
     assert math.isinf(found.matrices[0].snr)
-    save_scan(found, tmp_path / "scan.json")
+    write_text(tmp_path / "scan.json", json_format(found))
     assert json.loads((tmp_path / "scan.json").read_text())["matrices"][0]["snr"] is None
     assert load_scan(tmp_path / "scan.json") == found
     assert json.loads(spectrum_format(found))["h.0.fc"]["snr"] == math.inf
@@ -188,7 +189,7 @@ def test_the_axolotl_list_matches_the_top_of_each_kind_and_nothing_else(folder: 
         axolotl_format(found, 1.5)
 
 
-# What a person can fix: one line that names the thing.
+# A mistake that a person can fix gives one line that names it.
 
 
 def refusal(path: Path, **choices) -> str:
@@ -280,7 +281,7 @@ def test_a_quantised_matrix_is_refused_before_anything_is_read(tensors: dict[str
     assert told == []
 
 
-def test_a_file_that_is_no_scan_is_refused(tmp_path: Path):
+def test_a_file_that_is_not_a_scan_is_refused(tmp_path: Path):
     for text in ("", "[]", '{"model": "m", "estimator": "mp"}', '{"model": "m", "estimator": "x", "matrices": []}'):
         (tmp_path / "scan.json").write_text(text)
         with pytest.raises(UserError, match="is no scan"):
@@ -289,17 +290,17 @@ def test_a_file_that_is_no_scan_is_refused(tmp_path: Path):
         load_scan(tmp_path / "none.json")
 
 
-# Remembered, shuffled, interrupted.
+# The cache, the control, interruptions.
 
 
-def test_a_scan_goes_on_where_it_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Interrupted after five matrices, the second run decomposes only what the first one did not finish."""
+def test_a_scan_resumes_where_it_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After an interruption at five matrices the second scan decomposes only what the first did not finish."""
     monkeypatch.setenv("SGM_CACHE", str(tmp_path / "cache"))
     calls: list[int] = []
     stopped = threading.Event()
 
     class OneWorker(ThreadPoolExecutor):
-        """Works off the matrices in order, and says when it takes on no more of them."""
+        """Maps in order, and records when it accepts no more matrices."""
 
         def __init__(self, workers: int, *rest):
             super().__init__(1, *rest)
@@ -323,7 +324,7 @@ def test_a_scan_goes_on_where_it_stopped(folder: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr("sgm_finetune.measure.scan.batched_singular_values", counted)
     with pytest.raises(KeyboardInterrupt):
         scan(folder, progress=interrupt)
-    assert 5 <= len(calls) <= 8  # what was begun is finished, and nothing else is begun
+    assert 5 <= len(calls) <= 8  # started decompositions finish, and no other starts
     found = scan(folder)
     assert len(calls) == 2 * NUM_LAYERS + 2
     assert found == scan(folder)
@@ -332,7 +333,7 @@ def test_a_scan_goes_on_where_it_stopped(folder: Path, tmp_path: Path, monkeypat
     assert len(calls) == 2 * (2 * NUM_LAYERS + 2)
 
 
-def test_a_changed_matrix_is_another_matrix(folder: Path, tensors: dict[str, torch.Tensor]):
+def test_a_changed_matrix_is_computed_again(folder: Path, tensors: dict[str, torch.Tensor]):
     before = scan(folder)
     tensors["model.layers.4.mlp.up_proj.weight"][0, 0] += 3
     save_file(tensors, folder / "model.safetensors")
@@ -368,7 +369,7 @@ def test_shuffled_entries_have_no_signal(tmp_path: Path):
         assert scan(tmp_path).matrices[0].control is None
 
 
-def test_the_spectrum_of_one_matrix(folder: Path, tensors: dict[str, torch.Tensor]):
+def test_the_singular_values_of_one_matrix(folder: Path, tensors: dict[str, torch.Tensor]):
     ((found, matrix),) = measured_singular_values(folder, ["model.layers.3.self_attn.q_proj"])
     assert matrix == next(m for m in scan(folder).matrices if m.name == matrix.name)
     direct = torch.linalg.svdvals(tensors["model.layers.3.self_attn.q_proj.weight"].double())
@@ -390,7 +391,7 @@ def test_bfloat16_and_float32_matrices_of_one_file_keep_their_order(tensors: dic
     assert [m.layer for m in found.matrices] == [None, None, *sorted([*range(NUM_LAYERS), *range(NUM_LAYERS)])]
 
 
-def test_parts_of_fused_matrices_are_scanned_and_the_published_formula_takes_them_whole(tmp_path: Path):
+def test_fused_matrices_are_scanned_in_parts_and_whole_by_the_published_formula(tmp_path: Path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=40, n_positions=16)).save_pretrained(tmp_path)
@@ -404,8 +405,10 @@ def test_parts_of_fused_matrices_are_scanned_and_the_published_formula_takes_the
     assert {m.name for m in scan(tmp_path, names=[parts[0].name.split("[")[0]]).matrices} == {m.name for m in parts}
 
 
-def test_matrices_that_are_decomposed_together_are_what_they_are_alone(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """As on a GPU: all matrices with equal smaller sides in one batch."""
+def test_matrices_decomposed_together_have_the_numbers_that_they_have_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Batches as on a GPU: all matrices with equal smaller sides together."""
     alone = scan(folder)
     calls: list[int] = []
 
@@ -414,7 +417,9 @@ def test_matrices_that_are_decomposed_together_are_what_they_are_alone(folder: P
         return batched_singular_values(matrices)
 
     monkeypatch.setattr("sgm_finetune.measure.scan.batched_singular_values", counted)
-    monkeypatch.setattr("sgm_finetune.measure.scan._batches", lambda m, device: _batches(m, torch.device("cuda")))
+    monkeypatch.setattr(
+        "sgm_finetune.measure.scan.batches_by_size", lambda m, device: batches_by_size(m, torch.device("cuda"))
+    )
     together = scan(folder, fresh=True)
     assert calls == [2 * NUM_LAYERS + 2]
     for one, other in zip(alone.matrices, together.matrices, strict=True):

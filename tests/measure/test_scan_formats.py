@@ -1,4 +1,4 @@
-"""Truths about the files of a scan: the published script's, Axolotl's, ours."""
+"""The file formats of a scan: the published script's, Axolotl's, SGM's."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def test_what_we_write_in_the_published_format_comes_back(tmp_path: Path):
         assert {m.name: (m.snr, m.kind) for m in back.matrices} == {m.name: (m.snr, m.kind) for m in found.matrices}
 
 
-def test_infinite_ratios_are_told_and_not_ranked(tmp_path: Path):
+def test_infinite_ratios_are_noted_and_not_ranked(tmp_path: Path):
     found = load_scan(written(tmp_path, PUBLISHED))
     text = axolotl_format(found, 0.5)
     chosen = yaml.safe_load(text)["unfrozen_parameters"]
-    assert chosen == [  # two of four; the infinite one counts as a member and is not taken
+    assert chosen == [  # two of four: the infinite one counts as a member but is not chosen
         "^model[.]layers[.]2[.]mlp[.]down_proj[.]weight$",
         "^model[.]layers[.]3[.]mlp[.]down_proj[.]weight$",
         "^lm_head[.]weight$",
@@ -76,13 +76,13 @@ def test_infinite_ratios_are_told_and_not_ranked(tmp_path: Path):
     assert all("infinite SNR, not ranked" in note for note in notes)
 
 
-def test_a_file_of_infinities_alone_has_nothing_to_prefer(tmp_path: Path):
+def test_a_file_with_only_infinite_ratios_has_no_choice(tmp_path: Path):
     found = load_scan(written(tmp_path, '{"a": {"snr": Infinity, "type": "t"}}'))
     with pytest.raises(UserError, match="finite SNR"):
         axolotl_format(found, 0.5)
 
 
-def test_ties_over_the_cut_are_told(tmp_path: Path):
+def test_ties_at_the_cut_are_noted(tmp_path: Path):
     rows = {f"layers.{i}.fc": {"snr": 1.0 if i else 2.0, "type": "fc"} for i in range(4)}
     found = load_scan(written(tmp_path, json.dumps(rows)))
     (note,) = selection_notes(found, 0.5)
@@ -90,7 +90,7 @@ def test_ties_over_the_cut_are_told(tmp_path: Path):
     assert selection_notes(found, 0.25) == selection_notes(found, 1.0) == []
 
 
-def test_an_unusual_name_is_matched_and_nothing_else(tmp_path: Path):
+def test_an_unusual_name_matches_only_itself(tmp_path: Path):
     names = ["h.0.fc+", "h.0.fcc", "h:0", "h.0.'x'", 'h"1', "h.0.ü"]
     rows = {name: {"snr": 1.0 + i, "type": name} for i, name in enumerate(names)}
     patterns = yaml.safe_load(axolotl_format(load_scan(written(tmp_path, json.dumps(rows))), 1.0))[
@@ -117,7 +117,7 @@ def test_an_unusual_name_is_matched_and_nothing_else(tmp_path: Path):
         '{"model_type": "llama"}',
     ],
 )
-def test_what_is_no_scan_is_refused_in_one_line(text: str, tmp_path: Path):
+def test_a_file_that_is_not_a_scan_is_refused_in_one_line(text: str, tmp_path: Path):
     with pytest.raises(UserError, match="is no scan") as caught:
         load_scan(written(tmp_path, text))
     assert "\n" not in str(caught.value)

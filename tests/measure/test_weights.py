@@ -1,4 +1,4 @@
-"""Truths about reading a model's weight matrices from its files: which there are, once each, as stored."""
+"""The weight matrices in a model's files: each one is listed once and loads as stored."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ MATRICES = [
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], kind: str) -> Path:
-    """One of the ways in which a model is published; returns what to read."""
+    """Saves the tensors in one of the ways in which models are published; returns the path to read."""
     if kind == "bin":
         torch.save(tensors, folder / "pytorch_model.bin")
     elif kind == "old bin":
@@ -87,8 +87,8 @@ def test_a_matrix_is_named_after_its_parameter_and_part():
     assert whole.name == "lm_head"
 
 
-def test_what_load_returns_is_not_checked_for_finite_values(tmp_path):
-    """The scan does that, in a pass that it makes anyway."""
+def test_loading_does_not_check_for_finite_values(tmp_path):
+    """The scan checks them, in a pass that it makes anyway."""
     save_file({"a.weight": torch.full((2, 2), torch.nan)}, tmp_path / "model.safetensors")
     assert stored_matrices(tmp_path)[0].load().isnan().all()
 
@@ -140,7 +140,7 @@ def test_a_tied_model_saved_by_transformers_has_one_embedding(tmp_path):
     assert [name for name in listed(tmp_path) if "layers" not in name] == ["model.embed_tokens"]
 
 
-# What a person can fix.
+# A mistake that a person can fix gives one line that names it.
 
 
 def refusal(path: Path) -> str:
@@ -192,7 +192,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is measured as Linux tells it")
 def test_reading_an_expert_does_not_read_the_others(tmp_path):
-    """One of 8 experts of 4 MB: nothing else of the file becomes resident."""
+    """The test reads one of 8 experts of 4 MB; the rest of the file does not become resident."""
     save_file({"mlp.experts.up_proj": torch.ones(8, 1024, 1024)}, tmp_path / "model.safetensors")
     (matrix,) = [m for m in stored_matrices(tmp_path) if m.part == "3"]
     before = resident_bytes()

@@ -1,4 +1,4 @@
-"""The plan follows from the numbers: sides, groups, selection, counts."""
+"""The plan follows from the numbers: its sides, groups, selection and counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RANK = 3
 
 
 def layer(index: int, shared: str, snr_db: float = 10.0, kind: str = "blocks.*.proj") -> MatrixNumbers:
-    """A layer whose gradients share their input directions, their output directions, or neither, with its siblings."""
+    """A layer that shares the input or the output directions of its gradients with other layers, or neither."""
     generator = torch.Generator().manual_seed(100 + index)
     common = torch.Generator().manual_seed(0)
     rows, cols = 24, 32
@@ -54,7 +54,7 @@ def test_layers_that_share_nothing_stay_alone():
 
 
 def test_whole_gradients_that_share_one_side_only_have_cosine_near_zero():
-    """What docs/method.md section 2 says of real models holds for made ones: the cosine criterion finds nothing."""
+    """The cosine criterion finds nothing in made-up layers either (docs/method.md section 2.3)."""
     matrices = [layer(i, "input") for i in range(6)]
     plan = build_plan("m", matrices, replace(SETTINGS, criterion="cosine"))
     assert plan.groups == ()
@@ -85,7 +85,7 @@ def test_a_side_that_was_asked_for_is_taken():
 
 
 def reader(name: str, of: str, like: int, snr_db: float = 10.0, rows: int = 24) -> MatrixNumbers:
-    """A matrix that reads what `of` reads; its gradient shares its input directions with those of equal `like`."""
+    """A matrix that reads what `of` reads. Matrices of equal `like` share the input directions of their gradients."""
     matrix = layer(100 + like, "input", snr_db)
     assert matrix.halves is not None
     turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(like))).Q

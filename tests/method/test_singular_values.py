@@ -43,7 +43,7 @@ def test_small_matrices_agree_with_a_direct_decomposition(rows: int, cols: int, 
 @pytest.mark.parametrize("shape", [(1100, 1024), (1024, 1500)])
 @pytest.mark.parametrize("times", [0, 3, 100])
 def test_large_matrices_keep_what_decides_about_noise(shape: tuple[int, int], times: float):
-    """float32: from the median up nothing moves; only the smallest values of square matrices are blurred."""
+    """In float32 the values from the median up stay right. Only the smallest values of square matrices suffer."""
     weights = spiked(*shape, times)
     direct = torch.linalg.svdvals(weights)
     found = singular_values(weights.float())
@@ -55,7 +55,7 @@ def test_large_matrices_keep_what_decides_about_noise(shape: tuple[int, int], ti
 
 
 def test_a_large_matrix_that_float32_cannot_resolve_is_decomposed_in_float64():
-    """Rank 700 of 1024: in float32 the other values come out at 1e-4 of the largest, a noise that is not there."""
+    """Rank 700 of 1024: in float32 the other values are 1e-4 of the largest, a noise that does not exist."""
     weights = gaussian(1200, 700) @ gaussian(700, 1024, seed=1)
     found = singular_values(weights)
     assert int((found > 1e-6 * found[0]).sum()) == 700
@@ -90,8 +90,8 @@ def test_every_dtype_is_decomposed_as_the_numbers_it_holds(dtype: torch.dtype):
 
 
 def test_bfloat16_products_are_exact():
-    """With float32 sums: the same values as float32's up to the order of the sums, also where the processor has units
-    for bfloat16; and the switch goes back."""
+    """The values equal those of float32 up to the order of the sums, on processors with and without bfloat16 units. The
+    setting is restored."""
     weights = spiked(1100, FLOAT64_BELOW, 20).bfloat16()
     before = torch.get_float32_matmul_precision()
     with exact_bfloat16_products(True):

@@ -1,4 +1,4 @@
-"""Truths about signal and noise in spectra (docs/method.md section 1)."""
+"""Truths about signal and noise in singular values (docs/method.md section 1)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def statistics(weights: torch.Tensor, estimator="mp") -> SnrStatistics:
 
 @pytest.mark.parametrize("aspect", [1.0, 0.9, 0.5, 0.25, 1 / 20, 1 / 1024, 1e-4])
 def test_half_of_the_law_lies_below_its_median(aspect: float):
-    """∫ density from (1 − √β)² to the squared median = ½, the density being that of Marchenko and Pastur."""
+    """The density of Marchenko and Pastur integrates to ½ from (1 − √β)² to the squared median."""
     low, high = (1 - math.sqrt(aspect)) ** 2, (1 + math.sqrt(aspect)) ** 2
 
     def density(y: float) -> float:  # of the singular value y; its square has the law
@@ -98,8 +98,8 @@ def test_small_noise_counts_at_most_one_value_in_a_thousand(rows: int, cols: int
 
 
 def noise_spectrum(rows: int, cols: int, seed: int) -> torch.Tensor:
-    """Singular values of a Gaussian matrix, exactly in law, from a bidiagonal of χ variables (Dumitriu & Edelman
-    2002): matrices of 8192 x 8192 in seconds."""
+    """Singular values with exactly the law of a Gaussian matrix's, from a bidiagonal of χ variables (Dumitriu & Edelman
+    2002). 8192 x 8192 takes seconds."""
     draw = np.random.default_rng(seed)
     larger, smaller = max(rows, cols), min(rows, cols)
     diagonal = draw.chisquare(larger - np.arange(smaller))
@@ -150,7 +150,7 @@ def test_planted_spikes_are_counted_and_do_not_move_sigma(shape: tuple[int, int]
 
 @pytest.mark.parametrize("shape", [(384, 384), (768, 256)])
 def test_three_quarters_of_signal_are_counted(shape: tuple[int, int]):
-    """The first estimate of the noise lies among the spikes; the bulk that fits the law is found all the same."""
+    """The first estimate of the noise lies among the spikes. The bulk that fits the law is found nevertheless."""
     rank = 3 * min(shape) // 4
     found = statistics(planted(*shape, rank, seed=4))
     assert abs(found.signal_rank - rank) <= 1
@@ -166,18 +166,18 @@ def test_three_quarters_of_signal_are_counted(shape: tuple[int, int]):
     seed=st.integers(0, 10**6),
 )
 def test_spikes_above_the_detectable_limit_are_counted_at_any_shape(rows, cols, share, least, seed):
-    """Spikes from `least` times (MN)^¼·σ on."""
+    """All spikes are at least `least` times the detectable limit (MN)^¼·σ."""
     rank = int(share * min(rows, cols))
     limit = (rows * cols) ** 0.25 / (rows**0.5 + cols**0.5)
     found = statistics(planted(rows, cols, rank, seed, least=least * limit))
     assert abs(found.signal_rank - rank) <= 1
-    assert found.sigma == pytest.approx(1, rel=0.1)  # 64 - 32 values settle σ to some percent
+    assert found.sigma == pytest.approx(1, rel=0.1)  # 64 - 32 values determine σ to some percent
 
 
 @pytest.mark.parametrize(("share", "error"), [(0.05, SIGMA_ERROR_QUARTER), (0.25, SIGMA_ERROR_QUARTER), (0.5, 0.03)])
 @pytest.mark.parametrize("shape", [(512, 512), (1024, 320)])
 def test_weak_spikes_do_not_move_sigma_either(shape: tuple[int, int], share: float, error: float):
-    """From twice the detectable limit on: the noise below them is weaker than σ, and eq. 5b takes that back."""
+    """Spikes from twice the detectable limit on weaken the noise below them, and eq. 5b corrects σ for that."""
     rows, cols = shape
     limit = (rows * cols) ** 0.25 / (rows**0.5 + cols**0.5)
     rank = int(share * min(shape))
@@ -202,7 +202,7 @@ def test_shuffling_the_entries_leaves_no_signal():
 
 @pytest.mark.parametrize(("rank", "least"), [(12, 1.5), (0, 1.5), (25, 0.9)])
 def test_statistics_agree_with_a_naive_oracle(rank: int, least: float):
-    """The definitions, written out: plain loops over the values of a float64 decomposition, and the law as a table."""
+    """The oracle writes the definitions out: plain loops over a float64 decomposition, and the law as a table."""
     rows, cols = 90, 60
     weights = planted(rows, cols, rank, seed=21, sigma=0.3, least=least) if rank else gaussian(rows, cols, 21, 0.3)
     s = sorted(map(float, torch.linalg.svdvals(weights)), reverse=True)

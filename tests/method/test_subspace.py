@@ -1,4 +1,4 @@
-"""Sketches against the gradients that they stand for, in float64."""
+"""Sketches agree with the gradients that they stand for, in float64."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_basis_of_a_low_rank_gradient_keeps_all_its_energy():
 
 
 def test_energy_kept_agrees_with_the_gradient_itself():
-    """The sketch's share equals ‖GQ‖²/‖G‖², for a basis that does not come from that sketch."""
+    """The share from a sketch equals ‖GQ‖²/‖G‖² for a basis that does not come from that sketch."""
     gradient = low_rank(64, 80, 30, 1, decay=0.9)
     basis = leading_basis(sketch_of(low_rank(64, 80, 30, 1, decay=0.8), 24, 0).input, 6)
     truth = float((gradient.double() @ basis.double()).square().sum() / gradient.double().square().sum())
@@ -88,7 +88,7 @@ def test_a_reconstruction_of_a_low_rank_gradient_is_exact():
 
 
 def test_cosines_agree_with_whole_gradients():
-    """Against the cosine of the flattened matrices, for gradients that share a part."""
+    """The oracle is the cosine of the flattened matrices. The gradients share a part."""
     common = low_rank(40, 50, 3, 9)
     gradients = [common + 0.7 * low_rank(40, 50, 3, seed) for seed in range(3)] + [low_rank(40, 50, 3, 20)]
     flat = torch.stack([g.double().flatten() / g.double().norm() for g in gradients])
@@ -109,7 +109,7 @@ def test_a_zero_gradient_has_cosine_zero_and_keeps_nothing():
 
 
 def test_pairwise_retention_agrees_with_bases_formed_one_by_one():
-    """The Gram form equals: fit a shared basis for the pair, measure both layers, divide by their own."""
+    """The Gram form equals the definition: fit a basis to the pair, evaluate both layers, divide by their own."""
     common = low_rank(30, 40, 3, 9)
     gradients = [common + 0.5 * low_rank(30, 40, 4, seed) for seed in range(4)]
     fit = [sketch_of(g, 12, 0).input for g in gradients]
@@ -142,7 +142,7 @@ def test_test_matrices_are_reproducible_and_differ_by_seed_and_size():
 
 
 def test_loud_channels_do_not_decide_a_basis():
-    """Different directions and one loud channel in common: alike as they are, unlike when equalised."""
+    """Gradients with different directions and one loud channel in common agree, until channels are equally loud."""
     generator = torch.Generator().manual_seed(0)
     one, two = (torch.randn(20, 3, generator=generator) @ torch.randn(3, 40, generator=generator) for _ in range(2))
     loud = torch.ones(40)
@@ -154,7 +154,7 @@ def test_loud_channels_do_not_decide_a_basis():
         assert torch.linalg.vector_norm(sketch).item() == pytest.approx(1.0)
 
 
-def test_equalised_sketches_do_not_depend_on_the_scale_of_a_channel_or_of_a_sketch():
+def test_sketches_with_equal_channels_do_not_depend_on_the_scale_of_a_channel_or_of_a_sketch():
     generator = torch.Generator().manual_seed(0)
     sketches = [torch.randn(20, 12, generator=generator, dtype=torch.float64) for _ in range(3)]
     sketches = [sketch / torch.linalg.vector_norm(sketch) for sketch in sketches]

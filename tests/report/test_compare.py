@@ -1,4 +1,4 @@
-"""A comparison calls a run better only where it was tested on the same, and says by how much."""
+"""A comparison ranks only runs that were tested on the same data, and states the lead."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sgm_finetune.results.report.comparison_page import render_comparison
 
 
 def leave_run(folder: Path, accuracy: float, fingerprint: str | None = "a", metrics: dict | None = None, **training):
-    """What a finished run leaves, as far as a comparison reads it."""
+    """Writes the files of a finished run that a comparison reads."""
     folder.mkdir()
     metrics = metrics or classification_metrics()
     metrics["after"] |= {} if "perplexity" in metrics["after"] else {"accuracy": accuracy}
@@ -40,7 +40,7 @@ def test_the_better_run_is_named_with_its_lead(tmp_path):
     assert found.differing == {"training.optimizer": ("spectral", "adamw")}
 
 
-def test_a_lead_that_chance_can_give_is_called_so(tmp_path):
+def test_a_lead_that_chance_can_cause_has_a_remark(tmp_path):
     found = compare_runs([leave_run(tmp_path / "a", 0.870), leave_run(tmp_path / "b", 0.875)])
     assert "0.0050 more" in found.verdict
     (remark,) = found.remarks
@@ -137,13 +137,13 @@ def test_a_report_is_made_again_where_the_folder_lies_now(tmp_path, capfd):
     ("name", "text", "words"),
     [
         ("metrics.json", "{", "cannot be read"), ("metrics.json", "[]", "holds a list, not an object"),
-        ("metrics.json", "{}", "was not written by `sgm finetune`"), ("history.json", "[1]", "is no history"),
-        ("history.json", '[{"loss": "low"}]', "is no history"), ("pictures.json", '{"a": 1}', "holds no pictures"),
+        ("metrics.json", "{}", "was not written by `sgm finetune`"), ("history.json", "[1]", "is not a history"),
+        ("history.json", '[{"loss": "low"}]', "is not a history"), ("pictures.json", '{"a": 1}', "holds no pictures"),
         ("examples.json", '{"examples": [{}]}', "holds no examples"), ("plan.json", "{}", "is not a usable plan"),
-        ("config.yaml", "a: 1", "unknown key"), ("environment.json", '{"machine": 3}', "did not write so"),
+        ("config.yaml", "a: 1", "unknown key"), ("environment.json", '{"machine": 3}', "differ from what"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_another_thing_is_one_line(name, text, words, tmp_path, capfd):
+def test_a_file_with_other_content_is_refused_in_one_line(name, text, words, tmp_path, capfd):
     folder = leave_run(tmp_path / "a", 0.7)
     (folder / name).write_text(text)
     status, _, said = run_command(["report", str(folder)], capfd)

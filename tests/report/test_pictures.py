@@ -1,4 +1,4 @@
-"""pictures.json is small, comes back as it was, and anything else is refused in one line."""
+"""pictures.json is small, reads back unchanged, and any other document is refused in one line."""
 
 from __future__ import annotations
 

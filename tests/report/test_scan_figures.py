@@ -1,4 +1,4 @@
-"""Truths about the pictures of a scan."""
+"""The PNG files of a scan show its numbers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def spiked(rows: int, cols: int, rank: int, size: float = 3.0) -> torch.Tensor:
 
 
 def bars(figure: Figure, colour: str) -> list[tuple[float, float, float]]:
-    """(left, right, height) of the bars of one colour."""
+    """Returns (left, right, height) of the bars of one colour."""
     from matplotlib.colors import to_hex
 
     found = [p for p in figure.axes[0].patches if to_hex(p.get_facecolor()) == colour and p.get_height() > 0]
@@ -111,7 +111,7 @@ def test_a_heat_map_of_anything_is_as_large_as_its_layers_and_kinds(tmp_path: Pa
     small = size(matrix("h.*.a", 0))
     assert size(matrix("h.*.a", 0), matrix("h.*.b", 0))[1] > small[1]
     assert size(*(matrix("h.*.a", i) for i in range(40)))[0] > small[0]
-    assert size(*(matrix("h.*.a", i) for i in range(120)))[0] < 6000  # pixels: narrower cells, without numbers
+    assert size(*(matrix("h.*.a", i) for i in range(120)))[0] < 6000  # pixels: cells are narrower and have no numbers
     size(matrix("head", None), matrix("h.*.a", 0, snr=0.0), matrix("h.*.a", 1, snr=math.inf, snr_db=math.inf))
     size(*(matrix("h.*.experts.*.up", 0, snr=float(i)) for i in range(8)))
     size(matrix("head", None, snr=0.0))

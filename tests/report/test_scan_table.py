@@ -1,4 +1,4 @@
-"""Truths about a scan on the terminal."""
+"""A scan on the terminal is ordered, fits its width and cuts no number."""
 
 from __future__ import annotations
 

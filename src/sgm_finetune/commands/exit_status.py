@@ -103,7 +103,7 @@ def _describe_out_of_memory(error: BaseException) -> str:
     what = f" ({asked[1]} more were asked for)" if asked else ""
     return (
         f"The memory is not enough{what}; take a smaller training.micro_batch_size, training.checkpointing=true or "
-        "memory.budget, which chooses; a run that saved a checkpoint goes on with these and training.resume=true"
+        "memory.budget, which chooses; a run that saved a checkpoint resumes with these and training.resume=true"
     )
 
 

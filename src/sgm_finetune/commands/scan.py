@@ -1,4 +1,4 @@
-"""What `sgm scan` does: read or measure, show, write, draw."""
+"""`sgm scan`: reads or computes a scan, shows it, writes it, draws it."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ ScanFormat = Literal["json", "spectrum", "axolotl"]
 
 
 class ScanInterrupted(Exception):  # noqa: N818 - the user's wish, not an error
-    """The scan was stopped; what it had finished is remembered."""
+    """The user stopped the scan; the cache keeps the matrices that it finished."""
 
 
 @dataclass(frozen=True)
 class ScanRequest:
-    """What `sgm scan` is asked to do."""
+    """The arguments of `sgm scan`."""
 
     model: str
     """A model, or a file with the results of a scan."""
@@ -72,7 +72,7 @@ class ScanRequest:
         if self.output is not None and self.output.exists():
             raise UserError(f"{self.output} exists; name another --output")
         if self.plot is not None and self.plot.exists() and not (self.plot.is_dir() and not any(self.plot.iterdir())):
-            raise UserError(f"{self.plot} is no empty folder; name another --plot")
+            raise UserError(f"{self.plot} is not an empty folder; name another --plot")
         if self.is_result_file and (self.control or self.matrices or self.fresh):
             option = "--control" if self.control else "--matrix" if self.matrices else "--fresh"
             raise UserError(
@@ -81,9 +81,9 @@ class ScanRequest:
 
 
 def run_scan(request: ScanRequest, console: Console) -> Scan:
-    """Scans the model, or reads its results, shows a table on `console`, and writes the output or prints it on stdout.
+    """Scans the model or reads its results, shows a table on `console`, and writes the output or prints it on stdout.
 
-    Nothing is printed on stdout where neither `output` nor `format` is given. Raises UserError, and ScanInterrupted.
+    Without `output` and `format` it prints nothing on stdout. Raises UserError, and ScanInterrupted.
     """
     request.check()
     model, estimator, from_file = request.model, request.estimator or "mp", request.is_result_file
@@ -108,8 +108,11 @@ def run_scan(request: ScanRequest, console: Console) -> Scan:
 
 
 def draw_scan(scan: Scan, model: str | None, names: Sequence[str], folder: Path, log: StepLog) -> list[Path]:
-    """Writes PNG files into `folder`: the heat map and, where the model's weights are at hand, histograms of the
-    matrices called so (none: of the matrix of each kind that has the median SNR)."""
+    """Writes PNG files into `folder` and returns their paths: the heat map, and histograms of the matrices `names`.
+
+    Without `names` there is a histogram for each kind: of its matrix with the median SNR. Without `model` there are no
+    histograms, since they need the weights.
+    """
     from sgm_finetune.results.report.scan_figures import save_heat_map, save_histogram
 
     paths = [folder / "snr.png"]
@@ -144,14 +147,14 @@ def _scan_with_bar(request: ScanRequest, estimator: Estimator, log: StepLog) -> 
         except KeyboardInterrupt:
             so_far = ""
             if num_matrices:
-                so_far = f" after {num_done} of {num_matrices} matrices; the same command goes on there"
+                so_far = f" after {num_done} of {num_matrices} matrices; the same command resumes there"
             raise ScanInterrupted(f"Interrupted{so_far}") from None
 
 
 def _format_scan(scan: Scan, format: ScanFormat | None, top_fraction: float | None) -> str:
     match format:
         case "axolotl":
-            assert top_fraction is not None  # the command line asks for it before anything is read
+            assert top_fraction is not None  # the command line requires it
             return axolotl_format(scan, top_fraction)
         case "spectrum":
             return spectrum_format(scan)
@@ -160,7 +163,7 @@ def _format_scan(scan: Scan, format: ScanFormat | None, top_fraction: float | No
 
 
 def _match_patterns(model: str, names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The names that the patterns are, or match; UserError for a pattern of nothing."""
+    """The names that equal or match one of the patterns. Raises UserError for a pattern without a match."""
     wanted: set[str] = set()
     for pattern in patterns:
         expression = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")

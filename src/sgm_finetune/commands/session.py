@@ -36,9 +36,9 @@ class Session:
     """The configuration, the data and the console of a command, and where its run continues."""
 
     config: Config
-    """As asked for, then as it was fitted to memory.budget."""
+    """The configuration of the run; `fit_to_memory` may have changed it to fit memory.budget."""
     asked: Config
-    """Before it was fitted."""
+    """The configuration before that change."""
     prepared: PreparedData
     log: StepLog
     given_plan: Plan | None = None

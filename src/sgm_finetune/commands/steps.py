@@ -55,10 +55,10 @@ class Adapted:
     model: PeftModel
     num_trainable: int
     num_without_sharing: int
-    """As many would be trained if no matrices shared a factor: plain LoRA."""
+    """Parameters that plain LoRA would train: no matrices share a factor."""
 
     def to_dict(self) -> dict[str, int]:
-        """As in metrics.json."""
+        """The two entries of metrics.json."""
         return {"trainable_parameters": self.num_trainable, "plain_lora_parameters": self.num_without_sharing}
 
 
@@ -139,7 +139,7 @@ def choose_plan(s: Session, base: Base, scanned: Scan, probed: Probe | None) -> 
     model = base.model
     plan = make_plan(scanned, probed, s.config, model)
     if beyond := out_of_reach(model):
-        s.log.line("", f"not told from experts by PEFT, so not trained: {_some(beyond)}")
+        s.log.line("", f"PEFT takes them for experts, so not trained: {_some(beyond)}")
     if probed is not None and probed.unused:
         s.log.line("", f"not in the loss, so not trained: {_some(probed.unused)}")
     planned = {matrix.name for matrix in plan.matrices}

@@ -1,1 +1,1 @@
-"""Data: named sources and files in, three disjoint splits and encoded sequences out."""
+"""Data: reads named sources and files, makes three disjoint splits and encodes them as token sequences."""

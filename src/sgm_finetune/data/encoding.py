@@ -1,4 +1,4 @@
-"""Splits -> token sequences, and sequences -> padded batches."""
+"""Encodes splits as token sequences with labels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sgm_finetune.data.chat import asked_text, needs_template, written_answers
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-"""Label of a position that the loss leaves out."""
+"""Label of a position that the loss ignores."""
 TEXTS_PER_CALL = 1000
 
 FEATURES = {
@@ -31,29 +31,34 @@ TOKEN_FEATURES = datasets.Features({**FEATURES, "labels": datasets.List(datasets
 
 @dataclass(frozen=True)
 class Encoded:
-    """Sequences with `input_ids`, `attention_mask`, `labels`, and what encoding cost."""
+    """Token sequences with `input_ids`, `attention_mask` and `labels`, and counts of what the encoding changed."""
 
     dataset: datasets.Dataset
     num_truncated: int
-    """Examples that lost tokens at `max_length` and were kept."""
+    """Examples that lost tokens at `max_length`."""
     num_dropped: int
-    """Examples that lost every answer token (or tagged word) and were left out."""
+    """Examples without any answer token (or tagged word) within `max_length`. The data set leaves them out."""
     num_divided: int = 0
-    """Conversations that became one example for each answer, because the chat template writes earlier turns otherwise
-    once later ones follow."""
+    """Conversations that became one example for each answer, because the chat template changes earlier turns when later
+    ones follow."""
     num_packed: int = 0
-    """Examples that share the sequences."""
+    """Examples that `pack` put into the sequences."""
 
 
 def encode(split: datasets.Dataset, tokenizer: Any, task: Task, max_length: int) -> Encoded:
-    """`split` as token sequences of at most `max_length`; deterministic, in memory.
+    """`split` as token sequences of at most `max_length` tokens, in memory. The result is deterministic.
 
-    Classification: one sequence a text (or a pair of texts), cut by the tokenizer's own rule. Token classification: the
-    first token of a word has its tag. Sequence to sequence: source and target, each cut by the tokenizer's own rule.
-    Language modelling on `text`: every document is followed by the end-of-sequence token, all are joined and cut into
-    blocks of `max_length`; no token is lost but a last one that would stand alone. On `prompt` and `completion`: the
-    loss counts the completion and the end-of-sequence token. On `messages`: the tokenizer's chat template, the loss
-    counts what the assistant says and how its turn ends. Of the last two, too long examples lose their end.
+    - Sequence classification: one sequence for each text or pair of texts.
+    - Token classification: the first token of a word has the word's tag.
+    - Sequence to sequence: source and target.
+    - Language modelling on `text`: an end-of-sequence token follows every document; they are joined and cut into
+      blocks of `max_length`. Only a last token that would stand alone is lost.
+    - Language modelling on `prompt` and `completion`: the loss counts the completion and the end-of-sequence token.
+    - Language modelling on `messages`: the chat template writes them; the loss counts the answers of the assistant and
+      the end of its turns.
+
+    Longer classification inputs and sources are truncated by the tokenizer's own rule; longer completion and chat
+    examples are truncated at the end. Raises UserError when no example has anything to learn within `max_length`.
     """
     match task:
         case "sequence-classification":
@@ -67,18 +72,21 @@ def encode(split: datasets.Dataset, tokenizer: Any, task: Task, max_length: int)
         case "causal-lm" if "messages" in split.column_names:
             encoded = _encode_conversations(split["messages"][:], tokenizer, max_length)
         case "causal-lm":
-            encoded = _encode_packed(split, tokenizer, max_length)
+            encoded = _encode_running_text(split, tokenizer, max_length)
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", encoding_summary(encoded))
     return encoded
 
 
 def pack(encoded: Encoded, max_length: int) -> Encoded:
-    """The examples of language modelling, several to a sequence of at most `max_length`, longest first, each where it
-    leaves least room. `position_ids` begin anew with every example; there is no `attention_mask`, by which Transformers
-    knows that examples do not see each other."""
+    """Language-modelling examples, packed into sequences of at most `max_length` tokens.
+
+    Best-fit decreasing: the longest example comes first, each into the sequence where it leaves the least room.
+    `position_ids` restart with every example. There is no `attention_mask`: by its absence Transformers knows that
+    examples must not attend to each other.
+    """
     rows = list(zip(encoded.dataset["input_ids"][:], encoded.dataset["labels"][:], strict=True))
-    rooms: list[tuple[int, int]] = []  # (room left, which sequence), ascending
+    rooms: list[tuple[int, int]] = []  # (room left, index of the sequence), ascending
     sequences: list[list[int]] = []
     for index in sorted(range(len(rows)), key=lambda i: -len(rows[i][0])):
         length = len(rows[index][0])
@@ -93,7 +101,7 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
     columns: dict[str, list] = {"input_ids": [], "labels": [], "position_ids": []}
     for members in sequences:
         columns["input_ids"].append([token for i in members for token in rows[i][0]])
-        # the first token of an example would be predicted from the one before it
+        # else the previous example would predict the first token of this one
         columns["labels"].append([label for i in members for label in (IGNORED, *rows[i][1][1:])])
         columns["position_ids"].append([position for i in members for position in range(len(rows[i][0]))])
     features = datasets.Features(dict.fromkeys(columns, TOKEN_FEATURES["labels"]))
@@ -102,7 +110,7 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:
-    """XXH3-128 of an encoded dataset's values in their order: equal for equal examples, whatever files held them."""
+    """XXH3-128 hash of the values of an encoded data set, in order. Equal examples have equal hashes in any file."""
     digest = xxhash.xxh3_128()
     for name in sorted(dataset.column_names):
         digest.update(name.encode())
@@ -117,17 +125,17 @@ def fingerprint(dataset: datasets.Dataset) -> str:
 
 
 def encoding_summary(encoded: Encoded) -> str:
-    """One line: sequences, tokens, how many examples were cut or dropped."""
+    """One line with the numbers of sequences, tokens, truncated and dropped examples."""
     num_tokens = sum(map(len, encoded.dataset["input_ids"]))
     return (
         f"{len(encoded.dataset):,} sequences, {num_tokens:,} tokens, "
-        f"{encoded.num_truncated:,} examples cut, {encoded.num_dropped:,} dropped"
+        f"{encoded.num_truncated:,} examples truncated, {encoded.num_dropped:,} dropped"
     )
 
 
 def _encode_classification(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
     texts, pairs = split["text"][:], split["text_pair"][:] if "text_pair" in split.column_names else None
-    rows, num_long = _cut(tokenizer, texts, max_length, pairs)
+    rows, num_long = _truncate(tokenizer, texts, max_length, pairs)
     columns: dict[str, list] = {"input_ids": [row["input_ids"] for row in rows]}
     features = {**FEATURES, "labels": split.features["label"]}
     if pairs is not None and all("token_type_ids" in row for row in rows):
@@ -150,16 +158,18 @@ def _encode_tagged(split: datasets.Dataset, tokenizer: Any, max_length: int) -> 
             sequences.append(encoded["input_ids"])
             labels.append(row)
     if not sequences:
-        raise UserError(f"None of {len(split)} examples has a word within data.max_length={max_length}; raise it")
+        raise UserError(
+            f"None of {len(split)} examples has a word within data.max_length={max_length}; raise data.max_length"
+        )
     dropped = len(split) - len(sequences)
     return Encoded(_dataset({"input_ids": sequences}, labels, TOKEN_FEATURES), num_truncated - dropped, dropped)
 
 
 def _encode_sequence_pairs(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
-    """Source and target, each with the special tokens that the tokenizer adds; a target ends with the end token."""
+    """Source and target, each with the tokenizer's special tokens; a target ends with the end-of-sequence token."""
     eos = _end_of_sequence(tokenizer)
-    sources, num_long = _cut(tokenizer, split["source"][:], max_length)
-    whole = [_ended(ids, eos) for ids in _token_ids(tokenizer, split["target"][:], as_target=True)]
+    sources, num_long = _truncate(tokenizer, split["source"][:], max_length)
+    whole = [_with_end(ids, eos) for ids in _token_ids(tokenizer, split["target"][:], as_target=True)]
     num_long += sum(len(ids) > max_length for ids in whole)
     targets = [ids if len(ids) <= max_length else [*ids[: max_length - 1], eos] for ids in whole]
     columns = {"input_ids": [row["input_ids"] for row in sources]}
@@ -195,7 +205,7 @@ def _encode_conversations(conversations: Sequence[list[dict]], tokenizer: Any, m
 
 
 def _encode_without_template(conversations: Sequence[list[dict]], tokenizer: Any, max_length: int) -> Encoded:
-    """Instructions as Alpaca writes them; longer conversations need a template."""
+    """Single questions as Alpaca instructions. Raises UserError for a longer conversation, which needs a template."""
     for row, turns in enumerate(conversations, start=1):
         if [message["role"] for message in turns] != ["user", "assistant"]:
             raise UserError(f"Example {row}: {needs_template(len(turns))}")
@@ -203,30 +213,30 @@ def _encode_without_template(conversations: Sequence[list[dict]], tokenizer: Any
     return _encode_completions(prompts, [answer["content"] for _, answer in conversations], tokenizer, max_length)
 
 
-def _encode_packed(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
+def _encode_running_text(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
     eos = _end_of_sequence(tokenizer)
     stream: list[int] = []
     for ids in _token_ids(tokenizer, split["text"][:]):
-        stream += _ended(ids, eos)
+        stream += _with_end(ids, eos)
     blocks = [stream[start : start + max_length] for start in range(0, len(stream), max_length)]
-    if blocks and len(blocks[-1]) < 2:  # nothing in it can be predicted
+    if blocks and len(blocks[-1]) < 2:  # a single token predicts nothing
         blocks.pop()
     if not blocks:
-        raise UserError(f"{len(split)} text(s) make {len(stream)} token(s); language modelling needs two or more")
+        raise UserError(f"{len(split)} text(s) have {len(stream)} token(s); language modelling needs at least two")
     return Encoded(_dataset({"input_ids": blocks}, blocks, TOKEN_FEATURES), num_truncated=0, num_dropped=0)
 
 
 def _encode_completions(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any, max_length: int) -> Encoded:
-    """Prompt and completion are tokenised as one text, as the model will read them.
+    """Prompt and completion, tokenised as one text, as the model will read them.
 
-    The prompt's part of it is what it has in common with the prompt alone, so a token that straddles the border
-    belongs to the answer.
+    The prompt ends where the tokens differ from those of the prompt alone. A token across the border therefore belongs
+    to the answer.
     """
     eos = _end_of_sequence(tokenizer)
     whole = _token_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts, completions, strict=True)])
     sequences, labels, longest_prompt, num_truncated = [], [], 0, 0
     for prompt, ids in zip(_token_ids(tokenizer, prompts), whole, strict=True):
-        ids = _ended(ids, eos)
+        ids = _with_end(ids, eos)
         num_prompt = _num_common(prompt, ids)
         longest_prompt = max(longest_prompt, num_prompt)
         if max(num_prompt, 1) >= max_length:  # the first token of a sequence is never predicted
@@ -247,28 +257,28 @@ def _all_lost(num_examples: int, max_length: int, longest_prompt: int) -> UserEr
     )
 
 
-def _cut(
+def _truncate(
     tokenizer: Any, texts: Sequence[str], max_length: int, pairs: Sequence[str] | None = None
 ) -> tuple[list[dict[str, list[int]]], int]:
-    """Each text or pair as `_tokenised`, longer ones cut by the tokenizer's own rule; and how many were."""
-    rows = list(_tokenised(tokenizer, texts, pairs))
+    """The tokens of each text or pair, truncated by the tokenizer's own rule; and the number of truncated ones."""
+    rows = list(_tokenise(tokenizer, texts, pairs))
     long = [index for index, row in enumerate(rows) if len(row["input_ids"]) > max_length]
     long_pairs = None if pairs is None else [pairs[index] for index in long]
-    cut = _tokenised(tokenizer, [texts[i] for i in long], long_pairs, truncation=True, max_length=max_length)
-    for index, row in zip(long, cut, strict=True):
+    truncated = _tokenise(tokenizer, [texts[i] for i in long], long_pairs, truncation=True, max_length=max_length)
+    for index, row in zip(long, truncated, strict=True):
         rows[index] = row
     return rows, len(long)
 
 
 def _token_ids(tokenizer: Any, texts: Sequence[str], as_target: bool = False) -> Iterator[list[int]]:
-    """The tokens of each text, with the special ones that the tokenizer adds by itself."""
-    return (row["input_ids"] for row in _tokenised(tokenizer, texts, as_target=as_target))
+    """The token ids of each text, with the special tokens that the tokenizer adds."""
+    return (row["input_ids"] for row in _tokenise(tokenizer, texts, as_target=as_target))
 
 
-def _tokenised(
+def _tokenise(
     tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None = None, as_target: bool = False, **options: Any
 ) -> Iterator[dict[str, list[int]]]:
-    """`input_ids` of each text or pair, and `token_type_ids` where the tokenizer tells two texts apart."""
+    """`input_ids` of each text or pair, and `token_type_ids` when the tokenizer distinguishes the two texts."""
     for start in range(0, len(texts), TEXTS_PER_CALL):
         here = slice(start, start + TEXTS_PER_CALL)
         given: dict[str, Any] = {"text_target" if as_target else "text": list(texts[here])}
@@ -285,12 +295,13 @@ def _end_of_sequence(tokenizer: Any) -> int:
     return tokenizer.eos_token_id
 
 
-def _ended(ids: list[int], eos: int) -> list[int]:
+def _with_end(ids: list[int], eos: int) -> list[int]:
+    """`ids`, ending with the end-of-sequence token."""
     return ids if ids and ids[-1] == eos else [*ids, eos]
 
 
 def _num_common(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
+    """The length of the common beginning of two sequences."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return index

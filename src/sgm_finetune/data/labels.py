@@ -1,4 +1,4 @@
-"""Labels and tags: what they are, read from a column, and as numbers."""
+"""Reads labels and tags from a column and turns them into numbers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from sgm_finetune.data.tables import Table
 
 
 class LabelReader:
-    """Labels and tags as numbers; what they are is found in the training data, which is read first."""
+    """Reads labels and tags as numbers. The training data comes first: it defines the kind of label and the classes."""
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
         self.kind: LabelKind | None = None
 
     def read(self, table: Table, column: str, split: Split, asked: str) -> list:
+        """The label of each row: an id, a vector of 0 and 1, or a number. `asked` is `data.label_kind`."""
         self.kind = self.kind or infer_label_kind(table, column, asked)
         match self.kind:
             case "number":
@@ -37,18 +38,23 @@ class LabelReader:
                 self.names = self.names or class_names(table, column, labels)
                 return label_ids(table, split, labels, self.names)
 
-    def as_tags(self, table: Table, column: str, split: Split, tags: list[list[str]]) -> list[list[int]]:
+    def tag_ids(self, table: Table, column: str, split: Split, tags: list[list[str]]) -> list[list[int]]:
+        """The ids of the tags of each row."""
         self.names = self.names or class_names(table, column, list(itertools.chain(*tags)))
         return [label_ids(table, split, row, self.names) for row in tags]
 
 
 def is_unlabelled(table: Table, column: str) -> bool:
-    """Whether every label is the -1 by which published test sets withhold them."""
+    """Whether every label is -1 or missing. Published test sets withhold their labels in this way."""
     return column in table.class_names and all(value in (-1, None) for value in table.columns[column][:])
 
 
 def infer_label_kind(table: Table, column: str, asked: str) -> LabelKind:
-    """What `data.label_kind` says, or the values: lists are classes, fractional numbers numbers, all else a class."""
+    """The kind of label: `asked` (`data.label_kind`), or for auto inferred from the values.
+
+    A list means classes, a fractional number means number, everything else means class. Raises UserError for numbers
+    such as 1.0, which can be a class or a number.
+    """
     if asked != "auto":
         return asked  # type: ignore[return-value]
     if column in table.class_names:
@@ -60,7 +66,7 @@ def infer_label_kind(table: Table, column: str, asked: str) -> LabelKind:
     if values and all(map(_is_number, names)) and not all(map(_is_integer, names)):
         if all(float(name).is_integer() for name in names):
             raise UserError(
-                f"{table.name}: `{column}` holds {names[0]}, which can be a class or a number to predict; say "
+                f"{table.name}: `{column}` holds {names[0]}, which can be a class or a number to predict; set "
                 "data.label_kind=class or data.label_kind=number"
             )
         return "number"
@@ -68,47 +74,52 @@ def infer_label_kind(table: Table, column: str, asked: str) -> LabelKind:
 
 
 def read_labels(table: Table, column: str) -> list[str]:
-    """The class name of each row, whatever type the column has; raises with the row for what is no class."""
+    """The class name of each row, for a column of any type. Raises UserError with the row of an invalid label."""
     known = table.class_names.get(column)
     names = []
     for row, value in enumerate(table.columns[column][:], start=1):
-        value = _named(value, known)
+        value = _name(value, known)
         if is_missing(value) or (isinstance(value, str) and not value.strip()):
             raise UserError(f"{table.name}, row {row} has no label in `{column}`; fill it in or remove the row")
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, bool | int | str):
             raise UserError(
-                f"{table.name}, row {row}: label {short_repr(value)} in `{column}` is no name and no integer; "
-                "data.label_kind says what labels are"
+                f"{table.name}, row {row}: label {short_repr(value)} in `{column}` is neither a name nor an integer; "
+                "set data.label_kind"
             )
         names.append(str(value).strip())
     return names
 
 
 def read_numbers(table: Table, column: str) -> list[float]:
-    """The number of each row; raises with the row for what is none."""
+    """The number of each row. Raises UserError with the row of a label that is missing or not a finite number."""
     numbers = []
     for row, value in enumerate(table.columns[column][:], start=1):
         text = str(value).strip()
         if isinstance(value, bool) or not _is_number(text) or not math.isfinite(float(text)):
-            what = "has no label" if is_missing(value) or not text else f"has the label {short_repr(value)}, no number,"
-            raise UserError(f"{table.name}, row {row} {what} in `{column}`; correct or remove the row")
+            what = f"has the label {short_repr(value)} in `{column}`, which is not a number"
+            if is_missing(value) or not text:
+                what = f"has no label in `{column}`"
+            raise UserError(f"{table.name}, row {row} {what}; correct or remove the row")
         numbers.append(float(text))
     return numbers
 
 
 def read_label_sets(table: Table, column: str) -> list[list[str]]:
-    """The class names of each row: a list, or a text that commas divide; none is possible."""
+    """The class names of each row, from a list or a text with commas; a row may have none.
+
+    Raises UserError with the row of an invalid value.
+    """
     known = table.class_names.get(column)
     sets = []
     for row, value in enumerate(table.columns[column][:], start=1):
         if isinstance(value, str):
             value = [name for name in value.split(",") if name.strip()]
         if not isinstance(value, list):
-            what = "is missing" if is_missing(value) else f"is {short_repr(value)}, no list"
+            what = "is missing" if is_missing(value) else f"is {short_repr(value)}, not a list"
             raise UserError(f"{table.name}, row {row}: `{column}` {what}; write a list of names, [] for none")
-        names = [_named(name, known) for name in value]
+        names = [_name(name, known) for name in value]
         if not all(isinstance(name, str | int) and str(name).strip() for name in names):
             raise UserError(f"{table.name}, row {row}: `{column}` holds {short_repr(value)}; write a list of names")
         sets.append([str(name).strip() for name in names])
@@ -116,7 +127,10 @@ def read_label_sets(table: Table, column: str) -> list[list[str]]:
 
 
 def class_names(table: Table, column: str, labels: Sequence[str], num_rows: int | None = None) -> tuple[str, ...]:
-    """The classes of the training data in id order: as its feature declares them, else sorted, integers as numbers."""
+    """The classes of the training data in id order: as its feature declares them, else sorted (integers by value).
+
+    Raises UserError for fewer than two classes, and for so many that the column is probably not the label.
+    """
     names = table.class_names.get(column)
     if names is None:
         numeric = all(map(_is_integer, labels))
@@ -127,19 +141,19 @@ def class_names(table: Table, column: str, labels: Sequence[str], num_rows: int 
     if len(names) > max(20, (num_rows or len(labels)) // 2):
         raise UserError(
             f"{table.name}: `{column}` has {len(names):,} different values in {num_rows or len(labels):,} rows; "
-            "is it the label? Say which is with data.columns (numbers to predict: data.label_kind=number)"
+            "is it the label? Name the label with data.columns; for numbers to predict, set data.label_kind=number"
         )
     return tuple(names)
 
 
 def label_ids(table: Table, split: str, labels: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Class names as ids; one that the training data lacks raises."""
+    """The ids of class names. Raises UserError for a name that the training data lacks."""
     ids = {name: index for index, name in enumerate(names)}
     return [_label_id(label, ids, table, split, row) for row, label in enumerate(labels, start=1)]
 
 
 def label_vectors(table: Table, split: str, sets: Sequence[Sequence[str]], names: Sequence[str]) -> list[list[float]]:
-    """Sets of class names as vectors of 0 and 1; a name that the training data lacks raises."""
+    """Sets of class names as vectors of 0 and 1. Raises UserError for a name that the training data lacks."""
     ids = {name: index for index, name in enumerate(names)}
     vectors = []
     for row, labels in enumerate(sets, start=1):
@@ -158,7 +172,7 @@ def _label_id(label: str, ids: Mapping[str, int], table: Table, split: str, row:
 
 
 def read_tagged(table: Table, tokens: str, tags: str) -> tuple[list[list[str]], list[list[str]]]:
-    """Words and the tag of each; raises with the row for what is no list of words with as many tags."""
+    """The words and tags of each row. Raises UserError with the row that is not a list of words with as many tags."""
     known = table.class_names.get(tags)
     words, names = [], []
     for row, (left, right) in enumerate(zip(table.columns[tokens][:], table.columns[tags][:], strict=True), start=1):
@@ -166,13 +180,15 @@ def read_tagged(table: Table, tokens: str, tags: str) -> tuple[list[list[str]], 
             if not isinstance(value, list) or not value:
                 raise UserError(
                     f"{table.name}, row {row}: `{column}` is {short_repr(value)}; token classification needs a list of "
-                    "words and one of their tags (json, jsonl, parquet)"
+                    "words and a list of tags (json, jsonl, parquet)"
                 )
         if len(left) != len(right):
-            raise UserError(f"{table.name}, row {row} has {len(left)} words in `{tokens}` and {len(right)} `{tags}`")
+            raise UserError(
+                f"{table.name}, row {row} has {len(left)} words in `{tokens}` and {len(right)} tags in `{tags}`"
+            )
         if not all(isinstance(word, str) and word.strip() for word in left):
             raise UserError(f"{table.name}, row {row}: `{tokens}` holds {short_repr(left)}; write words")
-        tagged = [_named(tag, known) for tag in right]
+        tagged = [_name(tag, known) for tag in right]
         if not all(isinstance(tag, str | int) and str(tag).strip() for tag in tagged):
             raise UserError(f"{table.name}, row {row}: `{tags}` holds {short_repr(right)}; write names")
         words.append(left)
@@ -180,8 +196,8 @@ def read_tagged(table: Table, tokens: str, tags: str) -> tuple[list[list[str]], 
     return words, names
 
 
-def _named(value: Any, names: Sequence[str] | None) -> Any:
-    """The name that an integer stands for in a column with `class_names` (None: for none of them); else the value."""
+def _name(value: Any, names: Sequence[str] | None) -> Any:
+    """The class name of an integer in a column with class `names` (None: no such class); other values unchanged."""
     if names is None or not isinstance(value, int):
         return value
     return names[value] if 0 <= value < len(names) else None

@@ -1,4 +1,4 @@
-"""What a model is asked in a test, and the answers in the data."""
+"""Questions for a model in a test, and the answers to them in the data."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sgm_finetune.data.encoding import IGNORED
 
 @dataclass(frozen=True)
 class Question:
-    """What the model is asked, and the answer in the data: token ids."""
+    """Token ids of a prompt and of its answer in the data."""
 
     prompt: list[int]
     answer: list[int]
 
 
 def questions(encoded: Dataset, indices: Sequence[int], task: Task) -> list[Question]:
-    """Of each example: the source and its target, or all before the last answer and that answer."""
+    """The question of each example: source and target, or the last answer and everything before it."""
     found = []
     for index in indices:
         ids, labels = encoded[index]["input_ids"], encoded[index]["labels"]
@@ -34,10 +34,10 @@ def questions(encoded: Dataset, indices: Sequence[int], task: Task) -> list[Ques
 
 
 def has_answers(encoded: Dataset, task: Task) -> bool:
-    """Whether there is something to ask: running text has no questions."""
+    """Whether the examples have prompts and answers; running text has none."""
     return task == "seq2seq-lm" or (task == "causal-lm" and IGNORED in encoded[0]["labels"])
 
 
 def answer_limit(asked: Sequence[Question]) -> int:
-    """Tokens that an answer may have: as many as the longest one in the data, and half as many again."""
+    """The maximum number of tokens of a generated answer: 1.5 times the longest answer in the data, plus one."""
     return int(1.5 * max(len(question.answer) for question in asked)) + 1

@@ -1,4 +1,4 @@
-"""Tables -> normalised rows: the columns of each role, read and checked, with labels as numbers."""
+"""Turns tables into normalised rows: the column of each role, read and checked, with labels as numbers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from sgm_finetune.data.labels import LabelReader, is_unlabelled, read_tagged
 from sgm_finetune.data.sources import Source, Split
 from sgm_finetune.data.tables import Table
 
-Rows = dict[str, list]  # column -> values; those of DataSplits
+Rows = dict[str, list]
+"""Column -> values, with the columns of `DataSplits`."""
 
 
 def normalise(
     source: Source, config: DataConfig, task: Task
 ) -> tuple[dict[Split, Rows], tuple[str, ...], LabelKind | None, list[str]]:
-    """Rows of each split that the source has, the class names, what a label is, and notes for the description."""
+    """The rows of each split of the source, the class names, the label kind, and notes for the description.
+
+    Raises UserError for a split without text, and as data/columns.py and data/labels.py.
+    """
     train = source.tables["train"]
     layout = columns.choose_layout(train, config.columns, task, config.format)
     rows: dict[Split, Rows] = {}
@@ -35,13 +39,13 @@ def normalise(
         if "label" in column:
             texts["label"] = labels.read(table, column["label"], split, config.label_kind)
         if "tags" in column:
-            texts["tags"] = labels.as_tags(table, column["tags"], split, texts["tags"])
+            texts["tags"] = labels.tag_ids(table, column["tags"], split, texts["tags"])
         if layout.roles == ("text",):
             filled = [index for index, text in enumerate(texts["text"]) if text.strip()]
             num_empty += num_rows(texts) - len(filled)
             texts = take(texts, filled)
         if not num_rows(texts):
-            raise UserError(f"{table.name} ({split}) has no text in it")
+            raise UserError(f"{table.name} ({split}) contains no text")
         rows[split] = texts
     if task == "causal-lm" and not train.is_running_text:
         there = columns.find_columns(train, layout, config.columns)
@@ -52,7 +56,7 @@ def normalise(
 
 
 def _read_rows(layout: str, table: Table, column: dict[Role, str]) -> Rows:
-    """The rows as they are written, but for labels."""
+    """The rows of a table, without their labels."""
     match layout:
         case "chat" | "sharegpt":
             return {"messages": columns.read_conversations(table, column["messages"])}
@@ -72,8 +76,10 @@ def _read_rows(layout: str, table: Table, column: dict[Role, str]) -> Rows:
 
 
 def take(rows: Rows, indices: Sequence[int] | np.ndarray) -> Rows:
+    """The rows at `indices`, in that order."""
     return {role: [values[index] for index in indices] for role, values in rows.items()}
 
 
 def num_rows(rows: Rows) -> int:
+    """The number of rows."""
     return len(next(iter(rows.values())))

@@ -1,4 +1,4 @@
-"""Where data comes from: what packages bring, files, a folder, the hub."""
+"""Opens the source of the data: an embedded data set, files, a folder or the hub."""
 
 from __future__ import annotations
 
@@ -26,26 +26,30 @@ HUB_SPLITS: dict[Split, tuple[str, ...]] = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
+"""Names of each split in hub data sets and folders, in the order in which SGM looks for them."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What was found: `train` always, `validation` and `test` where the source has them."""
+    """An open source: always `train`, and `validation` and `test` when the source has them."""
 
     name: str
     tables: dict[Split, Table]
     sizes: dict[Split, int] = field(default_factory=dict)
-    """Of splits that are still to be split off; by `data.test_fraction` and `data.validation_fraction` if not here."""
+    """Rows of the splits that still come from the training data. For others, `data.*_fraction` decides."""
 
 
 def open_source(config: DataConfig) -> Source:
-    """The tables that `data.name`, or `data.train` and its companions, stand for."""
+    """The tables of `data.name`, or of `data.train`, `data.validation` and `data.test`.
+
+    Raises UserError for missing, unreadable or contradictory settings.
+    """
     files: dict[Split, str] = {split: name for split in HUB_SPLITS if (name := getattr(config, split)) is not None}
     if config.name is not None and "test" in files:
-        raise UserError("data.test goes with data.train, not with data.name")
+        raise UserError("data.test needs data.train; it cannot be used with data.name")
     if config.name is None and "train" not in files:
         if files:
-            raise UserError(f"data.{next(iter(files))} needs data.train beside it")
+            raise UserError(f"data.{next(iter(files))} needs data.train too")
         raise UserError(f"No data: give data.train=FILE or data.name, for example data.name={next(iter(EMBEDDED))}")
     if config.streaming:
         return _open_stream(config, files)
@@ -76,7 +80,7 @@ def _open_name(name: str) -> Source:
 
 
 def _aliases(name: str, loaded: Any) -> dict[Split, str]:
-    """What a data set calls the splits that it has."""
+    """The name that a data set gives to each of its splits. Raises UserError when it has no training split."""
     found: dict[Split, str] = {}
     for split, aliases in HUB_SPLITS.items():
         if alias := next((alias for alias in aliases if alias in loaded), None):
@@ -93,13 +97,13 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "jsonl": ("json", {}),
     "parquet": ("parquet", {}),
 }
-"""`datasets`' readers that stream, by the type of the file."""
-SHUFFLED = 10_000
-"""Rows of a stream that are held to choose the next from."""
+"""Streaming readers of `datasets` and their options, by file type."""
+SHUFFLE_BUFFER = 10_000
+"""Rows of a stream in memory, from which the next row is chosen at random."""
 
 
 def _open_stream(config: DataConfig, files: Mapping[Split, str]) -> Source:
-    """As many rows as are asked for. The splits that the source lacks are taken from the training stream."""
+    """Reads `data.num_*` rows of each split. Splits that the source lacks come from the training stream."""
     streams: dict[Split, datasets.IterableDataset] = (
         {split: _stream_file(Path(name), f"data.{split}", config) for split, name in files.items()}
         if config.name is None
@@ -112,9 +116,11 @@ def _open_stream(config: DataConfig, files: Mapping[Split, str]) -> Source:
         wanted = counts[split] + (sum(absent.values()) if split == "train" else 0)
         name = f"{config.name or getattr(config, split)}, streamed"
         try:
-            taken = list(stream.shuffle(seed=config.seed, buffer_size=SHUFFLED).take(wanted + wanted // 20))
-        except Exception as error:  # the readers', and those of the network
-            raise UserError(f"{name}: {one_line(_root(error))}; correct it, or read it whole") from error
+            taken = list(stream.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER).take(wanted + wanted // 20))
+        except Exception as error:  # a reader or the network raises any type
+            raise UserError(
+                f"{name}: {one_line(_root_cause(error))}; correct it, or set data.streaming=false"
+            ) from error
         if not taken:
             raise UserError(f"{name}: no rows")
         columns = dict.fromkeys(column for row in taken for column in row)
@@ -126,7 +132,7 @@ def _open_stream(config: DataConfig, files: Mapping[Split, str]) -> Source:
 def _stream_file(path: Path, key: str, config: DataConfig) -> datasets.IterableDataset:
     kind = type_of(path, key, config.file_type)
     if kind not in _BUILDERS:
-        raise UserError(f"{key}={path} cannot be streamed; known: {' '.join(_BUILDERS)}, data.file_type")
+        raise UserError(f"{key}={path} cannot be streamed; set data.file_type to one of {' '.join(_BUILDERS)}")
     if not path.stat().st_size:
         raise UserError(f"{key}={path} has no rows")
     builder, options = _BUILDERS[kind]
@@ -135,46 +141,48 @@ def _stream_file(path: Path, key: str, config: DataConfig) -> datasets.IterableD
 
 def _stream_name(name: str) -> dict[Split, datasets.IterableDataset]:
     if name in EMBEDDED:
-        raise UserError(f"data.streaming=true is for large data; data.name={name} is read whole")
+        raise UserError(
+            f"data.streaming=true does not work with the embedded data.name={name}; set data.streaming=false"
+        )
     repository, _, subset = name.partition(":")
     try:
         loaded = datasets.load_dataset(repository, subset or None, streaming=True)
     except Exception as error:  # as in _load_hub
-        raise UserError(f"data.name={name} cannot be streamed: {one_line(_root(error))}") from error
+        raise UserError(f"data.name={name} cannot be streamed: {one_line(_root_cause(error))}") from error
     return {split: loaded[alias] for split, alias in _aliases(name, loaded).items()}
 
 
 def _load_folder(path: Path) -> datasets.DatasetDict | datasets.Dataset:
-    """A folder written by `save_to_disk`, or one of data files as the hub lays them out."""
+    """The data set in a folder: one from `save_to_disk`, or data files in the layout of the hub."""
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return datasets.load_from_disk(str(path), keep_in_memory=True)
         with tempfile.TemporaryDirectory() as cache, _no_progress_bars():
             return datasets.load_dataset(str(path), cache_dir=cache, keep_in_memory=True)
-    except Exception as error:  # the library raises dozens of kinds, its builders any other
+    except Exception as error:  # the library raises dozens of types, its builders any other
         raise UserError(
-            f"data.name={path}: this folder is no data set that can be loaded: {one_line(_root(error))}; "
+            f"data.name={path}: this folder cannot be loaded as a data set: {one_line(_root_cause(error))}; "
             "give data.train=FILE instead"
         ) from error
 
 
 def _load_hub(name: str) -> datasets.DatasetDict:
-    """A data set of the hub; `owner/name:subset` picks one of several."""
+    """The hub data set `owner/name`, or the subset `owner/name:subset` of it."""
     near = difflib.get_close_matches(name.replace("_", "-").lower(), EMBEDDED, n=1, cutoff=0.8)
     if near and "/" not in name:
-        raise UserError(f"Unknown data.name={name}; did you mean `{near[0]}`? (the hub's data sets are owner/name)")
+        raise UserError(f"Unknown data.name={name}; did you mean `{near[0]}`? (a hub data set is owner/name)")
     repository, _, subset = name.partition(":")
     try:
         return datasets.load_dataset(repository, subset or None)
-    except Exception as error:  # as above, and those of the network
+    except Exception as error:  # as in _load_folder, or the network
         raise UserError(
-            f"data.name={name} is none of {', '.join(EMBEDDED)} and cannot be loaded from the hub: {one_line(error)}; "
-            "check its name and the network, or give data.train=FILE"
+            f"data.name={name} is not one of {', '.join(EMBEDDED)} and cannot be loaded from the hub: "
+            f"{one_line(error)}; check the name and the network, or give data.train=FILE"
         ) from error
 
 
-def _root(error: BaseException) -> Exception:
-    """What `datasets` wraps in `An error occurred while generating the dataset`."""
+def _root_cause(error: BaseException) -> Exception:
+    """The error inside `An error occurred while generating the dataset`, which `datasets` wraps around it."""
     while isinstance(error, DatasetsError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return error  # type: ignore[return-value]
@@ -192,13 +200,13 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def peek(config: DataConfig, num_rows: int = 100) -> Table:
-    """The training data's first rows, where they can be had without reading the rest; else all of them."""
+    """The first rows of the training data; all rows when the source cannot be read in part."""
     if config.train is not None and type_of(Path(config.train), "data.train", config.file_type) in _BUILDERS:
         stream = _stream_file(Path(config.train), "data.train", config)
         try:
             rows = list(stream.take(num_rows))
-        except Exception as error:  # the readers'
-            raise UserError(f"data.train={config.train}: {one_line(_root(error))}; correct it") from error
+        except Exception as error:  # a reader raises any type
+            raise UserError(f"data.train={config.train}: {one_line(_root_cause(error))}; correct it") from error
         names = dict.fromkeys(column for row in rows for column in row)
         columns = {name: [row.get(name) for row in rows] for name in names}
         return Table(Path(config.train).name, columns, class_names(stream.features))

@@ -1,4 +1,4 @@
-"""Normalised rows -> train, validation and test without a text in common, by one seed."""
+"""Splits rows into training, validation and test data without a text in common, from one seed."""
 
 from __future__ import annotations
 
@@ -21,35 +21,38 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class DataSplits:
-    """Three disjoint data sets. Columns, by layout: labelled: text, label (and text_pair); tagged: tokens, tags; pairs:
-    source, target; completion: prompt, completion; chat: messages (ShareGPT's and Alpaca's rows too); text: text."""
+    """Three disjoint data sets.
+
+    Columns by layout: labelled: text, label and perhaps text_pair; tagged: tokens, tags; pairs: source, target;
+    completion: prompt, completion; chat, ShareGPT and Alpaca: messages; text: text.
+    """
 
     train: datasets.Dataset
-    """In a seeded order of which every beginning is stratified, so the first batches represent all."""
+    """In a seeded order. Every beginning of it is stratified by label, so the first batches represent the whole."""
     validation: datasets.Dataset
     """In the order of the source."""
     test: datasets.Dataset
     """In the order of the source."""
     labels: tuple[str, ...]
-    """Class or tag names in id order; () where there are none."""
+    """Class or tag names in id order; () without classes."""
     description: str
-    """One line: where from, sizes, duplicates dropped, what the labels are, or the format."""
+    """One line: source, sizes, dropped duplicates, labels or format."""
     label_kind: LabelKind | None = None
-    """What the labels of sequence classification are: an id, a vector of 0 and 1, or a number."""
+    """Kind of label in sequence classification: an id (class), a vector of 0 and 1 (classes) or a number."""
 
 
 def load_splits(config: DataConfig, task: Task) -> DataSplits:
-    """The data that `config` names, checked, without duplicates, and split.
+    """The data that `config` names: checked, without duplicates, and split.
 
-    Validation and test data that the source does not bring are split off the training data, stratified by label.
-    The test split depends on the source, `seed`, `test_fraction` and `num_test` only; a smaller `num_*` chooses a
-    subset of what a larger one chooses.
+    Validation and test data that the source lacks come from the training data, stratified by label. The test split
+    depends only on the source, `seed`, `test_fraction` and `num_test`. A smaller `num_*` selects a subset of the
+    examples that a larger one selects. Raises UserError for data that cannot be read, learnt from or split.
     """
     return split_source(open_source(config), config, task)
 
 
 def split_source(source: Source, config: DataConfig, task: Task) -> DataSplits:
-    """`load_splits` of a source that is already open."""
+    """As `load_splits`, for an open source."""
     rows, labels, kind, notes = normalise(source, config, task)
     rows, dropped = drop_duplicates(rows)
     rows = _split_off(source, rows, config)
@@ -74,10 +77,11 @@ def split_source(source: Source, config: DataConfig, task: Task) -> DataSplits:
 
 
 def drop_duplicates(rows: dict[Split, Rows]) -> tuple[dict[Split, Rows], list[str]]:
-    """`rows` without training texts that repeat, or that validation or test hold; and what was dropped, in words.
+    """`rows` without repeated training texts and without overlap between splits, and notes about what was dropped.
 
-    Two texts are one when they agree up to case and white space. Test data is never touched, validation data loses
-    only what test holds: repeats within a given evaluation file are its owner's choice.
+    Two texts are equal when they differ only in case and white space. Training data loses texts that validation or test
+    data contains; validation data loses texts that test data contains. Repeats within a given validation or test file
+    stay, because its owner chose them.
     """
     held_out: set[str] = set()
     kept: dict[Split, Rows] = {}
@@ -109,9 +113,9 @@ def drop_duplicates(rows: dict[Split, Rows]) -> tuple[dict[Split, Rows], list[st
 
 
 def stratified_order(labels: Sequence[int], generator: np.random.Generator) -> np.ndarray:
-    """A random order of the rows in which every stretch holds each class in its share, to within one row.
+    """A random order of the rows in which every stretch contains each class in proportion, to within one row.
 
-    The i-th of a class's n rows stands at (i + 1/2) / n of the way.
+    The i-th of the n rows of a class has the relative position (i + 1/2) / n.
 
     >>> order = stratified_order([0, 0, 0, 0, 1, 1], np.random.default_rng(0))
     >>> sorted(order.tolist()), sorted(np.array([0, 0, 0, 0, 1, 1])[order[:3]].tolist())
@@ -127,7 +131,10 @@ def stratified_order(labels: Sequence[int], generator: np.random.Generator) -> n
 
 
 def _split_off(source: Source, rows: dict[Split, Rows], config: DataConfig) -> dict[Split, Rows]:
-    """`rows` with validation and test; each is a stretch of one seeded order, so both are stratified."""
+    """`rows` with validation and test data. Each is a stretch of one seeded order, so both are stratified.
+
+    Raises UserError when a split is empty.
+    """
     total = num_rows(rows["train"])
     order = _order(rows["train"], config.seed, 0)
     rows = dict(rows)
@@ -146,11 +153,9 @@ def _split_off(source: Source, rows: dict[Split, Rows], config: DataConfig) -> d
 
 def _why_empty(source: Source, split: Split, total: int) -> str:
     if not total:
-        return (
-            f"All rows of {source.tables['train'].name} stand in the held-out data too; give training data of its own"
-        )
+        return f"All rows of {source.tables['train'].name} are also in the held-out data; give other training data"
     if split == "validation" and "validation" in source.tables:
-        return f"All rows of {source.tables['validation'].name} stand in the test data too; leave data.validation out"
+        return f"All rows of {source.tables['validation'].name} are also in the test data; leave data.validation out"
     return (
         f"{source.name} has {total} example(s) once duplicates are dropped, too few to split: "
         f"none is left for {split}; give more data, or data.validation and data.test"
@@ -158,7 +163,7 @@ def _why_empty(source: Source, split: Split, total: int) -> str:
 
 
 def _keys(rows: Rows) -> list[str]:
-    """What makes two rows the same: all their texts, up to case and white space."""
+    """A key for each row: all its texts, without differences in case and white space."""
     texts = zip(*(values for role, values in rows.items() if role not in ("label", "tags")), strict=True)
     return ["\0".join(" ".join(_text(value).casefold().split()) for value in parts) for parts in texts]
 
@@ -168,14 +173,15 @@ def _text(value: str | list) -> str:
 
 
 def _order(rows: Rows, seed: int, purpose: int) -> np.ndarray:
+    """A seeded order of the rows, stratified by class; each `purpose` has an order of its own."""
     labels = rows.get("label") or [0] * num_rows(rows)
-    if labels and not isinstance(labels[0], int):  # sets of classes, numbers: in any order
+    if labels and not isinstance(labels[0], int):  # sets of classes and numbers are not stratified
         labels = [0] * len(labels)
     return stratified_order(labels, np.random.default_rng([seed, purpose]))
 
 
 def _facts(rows: dict[Split, Rows], labels: tuple[str, ...], kind: LabelKind | None) -> list[str]:
-    """What there is to predict, in words."""
+    """Facts about the labels, for the description."""
     match kind:
         case "class":
             majority = np.bincount(rows["train"]["label"]).argmax()

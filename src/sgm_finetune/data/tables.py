@@ -1,6 +1,6 @@
-"""Files -> tables: columns of plain Python values, each format read by its strictest reader.
+"""Reads files as tables: columns of plain Python values, each format with its strictest reader.
 
-Nothing is guessed: a malformed file raises UserError with its name and, where there is one, the line.
+The readers guess nothing: a malformed file raises UserError with its name and, if possible, the line.
 """
 
 from __future__ import annotations
@@ -34,26 +34,29 @@ ENDINGS: dict[str, Format] = {
     ".conll": "conll",
 }
 PASSAGE_LENGTH = 2000
-"""Characters; a passage of running text has between one and two times as many."""
+"""Characters. A passage of running text has between one and two times this length."""
 SHORTEST_PASSAGE = 100
-"""Characters; short texts are cut finer, so that three splits get something, but not finer than this."""
+"""Characters. Short texts give shorter passages, so that each of three splits gets some, but none shorter than this."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as they were read. `column[:]` is a list for every column; loading may wait until then."""
+    """The rows of a file or data set. `column[:]` is the list of a column's values, and may load them only then."""
 
     name: str
-    """How messages call it: the file's name, or `imdb (test)`."""
+    """Name in messages: the file's name, or for example `imdb (test)`."""
     columns: Mapping[str, Sequence[Any]]
     class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Columns whose integers, or lists of them, stand for these names (`datasets.ClassLabel`)."""
+    """Class names of the columns with integers, or lists of integers, that stand for them (`datasets.ClassLabel`)."""
     is_running_text: bool = False
-    """The rows are passages of running text, in the one column `text`."""
+    """Whether the rows are passages of running text, in the single column `text`."""
 
 
 def type_of(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> Format:
-    """The type of a file that is there: `format`, or what its ending says; `key` named it, for messages."""
+    """The type of an existing file: `format`, or inferred from its extension. `key` is its key, for messages.
+
+    Raises UserError for a folder, a missing file or an unknown extension.
+    """
     if path.is_dir():
         raise UserError(f"{key}={path} is a folder; name a file, or give a data set's folder as data.name")
     if not path.is_file():
@@ -61,13 +64,16 @@ def type_of(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> 
     if format == "auto":
         if path.suffix.lower() not in ENDINGS:
             known = " ".join(ENDINGS)
-            raise UserError(f"{key}={path}: unknown ending `{path.suffix}` (known: {known}); say data.file_type")
+            raise UserError(f"{key}={path}: unknown extension `{path.suffix}` (known: {known}); set data.file_type")
         return ENDINGS[path.suffix.lower()]
     return format
 
 
 def read_file(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> Table:
-    """The table in a file; `key` is the configuration key that named it, for messages."""
+    """The table in a file. `key` is the configuration key that names the file, for messages.
+
+    Raises UserError for a missing, malformed or empty file.
+    """
     format = type_of(path, key, format)
     try:
         match format:
@@ -94,12 +100,12 @@ def read_file(path: Path, key: str, format: Format | Literal["auto"] = "auto") -
 
 
 def table_of(name: str, dataset: datasets.Dataset) -> Table:
-    """The table of a `datasets.Dataset`; its columns are read when they are used."""
+    """The table of a `datasets.Dataset`. It reads a column when the column is used."""
     return Table(name, {column: dataset[column] for column in dataset.column_names}, class_names(dataset.features))
 
 
 def class_names(features: Mapping[str, Any] | None) -> dict[str, Sequence[str]]:
-    """Column -> names, of those that hold class labels or lists of them."""
+    """The class names of each column that holds class labels or lists of class labels."""
     found = {}
     for column, feature in (features or {}).items():
         if isinstance(feature, datasets.List):
@@ -110,7 +116,7 @@ def class_names(features: Mapping[str, Any] | None) -> dict[str, Sequence[str]]:
 
 
 def running_text(name: str, documents: Sequence[str]) -> Table:
-    """Documents cut into passages, in order; no passage spans two documents."""
+    """The table of the passages of `documents`, in order. No passage spans two documents."""
     total = sum(len(document) for document in documents)
     length = max(SHORTEST_PASSAGE, min(PASSAGE_LENGTH, total // 50))
     texts = [text for document in documents for part in passages(document, length) if (text := part.strip())]
@@ -118,10 +124,10 @@ def running_text(name: str, documents: Sequence[str]) -> Table:
 
 
 def passages(document: str, length: int) -> Iterator[str]:
-    """Consecutive passages of at least `length` and at most `2 * length` characters (the last one may be shorter).
+    """Consecutive passages of `length` to `2 * length` characters (the last one may be shorter).
 
-    A cut falls at the end of a paragraph where there is one, else of a line, else of a word. Joined, the passages
-    are the document.
+    A passage ends at the end of a paragraph if possible, else of a line, else of a word. The passages joined are the
+    document.
 
     >>> list(passages("one two\\n\\nthree four", length=5))
     ['one two\\n\\n', 'three four']
@@ -168,7 +174,7 @@ def _read_separated(path: Path, delimiter: str) -> Table:
 
 @contextmanager
 def _unlimited_fields() -> Iterator[None]:
-    """Lift the csv module's limit of 131,072 characters a field while reading."""
+    """Lifts the csv module's limit of 131,072 characters a field, for the duration of the block."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -177,7 +183,7 @@ def _unlimited_fields() -> Iterator[None]:
 
 
 def _read_json(path: Path) -> Table:
-    """One JSON list of objects, or one object a line, whatever the ending."""
+    """The table in one JSON list of objects, or in one object a line, for both extensions."""
     text = path.read_text(encoding="utf-8-sig")
     try:
         if text.lstrip().startswith("["):
@@ -187,18 +193,19 @@ def _read_json(path: Path) -> Table:
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno} is not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON that can be read: {one_line(error)}") from None
-    half = re.search(r"\\ud[89a-f]", text, re.IGNORECASE) is not None  # perhaps of a pair that is not whole
+        raise UserError(f"{path} cannot be read as JSON: {one_line(error)}") from None
+    half = re.search(r"\\ud[89a-f]", text, re.IGNORECASE) is not None  # perhaps half of a surrogate pair
     for number, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{path} {where} {number} is no JSON object; write {{'text': ..., 'label': ...}}")
+            raise UserError(f"{path} {where} {number} is not a JSON object; write {{'text': ..., 'label': ...}}")
         if half and not _is_text(row):
-            raise UserError(f"{path} {where} {number} has half of a surrogate pair (\\ud8..), which is no character")
+            raise UserError(f"{path} {where} {number} has half of a surrogate pair (\\ud8..), which is not a character")
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     return Table(path.name, {name: [row.get(name) for _, row in rows] for name in names})
 
 
 def _is_text(row: dict[str, Any]) -> bool:
+    """Whether every text in the row can be written in UTF-8."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -222,17 +229,20 @@ def _read_parquet(path: Path) -> Table:
     try:
         arrow = pq.read_table(path)
     except (pa.ArrowException, ValueError) as error:
-        raise UserError(f"{path} is no Parquet file: {one_line(error)}") from None
+        raise UserError(f"{path} is not a Parquet file: {one_line(error)}") from None
     for index, column in enumerate(arrow.schema):
-        if pa.types.is_dictionary(column.type):  # pandas' categories, which `datasets` does not know
+        if pa.types.is_dictionary(column.type):  # pandas' categories, which `datasets` does not support
             decoded = arrow.column(index).cast(column.type.value_type)
             arrow = arrow.set_column(index, column.name, decoded)
     return table_of(path.name, datasets.Dataset(InMemoryTable(arrow)))
 
 
 def _read_conll(path: Path) -> Table:
-    """CoNLL-2003's columns: a word a line, its first field the word and its last the tag; an empty line after each
-    sentence. `-DOCSTART-` lines, and those before a sentence that begin with `# `, are none."""
+    """The words and tags in a file in the format of CoNLL-2003.
+
+    Each line is a word: its first field is the word, its last field the tag. An empty line ends a sentence. The reader
+    skips `-DOCSTART-` lines, and lines before a sentence that begin with `# `.
+    """
     sentences: list[list[tuple[str, str]]] = [[]]
     width = 0
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
@@ -243,8 +253,8 @@ def _read_conll(path: Path) -> Table:
             width = width or len(fields)
             if len(fields) != width or width < 2:
                 raise UserError(
-                    f"{path} line {number} has {len(fields)} field(s), the first word {width}; write the word first, "
-                    "its tag last on every line, an empty line after each sentence"
+                    f"{path} line {number} has {len(fields)} field(s), the first word {width}; write the word first "
+                    "and its tag last on every line, and an empty line after each sentence"
                 )
             sentences[-1].append((fields[0], fields[-1]))
     found = [sentence for sentence in sentences if sentence]

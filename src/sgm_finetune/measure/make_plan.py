@@ -17,34 +17,39 @@ from sgm_finetune.model.names import stored_to_model_names
 
 
 def check_rank(config: Config, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raises UserError where subspaces would need more directions than a side of (d_out, d_in) has."""
+    """Raises UserError when a group's subspace would need more directions than a side of a matrix has.
+
+    `shapes`: name -> (d_out, d_in).
+    """
     if config.merge.side == "none":
         return
     for name, (rows, cols) in shapes.items():
         if config.adapter.rank > (dimension := min(rows, cols)):
             raise UserError(
                 f"adapter.rank={config.adapter.rank} is more than the {dimension} directions of `{name}` "
-                f"({rows}x{cols}); take adapter.rank={dimension} or less, or merge.side=none"
+                f"({rows}x{cols}); use adapter.rank={dimension} or less, or merge.side=none"
             )
 
 
 def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Module | None = None) -> Plan:
-    """The plan that follows from a scan and a probe (None: nothing is merged). Data: print it, edit it, save it.
+    """The plan that follows from a scan and a probe; without a probe nothing is merged. Print it, edit it, save it.
 
-    Planned are the matrices that both measured; without a probe those of `model`'s linear layers that were scanned.
+    The plan has the matrices that both measured; without a probe, the weights of `model` that were scanned; without a
+    model, the scanned matrices inside numbered layers. Raises UserError when scan and model have no matrix in common,
+    and as `check_rank` does.
     """
     experts: Mapping[str, int | None] = {}
-    named: Callable[[str], str] = str
+    model_name: Callable[[str], str] = str
     if probed is not None:
-        shapes, experts, named = dict(probed.shapes), probed.num_experts, probed.model_name
+        shapes, experts, model_name = dict(probed.shapes), probed.num_experts, probed.model_name
     elif model is not None:
-        there = adaptable(model)
-        shapes = {name: matrix.shape for name, matrix in there.items()}
-        experts = {name: matrix.num_experts for name, matrix in there.items()}
-        named = stored_to_model_names(model)
+        matrices = adaptable(model)
+        shapes = {name: matrix.shape for name, matrix in matrices.items()}
+        experts = {name: matrix.num_experts for name, matrix in matrices.items()}
+        model_name = stored_to_model_names(model)
     else:
         shapes = {matrix.name: matrix.shape for matrix in by_parameter(scanned) if matrix.layer is not None}
-    by_name = _match_names(by_parameter(scanned, named), shapes)
+    by_name = _match_names(by_parameter(scanned, model_name), shapes)
     if probed is not None:
         check_rank(config, shapes)
     numbers = [
@@ -67,14 +72,19 @@ def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Mod
         raise UserError(
             f"The scan of {scanned.model} and the model have no matrix in common; scan the model's own files"
         )
+    settings = _plan_settings(config, merges=probed is not None)
+    return build_plan(config.model.name, numbers, settings, scanned.estimator)
+
+
+def _plan_settings(config: Config, merges: bool) -> PlanSettings:
     merge, selection, adapter = config.merge, config.selection, config.adapter
-    settings = PlanSettings(
+    return PlanSettings(
         rank=adapter.rank,
-        alpha=float(adapter.alpha),  # as a file gives it back
+        alpha=float(adapter.alpha),  # a plan that is read from a file has a float
         dropout=adapter.dropout,
         scope=merge.scope,
         criterion=merge.criterion,
-        side=merge.side if probed is not None else "none",
+        side=merge.side if merges else "none",
         threshold=merge.threshold,
         snr_tolerance_db=merge.snr_tolerance_db,
         max_group_size=merge.max_group_size,
@@ -82,19 +92,21 @@ def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Mod
         snr_threshold=selection.snr_threshold,
         prefer_depth=selection.prefer_depth,
     )
-    return build_plan(config.model.name, numbers, settings, scanned.estimator)
 
 
-def _match_names(modules: Sequence[MatrixScan], names: Iterable[str]) -> dict[str, MatrixScan]:
-    """Module name -> scanned matrix. Files of a bare encoder lack the task model's prefix (`bert.`), and the other
-    way round: names are matched whole, else by the longest common ending that is unique."""
-    by_name = {matrix.name: matrix for matrix in modules}
+def _match_names(scanned: Sequence[MatrixScan], names: Iterable[str]) -> dict[str, MatrixScan]:
+    """Module name -> scanned matrix.
+
+    The files of an encoder lack the prefix of the task's model (`bert.`), or have one that the model lacks. So a name
+    matches the equal one, else the only one of which it is the ending, or which is its ending.
+    """
+    by_name = {matrix.name: matrix for matrix in scanned}
     matched = {}
     for name in names:
         if name in by_name:
             matched[name] = by_name[name]
             continue
-        endings = [m for m in modules if name.endswith(f".{m.name}") or m.name.endswith(f".{name}")]
+        endings = [m for m in scanned if name.endswith(f".{m.name}") or m.name.endswith(f".{name}")]
         if len(endings) == 1:
             matched[name] = endings[0]
     return matched

@@ -1,4 +1,4 @@
-"""plan.json, and plan.safetensors beside it: its spectral starts."""
+"""Reads and writes plan.json, and plan.safetensors beside it, which holds the spectral starts."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ _TENSORS = ("starts", "similarities")
 
 
 def plan_document(plan: Plan) -> dict:
-    """The plan as plain data, without its tensors."""
+    """The plan as plain JSON values, without its tensors."""
     fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in _TENSORS}
     return json.loads(json.dumps(fields, default=dataclasses.asdict))
 
 
 def parse_plan(document: dict, where: str, starts: dict | None = None) -> Plan:
-    """The plan in plain data; UserError in one line names the first wrong entry."""
+    """The plan in the plain data `document`, with the tensors `starts`.
+
+    Raises UserError with the first wrong entry; `where` names the file in it.
+    """
     if foreign := next((name for name in _TENSORS if name in document), None):
         refuse(where, "plan", ValueError(f"`{foreign}`: no part of the file"))
     try:
@@ -41,7 +44,7 @@ def parse_plan(document: dict, where: str, starts: dict | None = None) -> Plan:
 
 
 def save_plan(plan: Plan, path: Path | str) -> None:
-    """Writes `path` and, where groups start from spectra, the tensors beside it; each appears only when complete."""
+    """Writes `path`, and beside it the tensors if the plan has spectral starts; a file appears only when complete."""
     path = Path(path)
     tensors = path.with_suffix(".safetensors")
     if plan.starts:
@@ -53,7 +56,7 @@ def save_plan(plan: Plan, path: Path | str) -> None:
 
 
 def load_plan(path: Path | str) -> Plan:
-    """The plan in `path` with the starts beside it. Raises UserError for a missing, broken or foreign file."""
+    """The plan in `path`, with the starts beside it. Raises UserError when a file is missing, damaged or not a plan."""
     path = Path(path)
     try:
         document = read_json_object(path)
@@ -65,5 +68,5 @@ def load_plan(path: Path | str) -> Plan:
     try:
         starts = load_file(tensors) if tensors.is_file() else {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{tensors} cannot be read: {error}") from None
+        raise UserError(f"{tensors} cannot be read: {error}; copy it again or make the plan again") from None
     return parse_plan(document, str(path), starts)

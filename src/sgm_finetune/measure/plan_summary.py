@@ -1,4 +1,4 @@
-"""A plan in a line, and what a person should know about it."""
+"""What a plan looks like in one line, and why it merges nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sgm_finetune.method.subspace import SIDES
 
 
 def describe_plan(plan: Plan) -> str:
+    """The plan in one line: its matrices, its groups, its number of adapter parameters."""
     merged = sum(len(group.members) for group in plan.groups)
     parts = [f"{len(plan.selected)} of {len(plan.matrices)} matrices"]
     if plan.groups:
@@ -18,20 +19,20 @@ def describe_plan(plan: Plan) -> str:
         parts.append(f"{merged} of them in {len(plan.groups)} groups ({sides})")
     else:
         spectral = any(matrix.start == "spectral" for matrix in plan.selected)
-        parts.append("no groups: " + ("LoRA started at its gradients' spectra" if spectral else "plain LoRA"))
+        parts.append("no groups: " + ("LoRA that starts at its gradients' spectra" if spectral else "plain LoRA"))
     trainable, plain = adapter_parameters(plan)
     parts.append(f"{trainable / 1e6:.2f} M adapter parameters instead of {plain / 1e6:.2f} M")
     return " · ".join(parts)
 
 
 def plan_remarks(plan: Plan) -> list[str]:
-    """What a person should know about the plan: a criterion that found nothing says so, with its numbers."""
+    """Why the plan has no groups, with the criterion's numbers; [] when it has some, or when `merge.side` is none."""
     settings = plan.settings
     kinds = [kind for kind in plan.kinds if kind.side is not None]
     if plan.groups or settings.side == "none":
         return []
     if not kinds:
-        return ["no two of them read the same activations"] * (settings.scope == "activation")
+        return ["no two of them read the same activations"] if settings.scope == "activation" else []
     match settings.criterion:
         case "cosine":
             best = max(kinds, key=lambda kind: kind.cosine_max or -1.0)
@@ -44,7 +45,7 @@ def plan_remarks(plan: Plan) -> list[str]:
             best = max(kinds, key=lambda k: max(k.retention_input or 0.0, k.retention_output or 0.0))
             return [
                 f"merge.criterion=subspace found nothing at merge.threshold={settings.threshold}; {best.kind} keeps "
-                f"{max(best.retention_input or 0.0, best.retention_output or 0.0):.2f} on average of all pairs"
+                f"{max(best.retention_input or 0.0, best.retention_output or 0.0):.2f} on average over all pairs"
             ]
         case "snr":
             who = "layers of a kind" if settings.scope == "layers" else "readers of the same activations"

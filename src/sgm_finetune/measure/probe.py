@@ -1,7 +1,7 @@
-"""The probe: both sides of every matrix's gradient, from a few batches and hooks (docs/method.md section 2).
+"""The probe: sketches of both sides of every matrix's gradient, from a few batches (docs/method.md section 2).
 
-It works on a frozen, also a 4-bit, base; it forms no weight gradient but that of one stack of experts at a time; and it
-leaves the model as it found it.
+It works with hooks on a frozen base, also a 4-bit one. It forms no weight gradients, except that of one stack of
+experts at a time, and it leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ from sgm_finetune.model.names import stored_to_model_names
 
 @dataclass(frozen=True)
 class Probe:
-    """What the gradients of two disjoint halves of the batches look like, and what it cost to know."""
+    """Sketches of the gradients over two disjoint halves of the batches, and what they cost."""
 
     halves: Mapping[str, tuple[Sketch, Sketch]]
-    """Module name -> sketches of the gradient's sum over the even and over the odd batches; float32, on the CPU.
+    """Module name -> sketches of the gradient, summed over the even batches and over the odd ones; float32, CPU.
 
-    A stack of experts is sketched as the one matrix that its experts make: one below another on the input side, side by
-    side on the output side."""
+    A stack of experts is sketched as one matrix: its experts below each other for the input side, side by side for the
+    output side."""
     shapes: Mapping[str, tuple[int, int]]
-    """Module name -> (d_out, d_in), of one expert."""
+    """Module name -> (d_out, d_in); for a stack, of one expert."""
     num_experts: Mapping[str, int]
     """Name of a stack of experts -> their number."""
     activations: Mapping[str, str]
-    """Module name -> the first module, itself included, that read the same activations."""
+    """Module name -> the first module, possibly itself, that read the same activations."""
     unused: tuple[str, ...]
-    """Modules that the loss does not depend on, in these batches: not measured."""
+    """Modules without a sketch, because the loss of these batches does not depend on them."""
     model_name: Callable[[str], str]
-    """From the name of a parameter in the model's files to its name in the model."""
+    """A function from a parameter's name in the model's files to its name in the model."""
     loss: float
     """Mean loss of the batches."""
     num_batches: int
     num_tokens: int
     seconds: float
     sketch_bytes: int
-    """Memory of the sketches and test matrices."""
+    """Bytes of the sketches and test matrices."""
     activation_bytes: int
-    """Most bytes of layer inputs held at once, between a forward and its backward pass."""
+    """Most bytes of layer inputs held at a time, between a forward pass and its backward pass."""
 
 
 class _Reads:
-    """Which activations each layer reads; each activation has a number that counts from 0 in every batch."""
+    """Which activations each layer reads; the activations of a batch are numbered from 0."""
 
     def __init__(self) -> None:
         self.of: dict[str, list[tuple[int, int]]] = {}
@@ -67,59 +67,66 @@ class _Reads:
         self._numbers.clear()
 
     def note(self, name: str, x: Tensor) -> None:
-        """Notes that the layer `name` reads `x`, which the caller holds until the batch ends: the memory of a freed
-        tensor can be another's."""
+        """Records that the layer `name` reads `x`.
+
+        The caller must hold `x` until the batch ends: another tensor could get the memory of a freed one.
+        """
         number = self._numbers.setdefault(_identity(x), len(self._numbers))
         self.of.setdefault(name, []).append((self._num_batches, number))
 
 
 def _identity(x: Tensor) -> tuple:
-    """What distinguishes `x` from all other tensors that are held."""
-    # a tensor of device "meta" has no address; its storage object stands for it
+    """A key that differs between any two tensors that exist at the same time."""
+    # a tensor on device "meta" has no address, but its storage object has one
     address = (x.untyped_storage()._cdata, x.storage_offset()) if x.is_meta else x.data_ptr()
     return address, x._version, x.shape, x.stride()
 
 
 class _Recorder:
-    """Collects one half's sketches; alive between entering and leaving the hooks."""
+    """Collects the sketches of one half of the batches; its methods are hooks on the model."""
 
     def __init__(self, matrices: Mapping[str, Matrix], size: int, seed: int):
         self.matrices, self.size, self.seed = matrices, size, seed
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.omegas: dict[tuple[int, torch.device], Tensor] = {}
-        self.rooms: dict[torch.device, Mapping[str, tuple[Tensor, Tensor]]] = {}
+        self.buffers: dict[torch.device, Mapping[str, tuple[Tensor, Tensor]]] = {}
         self.held_bytes = self.peak_bytes = 0
         self.reads = _Reads()
 
     def omega(self, dim: int, device: torch.device) -> Tensor:
+        """The test matrix Ω (dim x sketch size) on that device."""
         if (dim, device) not in self.omegas:
             self.omegas[dim, device] = test_matrix(dim, self.size, self.seed).to(device)
         return self.omegas[dim, device]
 
     def forward_hook(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
-        """Notes what the layer reads, and waits for the gradient of what it gives. Nothing below the first layers
-        needs one, so that it begins at them: what reads the embeddings, or a table of positions."""
+        """Records what the layer reads, and hooks the gradient of its output.
+
+        The first layers (which read the embeddings, or a table of positions) have an output without gradient, since
+        nothing below them needs one. There the hook returns an output that requires a gradient.
+        """
         del module
         if not isinstance(output, Tensor) or not torch.is_grad_enabled():
             return None
-        begins = not output.requires_grad
-        if begins:
+        is_first = not output.requires_grad
+        if is_first:
             output = output.detach().requires_grad_().clone()
         x = args[0].detach()
-        self.reads.note(name, x)  # the hook below holds it until the backward pass
+        self.reads.note(name, x)  # the hook on `output` holds it until the backward pass
         self.held_bytes += x.numel() * x.element_size()
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
         output.register_hook(partial(self.add, name, x))
-        return output if begins else None
+        return output if is_first else None
 
     def add(self, name: str, x: Tensor, delta: Tensor) -> None:
+        """Adds the sketch of a layer's gradient δᵀx: `x` is its input, `delta` the gradient of its output."""
         self.held_bytes -= x.numel() * x.element_size()
         rows, cols = self.matrices[name].shape
         x, delta = x.reshape(-1, cols).float(), delta.detach().reshape(-1, rows).float()
         self._sum(name, sketch_batch(x, delta, self.omega(rows, x.device), self.omega(cols, x.device)))
 
     def add_experts(self, name: str, parameter: Tensor) -> None:
-        """The whole stack's gradient, taken as soon as it is complete, and dropped."""
+        """Adds the sketch of a stack's gradient as soon as that is complete, and drops the gradient."""
         matrix, gradient = self.matrices[name], parameter.grad
         parameter.grad = None
         assert gradient is not None
@@ -136,20 +143,24 @@ class _Recorder:
             for before, part in zip(self.sums[name], parts, strict=True):
                 before.add_(part)
         else:
-            rooms = self._room(parts[0].device)[name]
-            self.sums[name] = (rooms[0].copy_(parts[0]), rooms[1].copy_(parts[1]))
+            input_side, output_side = self._buffers(parts[0].device)[name]
+            self.sums[name] = (input_side.copy_(parts[0]), output_side.copy_(parts[1]))
 
-    def _room(self, device: torch.device) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """Where the sums of all matrices lie: in one piece. Each by itself they would lie between the activations of
-        the first batch, and keep the allocator from giving that memory to larger ones later (docs/LOG.md)."""
-        if device not in self.rooms:
+    def _buffers(self, device: torch.device) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Memory for the sums of all matrices, allocated in one piece.
+
+        Allocated one by one, the sums would lie between the activations of the first batch, and the allocator could not
+        reuse that memory for larger tensors later (docs/LOG.md).
+        """
+        if device not in self.buffers:
             sizes = [side for matrix in self.matrices.values() for side in (matrix.shape[1], matrix.shape[0])]
             parts = torch.empty(self.size * sum(sizes), device=device).split([self.size * side for side in sizes])
             sides = [part.view(self.size, side) for part, side in zip(parts, sizes, strict=True)]
-            self.rooms[device] = dict(zip(self.matrices, zip(sides[::2], sides[1::2], strict=True), strict=True))
-        return self.rooms[device]
+            self.buffers[device] = dict(zip(self.matrices, zip(sides[::2], sides[1::2], strict=True), strict=True))
+        return self.buffers[device]
 
     def sketch(self, name: str) -> Sketch:
+        """The finished sketch of a matrix. Raises UserError when it is not finite."""
         sides = self.sums[name]
         if not all(bool(torch.isfinite(side).all()) for side in sides):
             raise UserError(f"The gradient of `{name}` is not finite; try model.dtype=float32")
@@ -167,34 +178,27 @@ def probe(
     mean_loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] | None = None,
     pieces: Callable[[Mapping[str, Tensor]], Iterable[tuple[Mapping[str, Tensor], float]]] = lambda batch: [(batch, 1)],
 ) -> Probe:
-    """The gradient sketches of the weights `names` (None: all inside numbered layers) of `model`.
+    """Gradient sketches of the weights `names` (None: all inside numbered layers) of `model`.
 
-    Even batches make the first half, odd ones the second; the halves use independent test matrices, so that what one
-    half's subspace keeps of the other is not flattered. Each batch is a dict of tensors that gives `model(**batch)` a
-    loss, or `mean_loss(model, batch)` one. `pieces` divides a batch into what is computed at a time; its loss is the
-    sum of theirs, each times the number beside it. Layers that the loss does not use are left out, and listed; one of
-    `names` raises UserError, as do fewer than two batches and a missing or non-finite loss.
+    Even batches are the first half, odd ones the second. The halves use independent test matrices; a shared one would
+    flatter how much of one half's gradient the other half's subspace keeps. Each batch is a dict of tensors for which
+    `model(**batch)` has a loss, or `mean_loss(model, batch)` returns one. `pieces(batch)` divides a batch into (piece,
+    weight) pairs that are computed one at a time; the batch's loss is the weighted sum of theirs. `progress(done,
+    total)` is called after each batch.
+
+    Layers that the loss does not use have no sketch, and `Probe.unused` lists them. Raises UserError when one of
+    `names` is such a layer, for fewer than two batches, and for a missing or non-finite loss.
     """
     if len(batches) < 2:
-        raise UserError(f"The probe needs at least two batches, one for each half; it was given {len(batches)}")
+        raise UserError(f"The probe needs at least two batches, one for each half; it got {len(batches)}")
     matrices = adaptable(model, names)
     recorders = [_Recorder(matrices, sketch_size, 2 * seed + half) for half in (0, 1)]
     device = next(model.parameters()).device
     started, losses, num_tokens = time.perf_counter(), [], 0
-    with _measuring(model, matrices):
+    with _frozen(model, matrices):
         for index, batch in enumerate(batches):
             batch = {key: value.to(device) for key, value in batch.items()}
-            losses.append(0.0)
-            for piece, share in pieces(batch):
-                recorders[index % 2].reads.begin_batch()
-                with _hooked(matrices, recorders[index % 2]):
-                    loss = _loss(model, piece) if mean_loss is None else mean_loss(model, piece)
-                    if not bool(torch.isfinite(loss)):
-                        raise UserError(f"The loss of a probe batch is {float(loss.detach())}; try model.dtype=float32")
-                    if loss.requires_grad:  # not where it uses none of the layers
-                        (loss * share).backward()
-                losses[-1] += share * float(loss.detach())
-                del loss  # its graph, and with it what the layers have read, would be there during the next one
+            losses.append(_measure_batch(model, pieces(batch), recorders[index % 2], mean_loss or _loss))
             num_tokens += (
                 int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
             )
@@ -225,10 +229,33 @@ def probe(
     )
 
 
+def _measure_batch(
+    model: nn.Module,
+    pieces: Iterable[tuple[Mapping[str, Tensor], float]],
+    recorder: _Recorder,
+    mean_loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor],
+) -> float:
+    """The batch's loss; `recorder` collects the sketches of its gradients."""
+    total = 0.0
+    for piece, weight in pieces:
+        recorder.reads.begin_batch()
+        with _hooks(recorder):
+            loss = mean_loss(model, piece)
+            if not bool(torch.isfinite(loss)):
+                raise UserError(f"The loss of a probe batch is {float(loss.detach())}; try model.dtype=float32")
+            if loss.requires_grad:  # a loss that uses none of the layers does not
+                (loss * weight).backward()
+        total += weight * float(loss.detach())
+        del loss  # else its graph and the inputs of the layers stay in memory during the next piece
+    return total
+
+
 @contextmanager
 def following(model: nn.Module, sketch_size: int, seed: int) -> Iterator[Callable[[], int]]:
-    """The probe's hooks on a model without numbers (device "meta"), for one batch: what it needs can be followed
-    (`footprint.py`). Gives a function that tells the bytes of sketches and test vectors."""
+    """The probe's hooks for one batch, on a model on device "meta", so that `train/budget/footprint.py` can follow it.
+
+    Gives a function that returns the bytes of the sketches and test matrices.
+    """
     matrices = adaptable(model)
     recorder = _Recorder(matrices, sketch_size, seed)
     recorder.reads.begin_batch()
@@ -237,16 +264,16 @@ def following(model: nn.Module, sketch_size: int, seed: int) -> Iterator[Callabl
         tensors = [*(t for pair in recorder.sums.values() for t in pair), *recorder.omegas.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    with _measuring(model, matrices), _hooked(matrices, recorder):
+    with _frozen(model, matrices), _hooks(recorder):
         yield num_bytes
 
 
 def readers_of_same_activations(model: nn.Module, run: Callable[[], object]) -> list[list[str]]:
-    """Groups of names of weights that read the same activations while `run()` calls `model`: what the probe notes in
-    `Probe.activations`, on any device (also "meta"), with or without gradients.
+    """Groups of weights that read the same activations while `run()` calls `model`, as the probe would find them.
 
-    Every name of `adaptable(model)` is in one group; groups, and names in a group, keep its order. A stack of experts,
-    and a layer that reads nothing, is a group of its own.
+    It works on any device (also "meta"), with or without gradients. Each name in `adaptable(model)` is in one group;
+    groups, and the names in a group, have the order of `adaptable(model)`. A stack of experts is alone in its group,
+    and so is a layer that reads nothing.
     """
     matrices, reads, held = adaptable(model), _Reads(), []
     reads.begin_batch()
@@ -268,7 +295,7 @@ def readers_of_same_activations(model: nn.Module, run: Callable[[], object]) -> 
 
 
 def _first_readers(names: Iterable[str], reads: Sequence[_Reads]) -> dict[str, str]:
-    """Name -> the first of those that read the same activations as it, in all batches (a stack of experts: itself)."""
+    """Name -> the first name that read the same activations in every batch; for a stack of experts, itself."""
     first: dict[tuple, str] = {}
     return {
         name: first.setdefault(tuple(tuple(read.of.get(name, [name])) for read in reads), name)  # type: ignore
@@ -280,14 +307,15 @@ def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     loss = getattr(model(**batch, **extra), "loss", None)
     if loss is None:
-        raise UserError(f"The model gave no loss for a batch of {', '.join(batch)}; the batches need labels")
+        raise UserError(f"The model returned no loss for a batch of {', '.join(batch)}; add labels to the batches")
     return loss
 
 
 @contextmanager
-def _hooked(matrices: Mapping[str, Matrix], recorder: _Recorder) -> Iterator[None]:
+def _hooks(recorder: _Recorder) -> Iterator[None]:
+    """Makes the model call `recorder` for each of its matrices inside the context."""
     with ExitStack() as stack:
-        for name, matrix in matrices.items():
+        for name, matrix in recorder.matrices.items():
             if matrix.num_experts is None:
                 hook = matrix.module.register_forward_hook(partial(recorder.forward_hook, name))
             else:
@@ -298,10 +326,11 @@ def _hooked(matrices: Mapping[str, Matrix], recorder: _Recorder) -> Iterator[Non
 
 
 @contextmanager
-def _measuring(model: nn.Module, matrices: Mapping[str, Matrix]) -> Iterator[None]:
-    """The model in eval mode with every parameter frozen but the stacks of experts; then as before.
+def _frozen(model: nn.Module, matrices: Mapping[str, Matrix]) -> Iterator[None]:
+    """Puts the model into eval mode and freezes every parameter except the stacks of experts, inside the context.
 
-    Restored also after an exception: parameters' requires_grad, each module's mode, hooks, torch's random state.
+    Then it restores the parameters' `requires_grad`, each module's mode and torch's random state, also after an
+    exception.
     """
     modes = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}

@@ -1,4 +1,4 @@
-"""The batches that the probe measures, and the pieces in which it computes them."""
+"""The batches of the probe, and the pieces that it computes one at a time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from sgm_finetune.data.prepared import PreparedData
 
 
 def probe_batches(config: Config, prepared: PreparedData) -> list[dict[str, torch.Tensor]]:
-    """The first batches of a seeded permutation of the training data."""
+    """The first batches of a permutation of the training data, seeded by `probe.seed`."""
     dataset = prepared.train.dataset
     wanted = config.probe.num_batches * config.probe.batch_size
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.probe.seed)).tolist()[:wanted]
-    size = max(1, min(config.probe.batch_size, len(order) // 2))  # two batches at least
+    size = max(1, min(config.probe.batch_size, len(order) // 2))  # the probe needs two batches
     batches = [order[at : at + size] for at in range(0, len(order), size)]
     return [prepared.collate([dataset[i] for i in batch]) for batch in batches]
 
 
 def probe_pieces(config: Config, batch: Mapping[str, torch.Tensor]) -> list[tuple[dict[str, torch.Tensor], float]]:
-    """A probe batch in pieces that hold less than a step does, half of its micro-batch or, where that is checkpointed,
-    single examples; and each one's share of the predictions that the batch's loss is a mean of."""
+    """(piece, weight) pairs of a probe batch, small enough to need less memory than a training step.
+
+    A piece has half of the step's micro-batch; with checkpointing, a single example. Its weight is its fraction of the
+    batch's predictions, since the batch's loss is their mean. Pieces without predictions are left out.
+    """
     micro, _ = divide_batch(config, processes().num_processes)
     size = 1 if config.training.checkpointing else max(1, micro // 2)
     pieces = [{k: x[at : at + size] for k, x in batch.items()} for at in range(0, len(batch["labels"]), size)]

@@ -1,6 +1,6 @@
-"""The scan: signal-to-noise ratio of every weight matrix of a model, from its files (docs/method.md section 1).
+"""The scan: the signal-to-noise ratio of every weight matrix in a model's files (docs/method.md section 1).
 
-Two matrices at most are in memory at a time, one read while the other is decomposed, and no model is built.
+At most two matrices are in memory at a time: one is read while the other is decomposed. No model is built.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from sgm_finetune.model.folder import local_folder
 from sgm_finetune.model.names import kind_of, layer_of, module_of
 from sgm_finetune.model.weights.stored import StoredMatrix, stored_matrices
 
-_WORKERS = 2  # matrices in memory; each has its share of the threads
-_BATCH = 2**26  # elements decomposed together on a GPU
+_WORKERS = 2
+"""Number of matrices in memory; their workers divide the threads among them."""
+_MAX_BATCH_ELEMENTS = 2**26
+"""Number of elements that a GPU decomposes together."""
 _SHUFFLE_SEED = 0
-_one_at_a_time = Lock()
-"""Decompositions on a GPU: torch 2.11 cannot load its solvers in two threads at a time."""
+_gpu_lock = Lock()
+"""One decomposition at a time on a GPU: torch 2.11 cannot load its solvers in two threads at once."""
 
 
 def scan(
@@ -46,15 +48,16 @@ def scan(
     device: str | torch.device | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Scan:
-    """Signal-to-noise ratio of the matrices of a model: a local folder, a `.safetensors`, `.bin` or `.gguf` file, an
-    embedded demo model or a hub id.
+    """The signal-to-noise ratios of a model's weight matrices, by layer number.
 
-    `names` (of modules, or of single parts) restricts the scan to these matrices. `control` scans each matrix a second
-    time with its entries shuffled. Singular values are remembered by the content of the matrix, so that a scan that
-    was interrupted goes on where it stopped; `fresh` computes all of them again. `device` is the first GPU where
-    there is one, else the CPU. `progress(done, total, name)` is called in the calling thread after each matrix.
-    Raises UserError for what `stored_matrices` refuses, a model without matrices, an unknown name, and for weights that
-    are not finite, naming the matrix.
+    `model` is a local folder, a `.safetensors`, `.bin` or `.gguf` file, an embedded demo model or a hub id. `names` (of
+    modules, or of single parts) restricts the scan to these matrices. `control` scans each matrix a second time with
+    its entries shuffled. A cache keeps singular values under the content of their matrix, so that an interrupted scan
+    resumes where it stopped; `fresh` computes all of them again. `device` defaults to the first GPU, else the CPU.
+    `progress(done, total, name)` is called in the calling thread after each matrix.
+
+    Raises UserError for what `stored_matrices` refuses, for a model without matrices, an unknown name, and a matrix
+    with values that are not finite.
     """
     if estimator not in get_args(Estimator):
         raise UserError(f"snr.estimator is {estimator!r}; it is one of {', '.join(get_args(Estimator))}")
@@ -63,7 +66,8 @@ def scan(
     purposes = ("", f"shuffled {_SHUFFLE_SEED}") if control else ("",)
     found: dict[str, dict[str, SingularValues]] = {matrix.name: {} for matrix in chosen}
     done = 0
-    with closing(_measure(chosen, purposes, fresh, _device(device))) as measured:  # also where `progress` raises
+    # `closing` stops the workers also when `progress` raises
+    with closing(_measure(chosen, purposes, fresh, _device(device))) as measured:
         for matrix, purpose, spectrum in measured:
             found[matrix.name][purpose] = spectrum
             if len(found[matrix.name]) == len(purposes):
@@ -77,20 +81,22 @@ def scan(
 def measured_singular_values(
     model: str | Path, names: Collection[str], estimator: Estimator = "mp"
 ) -> Iterator[tuple[SingularValues, MatrixScan]]:
-    """The spectrum of each of these matrices (the remembered one where there is one), and its scan, in any order.
-    Raises UserError as `scan`."""
+    """Yields the singular values and the scan of each of these matrices, in any order.
+
+    Singular values come from the cache if it has them. Raises UserError as `scan` does.
+    """
     chosen = _choose(model, names, split_fused=estimator == "mp")
     for matrix, _, found in _measure(chosen, ("",), False, _device(None)):
         yield found, _matrix_scan(matrix, estimator, found)
 
 
 def matrix_names(model: str | Path, estimator: Estimator = "mp") -> list[str]:
-    """What `scan` would measure, by the headers of the files alone. Raises UserError as `scan`."""
+    """Names of the matrices that `scan` would measure; reads only the headers. Raises UserError as `scan` does."""
     return [matrix.name for matrix in _choose(model, None, split_fused=estimator == "mp")]
 
 
 def _choose(model: str | Path, names: Collection[str] | None, split_fused: bool) -> list[StoredMatrix]:
-    """The matrices to scan, by layer number; all refused before the first is read."""
+    """The matrices to scan, by layer number. Raises UserError before the first is read."""
     path = model if Path(model).expanduser().exists() else local_folder(str(model))
     stored = {matrix.name: matrix for matrix in stored_matrices(path, split_fused=split_fused)}
     if not stored:
@@ -107,8 +113,7 @@ def _choose(model: str | Path, names: Collection[str] | None, split_fused: bool)
 
 
 def _reading_order(name: str) -> list[tuple[int, int, str]]:
-    """Sorting key: what has no layer number first, then numbers by value, the rest by letter, so that layer 10 comes
-    after layer 9 in every file."""
+    """Sorting key: names without a layer number come first, and layer 10 comes after layer 9 in every file."""
     parts = re.split(r"[.\[\]]", name)
     key = [(1, int(part), "") if part.isdecimal() else (2, 0, part) for part in parts]
     return key if layer_of(name) is not None else [(0, 0, ""), *key]
@@ -121,24 +126,22 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _measure(
     matrices: Sequence[StoredMatrix], purposes: Sequence[str], fresh: bool, device: torch.device
 ) -> Generator[tuple[StoredMatrix, str, SingularValues]]:
-    """(matrix, purpose, spectrum) of every matrix and purpose, in order among the bfloat16 ones and among the others.
+    """Yields (matrix, purpose, spectrum): first for the bfloat16 matrices in order, then for the others in order.
 
-    Two workers, so that reading, checking and hashing one matrix goes on beside the arithmetic of another, and because
-    two decompositions with half of the threads each take less time than one after the other with all of them.
+    There are two workers, so that one matrix is read, checked and hashed while another is decomposed. Besides, two
+    decompositions with half of the threads each take less time than one after the other with all of them.
     """
-    exact = [matrix.dtype == "bfloat16" for matrix in matrices]
     threads = torch.get_num_threads()
     workers = min(_WORKERS, threads) if device.type == "cpu" else _WORKERS
-    for kind in (True, False):
-        batches = list(_batches([m for m, e in zip(matrices, exact, strict=True) if e is kind], device))
+    for is_bfloat16 in (True, False):
+        batches = list(batches_by_size([m for m in matrices if (m.dtype == "bfloat16") is is_bfloat16], device))
         if not batches:
             continue
         pool = ThreadPoolExecutor(workers, "scan", torch.set_num_threads, (max(1, threads // workers),))
         try:
-            with exact_bfloat16_products(kind and device.type == "cpu"):
-                for batch, results in zip(
-                    batches, pool.map(lambda b: _find_spectra(b, purposes, fresh, device), batches), strict=True
-                ):
+            with exact_bfloat16_products(is_bfloat16 and device.type == "cpu"):
+                found = pool.map(lambda batch: _find_spectra(batch, purposes, fresh, device), batches)
+                for batch, results in zip(batches, found, strict=True):
                     for matrix, by_purpose in zip(batch, results, strict=True):
                         yield from ((matrix, purpose, spectrum) for purpose, spectrum in by_purpose.items())
         finally:
@@ -146,8 +149,12 @@ def _measure(
             torch.set_num_threads(threads)
 
 
-def _batches(matrices: Iterable[StoredMatrix], device: torch.device) -> Iterator[list[StoredMatrix]]:
-    """One matrix at a time on a CPU; on a GPU neighbours in size, as many as decompose in the memory of a large one."""
+def batches_by_size(matrices: Iterable[StoredMatrix], device: torch.device) -> Iterator[list[StoredMatrix]]:
+    """Yields the matrices in batches that are decomposed together.
+
+    On a CPU a batch is one matrix. On a GPU it has matrices of one smaller side, as many as fit into the memory of a
+    large matrix.
+    """
     if device.type == "cpu":
         yield from ([matrix] for matrix in matrices)
         return
@@ -155,14 +162,15 @@ def _batches(matrices: Iterable[StoredMatrix], device: torch.device) -> Iterator
     for matrix in matrices:
         by_size.setdefault(min(matrix.shape), []).append(matrix)
     for size, members in by_size.items():
-        count = max(1, min(_BATCH // max(m.shape[0] * m.shape[1] for m in members), _BATCH // (4 * size * size)))
+        largest = max(rows * cols for rows, cols in (matrix.shape for matrix in members))
+        count = max(1, min(_MAX_BATCH_ELEMENTS // largest, _MAX_BATCH_ELEMENTS // (4 * size * size)))
         yield from (members[at : at + count] for at in range(0, len(members), count))
 
 
 def _find_spectra(
     batch: Sequence[StoredMatrix], purposes: Sequence[str], fresh: bool, device: torch.device
 ) -> list[dict[str, SingularValues]]:
-    """Spectra by purpose of each matrix of a batch: remembered ones, else computed and remembered."""
+    """Purpose -> spectrum, for each matrix of a batch: from the cache, else computed and cached."""
     found: list[dict[str, SingularValues]] = [{} for _ in batch]
     missing: list[tuple[int, str, str, Tensor]] = []
     for index, stored in enumerate(batch):
@@ -176,10 +184,10 @@ def _find_spectra(
                 missing.append((index, purpose, key, (_shuffled(weights) if purpose else weights).to(device)))
     if missing:
         try:
-            with _one_at_a_time if device.type == "cuda" else nullcontext():
+            with _gpu_lock if device.type == "cuda" else nullcontext():
                 computed = batched_singular_values([weights for *_, weights in missing])
         except ValueError:
-            raise _not_finite(batch) from None
+            raise _not_finite_error(batch) from None
         for (index, purpose, key, _), spectrum in zip(missing, computed, strict=True):
             remember(key, spectrum)
             found[index][purpose] = spectrum
@@ -187,20 +195,21 @@ def _find_spectra(
 
 
 def _shuffled(weights: Tensor) -> Tensor:
-    """The same entries in random places: same values, no structure."""
+    """The matrix with its entries in random order: the same values without structure."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weights.element_size()]
     entries = weights.flatten().view(integer).clone()
     np.random.default_rng(_SHUFFLE_SEED).shuffle(entries.numpy())
     return entries.view(weights.dtype).view(weights.shape)
 
 
-def _not_finite(batch: Iterable[StoredMatrix]) -> UserError:
+def _not_finite_error(batch: Iterable[StoredMatrix]) -> UserError:
+    """The error for the first matrix of the batch with values that are not finite."""
     for matrix in batch:
         weights = matrix.load()
         if num_wrong := int(weights.numel() - torch.isfinite(weights).sum()):
             return UserError(
                 f"{matrix.name} in {matrix.file} has {num_wrong} of {weights.numel()} values that are infinite or not "
-                "a number; the weights are damaged, take another checkpoint"
+                "a number; the weights are damaged, use another checkpoint"
             )
     raise AssertionError("every matrix is finite")
 
@@ -208,6 +217,8 @@ def _not_finite(batch: Iterable[StoredMatrix]) -> UserError:
 def _matrix_scan(
     matrix: StoredMatrix, estimator: Estimator, spectrum: SingularValues, shuffled: SingularValues | None = None
 ) -> MatrixScan:
+    """The scan of a matrix from its singular values, and those of its shuffled entries for the control."""
+
     def statistics(spectrum: SingularValues) -> SnrStatistics:
         rows, cols = spectrum.alive if estimator == "mp" else matrix.shape
         return signal_to_noise(spectrum.values[: min(rows, cols)], rows, cols, estimator)

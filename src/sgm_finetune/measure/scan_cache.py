@@ -1,7 +1,7 @@
-"""Singular values that were computed once, kept in the cache folder under the content of their matrix.
+"""The cache of singular values: files in the cache folder, under the content of their matrix.
 
-An interrupted scan continues where it stopped, another estimator or a picture of a scanned model costs no second
-decomposition, and a matrix that changed is another matrix.
+With it an interrupted scan resumes where it stopped, and another estimator or a picture of a scanned model needs no
+second decomposition. A matrix that changes has another key.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from sgm_finetune.method.singular_values import SingularValues
 from sgm_finetune.model.folder import cache_dir
 
 _VERSION = 2
-"""Of what is computed: raise it when the same matrix would get other singular values."""
+"""Raise it when the same matrix would get other singular values."""
 
 
 def content_key(matrix: Tensor, purpose: str = "") -> str:
-    """32 hexadecimal digits of the matrix's bytes, shape and dtype, and of what is done with it before its scan."""
+    """The cache's key: 32 hexadecimal digits of the matrix's bytes, shape and dtype and of the scan's `purpose`."""
     digest = xxhash.xxh3_128(f"{_VERSION} {tuple(matrix.shape)} {matrix.dtype} {purpose}".encode())
     digest.update(matrix.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def recall(key: str) -> SingularValues | None:
-    """The spectrum remembered under `key`; None where there is none, or none that can be read."""
+    """The cached spectrum; None when the cache has none under `key`, or cannot read it."""
     try:
         with safe_open(_file(key), framework="pt") as stored:
             rows, cols = stored.get_tensor("alive").tolist()
@@ -42,7 +42,7 @@ def recall(key: str) -> SingularValues | None:
 
 
 def remember(key: str, spectrum: SingularValues) -> None:
-    """Keeps a spectrum, whole or not at all. A cache folder that cannot be written is not used."""
+    """Writes a spectrum into the cache, whole or not at all. Does nothing when the cache folder cannot be written."""
     with contextlib.suppress(UserError, SafetensorError), whole_file(_file(key)) as scratch:
         save_file({"values": spectrum.values.contiguous(), "alive": torch.tensor(spectrum.alive)}, scratch)
 

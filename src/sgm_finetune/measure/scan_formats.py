@@ -1,4 +1,4 @@
-"""A scan as files: our JSON, the published script's JSON, Axolotl's YAML."""
+"""File formats of a scan: SGM's JSON, the published Spectrum script's JSON, Axolotl's YAML."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import write_text
 from sgm_finetune.base.untrusted import read_json
 from sgm_finetune.measure.scan_result import MatrixScan, Scan, by_parameter
 from sgm_finetune.method.selection import KindChoice, choose_per_kind, ties
@@ -23,18 +22,15 @@ _REMEDY = (
 )
 
 
-def save_scan(scan: Scan, path: str | Path) -> None:
-    """Writes the scan as JSON; the file appears under its name only when complete."""
-    write_text(Path(path), json_format(scan))
-
-
 def load_scan(path: str | Path, estimator: Estimator | None = None) -> Scan:
-    """The scan in a file: our JSON, or a result file of the published script. UserError for anything else, and where
-    its numbers are not those of `estimator` (None: of either).
+    """The scan in a file: SGM's JSON, or a result file of the published script.
 
-    A published file, `{module: {"snr": number, "type": kind}}` or the sorted one, `{kind: {module: number}}`, holds
-    ratios alone: its kinds are the file's own, and shapes, σ, edges, ranks and energies are unknown (`MatrixScan`).
-    An infinite ratio is `Infinity`, null or "inf" there.
+    A published file is `{module: {"snr": number, "type": kind}}` or, sorted, `{kind: {module: number}}`. It holds
+    ratios only: the kinds are the file's, and shapes, σ, edges, ranks and energies are unknown (`MatrixScan`). An
+    infinite ratio is `Infinity`, null or "inf" in it.
+
+    Raises UserError for any other file, and when the numbers are of another estimator than `estimator` (None accepts
+    both).
     """
     try:
         document = read_json(Path(path), infinite=True)
@@ -57,18 +53,17 @@ def load_scan(path: str | Path, estimator: Estimator | None = None) -> Scan:
 
 
 def json_format(scan: Scan) -> str:
-    """The scan as strict JSON, one matrix a line; an infinite SNR (published formula only) is null."""
+    """The scan as strict JSON, one matrix per line; an infinite SNR (only from the published formula) is null."""
     head = scan.to_dict()
     rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in head.pop("matrices"))
     return f'{json.dumps(head, allow_nan=False)[:-1]}, "matrices": [\n{rows}\n]}}\n'
 
 
 def spectrum_format(scan: Scan) -> str:
-    """The published script's JSON: {module name: {"snr": number, "type": kind}}, one entry per parameter, those of one
-    kind together.
+    """The published script's JSON: {module name: {"snr": number, "type": kind}}, one entry per parameter, by kind.
 
-    As in its own files an infinite SNR is the literal `Infinity`, which Python reads and strict JSON does not have; it
-    comes from `estimator="spectrum"` only.
+    As in the script's own files an infinite SNR is the literal `Infinity`, which Python reads but strict JSON does not
+    have. Only `estimator="spectrum"` gives it.
     """
     by_kind: dict[str, dict[str, dict[str, float | str]]] = {}
     for matrix in by_parameter(scan):
@@ -77,12 +72,12 @@ def spectrum_format(scan: Scan) -> str:
 
 
 def axolotl_format(scan: Scan, top_fraction: float) -> str:
-    """Axolotl's `unfrozen_parameters:` list, YAML: the `top_fraction` of each kind with the highest SNR.
+    """Axolotl's `unfrozen_parameters:` list in YAML: the `top_fraction` of each kind with the highest SNR.
 
-    Each entry is a regular expression that matches one parameter's whole name. Axolotl itself turns every `.` of an
-    entry into `\\.` before it matches, so that a written `\\.` would match nothing there; `[.]` means a dot both there
-    and in plain `re`. Comments say how many of each kind are chosen, at which ratio, and what `selection_notes` says.
-    UserError where no ratio is finite.
+    Each entry is a regular expression that matches one parameter's whole name. Axolotl turns every `.` of an entry into
+    `\\.` before it matches, so a `\\.` in the file would match nothing; `[.]` means a dot both there and in plain `re`.
+    Comments say how many of each kind are chosen, at which ratio, and what `selection_notes` returns. Raises UserError
+    when no ratio is finite.
     """
     matrices, choices = _choose(scan, top_fraction)
     if not any(choice.chosen for choice in choices):
@@ -99,22 +94,24 @@ def axolotl_format(scan: Scan, top_fraction: float) -> str:
 
 
 def selection_notes(scan: Scan, top_fraction: float) -> list[str]:
-    """What a person should know of the choice that `axolotl_format` makes: ties at the cut and ratios that are
-    infinite, one line a kind; empty where the ratios alone decided."""
+    """Notes on the choice that `axolotl_format` makes: ties at the cut and infinite ratios, with the kind of matrix.
+
+    [] when the ratios alone decide.
+    """
     matrices, choices = _choose(scan, top_fraction)
     return [f"{_plain(choice.kind)}: {note}" for choice in choices for note in _notes(choice, matrices)]
 
 
 def _choose(scan: Scan, top_fraction: float) -> tuple[dict[str, MatrixScan], list[KindChoice]]:
     if not 0 < top_fraction <= 1:
-        raise UserError(f"The top fraction is {top_fraction}; it lies above 0 and is at most 1")
+        raise UserError(f"The top fraction is {top_fraction}; it must be above 0 and at most 1")
     matrices = {matrix.name: matrix for matrix in by_parameter(scan)}
     snrs = {name: matrix.snr for name, matrix in matrices.items()}
     return matrices, choose_per_kind(snrs, {name: matrix.kind for name, matrix in matrices.items()}, top_fraction)
 
 
 def _cut(choice: KindChoice, matrices: Mapping[str, MatrixScan]) -> str:
-    """`8 of 30, SNR down to 14.2 dB; the next has 13.9 dB`."""
+    """Where the choice of one kind ends: `8 of 30, SNR down to 14.2 dB; the next has 13.9 dB`."""
     parts = f"{len(choice.chosen)} of {choice.size}"
     if choice.chosen:
         parts += f", SNR down to {_level(matrices[choice.chosen[-1]])}"
@@ -125,10 +122,11 @@ def _cut(choice: KindChoice, matrices: Mapping[str, MatrixScan]) -> str:
 
 def _notes(choice: KindChoice, matrices: Mapping[str, MatrixScan]) -> list[str]:
     notes = []
-    for names in ties({name: matrices[name].snr for name in (*choice.chosen, *choice.left_out)}, [choice]).values():
-        within = sum(name in choice.chosen for name in names)
+    snrs = {name: matrices[name].snr for name in (*choice.chosen, *choice.left_out)}
+    for names in ties(snrs, [choice]).values():
+        num_chosen = sum(name in choice.chosen for name in names)
         notes.append(
-            f"{len(names)} have the same SNR, {_level(matrices[names[0]])}; chosen are the {within} that come first"
+            f"{len(names)} have the same SNR, {_level(matrices[names[0]])}; chosen are the {num_chosen} that come first"
         )
     if choice.unranked:
         count = len(choice.unranked)
@@ -141,13 +139,13 @@ def _level(matrix: MatrixScan) -> str:
 
 
 def _entry(parameter: str) -> str:
-    """A regular expression for the whole name, as a YAML scalar."""
+    """A regular expression that matches the whole name, as a YAML scalar."""
     pattern = f"^{'[.]'.join(re.escape(part) for part in parameter.split('.'))}$"
     return pattern if re.fullmatch(r"\^[\w.\[\]]+\$", pattern, re.ASCII) else json.dumps(pattern)
 
 
 def _plain(text: str) -> str:
-    """`text` in printable ASCII, for a comment."""
+    """`text` in printable ASCII, safe in a comment."""
     return json.dumps(text)[1:-1]
 
 
@@ -187,7 +185,7 @@ def _from_ratio(name: str, kind: str, value: Any) -> MatrixScan:
 
 
 def _check(scan: Scan) -> None:
-    """ValueError for what no scan contains."""
+    """Raises ValueError for values that no scan has."""
     if not scan.matrices:
         raise ValueError("it holds no matrix")
     seen = set()
@@ -198,6 +196,6 @@ def _check(scan: Scan) -> None:
         if min(*matrix.shape, matrix.signal_rank) < 0:
             raise ValueError(f"{matrix.name} has negative sizes")
         if not all(math.isfinite(value) and value >= 0 for value in (matrix.sigma, matrix.edge, matrix.energy)):
-            raise ValueError(f"{matrix.name} has a sigma, an edge or an energy that is none")
+            raise ValueError(f"{matrix.name} has a sigma, an edge or an energy that is negative or not finite")
         if math.isnan(matrix.snr) or matrix.snr < 0 or math.isnan(matrix.snr_db):
-            raise ValueError(f"the SNR of {matrix.name} is {matrix.snr}, which is no ratio")
+            raise ValueError(f"the SNR of {matrix.name} is {matrix.snr}, which is not a ratio")

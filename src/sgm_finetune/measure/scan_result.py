@@ -1,4 +1,4 @@
-"""The result of a scan: plain data."""
+"""The result of a scan, as plain data, and how the parts of a parameter become one entry."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sgm_finetune.model.names import kind_of, layer_of
 
 @dataclass(frozen=True)
 class Control:
-    """What the scan says about a matrix whose entries were shuffled: same values, no structure."""
+    """The scan of a matrix with shuffled entries: the same values without structure."""
 
     signal_rank: int
     snr_db: float
@@ -21,32 +21,32 @@ class Control:
 
 @dataclass(frozen=True)
 class MatrixScan:
-    """What a scan says about one weight matrix; the numbers as in `SnrStatistics`."""
+    """The scan of one weight matrix; `SnrStatistics` defines the numbers."""
 
     name: str
-    """Name of the module: the parameter's name without the trailing `.weight`, and `[part]` where the matrix is one
-    part of a fused or stacked parameter: `h.0.attn.c_attn[q]`, `layers.0.mlp.experts.gate_up_proj[7.up]`."""
+    """Name of the module: the parameter's name without `.weight`, and with `[part]` for one part of a fused or stacked
+    parameter: `h.0.attn.c_attn[q]`, `layers.0.mlp.experts.gate_up_proj[7.up]`."""
     kind: str
-    """The name with every number replaced by `*`; matrices of one kind are compared with each other."""
+    """The name with `*` for every number; matrices of one kind are compared with each other."""
     layer: int | None
-    """First number in the name; None where there is none."""
+    """The first number in the name; None without one."""
     shape: tuple[int, int]
-    """As stored (a transposed GPT-2 Conv1D included; the numbers do not depend on it). (0, 0) where it is unknown: in
-    a published result file, which holds ratios alone; sigma, edge, signal_rank and energy are 0 then."""
+    """As stored, so GPT-2's Conv1D is transposed; the numbers do not depend on it. (0, 0) when it is unknown: published
+    result files hold ratios only. Then sigma, edge, signal_rank and energy are 0."""
     sigma: float
     edge: float
     signal_rank: int
     snr: float
     snr_db: float
     parameter: str
-    """The stored parameter that this matrix is, or is a part of, with its `.weight`."""
+    """Name of the stored parameter that this matrix is or is a part of, with its `.weight`."""
     energy: float
-    """‖W‖²_F, squared units of the weights; SNR/(1 + SNR) of it is signal ("mp")."""
+    """‖W‖²_F, in squared units of the weights; with "mp" the fraction SNR/(1 + SNR) of it is signal."""
     control: Control | None = None
-    """The same matrix with its entries shuffled; None where no control was asked for."""
+    """The same matrix with its entries shuffled; None without a control."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; an infinite SNR (published formula only) is null."""
+        """Plain JSON values; an infinite SNR, which only the published formula gives, is null."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -64,7 +64,7 @@ class MatrixScan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MatrixScan:
-        """Inverse of `to_dict`. KeyError, TypeError or ValueError where it is something else."""
+        """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError for other values."""
         rows, cols = values["shape"]
         layer, snr, snr_db, control = values["layer"], values["snr"], values["snr_db"], values.get("control")
         return cls(
@@ -91,9 +91,10 @@ class Scan:
     estimator: Estimator
     matrices: tuple[MatrixScan, ...]
     seconds: float = field(default=0.0, compare=False)
-    """What it took; not part of the result, so not in the file: equal weights give equal files."""
+    """How long the scan took. Files do not have it: equal weights give equal files."""
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
         return {
             "model": self.model,
             "estimator": self.estimator,
@@ -102,7 +103,7 @@ class Scan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Scan:
-        """Inverse of `to_dict`. KeyError, TypeError or ValueError where it is something else."""
+        """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError for other values."""
         estimator = values["estimator"]
         if estimator not in ("mp", "spectrum"):
             raise ValueError(f"unknown estimator {estimator!r}")
@@ -110,31 +111,36 @@ class Scan:
 
 
 def by_parameter(scan: Scan, model_name: Callable[[str], str] = lambda stored: stored) -> tuple[MatrixScan, ...]:
-    """One entry per parameter, in the order of their first parts; what has no parts comes back unchanged.
+    """One entry per parameter, in the order of their first parts; a matrix without parts stays as it is.
 
-    The parameters are the stored ones, or those of a model that calls the stored ones by `model_name` and may hold
-    several as one: a stack of experts. The parts of one parameter (the q, k and v of a fused matrix; the experts of a
-    stack) become one entry that is named like its module: energies of signal and noise summed, and so SNR =
-    signal/noise; ranks summed; σ the root mean square over all entries; the largest edge. Under "spectrum", whose ratio
-    is none of energies, the SNR is the mean (infinite if one is). Shape: rows added where the parts agree in columns,
-    else columns added where they agree in rows, else the first part's.
+    `model_name` maps the name of a stored parameter to that of the model's, which may combine several stored ones: a
+    stack of experts. The parts of one parameter (the q, k and v of a fused matrix, the experts of a stack) become one
+    entry with the name of its module:
+
+    - energies of signal and of noise are summed, and SNR = signal/noise; with "spectrum", whose ratio is not one of
+      energies, the SNR is the mean (infinite if one part's is);
+    - signal ranks are summed; σ is the root mean square over all entries; the edge is the largest;
+    - rows are summed if the parts have equally many columns, else columns if they have equally many rows; else the
+      shape is the first part's.
     """
     groups: dict[str, list[MatrixScan]] = {}
     for matrix in scan.matrices:
         groups.setdefault(model_name(matrix.parameter), []).append(matrix)
-    return tuple(_named(parameter, parts, scan.estimator) for parameter, parts in groups.items())
+    return tuple(_parameter_scan(parameter, parts, scan.estimator) for parameter, parts in groups.items())
 
 
-def _named(parameter: str, parts: Sequence[MatrixScan], estimator: Estimator) -> MatrixScan:
-    """The entry of one parameter, called as the model calls it."""
-    whole = parts[0] if len(parts) == 1 and "[" not in parts[0].name else _united(parts, estimator)
-    if parameter == parts[0].parameter and whole is parts[0]:
-        return whole
+def _parameter_scan(parameter: str, parts: Sequence[MatrixScan], estimator: Estimator) -> MatrixScan:
+    """The entry of one parameter, under the model's name."""
+    is_whole = len(parts) == 1 and "[" not in parts[0].name
+    if is_whole and parameter == parts[0].parameter:
+        return parts[0]
+    combined = parts[0] if is_whole else _combine(parts, estimator)
     name = parameter.removesuffix(".weight")
-    return replace(whole, name=name, kind=kind_of(name), layer=layer_of(name))
+    return replace(combined, name=name, kind=kind_of(name), layer=layer_of(name))
 
 
-def _united(parts: Sequence[MatrixScan], estimator: Estimator) -> MatrixScan:
+def _combine(parts: Sequence[MatrixScan], estimator: Estimator) -> MatrixScan:
+    """One entry for all parts of a parameter (`by_parameter`), under the first part's name."""
     first = parts[0]
     sizes = [rows * cols for rows, cols in (part.shape for part in parts)]
     snr = _summed_snr((part.energy, part.snr) for part in parts)
@@ -147,7 +153,7 @@ def _united(parts: Sequence[MatrixScan], estimator: Estimator) -> MatrixScan:
         control = Control(sum(control.signal_rank for _, control in controls), ratio_decibels(shuffled))
     return replace(
         first,
-        shape=_united_shape([part.shape for part in parts]),
+        shape=_combined_shape([part.shape for part in parts]),
         sigma=math.sqrt(sum(n * part.sigma**2 for n, part in zip(sizes, parts, strict=True)) / max(1, sum(sizes))),
         edge=max(part.edge for part in parts),
         signal_rank=sum(part.signal_rank for part in parts),
@@ -159,22 +165,23 @@ def _united(parts: Sequence[MatrixScan], estimator: Estimator) -> MatrixScan:
 
 
 def _summed_snr(parts: Iterable[tuple[float, float]]) -> float:
-    """Σ signal / Σ noise of matrices given as (energy, SNR)."""
+    """Σ signal / Σ noise of matrices that are given as (energy, SNR)."""
     pairs = list(parts)
     largest = max(energy for energy, _ in pairs)
     if largest == 0:
         return 0.0
-    shares = [(energy / largest, snr) for energy, snr in pairs]  # sums stay finite
-    if any(math.isinf(snr) for _, snr in shares):
+    scaled = [(energy / largest, snr) for energy, snr in pairs]  # keeps the sums finite
+    if any(math.isinf(snr) for _, snr in scaled):
         return math.inf
-    return sum(e * snr / (1 + snr) for e, snr in shares) / sum(e / (1 + snr) for e, snr in shares)
+    return sum(e * snr / (1 + snr) for e, snr in scaled) / sum(e / (1 + snr) for e, snr in scaled)
 
 
 def _ratio(decibels: float) -> float:
+    """The SNR for a value in dB; the value without signal gives 0."""
     return 0.0 if decibels <= NO_SIGNAL_DB else 10 ** (decibels / 10)
 
 
-def _united_shape(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def _combined_shape(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     rows, cols = shapes[0]
     if all(shape[1] == cols for shape in shapes):
         return sum(shape[0] for shape in shapes), cols

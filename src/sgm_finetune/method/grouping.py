@@ -1,4 +1,4 @@
-"""Which layers share a factor (docs/method.md section 3): groups from a matrix of similarities."""
+"""Which layers share a factor: groups from a matrix of similarities (docs/method.md section 3.3)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def group_layers(
     max_group_size: int | None,
     accept: Callable[[list[int]], bool] = lambda members: True,
 ) -> list[list[int]]:
-    """A partition of the layers 0..n-1; each group sorted, groups in the order of their first member.
+    """Returns a partition of the layers 0..n-1: sorted groups, in the order of their first members.
 
-    Complete linkage on 1 - similarity: within a group *every* pair has similarity >= `threshold` and SNRs at most
-    `snr_tolerance_db` apart (None: any). From the top of the dendrogram down, a node becomes a group when its pairs
-    allow it, when it holds at most `max_group_size` layers, and when `accept(members)` (the joint test) says yes;
-    otherwise its two branches are tried. Layers that nothing accepts stay alone.
+    Complete linkage on 1 - similarity (n x n): within a group *every* pair has a similarity of at least `threshold`,
+    and SNRs at most `snr_tolerance_db` apart (None: any distance). From the top of the dendrogram down, a node becomes
+    a group if its pairs allow it, if it holds at most `max_group_size` layers, and if `accept(members)` (the joint
+    test) is true. Otherwise its two branches are tried. A layer that fits nowhere stays alone.
 
     >>> group_layers(np.array([[1, .9, .1], [.9, 1, .2], [.1, .2, 1]]), 0.8, [0, 0, 0], None, None)
     [[0, 1], [2]]

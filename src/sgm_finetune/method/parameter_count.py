@@ -7,8 +7,11 @@ from sgm_finetune.method.subspace import width
 
 
 def adapter_parameters(plan: Plan) -> tuple[int, int]:
-    """(trainable adapter parameters of the plan, the same without any sharing): r·(d_in + d_out) a matrix, less what
-    groups share: r·d of the shared side for each member but the first."""
+    """(number of adapter parameters that the plan trains, the same number without sharing).
+
+    A matrix has r·(d_in + d_out) parameters, a stack of experts as many for each expert. A group saves r·d of the
+    shared side for each member but the first.
+    """
     rank = plan.settings.rank
     plain = sum(rank * sum(matrix.shape) * (matrix.num_experts or 1) for matrix in plan.selected)
     saved = 0

@@ -1,4 +1,4 @@
-"""The plan as plain data: what is trained, what is shared, and every number that led there."""
+"""The plan as plain data: what is trained, what is shared, and the numbers behind it (docs/method.md section 3)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sgm_finetune.method.subspace import Side, Sketch
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """The choices a plan follows; meanings and ranges as the configuration keys of the same names."""
+    """The choices that a plan follows. Meanings and ranges are those of the configuration keys of the same names."""
 
     rank: int
     alpha: float
@@ -31,7 +31,7 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class MatrixNumbers:
-    """What was measured on one weight matrix; `halves` is None where the probe did not run."""
+    """The measurements of one weight matrix. `halves` is None without a probe."""
 
     name: str
     kind: str
@@ -44,12 +44,13 @@ class MatrixNumbers:
     activation: str | None = None
     """Name of the first matrix that reads the same activations."""
     num_experts: int | None = None
-    """Of a stack of experts, whose `shape` is that of one; `halves` are sketches of the one matrix that they make."""
+    """Number of experts in a stack; None: a linear layer. `shape` is that of one expert; `halves` are sketches of all
+    experts as one matrix (eq. 9b)."""
 
 
 @dataclass(frozen=True)
 class Energy:
-    """Shares of held-out gradient energy kept by a basis of `rank` directions, fitted on the other half (eq. 11)."""
+    """Shares of held-out gradient energy that a basis of `rank` directions keeps, fitted to the other half (eq. 11)."""
 
     input: float
     output: float
@@ -57,7 +58,7 @@ class Energy:
 
 @dataclass(frozen=True)
 class PlannedMatrix:
-    """One matrix: its numbers, whether it is trained, and its group (None: its own two factors)."""
+    """One matrix of a plan: its numbers, whether it is trained, and its group (None: its own two factors)."""
 
     name: str
     kind: str
@@ -67,23 +68,23 @@ class PlannedMatrix:
     selected: bool
     group: str | None = None
     start: Literal["spectral", "random"] = "random"
-    """Where lora_A of a matrix without a group starts: its own gradient's spectrum (of a stack of experts: the one of
-    all of them), or PEFT's default."""
+    """Where lora_A of a matrix without a group starts: at the spectrum of its gradient (in a stack: of the gradients of
+    all experts), or at PEFT's default."""
     snr: float | None = None
-    """Signal energy / noise energy; null: not scanned, or infinite under the published estimator."""
+    """Signal energy / noise energy; None: not scanned, or infinite under the published estimator."""
     snr_db: float | None = None
-    """The same in decibels; null also where there is no signal at all (snr 0)."""
+    """The same in decibels; None also without any signal (snr 0)."""
     signal_rank: int | None = None
     gradient_energy: float | None = None
     """Estimate of the squared norm of the probe's gradient (eq. 10)."""
     cosine_other_half: float | None = None
     """Cosine of the gradient with itself on the other half of the batches (eq. 13b): the noise ceiling."""
     kept_own: Energy | None = None
-    """By a basis of its own."""
+    """What a basis of its own keeps."""
     kept_shared: float | None = None
-    """By the group's basis, on the group's side."""
+    """What the group's basis keeps on the group's side."""
     num_experts: int | None = None
-    """Of a stack of experts, each with its own two factors; `shape` is that of one. null: a linear layer."""
+    """Number of experts in a stack, each with two factors of its own; `shape` is that of one. None: a linear layer."""
 
 
 @dataclass(frozen=True)
@@ -95,46 +96,49 @@ class Group:
     side: Side
     members: tuple[str, ...]
     start: Literal["spectral", "random"] = "spectral"
-    """Where the shared factor starts: the group's gradient spectrum, or PEFT's default initialisation."""
+    """Where the shared factor starts: at the spectrum of the group's gradients, or at PEFT's default initialisation."""
     similarity: float | None = None
-    """Smallest pairwise similarity within, under the plan's criterion."""
+    """Smallest similarity of two members, under the plan's criterion."""
     joint_retention: float | None = None
-    """Smallest, over members, of (energy the group's basis keeps) / (energy the own basis keeps), held out."""
+    """Smallest (energy that the group's basis keeps) / (energy that the own basis keeps) of a member, held out."""
     snr_spread_db: float | None = None
+    """Largest minus smallest SNR of the members."""
 
 
 @dataclass(frozen=True)
 class KindNumbers:
-    """What the selected layers of one kind have in common, or the matrices that read the same activations (of the kind
-    `layers.*.attention.query+key`); means over all pairs of them."""
+    """What the selected layers of one kind have in common.
+
+    Matrices that read the same activations have a joint kind such as `layers.*.attention.query+key`.
+    """
 
     kind: str
     num_layers: int
     side: Side | None
-    """The side on which they may merge (None: they do not, in this scope)."""
+    """The side on which they may merge; None: they do not merge in this scope."""
     retention_input: float | None = None
     retention_output: float | None = None
-    """Of eq. 14, the mean over all pairs of layers."""
+    """Mean of R over all pairs of layers (eq. 14)."""
     retention_all_input: float | None = None
     retention_all_output: float | None = None
-    """Energy kept by one basis for all the kind's layers / by own bases, the mean over layers (eq. 14b); `auto` takes
-    the larger side."""
+    """Energy that one basis for all layers of the kind keeps / energy that own bases keep, the mean over layers
+    (eq. 14b). `auto` takes the side with the larger value."""
     cosine_mean: float | None = None
     cosine_max: float | None = None
     cosine_other_half: float | None = None
-    """Of each layer with itself on other data: what perfect agreement would measure."""
+    """Mean cosine of a layer with itself on the other half of the batches: the value of perfect agreement (eq. 13b)."""
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """What the grouping saw: of every two matrices how well they agree."""
+    """How well every two matrices agree, as the grouping read it."""
 
     __pydantic_config__: ClassVar = {"arbitrary_types_allowed": True}
 
     kind: str
     """As in `KindNumbers`."""
     side: Side | None
-    """Of the gradients (eq. 14); None: cosines of the whole gradients (eq. 13b)."""
+    """Side of the gradients (eq. 14); None: cosines of the whole gradients (eq. 13b)."""
     members: tuple[str, ...]
     values: Tensor
     """(n x n), float64, symmetric; the diagonal is 1."""
@@ -142,8 +146,11 @@ class Similarity:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan. `starts` (name of a group, or of a matrix without one -> d x rank basis) travels beside the JSON
-    in plan.safetensors; `similarities` are for pictures and no part of the file."""
+    """A whole plan.
+
+    `starts` maps the name of a group, or of a matrix without a group, to its basis (d x rank). It is stored beside the
+    JSON in plan.safetensors. `similarities` are for figures and are not stored.
+    """
 
     __pydantic_config__: ClassVar = {"arbitrary_types_allowed": True, "extra": "forbid"}
 
@@ -159,7 +166,9 @@ class Plan:
 
     @property
     def selected(self) -> tuple[PlannedMatrix, ...]:
+        """The matrices that are trained, in order."""
         return tuple(matrix for matrix in self.matrices if matrix.selected)
 
     def shape_of(self, name: str) -> tuple[int, int]:
+        """Rows and columns of the matrix `name`. Raises StopIteration if the plan does not hold it."""
         return next(matrix.shape for matrix in self.matrices if matrix.name == name)

@@ -12,23 +12,25 @@ MAX_RANK = 2**16
 
 
 def inconsistency(plan: Plan) -> str | None:
-    """What is wrong with a plan in itself, whatever model it is for; None where nothing is."""
+    """Returns what is wrong with a plan, whatever its model; None for a valid plan."""
     settings = plan.settings
     if not (1 <= settings.rank <= MAX_RANK and 0 < settings.alpha < math.inf and 0 <= settings.dropout < 1):
         return (
-            f"rank {settings.rank}, alpha {settings.alpha:g} and dropout {settings.dropout:g} are no settings of LoRA"
+            f"rank {settings.rank}, alpha {settings.alpha:g} and dropout {settings.dropout:g} are not valid for LoRA; "
+            f"rank must be 1 to {MAX_RANK}, alpha above 0 and dropout from 0 to below 1"
         )
     names = Counter(matrix.name for matrix in plan.matrices)
     if twice := next((name for name, times in names.items() if times > 1), None):
-        return f"`{twice}` is in it twice"
+        return f"it holds `{twice}` twice"
     for matrix in plan.matrices:
-        if min(*matrix.shape, 1 if matrix.num_experts is None else matrix.num_experts) < 1:
+        num_experts = 1 if matrix.num_experts is None else matrix.num_experts
+        if min(*matrix.shape, num_experts) < 1:
             return f"`{matrix.name}` has no entries"
     selected = {matrix.name: matrix for matrix in plan.selected}
     seen: dict[str, str] = {}
     for group in plan.groups:
         if not group.members:
-            return f"group `{group.name}` holds nothing"
+            return f"group `{group.name}` has no members"
         for name in group.members:
             if name not in selected:
                 return f"group `{group.name}` holds `{name}`, which the plan does not select"
@@ -39,5 +41,5 @@ def inconsistency(plan: Plan) -> str | None:
             seen[name] = group.name
         widths = {width(selected[name].shape, group.side) for name in group.members}
         if len(widths) > 1:
-            return f"group `{group.name}` mixes {group.side} widths {sorted(widths)}; only equal ones share"
+            return f"group `{group.name}` mixes {group.side} widths {sorted(widths)}; only equal widths can share"
     return None

@@ -1,4 +1,4 @@
-"""Which matrices are trained, by their signal-to-noise ratio (docs/method.md section 1.6)."""
+"""Which matrices are trained: a selection by signal-to-noise ratio (docs/method.md section 1.6)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from sgm_finetune.method.plan import MatrixNumbers, PlanSettings
 
 @dataclass(frozen=True)
 class KindChoice:
-    """What a top fraction chooses of one kind: a partition of its members."""
+    """What a top fraction chooses from one kind: a partition of its members."""
 
     kind: str
     chosen: tuple[str, ...]
-    """Highest SNR first; of equal ones the earlier name."""
+    """Highest SNR first; among equal SNRs, the earlier name first."""
     left_out: tuple[str, ...]
     """Highest SNR first."""
     unranked: tuple[str, ...]
-    """Names whose SNR is infinite (published formula only): it says that the formula found no noise, not how much
-    signal there is, so they are neither chosen nor compared."""
+    """Names whose SNR is infinite (published formula only). An infinite ratio says that the formula found no noise, not
+    how much signal there is, so these are neither chosen nor compared."""
 
     @property
     def size(self) -> int:
@@ -28,23 +28,24 @@ class KindChoice:
 
 
 def choose_per_kind(snrs: Mapping[str, float], kinds: Mapping[str, str], fraction: float) -> list[KindChoice]:
-    """The `fraction` of each kind with the highest finite SNR, kinds in the order of their first names.
+    """Returns the `fraction` of each kind with the highest finite SNRs, kinds in the order of their first names.
 
-    The number to choose is the fraction of *all* members, rounded up, so every kind keeps at least one; but no more
-    than have a finite SNR. `fraction` is in (0, 1]. ValueError otherwise, and for an SNR that is NaN or -inf.
+    The number to choose is the fraction of *all* members, rounded up, so every kind keeps at least one. It is at most
+    the number of members with a finite SNR. Raises ValueError if `fraction` is not in (0, 1], and for an SNR that is
+    NaN or -inf.
 
     >>> choose_per_kind({"a": 3.0, "b": 9.0, "c": 5.0, "d": math.inf}, dict.fromkeys("abcd", "q"), 0.5)
     [KindChoice(kind='q', chosen=('b', 'c'), left_out=('a',), unranked=('d',))]
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"the fraction to select is {fraction}; it lies above 0 and is at most 1")
+        raise ValueError(f"the fraction to select is {fraction}; it must be above 0 and at most 1")
     _check_ratios(snrs)
     members: dict[str, list[str]] = {}
     for name in snrs:
         members.setdefault(kinds[name], []).append(name)
     choices = []
     for kind, names in members.items():
-        count = max(1, math.ceil(fraction * len(names) - 1e-9))  # 0.07 · 100 is 7.000000000000001 and means 7
+        count = max(1, math.ceil(fraction * len(names) - 1e-9))  # 0.07 · 100 gives 7.000000000000001 and means 7
         ranked = sorted((name for name in names if math.isfinite(snrs[name])), key=lambda name: -snrs[name])
         infinite = tuple(name for name in names if math.isinf(snrs[name]))
         choices.append(KindChoice(kind, tuple(ranked[:count]), tuple(ranked[count:]), infinite))
@@ -52,7 +53,7 @@ def choose_per_kind(snrs: Mapping[str, float], kinds: Mapping[str, str], fractio
 
 
 def top_fraction_per_kind(snrs: Mapping[str, float], kinds: Mapping[str, str], fraction: float) -> list[str]:
-    """Names that `choose_per_kind` chooses, in input order.
+    """Returns the names that `choose_per_kind` chooses, in input order.
 
     >>> top_fraction_per_kind({"q0": 3.0, "q1": 9.0, "q2": 5.0, "v0": 1.0}, dict(q0="q", q1="q", q2="q", v0="v"), 0.5)
     ['q1', 'q2', 'v0']
@@ -62,9 +63,9 @@ def top_fraction_per_kind(snrs: Mapping[str, float], kinds: Mapping[str, str], f
 
 
 def ties(snrs: Mapping[str, float], choices: Iterable[KindChoice]) -> dict[str, list[str]]:
-    """Kind -> names with the one SNR that the last chosen and the first left out share, chosen ones first.
+    """Returns, for each kind with a tie at the cut, the names that have the SNR of the cut, chosen names first.
 
-    There the order of the names decided, not the ratio.
+    The last chosen and the first left out have the same SNR there, so the order of the names decided, not the ratio.
 
     >>> same = {"a": 1.0, "b": 1.0, "c": 0.5}
     >>> ties(same, choose_per_kind(same, dict.fromkeys("abc", "k"), 0.3))
@@ -79,7 +80,9 @@ def ties(snrs: Mapping[str, float], choices: Iterable[KindChoice]) -> dict[str, 
 
 
 def above_threshold(snrs: Mapping[str, float], threshold: float) -> list[str]:
-    """Names whose SNR (a ratio of energies, not decibels) is at least `threshold`, in input order; infinite ones too.
+    """Returns the names whose SNR is at least `threshold`, in input order, infinite SNRs included.
+
+    SNR and threshold are ratios of energies, not decibels. Raises ValueError for an SNR that is NaN or -inf.
 
     >>> above_threshold({"a": 0.5, "b": 2.0, "c": 1.0}, 1.0)
     ['b', 'c']
@@ -91,12 +94,15 @@ def above_threshold(snrs: Mapping[str, float], threshold: float) -> list[str]:
 def _check_ratios(snrs: Mapping[str, float]) -> None:
     for name, snr in snrs.items():
         if math.isnan(snr) or snr == -math.inf:
-            raise ValueError(f"the SNR of {name} is {snr}, which is no ratio")
+            raise ValueError(f"the SNR of {name} is {snr}, which is not a ratio")
 
 
 def select_matrices(matrices: Sequence[MatrixNumbers], settings: PlanSettings) -> list[str]:
-    """Names of the matrices that are trained, in order: the top fraction per kind by SNR or by depth, those above a
-    threshold of SNR, else all."""
+    """Returns the names of the matrices that are trained, in input order.
+
+    These are the top fraction of each kind (by SNR, or by depth if `prefer_depth`), the matrices above an SNR
+    threshold, or without either setting all matrices.
+    """
     if settings.top_fraction is None and settings.snr_threshold is None:
         return [matrix.name for matrix in matrices]
     if settings.prefer_depth and settings.top_fraction is not None:

@@ -1,11 +1,11 @@
 """Signal-to-noise ratio of a weight matrix (docs/method.md section 1).
 
-Letters, as there: W is the matrix (rows x cols), M and N the larger and the smaller of its sides, β = N/M its aspect
-ratio; s are its singular values, descending, in the units of the weights; σ is the standard deviation of one *entry*
-of the noise; k is the signal rank, the number of singular values that noise does not explain.
+Letters as in that section: W is the matrix (rows x cols). M and N are the larger and the smaller of its sides, and
+β = N/M is its aspect ratio. s are its singular values, descending, in the units of the weights. σ is the standard
+deviation of one *entry* of the noise. k is the signal rank, the number of singular values that noise does not explain.
 
-Everything after the decomposition is float64 on spectra divided by their largest value, so that W and cW give the
-same answer for every c that floating point can represent.
+The functions compute in float64 on singular values divided by the largest one, so that W and cW give the same answer
+for every c that floating point can represent.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from torch import Tensor
 Estimator = Literal["mp", "spectrum"]
 
 ROUNDING = 4 * torch.finfo(torch.float32).eps
-"""Share of the largest singular value below which nothing is told from the rounding of float32 arithmetic: such
-values count as zero, and the noise edge lies here at least."""
+"""ρ, a fraction of the largest singular value. Values below it cannot be distinguished from the rounding of float32
+arithmetic: they count as zero, and the noise edge is never lower."""
 
 NO_SIGNAL_DB = 20 * math.log10(ROUNDING)
-"""Decibels of no signal at all (SNR 0), and the least that is reported: −126.4."""
+"""Decibels that are reported for no signal at all (SNR 0), and the least that is ever reported: −126.4."""
 
-_TRACY_WIDOM = 3.27  # its 99.9 % point (β = 1): a larger top singular value is chance once in a thousand matrices
-_SIGMA_DEVIATIONS = 1.0  # allowed error of σ itself
-_FIT, _FIT_NUM_VALUES = 0.075, 2.0  # a noise bulk is this near to the law: a share of its values, or so many of them
-_NEAREST = 1.5  # how much farther than the nearest bulk one with fewer signals may be
+_TRACY_WIDOM = 3.27  # the law's 99.9 % point (β = 1): chance exceeds it in one of a thousand matrices of noise
+_SIGMA_DEVIATIONS = 1.0  # standard errors of σ that the margin allows for
+_FIT_FRACTION, _FIT_NUM_VALUES = 0.075, 2.0  # a noise bulk is within this fraction, or number, of its values of the law
+_NEAREST = 1.5  # a bulk below fewer spikes may be this many times as far from the law as the nearest bulk
 
 
 @dataclass(frozen=True)
 class SnrStatistics:
-    """What the singular values of one matrix say about noise and signal."""
+    """Noise level, signal rank and signal-to-noise ratio of one matrix."""
 
     sigma: float
-    """Standard deviation of one noise entry, in the units of the weights (spectrum: of the singular values)."""
+    """Standard deviation of one noise entry, in the units of the weights ("spectrum": of the singular values)."""
     edge: float
-    """Singular values above are signal, and there are exactly `signal_rank` of them; units of the weights."""
+    """Exactly `signal_rank` singular values lie above it; units of the weights."""
     signal_rank: int
     snr: float
-    """Signal energy / noise energy (eq. 6): 0 for pure noise, at most 4/ρ² (ρ: ROUNDING) for no noise. Under
-    "spectrum" eq. 7, which has the unit 1/weight and is infinite where nothing lies below the edge."""
+    """Signal energy / noise energy (eq. 6): 0 for pure noise, at most 4/ρ² (ρ: ROUNDING) for no noise. With the
+    estimator "spectrum" it is eq. 7: in the unit 1/weight, and infinite where nothing lies below the edge."""
     snr_db: float
-    """10·log10(snr), at least NO_SIGNAL_DB; infinite with snr."""
+    """10·log10(snr), at least NO_SIGNAL_DB; infinite if snr is."""
 
 
 @lru_cache(maxsize=65536)
@@ -94,7 +94,7 @@ def bulk_energy(first: float, last: float, aspect: float) -> float:
 
 @lru_cache(maxsize=65536)
 def _angle_of_share(share: float, aspect: float) -> float:
-    """The θ above which this share of the law lies: y² = 1 + β + 2√β·cos θ (eq. 2)."""
+    """The angle θ above which the given share of the law lies, with y² = 1 + β + 2√β·cos θ (eq. 2)."""
     if share <= 0 or share >= 1:
         return 0.0 if share <= 0 else math.pi
     return brentq(lambda theta: _share_above(theta, aspect) - share, 0.0, math.pi - 1e-9, xtol=1e-13)  # type: ignore[return-value]
@@ -109,7 +109,7 @@ def _arc_factor(aspect: float) -> float:
 
 
 def _share(theta: Any, arc: Any, sine: Any, aspect: float) -> Any:
-    """Share of the law above θ (numbers or tensors): the integral of its density in closed form (eq. 2)."""
+    """Share of the law above θ (eq. 2): the integral of its density in closed form, for numbers or tensors."""
     bulk = ((1 + aspect) * theta - 2 * (1 - aspect) * arc) / (4 * aspect)
     return 2 / math.pi * (bulk - sine / (2 * math.sqrt(aspect)))
 
@@ -127,10 +127,10 @@ def noise_edge(sigma: float, rows: int, cols: int) -> float:
 
 
 def noise_margin(sigma: float, rows: int, cols: int) -> float:
-    """How far above the edge noise may still reach in a matrix of this size (eq. 4); units as `noise_edge`.
+    """How far above the edge noise may still reach in a rows x cols matrix (eq. 4), in the units of `noise_edge`.
 
     With u = 1/√rows + 1/√cols: σ·(½·3.27·u^⅓ + u). The first term is the 99.9 % point of the Tracy-Widom law in
-    Johnstone's scaling, the second the uncertainty of σ, which counts in small matrices.
+    Johnstone's scaling. The second is the uncertainty of σ, which matters in small matrices.
 
     >>> round(noise_margin(1.0, 1024, 1024) / noise_edge(1.0, 1024, 1024), 3)
     0.011
@@ -142,8 +142,8 @@ def noise_margin(sigma: float, rows: int, cols: int) -> float:
 def estimate_noise(singular_values: Tensor | Sequence[float], rows: int, cols: int) -> tuple[float, int]:
     """(σ, k): noise per entry, in the units of the weights, and signal rank, by deflation (eq. 3 to 5).
 
-    A matrix of zeros gives (0, 0). Where more than one singular value in 256 (at least one) is zero, that is below
-    ρ·s₁ (ρ: ROUNDING), there is no independent noise: every other value is signal and σ is the floor ρ·s₁/(√M + √N).
+    A matrix of zeros gives (0, 0). A value counts as zero below ρ·s₁ (ρ: ROUNDING). If more than N // 256 values are
+    zero, there is no independent noise: every other value is signal, and σ is the floor ρ·s₁/(√M + √N).
     A vector (1 x n) has no bulk to compare with: k = 0.
 
     >>> estimate_noise([5.0, 0.0, 0.0], 3, 3)[1]
@@ -159,9 +159,9 @@ def signal_to_noise(
 ) -> SnrStatistics:
     """Noise level, signal rank and signal-to-noise ratio of a rows x cols matrix with these singular values (eq. 6).
 
-    "mp" is finite for every finite matrix: zeros and pure noise have SNR 0 (NO_SIGNAL_DB), and a matrix without noise
-    the SNR over the floor of float32, at most 4/ρ² (132.5 dB). "spectrum" is the published formula (eq. 7), infinite
-    where no singular value lies below its edge, as in the published script.
+    "mp" is finite for every finite matrix. Zeros and pure noise have SNR 0 (NO_SIGNAL_DB). A matrix without noise has
+    its SNR over the floor of float32, at most 4/ρ² (132.5 dB). "spectrum" is the published formula (eq. 7). It is
+    infinite where no singular value lies below its edge, as in the published script.
 
     >>> signal_to_noise([1.0, 1.0], 2, 2).snr
     0.0
@@ -180,7 +180,7 @@ def signal_to_noise(
 
 
 def _scale_to_one(singular_values: Tensor | Sequence[float], rows: int, cols: int) -> tuple[Tensor, float]:
-    """(s/s₁ descending in float64, s₁); s stays zero where all of it is."""
+    """(s/s₁ descending in float64, s₁). All zeros stay zeros."""
     s = torch.as_tensor(singular_values, dtype=torch.float64).sort(descending=True).values
     assert s.shape == (min(rows, cols),), f"{tuple(s.shape)} singular values of a {rows} x {cols} matrix"
     largest = s[0].item() if len(s) else 0.0
@@ -189,16 +189,15 @@ def _scale_to_one(singular_values: Tensor | Sequence[float], rows: int, cols: in
 
 
 def _sigma_floor(rows: int, cols: int) -> float:
-    """The σ, relative to s₁, whose edge is ROUNDING."""
+    """The σ, relative to s₁, whose noise edge is ROUNDING."""
     return ROUNDING / (math.sqrt(rows) + math.sqrt(cols)) if min(rows, cols) else 0.0
 
 
 def deflate(s: Tensor, rows: int, cols: int) -> tuple[float, int, float]:
-    """(σ, k, edge) of a normalised spectrum (eq. 5): of the signal ranks that their own estimate of the noise confirms
-    the smallest whose noise follows the Marchenko-Pastur law, or as nearly as any of the others.
+    """(σ, k, edge) of singular values divided by the largest (eq. 5).
 
-    An eighth of the values (at least one) always remains as noise: a spectrum that falls without ever levelling off
-    would otherwise be counted to its end.
+    k is the smallest confirmed signal rank whose noise follows the Marchenko-Pastur law. If no noise does, it is the
+    smallest one that comes nearly as close to the law as the closest.
     """
     size = len(s)
     if size == 0 or s[0] == 0:
@@ -206,29 +205,33 @@ def deflate(s: Tensor, rows: int, cols: int) -> tuple[float, int, float]:
     num_zero = int((s <= ROUNDING).sum())
     if num_zero > size // 256:
         return _sigma_floor(rows, cols), size - num_zero, ROUNDING
-    found: dict[int, tuple[float, float]] = {}
+    edges: dict[int, float] = {}
+    distances: dict[int, float] = {}
     for quarter in range(4):
         rank, edge = confirm_rank(s, rows, cols, quarter * size // 4)
-        if rank not in found:
-            found[rank] = edge, distance_from_noise(s, rows, cols, rank)
-            if found[rank][1] <= _fit_tolerance(size - rank):
-                break
-    nearest = min(distance for _, distance in found.values())
-    rank = min(k for k, (_, d) in found.items() if d <= max(_fit_tolerance(size - k), _NEAREST * nearest))
+        if rank in edges:
+            continue
+        edges[rank], distances[rank] = edge, distance_from_noise(s, rows, cols, rank)
+        if distances[rank] <= _fit_tolerance(size - rank):
+            break
+    nearest = min(distances.values())
+    rank = min(k for k, distance in distances.items() if distance <= max(_fit_tolerance(size - k), _NEAREST * nearest))
     sigma = bulk_sigma(s, rows, cols, rank)
-    return max(sigma * absorption_factor(s[:rank], sigma, rows, cols), _sigma_floor(rows, cols)), rank, found[rank][0]
+    corrected = sigma * absorption_factor(s[:rank], sigma, rows, cols)
+    return max(corrected, _sigma_floor(rows, cols)), rank, edges[rank]
 
 
 def _fit_tolerance(num_values: int) -> float:
-    """Distance from the law that this many singular values of noise stay below."""
-    return max(_FIT, _FIT_NUM_VALUES / num_values)
+    """Distance from the law that `num_values` singular values of noise stay below."""
+    return max(_FIT_FRACTION, _FIT_NUM_VALUES / num_values)
 
 
 def confirm_rank(s: Tensor, rows: int, cols: int, rank: int) -> tuple[int, float]:
-    """(k, edge): from `rank`, k ← number of values above the edge that the values below k give, until it stays.
+    """(k, edge) with exactly k values above the edge that the other values give (eq. 5), iterated from k = `rank`.
 
-    The edge falls as k grows, so k moves in one direction; where rounding turns it once, the larger k is kept, with
-    the edge that found it. Exactly k values lie above the edge.
+    The edge falls as k grows, so k moves in one direction. If rounding turns it once, the larger k is kept, with the
+    edge that gave it. An eighth of the values (at least one) always remains as noise: a spectrum that falls without
+    levelling off would otherwise be counted to its end.
     """
     most = len(s) - max(1, len(s) // 8)
     rising, edge = False, math.inf
@@ -247,7 +250,10 @@ def confirm_rank(s: Tensor, rows: int, cols: int, rank: int) -> tuple[int, float
 
 
 def bulk_sigma(singular_values: Tensor, rows: int, cols: int, rank: int) -> float:
-    """σ by the energy of the middle half of the descending values below the `rank` largest, fewer than all (eq. 3)."""
+    """σ from the energy of the middle half of the descending values below the `rank` largest (eq. 3).
+
+    `rank` is less than the number of values.
+    """
     larger, smaller = max(rows, cols) - rank, min(rows, cols) - rank
     first, last = smaller // 4, math.ceil(smaller * 3 / 4)
     middle = singular_values[rank + first : rank + last].square().mean().item()
@@ -255,7 +261,7 @@ def bulk_sigma(singular_values: Tensor, rows: int, cols: int, rank: int) -> floa
 
 
 def absorption_factor(signal: Tensor, sigma: float, rows: int, cols: int) -> float:
-    """Factor by which the noise below k singular values is weaker than the noise they stand in (eq. 5b)."""
+    """σ/σ_k: how many times the noise around the spikes `signal` is as strong as the noise below them (eq. 5b)."""
     m, n = rows - len(signal), cols - len(signal)
     shifted = signal.square() / sigma**2 - (rows + cols - len(signal)) if sigma > 0 else signal
     strength = (shifted + (shifted.square() - 4 * m * n).clamp_min(0).sqrt()) / 2
@@ -263,8 +269,11 @@ def absorption_factor(signal: Tensor, sigma: float, rows: int, cols: int) -> flo
 
 
 def distance_from_noise(singular_values: Tensor, rows: int, cols: int, rank: int) -> float:
-    """Largest difference (Kolmogorov's) between the distribution of the values below the `rank` largest and that of
-    noise with their own σ (eq. 5): about 1/values for noise, 0.1 and more where there is no noise bulk."""
+    """How far the values below the `rank` largest are from noise with their own σ (eq. 5), in [0, 1].
+
+    It is the largest difference of the two distributions (Kolmogorov's): about 1/values for noise, and 0.1 and more
+    without a noise bulk.
+    """
     larger, smaller = max(rows, cols) - rank, min(rows, cols) - rank
     sigma = bulk_sigma(singular_values, rows, cols, rank)
     if sigma == 0:
@@ -277,8 +286,8 @@ def distance_from_noise(singular_values: Tensor, rows: int, cols: int, rank: int
 def published_formula(s: Tensor, rows: int, cols: int, largest: float) -> tuple[float, int, float, float]:
     """(σ, k, edge, SNR) as the published Spectrum script computes them (eq. 7), flaws included.
 
-    σ is the interquartile range of the *singular values* over 1.349 (as if they were a normal sample), the edge
-    σ(1 + √β), and the SNR a ratio of sums, not of energies, divided by the largest singular value.
+    σ is the interquartile range of the *singular values* over 1.349, as if they were a normal sample. The edge is
+    σ(1 + √β). The SNR is a ratio of sums, not of energies, divided by the largest singular value.
     """
     if len(s) == 0:
         return 0.0, 0, 0.0, math.inf
@@ -292,7 +301,7 @@ def published_formula(s: Tensor, rows: int, cols: int, largest: float) -> tuple[
 
 
 def ratio_decibels(snr: float) -> float:
-    """10·log10(snr), at least NO_SIGNAL_DB, infinite where snr is.
+    """10·log10(snr), at least NO_SIGNAL_DB; infinite if `snr` is.
 
     >>> ratio_decibels(100.0)
     20.0

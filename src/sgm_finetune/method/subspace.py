@@ -1,9 +1,9 @@
 """Gradient subspaces from sketches (docs/method.md section 2).
 
-Letters, as there: G is a matrix's gradient (rows x cols, that is d_out x d_in); x are the layer's inputs
-(tokens x d_in) and δ the loss's gradients with respect to its outputs (tokens x d_out), so G = δᵀx; Ω are Gaussian
-test matrices with k columns; S is a sketch (k x d): ΩᵀG for the input side, (GΩ)ᵀ for the output side; Q (d x r) is
-an orthonormal basis. Everything is float32 unless said otherwise; small eigenproblems are solved in float64.
+Letters as in that section: G is the gradient of a matrix (rows x cols, which is d_out x d_in). x are the layer's inputs
+(tokens x d_in) and δ the gradients of the loss with respect to its outputs (tokens x d_out), so G = δᵀx. Ω are Gaussian
+test matrices with k columns. S is a sketch (k x d): ΩᵀG for the input side, (GΩ')ᵀ for the output side. Q (d x r) is an
+orthonormal basis. Tensors are float32 unless a docstring says otherwise. Small eigenproblems are solved in float64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIDES: tuple[Side, Side] = ("input", "output")
 
 @dataclass(frozen=True)
 class Sketch:
-    """Both sides of one gradient G (d_out x d_in), seen through k test vectors a side (eq. 8, 9)."""
+    """Both sides of one gradient G (d_out x d_in), seen through k test vectors on each side (eq. 8, 9)."""
 
     input: Tensor  # k x d_in: ΩᵀG
     output: Tensor  # k x d_out: (GΩ')ᵀ
@@ -32,7 +32,7 @@ class Sketch:
 
 
 def test_matrix(dim: int, num_vectors: int, seed: int) -> Tensor:
-    """Ω (dim x num_vectors): independent standard normal entries, the same for the same three numbers.
+    """Ω (dim x num_vectors): independent standard normal entries. The same three arguments give the same entries.
 
     >>> test_matrix(4, 2, seed=0).shape
     torch.Size([4, 2])
@@ -41,23 +41,23 @@ def test_matrix(dim: int, num_vectors: int, seed: int) -> Tensor:
     return torch.randn(dim, num_vectors, generator=generator)
 
 
-test_matrix.__test__ = False  # type: ignore[attr-defined]  # the name is the field's, not a test's
+test_matrix.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it: the field calls Ω a test matrix
 
 
 def sketch_batch(x: Tensor, delta: Tensor, omega_out: Tensor, omega_in: Tensor) -> tuple[Tensor, Tensor]:
     """What one batch adds to a sketch's two sides (eq. 8, 9): (δΩ)ᵀx and (xΩ')ᵀδ, without forming δᵀx.
 
-    `x` is tokens x d_in, `delta` tokens x d_out, `omega_out` d_out x k, `omega_in` d_in x k. Costs
-    4·tokens·k·(d_in + d_out) operations against 2·tokens·d_in·d_out for the gradient itself.
+    `x` is tokens x d_in, `delta` tokens x d_out, `omega_out` d_out x k, `omega_in` d_in x k. It takes
+    4·tokens·k·(d_in + d_out) operations; the gradient itself would take 2·tokens·d_in·d_out.
     """
     return (delta @ omega_out).T @ x, (x @ omega_in).T @ delta
 
 
 def sketch_stack(gradients: Tensor, omega_below: Tensor, omega_beside: Tensor) -> tuple[Tensor, Tensor]:
-    """A sketch's two sides (eq. 9b) of the gradients G_e (experts x d_out x d_in) of a stack of experts, each side
-    as if they were one matrix: Σ ΩₑᵀGₑ of [G₁; G₂; ...] and Σ (GₑΩ'ₑ)ᵀ of [G₁ G₂ ...].
+    """Both sides of a sketch (eq. 9b) of the gradients Gₑ of a stack of experts, each side as if they were one matrix.
 
-    `omega_below` is experts x d_out x k, `omega_beside` experts x d_in x k. float32.
+    The sides are Σ ΩₑᵀGₑ of [G₁; G₂; ...] and Σ (GₑΩ'ₑ)ᵀ of [G₁ G₂ ...]. `gradients` is experts x d_out x d_in,
+    `omega_below` experts x d_out x k, `omega_beside` experts x d_in x k. The result is float32.
     """
     gradients = gradients.float()
     return (
@@ -73,11 +73,11 @@ def squared_norm(sketch: Sketch) -> float:
 
 
 def leading_part(stacked: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(σ, Q): the top `rank` singular values of `stacked` (rows x d), descending, and their right singular vectors
-    (d x rank), orthonormal; float64, from the smaller Gram matrix.
+    """(σ, Q): the top `rank` singular values of `stacked` (rows x d) and their right singular vectors, float64.
 
-    Directions with a singular value below 1e-6 of the largest are arbitrary (their σ is 0), as are those beyond the
-    matrix's own rank. A column's sign makes its largest entry positive, so that equal input gives equal output.
+    σ (rank) is descending and Q (d x rank) orthonormal; both come from the smaller Gram matrix. Directions with a
+    singular value below 1e-6 of the largest are arbitrary and have σ = 0, as have those beyond the rank of the matrix.
+    The sign of a column makes its largest entry positive, so that equal input gives equal output.
     """
     wide = stacked.double()
     rows, dim = wide.shape
@@ -97,40 +97,42 @@ def leading_part(stacked: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def leading_basis(stacked: Tensor, rank: int) -> Tensor:
-    """Q (d x rank), float32: orthonormal top right singular vectors of `stacked` (rows x d); see `leading_part`."""
+    """Q (d x rank), float32: the orthonormal top right singular vectors of `stacked` (rows x d); see `leading_part`."""
     return leading_part(stacked, rank)[1].float()
 
 
 def leading_rows(sketch: Tensor, rank: int) -> Tensor:
-    """ΣQᵀ (rank x d), float64: the leading part of the unit-norm sketch, which is what a layer brings to a group."""
+    """R = ΣVᵀ (rank x d), float64: the leading part of the unit-norm sketch, a layer's part in its group (eq. 12)."""
     values, columns = leading_part(with_unit_norm(sketch), rank)
     return values[:, None] * columns.T
 
 
 def shared_basis(rows: Sequence[Tensor], rank: int) -> Tensor:
-    """Q (d x rank) for a group (eq. 12): top right singular vectors of its members' stacked `leading_rows`."""
+    """Q (d x rank) of a group (eq. 12): the top right singular vectors of its members' stacked `leading_rows`."""
     return leading_basis(torch.cat(list(rows)), rank)
 
 
 def spectral_basis(sketches: Sequence[Tensor], rank: int) -> Tensor:
-    """Q (d x rank) for matrices that share one, from their sketches with equal channels (eq. 11b, 12)."""
+    """Q (d x rank) for matrices that share one basis, from their sketches with equal channels (eq. 11b, 12)."""
     return shared_basis([leading_rows(sketch, rank) for sketch in equalise_channels(sketches)], rank)
 
 
 def width(shape: tuple[int, int], side: Side) -> int:
-    """Of a matrix (d_out, d_in) on that side: the length of its basis vectors."""
+    """Length of the basis vectors on `side` of a matrix of `shape` (d_out, d_in)."""
     return shape[1] if side == "input" else shape[0]
 
 
 def with_unit_norm(sketch: Tensor) -> Tensor:
-    """The sketch over its Frobenius norm; zeros stay zeros."""
+    """The sketch over its Frobenius norm. Zeros stay zeros."""
     norm = torch.linalg.vector_norm(sketch)
     return sketch / norm if norm > 0 else sketch
 
 
 def equalise_channels(sketches: Sequence[Tensor]) -> list[Tensor]:
-    """Sketches (k x d) that may share a basis, each of unit norm and with its channels (columns) divided by their root
-    mean square over all of them (eq. 11b); float64. Channels below a millionth of the mean square are not made louder.
+    """SC^(-1/2) of each of `sketches` (k x d) that may share a basis (eq. 11b), at unit norm, float64.
+
+    Each channel (column) is divided by its root mean square over all sketches. Channels below a millionth of the mean
+    square do not become louder.
 
     >>> [s.round(decimals=2).tolist() for s in equalise_channels([torch.tensor([[3.0, 0.1], [3.0, -0.1]])])]
     [[[0.5, 0.5], [0.5, -0.5]]]
@@ -142,9 +144,9 @@ def equalise_channels(sketches: Sequence[Tensor]) -> list[Tensor]:
 
 
 def energy_kept(basis: Tensor, sketch: Tensor) -> float:
-    """Share of a gradient's energy inside `basis` (eq. 11): ‖SQ‖² / ‖S‖², in [0, 1].
+    """Share of a gradient's energy inside `basis` (eq. 11): ‖SQ‖² / ‖S‖², in [0, 1]; 0 for a sketch of zeros.
 
-    The sketch must come from other data than the basis, or the share is flattered. 0 for a zero sketch.
+    The sketch must come from other data than the basis. Otherwise the share is too large.
     """
     whole = sketch.double().square().sum()
     return float((sketch.double() @ basis.double()).square().sum() / whole) if whole > 0 else 0.0
@@ -154,8 +156,8 @@ def reconstruct(sketch: Sketch) -> tuple[Tensor, Tensor]:
     """(Q, X) with G ≈ QX, of rank k/2 (eq. 13): the single-pass approximation of Tropp et al. 2017, algorithm 4.
 
     Q (d_out x k/2) is an orthonormal basis of the output sketch's leading part and X (k/2 x d_in) solves
-    (ΩᵀQ) X = S in the least-squares sense, by the pseudo-inverse (LAPACK's gelsy, which lstsq takes, ends in
-    other digits every time). float64.
+    (ΩᵀQ) X = S in the least-squares sense, by the pseudo-inverse: LAPACK's gelsy, which lstsq calls, gives other last
+    digits every time. float64.
     """
     num_vectors = sketch.input.shape[0]
     basis = leading_basis(sketch.output, max(1, min(num_vectors // 2, sketch.output.shape[1]))).double()
@@ -167,7 +169,7 @@ def cosines(sketches: Sequence[Sketch], others: Sequence[Sketch] | None = None) 
     """Cosines of gradients of one shape (eq. 13b): ⟨Q₁X₁, Q₂X₂⟩ / (‖X₁‖ ‖X₂‖), float64, in [-1, 1].
 
     (n x n) between all of `sketches`, or (n,) between `sketches[i]` and `others[i]` (the same layer on other data).
-    They compare the leading k/2 directions of either gradient, from `reconstruct`; 0 for a zero gradient.
+    They compare the leading k/2 directions of the gradients, from `reconstruct`. A gradient of zeros has cosine 0.
     """
     first, first_norms = _reconstruct_all(sketches)
     if others is None:
@@ -182,7 +184,7 @@ def cosines(sketches: Sequence[Sketch], others: Sequence[Sketch] | None = None) 
 
 
 def _reconstruct_all(sketches: Sequence[Sketch]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """((Q (n x d_out x k/2), X (n x k/2 x d_in)), norms ‖X‖ (n)) of n gradients of one shape."""
+    """((Q (n x d_out x k/2), X (n x k/2 x d_in)), norms ‖X‖ (n)) of n gradients of one shape, from `reconstruct`."""
     parts = [reconstruct(sketch) for sketch in sketches]
     bases, rests = torch.stack([q for q, _ in parts]), torch.stack([x for _, x in parts])
     return (bases, rests), torch.linalg.vector_norm(rests, dim=(1, 2))
@@ -198,12 +200,13 @@ def _gram(rows: Tensor) -> Tensor:
 def pairwise_retention(fit: Sequence[Tensor], held_out: Sequence[Tensor], rank: int) -> Tensor:
     """R (n x n): how well two layers can share one basis of `rank` directions (eq. 14).
 
-    `fit[i]`, `held_out[i]` (k x d) are layer i's sketches of the two halves. For the pair (i, j) the shared basis is
-    fitted on the one half; R_ij is the smaller of the two layers' (energy that it keeps of the held-out half) /
-    (energy that the layer's own basis keeps). About 1: sharing costs nothing. The diagonal is 1.
+    `fit[i]` and `held_out[i]` (k x d) are the sketches of layer i from the two halves. For the pair (i, j) the shared
+    basis is fitted to the first half. R_ij is the smaller of the two layers' (energy that this basis keeps of the
+    held-out half) / (energy that the layer's own basis keeps). About 1 means that sharing costs nothing. The diagonal
+    is 1.
 
-    Works on Gram matrices in float64, so that no d-dimensional decomposition is done per pair: for stacked leading
-    parts M = [F_i; F_j] with MMᵀ = UΛUᵀ the basis is MᵀUΛ^(-1/2), and H applied to it needs only HMᵀ.
+    The function works on Gram matrices in float64, so that no pair needs a d-dimensional decomposition. For stacked
+    leading parts M = [F_i; F_j] with MMᵀ = UΛUᵀ the basis is MᵀUΛ^(-1/2), and H applied to it needs only HMᵀ.
     """
     rows = torch.stack([leading_rows(s, rank) for s in fit])
     tests = torch.stack([with_unit_norm(s).double() for s in held_out])

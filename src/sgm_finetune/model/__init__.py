@@ -1,1 +1,1 @@
-"""A model as it lies in its files and as torch holds it: folders, loading, matrices and their names."""
+"""A model in its files and in memory: folders, loading, matrices and their names."""

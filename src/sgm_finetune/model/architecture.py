@@ -1,4 +1,4 @@
-"""What config.json says about a base model: which tasks it fits, how long its sequences may be."""
+"""What config.json says about a base model: which tasks it supports and how long its sequences may be."""
 
 from __future__ import annotations
 
@@ -41,13 +41,16 @@ _MODELS: dict[str, Any] = {
 
 
 def auto_class(task: Task) -> Any:
-    """Transformers' loader of models for the task."""
+    """Transformers' auto class for the task."""
     return _AUTO[task]
 
 
 def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
-    """What can be known before the weights are loaded: a readable config, an architecture that fits the task,
-    positions for `max_length` tokens, bitsandbytes where quantisation is asked for. Raises UserError."""
+    """Checks a model before its weights are loaded; raises UserError for what cannot work.
+
+    It checks that config.json is readable, that the architecture supports the task, that it has positions for
+    `max_length` tokens, and that bitsandbytes is installed when `config` asks for quantisation.
+    """
     described = read_model_config(config, folder)
     check_shards(folder)
     known = _MODELS[config.task]
@@ -61,22 +64,24 @@ def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
     if positions is not None and max_length > positions:
         raise UserError(
             f"data.max_length={max_length} is more than the {positions} positions of model.name={config.name}; "
-            f"take data.max_length={positions} or less"
+            f"use data.max_length={positions} or less"
         )
     if config.quantization != "none":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(
                 f"model.quantization={config.quantization} needs bitsandbytes; pip install bitsandbytes, "
-                "or take model.quantization=none"
+                "or use model.quantization=none"
             )
         existing = getattr(described, "quantization_config", None)
         if existing is not None:
-            raise UserError(f"{config.name} is quantised already; take model.quantization=none")
+            raise UserError(f"{config.name} is already quantised; use model.quantization=none")
 
 
 def fitting_tasks(name: str) -> tuple[Task, ...]:
-    """Tasks that Transformers has a model for, by the config.json of a folder; all of them for a model that is not
-    here."""
+    """The tasks that Transformers supports for the model in the folder `name`, by its config.json.
+
+    All tasks when the folder has no config.json, and when Transformers knows none for this model.
+    """
     folder = Path(name).expanduser()
     if not (folder / "config.json").is_file():
         return get_args(Task)
@@ -85,13 +90,16 @@ def fitting_tasks(name: str) -> tuple[Task, ...]:
 
 
 def read_model_config(config: ModelConfig, folder: Path) -> PreTrainedConfig:
-    """config.json; UserError where it cannot be read, or needs code that `model.trust_remote_code` does not allow."""
+    """The model's configuration from config.json.
+
+    Raises UserError when it cannot be read, or needs Python code that `model.trust_remote_code` does not allow.
+    """
     try:
         values = read_json_object(folder / "config.json")
         if "auto_map" in values and not config.trust_remote_code and values.get("model_type") not in CONFIG_MAPPING:
             raise UserError(
-                f"model.name={config.name} brings Python code of its own, which is not run unless you say "
-                "model.trust_remote_code=true; read it first"
+                f"model.name={config.name} needs its own Python code, which does not run without "
+                "model.trust_remote_code=true; read the code first"
             )
         described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
         layers = getattr(described.get_text_config(), "num_hidden_layers", None)
@@ -102,14 +110,14 @@ def read_model_config(config: ModelConfig, folder: Path) -> PreTrainedConfig:
         raise
     except Exception as error:  # Transformers raises many types here
         raise UserError(
-            f"{folder / 'config.json'} cannot be used: {first_line(error)}; get the model's files again"
+            f"{folder / 'config.json'} cannot be used: {first_line(error)}; download the model again"
         ) from None
 
 
 def num_positions(described: PreTrainedConfig) -> int | None:
-    """The longest sequence that the model was made for, where its config says so."""
+    """Longest sequence that the model supports, in tokens; None when its config does not say."""
     text = described.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and any(family in text.model_type for family in ("roberta", "camembert")):
-        positions -= text.pad_token_id + 1  # these count positions from behind the padding token's
+        positions -= text.pad_token_id + 1  # the first position comes after the padding token's id
     return positions

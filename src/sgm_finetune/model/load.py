@@ -1,4 +1,4 @@
-"""Base models: loaded and quantised, or built without numbers."""
+"""Base models: loaded from their files and quantised, or built without weights on device "meta"."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _PROBLEMS: dict[LabelKind, str] = {
     "classes": "multi_label_classification",
     "number": "regression",
 }
-"""Transformers' names for what a label is."""
+"""Transformers' `problem_type` for each kind of label."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What the data ask of a model's head."""
+    """What the data require of a model's head."""
 
     labels: tuple[str, ...] = ()
-    """Names of the classes, in the order of the logits; () keeps the head that the files have."""
+    """Names of the classes, in the order of the logits; () keeps the stored head."""
     label_kind: LabelKind | None = None
-    """What one label is: a class, a set of classes, a number. None: not known, or no classification."""
+    """What one label is: a class, a set of classes, or a number. None: unknown, or the task has no labels."""
     pad_token_id: int | None = None
-    """Id of the tokenizer's padding token; None keeps the model's own."""
+    """The tokenizer's; None keeps the one in config.json."""
 
     @property
-    def is_own(self) -> bool:
-        """Whether the head is made for these labels, or for a number, rather than kept as stored."""
+    def fits_labels(self) -> bool:
+        """Whether the head gets the size that the labels need (else: the stored size)."""
         return bool(self.labels) or self.label_kind == "number"
 
 
@@ -52,19 +52,19 @@ def load_model(
     head: Head = Head(),
     device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The base model, in eval mode, quantised as asked, ready for backward passes; and the names of its modules that
-    are not in its files: a new head, as `head` asks for.
+    """The base model in eval mode, quantised as `config` says, and the names of its modules that its files lack.
 
-    dtype "auto": under quantisation what `multiplies_bfloat16` says, else the stored type. A new head
-    starts from torch's global random state; one of another size than the stored one is new. What lies outside the
-    numbered blocks is not quantised. Raises UserError for weights that cannot be read, or are not those of the model.
+    These modules are a new head: one that the files do not have, or have in another size. Its weights come from torch's
+    global random state. The dtype "auto" is the stored one; with quantisation it is bfloat16 where the processor
+    multiplies bfloat16, else float32. Only layers inside numbered blocks are quantised. Backward passes through the
+    model are correct (`ready_for_backward`). Raises UserError when the weights cannot be read or do not fit the model.
     """
     device = device or device_for()
     settings: dict[str, Any] = {"device_map": {"": device}, "attn_implementation": _attention()}
     quantised = config.quantization != "none"
     described = _config_for(config, folder, head)
-    if head.is_own:
-        settings["ignore_mismatched_sizes"] = True  # of a head for other labels
+    if head.fits_labels:
+        settings["ignore_mismatched_sizes"] = True  # the stored head may be for other labels
     auto, trusted = auto_class(config.task), config.trust_remote_code
     try:
         if quantised:
@@ -82,7 +82,8 @@ def load_model(
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise UserError(f"model.name={config.name} cannot be loaded: {first_line(error)}") from None
     ready_for_backward(model)
-    if quantised and device.type == "cpu":  # embeddings and norms hold the whole file in memory, whose views they are
+    if quantised and device.type == "cpu":
+        # embeddings and norms are views of the mapped file: without a copy, all of it stays in memory
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.clone()
@@ -91,21 +92,22 @@ def load_model(
 
 
 def _dtype(config: ModelConfig) -> torch.dtype | None:
-    """None: as stored."""
+    """The dtype that `config` asks for; None means the stored one."""
     if config.dtype == "auto" and config.quantization != "none":
         return torch.bfloat16 if multiplies_bfloat16() else torch.float32
     return _DTYPES.get(config.dtype)
 
 
 def _attention() -> str | None:
-    """torch's fused attention is the slower one in bfloat16 backward passes on a CPU (docs/LOG.md)."""
+    """Transformers' attention implementation; None means its default."""
+    # on a CPU, torch's fused attention is slower in bfloat16 backward passes (docs/LOG.md)
     return None if has_gpu() else "eager"
 
 
 def _config_for(config: ModelConfig, folder: Path, head: Head) -> PreTrainedConfig:
-    """The model's configuration for the task's labels."""
+    """config.json with the settings of `head`."""
     described = read_model_config(config, folder)
-    if head.is_own:
+    if head.fits_labels:
         names = head.labels or ("number",)
         described.num_labels = len(names)
         described.id2label = dict(enumerate(names))
@@ -115,7 +117,7 @@ def _config_for(config: ModelConfig, folder: Path, head: Head) -> PreTrainedConf
     if head.pad_token_id is not None:
         described.pad_token_id = head.pad_token_id
     if hasattr(text := described.get_text_config(), "use_cache"):
-        text.use_cache = False  # of keys and values, which generation alone has use for
+        text.use_cache = False  # only generation uses the cache of keys and values
     return described
 
 
@@ -124,8 +126,10 @@ def skeleton(
     folder: Path,
     head: Head = Head(),
 ) -> PreTrainedModel:
-    """What `load_model` would load, on device "meta": shapes, types and code without numbers. Quantised layers are
-    stand-ins that need what bitsandbytes' need (`stand_ins.py`)."""
+    """The model that `load_model` would load, on device "meta": shapes, dtypes and code without numbers.
+
+    Quantised layers are stand-ins that need as much memory as bitsandbytes' layers (`stand_ins.py`).
+    """
     from sgm_finetune.model.stand_ins import FUSED_ATTENTION, stand_in
 
     quantised = config.quantization != "none"
@@ -149,20 +153,23 @@ def skeleton(
 
 
 def check_checkpointing(model: PreTrainedModel) -> None:
-    """Raises UserError where Transformers cannot compute the model's blocks again."""
+    """Raises UserError when Transformers cannot recompute the activations of the model's blocks."""
     if not model.supports_gradient_checkpointing:
         raise UserError(
-            f"training.checkpointing is not possible with a {type(model).__name__}; take training.checkpointing=false"
+            f"{type(model).__name__} does not support training.checkpointing; use training.checkpointing=false"
         )
 
 
 def _outside_blocks(model: nn.Module) -> list[str]:
-    """Linear layers outside numbered blocks: heads, poolers."""
+    """Names of the linear layers outside numbered blocks: heads, poolers."""
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and block_of(n) is None]
 
 
-def _new_modules(model: nn.Module, absent: Collection[str], what: str) -> tuple[str, ...]:
-    """The outermost modules whose parameters are all `absent` from the files; what a head cannot be raises."""
+def _new_modules(model: nn.Module, absent: Collection[str], model_name: str) -> tuple[str, ...]:
+    """The outermost modules whose parameters are all `absent` from the files.
+
+    Raises UserError when one of these parameters lies in a numbered block or an embedding: a head does not.
+    """
     parameters = [name for name, _ in model.named_parameters()]
     found: dict[str, None] = {}
     for name in parameters:
@@ -170,14 +177,22 @@ def _new_modules(model: nn.Module, absent: Collection[str], what: str) -> tuple[
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
         if block_of(name) is not None or isinstance(owner, nn.Embedding):
-            raise UserError(f"model.name={what}: its files lack `{name}`, or hold it in another shape; get them again")
+            raise UserError(
+                f"model.name={model_name}: its files lack `{name}`, or hold it in another shape; download them again"
+            )
         parts = name.split(".")[:-1]
-        outer = (".".join(parts[: n + 1]) for n in range(len(parts)))
-        found[next(o for o in outer if all(p in absent for p in parameters if p.startswith(f"{o}.")))] = None
+        modules = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+        found[next(module for module in modules if _is_absent(module, parameters, absent))] = None
     return tuple(found)
 
 
+def _is_absent(module: str, parameters: Collection[str], absent: Collection[str]) -> bool:
+    """Whether all parameters of the module are `absent`."""
+    return all(parameter in absent for parameter in parameters if parameter.startswith(f"{module}."))
+
+
 def _quantization(config: ModelConfig, unquantised: list[str]) -> BitsAndBytesConfig:
+    """bitsandbytes' settings; the modules `unquantised` stay as they are."""
     if config.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantised)
     return BitsAndBytesConfig(

@@ -15,14 +15,15 @@ from sgm_finetune.model.names import block_of, weight_conversions
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight that can be adapted: a linear layer's, or a stack of one matrix for each expert."""
+    """A weight that an adapter can change: a linear layer's, or a stack with one matrix per expert."""
 
     module: nn.Module
     shape: tuple[int, int]
-    """(d_out, d_in), of one expert."""
+    """(d_out, d_in); for a stack, of one expert."""
     num_experts: int | None = None
-    """None: a linear layer."""
+    """None for a linear layer."""
     parameter: str = "weight"
+    """Name of the weight in `module`."""
 
     @property
     def transposed(self) -> bool:
@@ -33,8 +34,9 @@ class Matrix:
 def adaptable(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Matrix]:
     """Name -> weight, in `named_modules()` order: `names`, or all inside numbered layers (no heads, no embeddings).
 
-    A linear layer has its module's name, a stack of experts its parameter's: `model.layers.0.mlp.experts.down_proj`.
-    Raises UserError for a name that is no such weight of the model.
+    A linear layer has the name of its module, a stack of experts that of its parameter:
+    `model.layers.0.mlp.experts.down_proj`. Raises UserError when a name is not such a weight, and when a model without
+    `names` has none.
     """
     beyond = set(out_of_reach(model))
     found = {name: matrix for name, matrix in _all_matrices(model).items() if name not in beyond}
@@ -64,7 +66,8 @@ def _all_matrices(model: nn.Module) -> dict[str, Matrix]:
 
 def _matrices_of(name: str, module: nn.Module) -> Iterator[tuple[str, Matrix]]:
     if isinstance(module, nn.Linear | Conv1D):
-        if min(shape := matrix_shape(module)) > 1:  # one row is no matrix
+        shape = matrix_shape(module)
+        if min(shape) > 1:  # a single row or column has no spectrum
             yield name, Matrix(module, shape)
     elif isinstance(getattr(module, "num_experts", None), int):
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -75,22 +78,28 @@ def _matrices_of(name: str, module: nn.Module) -> Iterator[tuple[str, Matrix]]:
 
 
 def out_of_reach(model: nn.Module) -> list[str]:
-    """Linear layers beside experts that PEFT takes for these, so that they cannot be adapted: it reads a target
-    `...shared_expert.gate_proj` as the name by which the experts of that model type are stored, and adapts these."""
-    stored = {
-        leaf
-        for conversion in weight_conversions(model)
-        if isinstance(conversion, WeightConverter)
-        for pattern in conversion.source_patterns
-        if ".experts.*." in f".{pattern}" and (leaf := pattern.removesuffix(".weight").rpartition(".")[2])
-    }
-    if not stored:
+    """Names of linear layers beside experts that PEFT cannot adapt.
+
+    PEFT takes a target such as `...shared_expert.gate_proj` for the name under which the files store the experts, and
+    adapts the experts instead.
+    """
+    stored_leaves = set()
+    for conversion in weight_conversions(model):
+        if isinstance(conversion, WeightConverter):
+            for pattern in conversion.source_patterns:
+                if ".experts.*." in f".{pattern}":
+                    stored_leaves.add(pattern.removesuffix(".weight").rpartition(".")[2])
+    stored_leaves.discard("")
+    if not stored_leaves:
         return []
-    return [name for name in _all_matrices(model) if name.rpartition(".")[2] in stored and ".experts." not in name]
+    return [
+        name for name in _all_matrices(model) if name.rpartition(".")[2] in stored_leaves and ".experts." not in name
+    ]
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in), also of Transformers' Conv1D, whose weight is stored transposed, and of packed 4-bit weights."""
+    """(d_out, d_in) of a linear layer, also of a packed 4-bit one and of Transformers' Conv1D, whose weight is
+    transposed."""
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
     assert isinstance(layer, nn.Linear)

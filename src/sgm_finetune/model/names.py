@@ -8,15 +8,13 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 
 def block_of(name: str) -> str | None:
-    """The numbered block that a module or parameter lies in.
+    """The numbered block that contains a module or parameter; None outside the blocks.
 
     >>> block_of("model.layers.3.mlp.up_proj"), block_of("lm_head")
     ('model.layers.3', None)
@@ -27,12 +25,16 @@ def block_of(name: str) -> str | None:
 
 
 def weight_conversions(model: nn.Module) -> list[Any]:
+    """Transformers' rules that turn the tensors of a model's files into its parameters; [] for other models."""
     return list(get_model_conversion_mapping(model)) if isinstance(model, PreTrainedModel) else []
 
 
 def stored_to_model_names(model: nn.Module) -> Callable[[str], str]:
-    """A function from the name of a parameter in the model's files to its name in `model`: many experts' matrices have
-    the name of one stack, and a bare encoder's files lack the task model's prefix. It can be pickled."""
+    """A function from a parameter's name in the model's files to its name in `model`; it can be pickled.
+
+    The names differ because the matrices of many experts become one stack, and because the files of an encoder lack
+    the prefix of the task's model.
+    """
     conversions = weight_conversions(model)
     return partial(
         _model_name,
@@ -48,7 +50,7 @@ def _model_name(stored: str, renamings: list, converters: list, prefix: str | No
 
 
 def module_of(name: str) -> str:
-    """The name without the part.
+    """The name without its `[part]`.
 
     >>> module_of("h.0.attn.c_attn[q]")
     'h.0.attn.c_attn'
@@ -57,7 +59,7 @@ def module_of(name: str) -> str:
 
 
 def layer_of(name: str) -> int | None:
-    """First number among the parts of a matrix's name.
+    """The first number among the dotted parts of a matrix's name; None without one.
 
     >>> layer_of("model.layers.3.self_attn.q_proj"), layer_of("lm_head"), layer_of("experts[7.up]")
     (3, None, None)
@@ -66,7 +68,7 @@ def layer_of(name: str) -> int | None:
 
 
 def kind_of(name: str) -> str:
-    """The name with every number among its parts replaced by `*`.
+    """The name with `*` for every number among its parts.
 
     >>> kind_of("model.layers.3.mlp.experts.7.up_proj"), kind_of("layers.3.mlp.experts.gate_up_proj[7.up]")
     ('model.layers.*.mlp.experts.*.up_proj', 'layers.*.mlp.experts.gate_up_proj[*.up]')

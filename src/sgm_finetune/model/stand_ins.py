@@ -1,6 +1,7 @@
-"""Quantised linear layers without numbers: the tensors that bitsandbytes makes and keeps, for `models.skeleton`.
+"""Quantised layers, attention and kernels on device "meta" that make and keep the tensors of the real ones.
 
-They are bitsandbytes' own classes to PEFT, so that an adapter on them is the one that will train.
+`model/load.py:skeleton` uses them. The quantised layers are subclasses of bitsandbytes' layers, so that PEFT puts the
+same adapter on them as on the real model.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 FUSED_ATTENTION = "sgm_fused_stand_in"
-"""Transformers' name for `_fused_attention`."""
+"""The name under which Transformers finds `_fused_attention`."""
 NF4_BLOCK = 64
-"""Weights that share a scale, a float32."""
+"""Number of weights that share one float32 scale."""
 
 
 class _Dequantised(torch.autograd.Function):
-    """x Wᵀ, W made anew in the forward and in the backward pass. 4 bits keep nothing of x, 8 bits on a CPU keep it."""
+    """x Wᵀ, with W dequantised in the forward and again in the backward pass.
+
+    A 4-bit layer does not keep x, an 8-bit layer on a CPU does.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Linear, keeps_input: bool) -> Tensor:
@@ -51,7 +55,7 @@ class _Int8(Linear8bitLt):
 
 
 def stand_in(layer: nn.Linear, quantization: str) -> nn.Linear:
-    """Of a linear layer on device "meta", in its type."""
+    """A quantised stand-in for `layer`, on device "meta", in the dtype of `layer`; `quantization` is nf4 or int8."""
     rows, cols, bias = layer.out_features, layer.in_features, layer.bias is not None
     dtype = layer.weight.dtype
     if quantization == "nf4":
@@ -64,7 +68,7 @@ def stand_in(layer: nn.Linear, quantization: str) -> nn.Linear:
 
 
 class _Fused(torch.autograd.Function):
-    """Attention that keeps what it reads, what it gives, and a float32 for every query and head."""
+    """Attention that keeps q, k, v, its output, and one float32 per query and head."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ AttentionMaskInterface.register(FUSED_ATTENTION, sdpa_mask)
 
 
 class _Norm(torch.autograd.Function):
-    """Liger's RMSNorm: keeps what it reads and a float32 a row; x's gradient takes the place of y's."""
+    """Liger's RMSNorm: it keeps x and one float32 per row; the gradient of x overwrites that of y."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -101,7 +105,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _Gated(torch.autograd.Function):
-    """Liger's SwiGLU or GeGLU: keeps both factors, whose gradients take their places."""
+    """Liger's SwiGLU or GeGLU: it keeps both factors, and their gradients overwrite them."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -114,7 +118,7 @@ class _Gated(torch.autograd.Function):
 
 
 def stand_in_kernels(model: nn.Module) -> None:
-    """Has the norms and gated MLPs of a skeleton keep what Liger's kernels do."""
+    """Makes the norms and gated MLPs of a skeleton keep what Liger's kernels keep."""
 
     def gated(module: Any, x: Tensor) -> Tensor:
         return module.down_proj(_Gated.apply(module.gate_proj(x), module.up_proj(x)))
@@ -127,8 +131,11 @@ def stand_in_kernels(model: nn.Module) -> None:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Of the parameters and buffers of a skeleton as they will be held: 4-bit weights two in a byte and a scale for
-    every 64 of them, 8-bit ones a byte and a scale a row, tied ones once."""
+    """Bytes that the parameters and buffers of a skeleton will need.
+
+    4-bit weights take half a byte each and a float32 scale for every 64, 8-bit weights one byte each and a float32
+    scale per row. Tied weights count once.
+    """
     quantised: dict[int, float] = {}
     for module in model.modules():
         if isinstance(module, _Nf4):

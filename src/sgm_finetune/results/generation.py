@@ -43,10 +43,13 @@ def continue_prompts(
     progress: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> list[str]:
-    """What the model writes after each prompt of token ids, up to one of the tokens `ends` or `limit` tokens; greedy,
-    where `options` of Transformers' `generate` do not say otherwise. Longest prompts first, `batch_size` together; the
-    model's mode is restored. The texts are without special tokens, and without white space around."""
-    device = next(model.parameters()).device
+    """Generates a text after each prompt of token ids, up to one of the tokens `ends` or `limit` tokens.
+
+    Decoding is greedy unless `options` of Transformers' `generate` say otherwise. The longest prompts come first,
+    `batch_size` at a time. The texts have no special tokens and no white space around them. The model's mode is
+    restored.
+    """
+    device, is_decoder = next(model.parameters()).device, task == "causal-lm"
     order = longest_first([len(prompt) for prompt in prompts])
     answers: dict[int, str] = {}
     was_training = model.training
@@ -54,17 +57,18 @@ def continue_prompts(
     try:
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
-            ids, mask = _padded([prompts[i] for i in chosen], tokenizer.pad_token_id, left=task == "causal-lm")
+            rows = {"input_ids": [list(prompts[i]) for i in chosen]}
+            padded = tokenizer.pad(rows, padding_side="left" if is_decoder else "right", return_tensors="pt")
             with torch.no_grad(), _contiguous_reads(model.get_output_embeddings()):
-                written = model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
+                generated = model.generate(
+                    input_ids=padded["input_ids"].to(device),
+                    attention_mask=padded["attention_mask"].to(device),
                     **{"do_sample": False, "use_cache": True, "num_beams": 1, "max_new_tokens": limit, **options},
                     eos_token_id=list(ends),
                     pad_token_id=tokenizer.pad_token_id,
                 )
-            start = ids.shape[1] if task == "causal-lm" else 0
-            for index, row in zip(chosen, written[:, start:].tolist(), strict=True):
+            start = padded["input_ids"].shape[1] if is_decoder else 0  # a decoder repeats its prompt
+            for index, row in zip(chosen, generated[:, start:].tolist(), strict=True):
                 answers[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
             progress(len(answers), len(order))
     finally:
@@ -74,8 +78,11 @@ def continue_prompts(
 
 @contextmanager
 def _contiguous_reads(head: nn.Module | None) -> Iterator[None]:
-    """Transformers hands the output layer the last position of every prompt as a slice. Its product with a matrix is a
-    batched one then, for which a CPU copies the matrix for every prompt: 57 MB each with SmolLM2."""
+    """Makes what the output layer reads contiguous.
+
+    Transformers gives it the last position of every prompt as a slice. Its product with the weights is then a batched
+    one, for which a CPU copies the weights for every prompt: 57 MB each with SmolLM2.
+    """
     if head is None:
         yield
         return
@@ -86,18 +93,8 @@ def _contiguous_reads(head: nn.Module | None) -> Iterator[None]:
         hook.remove()
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(1, *(len(row) for row in rows))
-    ids, mask = [], []
-    for row in rows:
-        blank, there = [pad] * (width - len(row)), [1] * len(row)
-        ids.append([*blank, *row] if left else [*row, *blank])
-        mask.append([0] * len(blank) + there if left else there + [0] * len(blank))
-    return torch.tensor(ids), torch.tensor(mask)
-
-
 def answer_metrics(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Exact match (up to white space), ROUGE-L (F-measure, Lin 2004), BLEU (0 to 100, sacrebleu's corpus BLEU).
+    """Returns exact match (up to white space), ROUGE-L (F-measure, Lin 2004), BLEU (0 to 100, sacrebleu's corpus BLEU).
 
     >>> answer_metrics(["a b c d"], ["a  b c d"])
     {'exact_match': 1.0, 'rouge_l': 1.0, 'bleu': 100.0}

@@ -49,8 +49,8 @@ def _task_manager(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
             named[str(file)] = str(content["task"])
         except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
             raise UserError(
-                f"evaluation.harness: {file} is not a task file of lm-eval ({first_line(error)}); correct it, or leave "
-                "it out"
+                f"evaluation.harness: {file} is not a task file of lm-eval ({first_line(error)}); correct it, or "
+                "leave it out"
             ) from None
     manager = TaskManager(include_path=[str(folder) for folder in dict.fromkeys(file.parent for file in files)] or None)
     return manager, [named.get(name, name) for name in tasks]

@@ -132,7 +132,7 @@ def attach_adapter(base: PreTrainedModel, content: dict[str, Any], path: Path) -
 
 
 def attach_untrained(base: PreTrainedModel, content: dict[str, Any], path: Path) -> PeftModel:
-    """As `attach_adapter`, with the adapter's shapes and without its numbers; also on device "meta"."""
+    """Like `attach_adapter`, but the adapter has the right shapes and no trained numbers; works on device "meta"."""
     plan = parse_plan(content["plan"], str(path))
     try:
         check_plan(base, plan)

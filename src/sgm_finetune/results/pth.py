@@ -34,12 +34,12 @@ def save_pth(
     label_kind: LabelKind | None,
     roles: Sequence[str] = (),
 ) -> None:
-    """One file of tensors and plain data with all that `sgm evaluate` needs but the base model.
+    """Writes one file of tensors and plain data: all that `sgm evaluate` needs beside the base model.
 
-    Keys: format, adapter (name -> tensor, a shared factor's storage once), peft_config, plan, config; and of the data
-    labels, label_kind and roles (text, label, messages ...).
+    Its keys are format, adapter (name -> tensor; a shared factor is stored once), peft_config, plan and config; and
+    for the data labels, label_kind and roles (text, label, messages ...).
     """
-    state = {name: tensor.detach().cpu() for name, tensor in _once(get_peft_model_state_dict(model)).items()}
+    state = _on_cpu(get_peft_model_state_dict(model))
     content = {
         "format": FORMAT,
         "adapter": state,
@@ -54,14 +54,14 @@ def save_pth(
         torch.save(content, scratch)
 
 
-def _once(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """On the CPU, with tensors that share memory still sharing it."""
+def _on_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU; those that share memory still share it."""
     moved: dict[tuple[int, torch.Size], torch.Tensor] = {}
     return {n: moved.setdefault((t.data_ptr(), t.shape), t.detach().cpu()) for n, t in state.items()}
 
 
 def _plain(value: Any) -> Any:
-    """JSON's types only: sets become sorted lists, enumerations their values."""
+    """The value in JSON's types: sets become sorted lists, enumerations their values."""
     match value:
         case dict():
             return {str(k): _plain(v) for k, v in value.items()}
@@ -76,8 +76,8 @@ def _plain(value: Any) -> Any:
 
 
 class _Settings(BaseModel):
-    """PEFT's settings that a run writes; nothing else of PEFT's (regular expressions, classes to import, other
-    files) is taken from a file."""
+    """The PEFT settings that a run writes. A file gives PEFT nothing else: no regular expressions, classes to import or
+    other files."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     r: int = Field(ge=1, le=2**16)
@@ -91,7 +91,7 @@ class _Settings(BaseModel):
 
 
 class _Content(BaseModel):
-    """A .pth file's."""
+    """The types of a .pth file's content."""
 
     model_config = ConfigDict(strict=True, extra="ignore", arbitrary_types_allowed=True)
     format: Literal["sgm-finetuned/1"]
@@ -105,7 +105,10 @@ class _Content(BaseModel):
 
 
 def load_pth(path: Path) -> dict[str, Any]:
-    """The content of a .pth file that `save_pth` wrote, read without running any code from it, its types checked."""
+    """Returns the content of a .pth file that `save_pth` wrote; checks its types and runs no code from it.
+
+    Raises UserError for any other file.
+    """
     try:
         content = read_torch(path)
     except FileNotFoundError:
@@ -133,7 +136,7 @@ def _check_plain(value: Any) -> None:
 
 
 def _check_settings(given: dict[str, Any]) -> None:
-    """ValueError for settings that a run does not write, and which would change what PEFT does."""
+    """Raises ValueError for a setting that no run writes and that would change what PEFT does."""
     _Settings.model_validate(given)
     names = {field.name for field in fields(LoraConfig)}
     ours = {*_Settings.model_fields, "peft_type", "inference_mode", "base_model_name_or_path", "revision",
@@ -145,8 +148,11 @@ def _check_settings(given: dict[str, Any]) -> None:
 
 
 def stored_config(content: dict[str, Any], path: Path, config: Config, overrides: Sequence[str]) -> Config:
-    """The configuration in a loaded .pth file, changed by `overrides` (key=value). Where results are, and whether a
-    model's own code may run, is `config`'s, never the file's, which may be a stranger's. Raises UserError."""
+    """The configuration in a loaded .pth file, changed by `overrides` (key=value). Raises UserError if it is not valid.
+
+    The output folder, and whether a model's own code may run, come from `config` and never from the file, which a
+    stranger may have made.
+    """
     values = parse_config(content["config"], str(path)).model_dump(mode="json")
     values["output"]["dir"] = config.output.dir
     values["model"]["trust_remote_code"] = config.model.trust_remote_code
@@ -154,6 +160,6 @@ def stored_config(content: dict[str, Any], path: Path, config: Config, overrides
 
 
 def lora_config(content: dict[str, Any]) -> LoraConfig:
-    """PEFT's configuration of the adapter in a loaded .pth file, for whatever folder its base is in now."""
+    """PEFT's configuration of the adapter in a loaded .pth file. It names no folder of the base model."""
     given = content["peft_config"]
     return LoraConfig(**{key: given[key] for key in _Settings.model_fields if key in given})

@@ -12,8 +12,10 @@ from sgm_finetune.model.weights.tensors import Parameter, Rows, StoredTensor, as
 
 
 def bnb_4bit(tensor: StoredTensor, companions: Companions) -> Parameter | None:
-    """nf4, fp4: two values per byte, a scale (`absmax`) per block of values in reading order; the scales may be
-    quantised once more (`nested_*`). The packed bytes may be stored under any dtype."""
+    """nf4 and fp4: two values per byte, and a scale (`absmax`) per block of values in row-major order.
+
+    The scales may be quantised themselves (`nested_*`). The packed bytes may have any dtype.
+    """
     name = tensor.name
     for kind in ("nf4", "fp4"):
         if packed_state := companions.find(f"{name}.quant_state.bitsandbytes__{kind}"):
@@ -52,7 +54,7 @@ def bnb_4bit(tensor: StoredTensor, companions: Companions) -> Parameter | None:
         packed = tensor.get().view(torch.uint8).flatten()
 
         def chunk(start: int, stop: int) -> Tensor:
-            """Whole blocks around the rows, then what is asked for of them."""
+            """The rows, cut out of the dequantised blocks that contain them."""
             first, last = start * cols // block, -(-stop * cols // block)
             begin, end = first * block, min(last * block, rows * cols)
             state = QuantState(scales[first:last], (end - begin,), whole.code, block, kind, torch.float32)
@@ -65,7 +67,7 @@ def bnb_4bit(tensor: StoredTensor, companions: Companions) -> Parameter | None:
 
 
 def bnb_int8(tensor: StoredTensor, companions: Companions) -> Parameter | None:
-    """int8 times SCB/127 of its row (o)."""
+    """int8 values times SCB/127, with one SCB per row (o)."""
     scale_name = f"{tensor.name.removesuffix('.weight')}.SCB"
     if tensor.dtype != "int8" or len(tensor.shape) != 2 or scale_name not in companions.tensors:
         return None
@@ -73,7 +75,7 @@ def bnb_int8(tensor: StoredTensor, companions: Companions) -> Parameter | None:
     scb = companions.need(scale_name, (o,), (o, 1))
     layout = companions.find(f"{tensor.name.removesuffix('.weight')}.weight_format")
     if layout is not None and bool(layout.get().any()):
-        raise companions.misfit("its rows are reordered for one kind of GPU (weight_format)")
+        raise companions.misfit("its rows are in an order for one kind of GPU (weight_format)")
 
     def prepare(expert: int | None) -> Rows:
         values, scale = tensor.get(), scb.get().float().view(o, 1) / 127

@@ -1,8 +1,8 @@
-"""Which rows or columns of a fused parameter are which matrix: query, key and value; gate and up.
+"""Which rows or columns of a fused parameter belong to which matrix: query, key and value; gate and up.
 
-A model computes q, k and v (or gate and up) with one product of one stored parameter and then cuts the result. Where
-it cuts is fixed by its modeling file, so the layouts below are named by the `model_type` of config.json; the numbers
-come from config.json too, and a parameter that does not have the shape that they give stays whole.
+A model computes q, k and v (or gate and up) with one product of one stored parameter and then cuts the result. Its
+modeling file fixes where it cuts, so the tables below find the layout by the `model_type` of config.json. The sizes
+come from config.json too; a parameter whose shape does not fit them stays whole.
 
 Letters: `h` hidden size, `n` heads, `m` key/value heads, `d` dimension of a head.
 """
@@ -20,7 +20,7 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cut:
-    """One part of a fused matrix: its axis is seen as `groups` equal groups, and of each `start:stop` is taken.
+    """One part of a fused matrix: `start:stop` of each of the `groups` equal groups along `axis`.
 
     >>> import torch
     >>> Cut("up", axis=1, groups=2, start=1, stop=2).of(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])).tolist()
@@ -34,16 +34,17 @@ class Cut:
     stop: int
 
     def of(self, matrix: Tensor) -> Tensor:
-        """The part of `matrix`, a view where it is one piece."""
+        """The part of `matrix`; a view if the part is contiguous."""
         grouped = matrix.unflatten(self.axis, (self.groups, -1))
         return grouped.narrow(self.axis + 1, self.start, self.stop - self.start).flatten(self.axis, self.axis + 1)
 
     def shape(self, whole: tuple[int, int]) -> tuple[int, int]:
+        """The part's shape; `whole` is the shape of the fused matrix."""
         length = self.groups * (self.stop - self.start)
         return (length, whole[1]) if self.axis == 0 else (whole[0], length)
 
     def row_ranges(self, num_rows: int) -> Iterator[tuple[int, int]]:
-        """Ranges of the whole matrix's rows that hold the part, in order."""
+        """Yields the ranges of the fused matrix's rows that contain the part, in order."""
         if self.axis == 1:
             yield 0, num_rows
             return
@@ -54,7 +55,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the outputs are arranged: `groups` times the parts, one behind another."""
+    """How the outputs are arranged: the parts one after another, repeated `groups` times."""
 
     parts: tuple[tuple[str, int], ...]
     """(name, length within one group)"""
@@ -62,9 +63,11 @@ class Layout:
 
     @property
     def length(self) -> int:
+        """Number of outputs."""
         return self.groups * sum(length for _, length in self.parts)
 
     def cuts(self, axis: int) -> tuple[Cut, ...]:
+        """The parts, when the outputs lie along `axis`."""
         found, start = [], 0
         for name, length in self.parts:
             found.append(Cut(name, axis, self.groups, start, start + length))
@@ -73,30 +76,30 @@ class Layout:
 
 
 Rule = Callable[[Config, int], Layout]
-"""(config, number of outputs) -> layout; KeyError where config.json lacks a number."""
+"""(config, number of outputs) -> layout. Raises KeyError when config.json lacks a size."""
 
 
 def thirds(config: Config, outputs: int) -> Layout:
-    """q, k, v one behind another, all of the hidden size."""
+    """q, k, v one after another, each of the hidden size."""
     h = _hidden_size(config)
     return Layout((("q", h), ("k", h), ("v", h)))
 
 
 def grouped(config: Config, outputs: int) -> Layout:
-    """q of n heads, then k and v of m heads each (grouped queries)."""
+    """q of n heads, then k and v of m heads each (grouped-query attention)."""
     n, d = _num_heads(config), _head_size(config)
     m = config.get("num_key_value_heads") or (config.get("attn_config") or {}).get("kv_n_heads") or n
     return Layout((("q", n * d), ("k", m * d), ("v", m * d)))
 
 
 def per_head(config: Config, outputs: int) -> Layout:
-    """q, k, v of the first head, then those of the second ..."""
+    """q, k, v of the first head, then of the second, and so on."""
     d = _head_size(config)
     return Layout((("q", d), ("k", d), ("v", d)), groups=_num_heads(config))
 
 
 def falcon(config: Config, outputs: int) -> Layout:
-    """Falcon's three: per group of heads (new decoder), one k and v for all heads (multi-query), or per head."""
+    """Falcon's three layouts: per group of heads (new decoder), one k and v for all heads (multi-query), per head."""
     n, d = _num_heads(config), _head_size(config)
     if config.get("new_decoder_architecture", False):
         m = config.get("num_kv_heads") or n
@@ -113,13 +116,13 @@ def bigcode(config: Config, outputs: int) -> Layout:
 
 
 def codegen(config: Config, outputs: int) -> Layout:
-    """CodeGen: four groups, each with q, v, k of a quarter of the heads."""
+    """CodeGen: four groups, each with q, v and k of a quarter of the heads."""
     quarter = _hidden_size(config) // 4
     return Layout((("q", quarter), ("v", quarter), ("k", quarter)), groups=4)
 
 
 def halves(config: Config, outputs: int) -> Layout:
-    """gate (the half that goes through the activation), then up."""
+    """gate (the half that the activation function takes), then up."""
     return Layout((("gate", outputs // 2), ("up", outputs // 2)))
 
 
@@ -129,11 +132,11 @@ def swapped_halves(config: Config, outputs: int) -> Layout:
 
 
 def alternating(config: Config, outputs: int) -> Layout:
-    """gate, up, gate, up ..."""
+    """gate and up in turn, one output each."""
     return Layout((("gate", 1), ("up", 1)), groups=outputs // 2)
 
 
-_LAYOUTS: tuple[tuple[str, Rule, str], ...] = (
+LAYOUTS: tuple[tuple[str, Rule, str], ...] = (
     ("c_attn", thirds, "gpt2 imagegpt decision_transformer openai-gpt"),
     ("c_attn", bigcode, "gpt_bigcode"),
     ("query_key_value", per_head, "gpt_neox gpt_neox_japanese bloom persimmon"),
@@ -153,9 +156,9 @@ _LAYOUTS: tuple[tuple[str, Rule, str], ...] = (
     ("up_gate_proj", swapped_halves, "gte"),
     ("input_linear", halves, "granitemoe granitemoeshared granitemoehybrid"),
 )
-"""(last part of the parameter's name, its layout, the model types that have it)"""
+"""(last part of the parameter's name, its layout, model types with this layout)"""
 
-_EXPERT_LAYOUTS: tuple[tuple[str, Rule, str], ...] = (
+EXPERT_LAYOUTS: tuple[tuple[str, Rule, str], ...] = (
     ("gate_up_proj", alternating, "gpt_oss"),
     (
         "gate_up_proj",
@@ -172,21 +175,21 @@ _EXPERT_LAYOUTS: tuple[tuple[str, Rule, str], ...] = (
 )
 """The same for one expert of a stack."""
 
-_COLUMNS = (
+_OUTPUTS_IN_COLUMNS = (
     "gpt2", "imagegpt", "decision_transformer", "openai-gpt", "gpt_oss", "llama4", "openai_privacy_filter", "aria",
     "qwen3_vl_moe",
 )  # fmt: skip
-"""Model types whose outputs are columns in the file (h x outputs). Only asked where the shape leaves it open: a
+"""Model types whose outputs are columns in the file (h x outputs). They only decide which axis is tried first: a
 quantised checkpoint may hold the transpose."""
 
 
 def cuts(
     parameter: str, shape: tuple[int, int], config: Config, *, expert: bool = False, transposed: bool = False
 ) -> tuple[Cut, ...]:
-    """The parts of a fused parameter, which together are the whole; empty where it is one matrix.
+    """The parts of a fused parameter, which together make up the whole; () when the parameter is one matrix.
 
-    `shape` is that of the matrix, for a stack of one `expert`. `transposed`: the file is known to hold the transpose
-    of the model's matrix. Torch's own `in_proj_weight` needs no config.
+    `shape` is the shape of the matrix; with `expert`, of one expert in a stack. `transposed` says that the file holds
+    the transpose of the model's matrix, if that is known. Torch's own `in_proj_weight` needs no config.
 
     >>> [(cut.name, cut.axis, cut.start, cut.stop) for cut in cuts("h.0.attn.c_attn.weight", (4, 12),
     ...     {"model_type": "gpt2", "n_embd": 4, "n_head": 2})]
@@ -195,33 +198,33 @@ def cuts(
     leaf = parameter.removesuffix(".weight").rpartition(".")[2]
     if leaf == "in_proj_weight":
         return thirds({"hidden_size": shape[1]}, shape[0]).cuts(0) if shape[0] == 3 * shape[1] else ()
-    for described in _described(config):
-        model_type = str(described.get("model_type")).removesuffix("_text")
-        for name, rule, model_types in _EXPERT_LAYOUTS if expert else _LAYOUTS:
+    for part in _nested_configs(config):
+        model_type = str(part.get("model_type")).removesuffix("_text")
+        for name, rule, model_types in EXPERT_LAYOUTS if expert else LAYOUTS:
             if name == leaf and model_type in model_types.split():
-                for axis in (1, 0) if (model_type in _COLUMNS) != transposed else (0, 1):
-                    if layout := _fitting(rule, described, outputs=shape[axis], inputs=shape[1 - axis]):
+                for axis in (1, 0) if (model_type in _OUTPUTS_IN_COLUMNS) != transposed else (0, 1):
+                    if layout := _layout_that_fits(rule, part, outputs=shape[axis], inputs=shape[1 - axis]):
                         return layout.cuts(axis)
     return ()
 
 
-def _fitting(rule: Rule, config: Config, outputs: int, inputs: int) -> Layout | None:
-    """The layout, where the sizes of the model are those of the matrix."""
+def _layout_that_fits(rule: Rule, config: Config, outputs: int, inputs: int) -> Layout | None:
+    """The layout, if the sizes in `config` are those of the matrix."""
     try:
         if inputs != _hidden_size(config):
             return None
         layout = rule(config, outputs)
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError):  # a number is missing, or is none
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError):  # a size is missing or not a number
         return None
     return layout if layout.length == outputs > 0 else None
 
 
-def _described(config: Config) -> Iterator[Config]:
-    """The config, then those inside it (of the text model, the decoder ...)."""
+def _nested_configs(config: Config) -> Iterator[Config]:
+    """Yields the config, then the ones inside it (of the text model, the decoder ...)."""
     yield config
     for value in config.values():
         if isinstance(value, Mapping):
-            yield from _described(value)
+            yield from _nested_configs(value)
 
 
 def _first(config: Config, *names: str) -> int:

@@ -1,4 +1,4 @@
-"""The weight matrices of a GGUF file: names as in the file, every type that the gguf package can dequantise."""
+"""The weight matrices of a GGUF file, under the file's names, in every type that the gguf package can dequantise."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _CONVOLUTION = re.compile(r"conv[^.]*\.weight$")
 
 
 def gguf_tensors(file: Path) -> Iterator[tuple[str, Parameter | None]]:
-    """(name, parameter) of every tensor; None where it is no weight matrix and no stack of experts.
+    """Yields (name, parameter) for every tensor; None unless it is a weight matrix or a stack of experts.
 
-    Only the header is read. Raises UserError where the gguf package is missing and for a type that it cannot
-    dequantise; ValueError, KeyError, IndexError or OSError for a damaged file.
+    It reads only the header. Raises UserError when the gguf package is missing or cannot dequantise a type; ValueError,
+    KeyError, IndexError or OSError for a damaged file.
     """
     try:
         from gguf import GGUFReader
@@ -36,16 +36,16 @@ def gguf_tensors(file: Path) -> Iterator[tuple[str, Parameter | None]]:
         ) from None
 
     class Bounded(GGUFReader):
-        """Counts that a damaged file makes up would be followed for ever."""
+        """Refuses counts beyond the end of the file; gguf would follow those of a damaged file without end."""
 
         def _get(self, offset: Any, dtype: Any, count: Any = 1, *order: Any, **options: Any) -> Any:
             if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
-                raise ValueError("it ends before what it promises")
+                raise ValueError("it ends before its header says")
             return super()._get(offset, dtype, count, *order, **options)
 
     reader = Bounded(file)
     if reader.byte_order != "I":
-        raise UserError(f"{file} was written for the other byte order; convert it, or take the .safetensors model")
+        raise UserError(f"{file} has the other byte order; convert it, or use the .safetensors model")
     for tensor in reader.tensors:
         kind = tensor.tensor_type
         stored = tuple(int(size) for size in tensor.data.shape)
@@ -74,7 +74,7 @@ def _is_matrix(name: str, num_dimensions: int) -> bool:
 
 
 def _refuse_unknown(file: Path, name: str, kind) -> None:
-    """UserError for a type that gguf names but cannot dequantise."""
+    """Raises UserError for a type that gguf knows but cannot dequantise."""
     from gguf import GGML_QUANT_SIZES, quants
 
     try:
@@ -82,17 +82,17 @@ def _refuse_unknown(file: Path, name: str, kind) -> None:
     except NotImplementedError:
         raise UserError(
             f"{name} in {file} is stored as {kind.name}, which the installed gguf package cannot dequantise; "
-            "take another quantisation of the model"
+            "use another quantisation of the model"
         ) from None
 
 
 def _mapped(file: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor's bytes in the file; never written to (copy on write only spares torch's warning)."""
+    """The tensor's bytes in the file, mapped. Nobody writes to them; copy-on-write only avoids torch's warning."""
     return np.memmap(file, dtype=dtype, mode="c", offset=offset, shape=shape)
 
 
 def _read_float(raw, kind: str, expert: int | None, cut: Cut | None) -> Tensor:
-    """As stored; bfloat16 is bytes to NumPy."""
+    """The matrix as stored; NumPy sees bfloat16 as bytes."""
     matrix = torch.from_numpy(raw() if expert is None else raw()[expert])
     if kind == "BF16":
         matrix = matrix.view(torch.bfloat16)
@@ -100,7 +100,7 @@ def _read_float(raw, kind: str, expert: int | None, cut: Cut | None) -> Tensor:
 
 
 def _read_packed(raw, kind, shape: tuple[int, int], expert: int | None, cut: Cut | None) -> Tensor:
-    """Blocks along each row (rows, bytes), in float32 from a few rows at a time."""
+    """The matrix in float32, from blocks along each row (rows, bytes), a few rows at a time."""
     from gguf import quants
 
     packed = raw() if expert is None else raw()[expert]

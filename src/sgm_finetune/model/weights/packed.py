@@ -1,4 +1,4 @@
-"""Weights of several small integers in one int32: GPTQ, AWQ, compressed-tensors."""
+"""Weights with several small integers in one int32: GPTQ, AWQ, compressed-tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from sgm_finetune.model.weights.tensors import Parameter, Rows, StoredTensor, pa
 
 
 def _unpack(packed: Tensor, bits: int, dim: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """The integers of every int32 along `dim`, lowest bits first (or `order`: place of each in the word), as uint8.
+    """The integers in every int32, unpacked along `dim`, as uint8.
+
+    The lowest bits come first, unless `order` gives the position of each integer in the int32.
 
     >>> _unpack(torch.tensor([[0x21]], dtype=torch.int32), bits=4, dim=1).tolist()
     [[1, 2, 0, 0, 0, 0, 0, 0]]
@@ -22,9 +24,10 @@ def _unpack(packed: Tensor, bits: int, dim: int, order: tuple[int, ...] | None =
 
 
 def gptq(tensor: StoredTensor, companions: Companions) -> Parameter | None:
-    """GPTQ: qweight (i/p, o), qzeros (g, o/p), scales (g, o), g_idx (i), p integers per int32.
+    """GPTQ: qweight (i/p, o), qzeros (g, o/p), scales (g, o), g_idx (i), with p integers per int32.
 
-    w[o, i] = (q - z) scale, with z and scale of the group of i. Files of the usual version hold z - 1.
+    w[o, i] = (q - z) scale, with z and scale of the group of i. Files in the format `gptq` hold z - 1, those in
+    `gptq_v2` hold z.
     """
     if not tensor.name.endswith(".qweight") or tensor.dtype != "int32" or len(tensor.shape) != 2:
         return None
@@ -38,7 +41,7 @@ def gptq(tensor: StoredTensor, companions: Companions) -> Parameter | None:
     if bits not in (2, 4, 8) or companions.settings.get("bits", bits) != bits or version not in ("gptq", "gptq_v2"):
         raise UserError(
             f"{tensor.name} in {tensor.file} is GPTQ of {companions.settings.get('bits', bits)} bits in the format "
-            f"{version}; 2, 4 and 8 bits in the formats gptq and gptq_v2 can be read; take the unquantised model"
+            f"{version}; 2, 4 and 8 bits in the formats gptq and gptq_v2 can be read; use the unquantised model"
         )
     i = tensor.shape[0] * 32 // bits
     companions.need(f"{base}.qzeros", (g, o * bits // 32))
@@ -49,7 +52,7 @@ def gptq(tensor: StoredTensor, companions: Companions) -> Parameter | None:
         packed, scale, zero = tensor.get(), scales.get(), zeros.get()
         group = groups.get().long() if groups else torch.arange(i) // -(-i // g)
         if int(group.min()) < 0 or int(group.max()) >= g:
-            raise ValueError(f"{base}.g_idx names a group beyond {g}")
+            raise ValueError(f"{base}.g_idx names a group beyond the {g} that there are")
         shift = (_unpack(zero, bits, 1).short() + offset) & (2**bits - 1)
 
         def chunk(start: int, stop: int) -> Tensor:
@@ -63,7 +66,7 @@ def gptq(tensor: StoredTensor, companions: Companions) -> Parameter | None:
 
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Place in the int32 of the eight columns that it holds."""
+"""Position of each of eight columns in its int32."""
 
 
 def awq(tensor: StoredTensor, companions: Companions) -> Parameter | None:
@@ -95,8 +98,8 @@ def awq(tensor: StoredTensor, companions: Companions) -> Parameter | None:
 def compressed(tensor: StoredTensor, companions: Companions) -> Parameter | None:
     """compressed-tensors' packed integers: weight_packed (o, i/p), weight_scale (o, g), weight_shape (o, i).
 
-    w = (q - 2^(bits-1)) scale of the group; with weight_zero_point (o/p, g) that is what is subtracted, and
-    weight_g_idx (i) names the group of each input.
+    w = (q - z) scale, with z and scale of the group. z is 2^(bits-1), or weight_zero_point (o/p, g). weight_g_idx (i)
+    names the group of each input.
     """
     if not tensor.name.endswith(".weight_packed") or tensor.dtype != "int32" or len(tensor.shape) != 2:
         return None
@@ -115,7 +118,7 @@ def compressed(tensor: StoredTensor, companions: Companions) -> Parameter | None
         zero = _unpack(zeros.get(), bits, 0)[:o] if zeros else torch.full((o, g), 2 ** (bits - 1))
         group = groups.get().long() if groups else torch.arange(i) // -(-i // g)
         if int(group.min()) < 0 or int(group.max()) >= g:
-            raise ValueError(f"{base}_g_idx names a group beyond {g}")
+            raise ValueError(f"{base}_g_idx names a group beyond the {g} that there are")
 
         def chunk(start: int, stop: int) -> Tensor:
             values = _unpack(packed[start:stop], bits, 1)[:, :i].float()

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: which tensors of the files are one weight matrix, and the float32 values they stand for.
+"""Quantised checkpoints: which tensors of the files make up a weight matrix, and their values in float32.
 
 A format is recognised by the companions of a tensor (`x.weight.absmax`, `x.scales` ...). Their shapes are checked
 before anything large is read. Each format has one function `<format>(tensor, companions) -> Parameter | None`, in
@@ -23,10 +23,10 @@ _FORMATS = (bnb_4bit, bnb_int8, scaled, gptq, awq, compressed, mxfp4)
 
 
 def read_quantised(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> dict[str, Parameter]:
-    """Name of the tensor that holds the packed values -> parameter, for every quantised matrix of a model.
+    """Name of the tensor with the packed values -> parameter, for every quantised matrix of a model.
 
-    `tensors` are all that the files hold, `config` is config.json. Raises UserError for companions that are missing or
-    do not fit, and for whatever is stored in a quantised format that is not known here.
+    `tensors` are all tensors of the files, `config` is config.json. Raises UserError when companions are missing or do
+    not fit, and for a tensor in an unknown quantised format.
     """
     settings = quantisation(config)
     found: dict[str, Parameter] = {}
@@ -43,13 +43,13 @@ def read_quantised(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any
             method = settings.get("quant_method") or "none named in config.json"
             raise UserError(
                 f"{name} in {tensor.file} is stored as {tensor.dtype} (quantization method: {method}), a format that "
-                "cannot be read here; take the unquantised model"
+                "SGM cannot read; use the unquantised model"
             )
     return found
 
 
 def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `quantization_config` of config.json, which multimodal models keep inside `text_config`; {} without one."""
+    """The `quantization_config` of config.json; multimodal models keep it in `text_config`. {} without one."""
     for described in (config, config.get("text_config")):
         if isinstance(described, Mapping):
             for key in ("quantization_config", "compression_config"):
@@ -59,7 +59,7 @@ def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _is_packed(tensor: StoredTensor, quantised_model: bool) -> bool:
-    """Values that only a quantised format's reader understands; index buffers and masks are not."""
+    """Whether the tensor holds quantised values, which need a format's reader. Index buffers and masks do not."""
     if tensor.is_float or len(tensor.shape) < 2 or tensor.dtype in ("int64", "bool", "complex64"):
         return False
     if quantised_model and not tensor.name.endswith((".bias", "mask")):

@@ -1,4 +1,4 @@
-"""Weights that are small floats or 8-bit integers times a scale, or a grid of scales."""
+"""Weights that are 8-bit or 4-bit values times a scale, or times a grid of scales."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from sgm_finetune.model.weights.tensors import Parameter, Rows, StoredTensor, pa
 
 
 def scaled(tensor: StoredTensor, companions: Companions) -> Parameter | None:
-    """fp8 (`weight_scale`, `weight_scale_inv`; both multiply) and compressed-tensors' int8: values times scales, one
-    for all, per row, per column, or per block of rows and columns. Also of expert stacks (experts, rows, cols).
+    """fp8 and compressed-tensors' int8: values times one scale for all, per row, per column, or per block.
 
-    The scales are (rows of blocks, columns of blocks), E8M0 ones powers of two stored as their exponents.
+    A block is a rectangle of rows and columns; the scales have the shape (rows of blocks, columns of blocks). Both
+    names, `weight_scale` and `weight_scale_inv`, hold factors that multiply. E8M0 scales are powers of two, stored as
+    their exponents. The format includes stacks of experts (experts, rows, cols).
     """
     is_fp8 = tensor.dtype in ("float8_e4m3fn", "float8_e5m2")
     if len(tensor.shape) not in (2, 3) or not (is_fp8 or tensor.dtype == "int8"):
@@ -56,11 +57,13 @@ def scaled(tensor: StoredTensor, companions: Companions) -> Parameter | None:
 @dataclass(frozen=True)
 class _Grid:
     shape: tuple[int, int]
+    """Number of scales along the rows and along the columns."""
     block: tuple[int, int]
+    """Number of rows and of columns that share a scale."""
 
 
 def _grid(scale: tuple[int, ...], shape: tuple[int, int], num_experts: int | None, companions: Companions) -> _Grid:
-    """How many scales a matrix has along its rows and columns, and how many rows and columns each is for."""
+    """The grid of scales of a matrix. Raises UserError when scales of the shape `scale` do not fit the matrix."""
     counts = scale
     if num_experts is not None and scale and scale[0] == num_experts:
         counts = scale[1:]
@@ -76,14 +79,17 @@ def _grid(scale: tuple[int, ...], shape: tuple[int, int], num_experts: int | Non
 
 
 def _block(count: int, size: int, wanted: int) -> int:
-    """How many of `size` rows share one of `count` scales; `wanted` where it fits (the last block may be smaller)."""
+    """How many of `size` rows share one of `count` scales: `wanted` if that fits (the last block may be smaller).
+
+    0 when no number fits.
+    """
     if count > 1 and wanted and -(-size // wanted) == count:
         return wanted
     return size // count if count and size % count == 0 else 0
 
 
 def _block_size(companions: Companions) -> tuple[int, int]:
-    """Rows and columns of a block of fp8 values: as config.json says, else 128 x 128; (0, 0) of integers."""
+    """Rows and columns of a block, from config.json; the default is 128 x 128 for fp8 and (0, 0) for integers."""
     groups = companions.settings.get("config_groups")
     structures = [
         (group.get("weights") or {}).get("block_structure")
@@ -96,12 +102,15 @@ def _block_size(companions: Companions) -> tuple[int, int]:
     return (0, 0) if companions.tensor.dtype == "int8" else (128, 128)
 
 
-_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 def mxfp4(tensor: StoredTensor, companions: Companions) -> Parameter | None:
-    """gpt-oss' experts: blocks (experts, o, g, 16), two E2M1 floats per byte, low bits first, times 2^(scale - 127),
-    scales (experts, o, g). Listed as stored, (o, i): the model holds the transpose."""
+    """gpt-oss' experts: blocks (experts, o, g, 16), two E2M1 floats per byte, times 2^(scale - 127).
+
+    The low bits of a byte come first; scales have the shape (experts, o, g). The matrix is listed as stored, (o, i);
+    the model holds the transpose.
+    """
     if not tensor.name.endswith("_blocks") or tensor.dtype != "uint8" or len(tensor.shape) != 4:
         return None
     base = tensor.name.removesuffix("_blocks")
@@ -109,7 +118,7 @@ def mxfp4(tensor: StoredTensor, companions: Companions) -> Parameter | None:
     scales = companions.need(f"{base}_scales", (num_experts, o, g))
 
     def prepare(expert: int | None) -> Rows:
-        blocks, exponents, table = tensor.read(expert), scales.read(expert), torch.tensor(_FP4)
+        blocks, exponents, table = tensor.read(expert), scales.read(expert), torch.tensor(_FP4_VALUES)
 
         def chunk(start: int, stop: int) -> Tensor:
             packed = blocks[start:stop]

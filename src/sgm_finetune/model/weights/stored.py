@@ -1,8 +1,8 @@
-"""Reading a model's weight matrices from its files, one in memory at a time; no model is built.
+"""A model's weight matrices, read from its files one at a time, without building the model.
 
 Matrices are the two-dimensional `.weight` tensors, torch's fused `in_proj_weight`, and every expert of a
-three-dimensional stack; biases, norms and convolutions are not. How quantised ones are read is in `quantized.py` and
-`gguf.py`, where fused ones are cut in `fused.py`.
+three-dimensional stack; biases, norms and convolutions are not. `quantized.py` and `gguf.py` read quantised matrices,
+`fused.py` says where fused ones are cut.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _UNREADABLE = (
     SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError,
     OverflowError,
 )  # fmt: skip
-"""What the libraries raise for a file that is not what its name says."""
+"""What the libraries raise for a file whose content does not fit its name."""
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.(?:safetensors|bin|gguf)$")
 _STACK = re.compile(r"experts\.|(^|\.)block_sparse_moe\.(input|output)_linear\.weight$")
 _INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|shared)\.weight$")
@@ -43,14 +43,14 @@ _INPUT_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """One weight matrix of a model's files, or one part of a fused or stacked one; not yet read."""
+    """One weight matrix in a model's files, or one part of a fused or stacked one; not yet read."""
 
     parameter: str
-    """The parameter as the model knows it, with its `.weight` (GGUF: as the file names it)."""
+    """The model's name of the parameter, with its `.weight` (GGUF: the file's name)."""
     part: str | None
     """`q`, `k`, `v`, `gate`, `up`, an expert's number `3`, or `3.gate`; None for a whole parameter."""
     shape: tuple[int, int]
-    """As stored. GPTQ and AWQ, which store packed columns: as the model has it, (outputs, inputs)."""
+    """As stored. For GPTQ and AWQ, which pack columns: as in the model, (outputs, inputs)."""
     file: Path
     dtype: str
     """float64, float32, float16 or bfloat16; or the quantised format: nf4, int8, fp8, gptq-4bit, Q4_K ..."""
@@ -58,20 +58,22 @@ class StoredMatrix:
 
     @property
     def name(self) -> str:
-        """`h.0.attn.c_attn[q]`, `layers.0.mlp.experts.gate_up_proj[3.gate]`, `lm_head`."""
+        """The parameter's name without `.weight`, and its part: `h.0.attn.c_attn[q]`, `lm_head`,
+        `layers.0.mlp.experts.gate_up_proj[3.gate]`."""
         module = self.parameter.removesuffix(".weight")
         return module if self.part is None else f"{module}[{self.part}]"
 
     @property
     def is_float(self) -> bool:
+        """Whether its values are plain floats."""
         return self.dtype in FLOATS
 
     def load(self) -> Tensor:
-        """The matrix (rows, cols) on the CPU: plain floats as stored, often a view of the mapped file and not to be
-        written to; quantised ones dequantised to float32, with no second copy in memory.
+        """The matrix (rows, cols) on the CPU.
 
-        Whether the values are finite is not checked here: the scan sees that in a pass that it makes anyway. Raises
-        UserError where the file is damaged.
+        Plain floats come as stored, often as a view of the mapped file: do not write to them. Quantised matrices come
+        in float32, with no second copy in memory. The values may be infinite or NaN; the scan checks that later, in a
+        pass that it makes anyway. Raises UserError when the file is damaged.
         """
         try:
             return self.read()
@@ -80,12 +82,12 @@ class StoredMatrix:
 
 
 def weight_files(model: str | Path) -> list[Path]:
-    """The files that hold a local model's weights, in reading order.
+    """The files with a local model's weights, in reading order.
 
-    `model` is a `.safetensors`, `.bin` or `.gguf` file or a folder. A folder is read as Transformers reads it:
-    `model.safetensors`, else the shards named by `model.safetensors.index.json`, else every `.safetensors` file
-    (adapters aside), else the same for `pytorch_model*.bin`; else its one `.gguf` file, or the shards of one. Raises
-    UserError where there is none or a shard is missing.
+    `model` is a `.safetensors`, `.bin` or `.gguf` file or a folder. In a folder the files are those that Transformers
+    reads: `model.safetensors`, else the shards that `model.safetensors.index.json` names, else every `.safetensors`
+    file except adapters, else the same for `pytorch_model*.bin`; else its one `.gguf` file, or the shards of one.
+    Raises UserError when there are no weights or a shard is missing.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -93,7 +95,7 @@ def weight_files(model: str | Path) -> list[Path]:
             raise UserError(f"{path} is no .safetensors file; give a model folder or a .safetensors or .gguf file")
         return [path]
     if not path.is_dir():
-        raise UserError(f"No model folder or .safetensors file {path}")
+        raise UserError(f"No model folder or .safetensors file {path}; check the path")
     for stem, suffix, pattern in (("model", ".safetensors", "*"), ("pytorch_model", ".bin", "pytorch_model*")):
         if (whole := path / f"{stem}{suffix}").is_file():
             return [whole]
@@ -112,44 +114,43 @@ def weight_files(model: str | Path) -> list[Path]:
 
 
 def stored_matrices(model: str | Path, *, split_fused: bool = True) -> list[StoredMatrix]:
-    """Every weight matrix of a local model, unread, in the order of its files; all headers are checked before this
-    returns, and nothing large is read.
+    """Every weight matrix of a local model, in the order of its files; this checks all headers and reads nothing large.
 
-    A fused parameter whose layout is known from config.json's `model_type` is listed part by part, unless
-    `split_fused` is off; a stack of experts always one by one. Tied embeddings are listed once. Raises UserError for a
-    damaged or truncated file, for a tensor that the index promises and its shard lacks, for a name that two files
-    share, and for a quantised format that cannot be read, naming tensor, dtype and method.
+    A fused parameter whose layout is known from the `model_type` in config.json is listed part by part, unless
+    `split_fused` is off; a stack of experts is always listed one by one. Tied embeddings are listed once. Raises
+    UserError for a damaged or truncated file, for a tensor that the index names and its shard lacks, for a name that
+    two files share, and for an unknown quantised format (with tensor, dtype and method).
     """
     files = weight_files(model)
     config = _config(files[0].parent)
     if files[0].suffix == ".gguf":
-        seen = _collected(files, gguf_tensors)
-        parameters = [parameter for parameter in seen.values() if parameter is not None]
+        found = _read_headers(files, gguf_tensors)
+        parameters = [parameter for parameter in found.values() if parameter is not None]
     else:
-        parameters = _untied(_parameters(_tensors(model, files), config), config)
+        parameters = _drop_tied_head(_parameters(_tensors(model, files), config), config)
     return [matrix for parameter in parameters for matrix in _matrices(parameter, config, split_fused)]
 
 
 def stored_tensors(model: str | Path) -> dict[str, StoredTensor]:
-    """Name -> tensor, unread, of all that a local model's files hold: biases and norms too, in the order of the files.
+    """Name -> tensor, not yet read, of all tensors in a local model's files, also biases and norms, in their order.
 
     Raises UserError as `stored_matrices` does, and for a GGUF model, whose tensors have other names.
     """
     files = weight_files(model)
     if files[0].suffix == ".gguf":
-        raise UserError(f"{files[0]} is a GGUF file; give the .safetensors model that it was made of")
+        raise UserError(f"{files[0]} is a GGUF file; give the .safetensors model that it was made from")
     return _tensors(model, files)
 
 
 def _tensors(model: str | Path, files: list[Path]) -> dict[str, StoredTensor]:
-    tensors = _collected(files, _headers)
+    tensors = _read_headers(files, _headers)
     if Path(model).expanduser().is_dir():
         _check_index(files, tensors)
     return tensors
 
 
 def _matrices(parameter: Parameter, config: Mapping[str, Any], split_fused: bool) -> Iterator[StoredMatrix]:
-    """One per expert and fused part, which together are the whole parameter."""
+    """Yields one matrix per expert and fused part; together they make up the parameter."""
     is_stack = parameter.num_experts is not None
     name, shape = parameter.name, parameter.shape
     found: tuple[Cut | None, ...] = ()
@@ -169,7 +170,7 @@ def _matrices(parameter: Parameter, config: Mapping[str, Any], split_fused: bool
 
 
 def _parameters(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> list[Parameter]:
-    """The weight matrices among the tensors, in their order; what shares its memory with an earlier one aside."""
+    """The weight matrices among the tensors, in their order, without those that share memory with an earlier one."""
     quantised = read_quantised(tensors, config)
     found, shared = [], set()
     for name, tensor in tensors.items():
@@ -189,8 +190,8 @@ def _is_matrix(name: str, num_dimensions: int) -> bool:
     return num_dimensions == 2 and (name.endswith(".weight") or name.rpartition(".")[2] == "in_proj_weight")
 
 
-def _untied(parameters: list[Parameter], config: Mapping[str, Any]) -> list[Parameter]:
-    """Without a stored output head that config.json ties to the input embedding, where their shapes agree."""
+def _drop_tied_head(parameters: list[Parameter], config: Mapping[str, Any]) -> list[Parameter]:
+    """The parameters without an output head of the input embedding's shape, if config.json ties the two."""
     text = config.get("text_config")
     inner = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
     if not config.get("tie_word_embeddings", inner):
@@ -206,7 +207,7 @@ def _leaf(parameter: Parameter) -> str:
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
-    """config.json of a folder; {} where there is none."""
+    """The folder's config.json; {} without one."""
     path = folder / "config.json"
     if not path.is_file():
         return {}
@@ -217,8 +218,11 @@ def _config(folder: Path) -> Mapping[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _collected(files: list[Path], read: Callable[[Path], Iterable[tuple[str, Any]]]) -> dict[str, Any]:
-    """Name -> what `read` finds in the files, in their order; every name once."""
+def _read_headers(files: list[Path], read: Callable[[Path], Iterable[tuple[str, Any]]]) -> dict[str, Any]:
+    """Name -> what `read` yields for the files, in their order.
+
+    Raises UserError when two files share a name, and when a file is damaged.
+    """
     found: dict[str, Any] = {}
     places: dict[str, Path] = {}
     for file in files:
@@ -235,7 +239,7 @@ def _collected(files: list[Path], read: Callable[[Path], Iterable[tuple[str, Any
 
 
 def _check_index(files: list[Path], tensors: Mapping[str, StoredTensor]) -> None:
-    """UserError where the index of shards promises a tensor that its shard lacks."""
+    """Raises UserError when the index of shards names a tensor that its shard lacks."""
     index = files[0].parent / ("model.safetensors.index.json" if files[0].suffix == ".safetensors" else "")
     if len(files) > 1 and index.is_file():
         for name, file in _indexed(index).items():
@@ -244,7 +248,7 @@ def _check_index(files: list[Path], tensors: Mapping[str, StoredTensor]) -> None
 
 
 def _indexed(index: Path) -> dict[str, Path]:
-    """Tensor name -> shard, every shard present."""
+    """Tensor name -> shard. Raises UserError when a shard is missing."""
     files = {name: index.parent / shard for name, shard in shard_names(index).items()}
     for file in dict.fromkeys(files.values()):
         if not file.is_file():
@@ -255,7 +259,7 @@ def _indexed(index: Path) -> dict[str, Path]:
 
 
 def _refuse_gaps(files: list[Path]) -> None:
-    """UserError where names such as model-00002-of-00003.safetensors announce files that are not there."""
+    """Raises UserError when names such as model-00002-of-00003.safetensors imply files that are missing."""
     names = {file.name for file in files}
     for file in files:
         if match := _SHARD.search(file.name):
@@ -267,9 +271,9 @@ def _refuse_gaps(files: list[Path]) -> None:
 
 
 def _headers(file: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """(name, tensor) of every tensor in a file."""
+    """Yields (name, tensor) for every tensor in a file."""
     if file.suffix == ".bin":
-        yield from _pickled(file)
+        yield from _checkpoint_tensors(file)
         return
     with safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 -- not a mapping
@@ -280,14 +284,16 @@ def _headers(file: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 def _read(file: Path, name: str, index: int | None) -> Tensor:
-    """One tensor, or one index of its first dimension; the file is mapped only meanwhile, so that what was read does
-    not stay in memory."""
+    """One tensor, or one index of its first dimension.
+
+    The file is mapped only during the call, so that pages that were read do not stay in memory.
+    """
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name) if index is None else tensors.get_slice(name)[index]
 
 
-def _pickled(file: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """As `_headers` of a torch checkpoint: its tensors are mapped and read when touched (old formats: read whole)."""
+def _checkpoint_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """Yields (name, tensor) for a torch checkpoint, mapped into memory (a file in an old format is read whole)."""
     state = read_torch(file, mmap=True)
     if not isinstance(state, dict):
         raise UserError(f"{file} holds a {type(state).__name__}, not a model's named tensors")
@@ -303,6 +309,6 @@ def _index(tensor: Tensor, index: int | None) -> Tensor:
 
 
 def _damaged(file: Path, error: Exception) -> UserError:
-    """The error of a file that cannot be read, with the library's reason on one line."""
+    """The error for a file that cannot be read, with the library's reason on one line."""
     reason = first_line(error)
     return UserError(f"{file} is damaged or cut short ({reason}); copy or download it again")

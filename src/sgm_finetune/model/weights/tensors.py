@@ -1,4 +1,4 @@
-"""What weight files hold: tensors, and the weight matrices that are made of them, neither of them read yet."""
+"""What weight files hold: tensors, and the weight matrices made of them. Neither is read before it is needed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from sgm_finetune.model.weights.fused import Cut
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 CHUNK = 2**22
-"""Elements that are dequantised at a time."""
+"""Number of elements that are dequantised at a time."""
 
 Rows = Callable[[int, int], Tensor]
+"""(start, stop) -> these rows of a matrix, in float32."""
 
 
 @dataclass(frozen=True)
@@ -27,37 +28,42 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str
-    """Torch's name of it."""
+    """In torch's words, such as `float32`."""
     read: Callable[[int | None], Tensor]
-    """The tensor, or one index of its first dimension."""
+    """Index of the first dimension -> that part of the tensor; None -> the whole tensor."""
     memory: Any = None
-    """Equal for tensors that are one in memory (torch checkpoints only)."""
+    """Equal for tensors that share their memory (torch checkpoints only)."""
 
     @property
     def is_float(self) -> bool:
+        """Whether its values are plain floats."""
         return self.dtype in FLOATS
 
     def get(self) -> Tensor:
+        """The whole tensor."""
         return self.read(None)
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A weight matrix of the model, or a stack of one per expert."""
+    """A weight matrix of the model, or a stack with one matrix per expert."""
 
     name: str
     file: Path
     dtype: str
+    """In torch's words, or the quantised format: nf4, gptq-4bit ..."""
     shape: tuple[int, int]
+    """(rows, columns); for a stack, of one expert."""
     num_experts: int | None
+    """None when it is not a stack."""
     read: Callable[[int | None, Cut | None], Tensor]
     """(expert, part) -> matrix on the CPU."""
     transposed: bool = False
-    """The file is known to hold the transpose of the model's matrix."""
+    """Whether the file is known to hold the transpose of the model's matrix."""
 
 
 def assemble(shape: tuple[int, int], rows: Rows, cut: Cut | None) -> Tensor:
-    """The matrix, or one part of it, in float32, from a few rows at a time."""
+    """The matrix, or the part of it that `cut` names, in float32, built from a few rows at a time."""
     result = torch.empty(shape if cut is None else cut.shape(shape))
     step, done = max(1, CHUNK // max(shape[1], 1)), 0
     for begin, end in [(0, shape[0])] if cut is None else cut.row_ranges(shape[0]):
@@ -77,6 +83,8 @@ def parameter_of_rows(
     name: str | None = None,
     transposed: bool = False,
 ) -> Parameter:
+    """The parameter stored in `tensor`, with float32 rows from `prepare(expert)`."""
+
     def read(expert: int | None, cut: Cut | None) -> Tensor:
         return assemble(shape, prepare(expert), cut)
 
@@ -84,7 +92,7 @@ def parameter_of_rows(
 
 
 def plain(tensor: StoredTensor) -> Parameter:
-    """A float matrix (rows, cols), or a stack of them (experts, rows, cols), read as stored."""
+    """The parameter that a float tensor holds: a matrix (rows, cols) or a stack of them (experts, rows, cols)."""
 
     def read(expert: int | None, cut: Cut | None) -> Tensor:
         matrix = tensor.read(expert)

@@ -76,7 +76,8 @@ class LogitCheck:
         return asdict(self)
 
     def passes(self) -> bool:
-        if not self.difference <= self.tolerance:  # also False for NaN
+        """Returns whether the export computes what was trained (`TOLERANCES`, `ARRIVED`)."""
+        if not self.difference <= self.tolerance:  # so written because NaN must fail, too
             return False
         visible = self.arrived is not None and self.effect >= self.tolerance / 4
         return not visible or ARRIVED[0] <= self.arrived <= ARRIVED[1]  # type: ignore[operator]
@@ -96,9 +97,12 @@ class ReferenceLogits:
 
 
 def compute_reference(result: Result, num_parameters: int) -> ReferenceLogits:
-    """Computes in float32 if that fits into memory, else in bfloat16. Raises UserError if neither fits."""
+    """Returns the logits of the unquantised base with and without the adapter.
+
+    Computes in float32 if that fits into memory, else in bfloat16. Raises UserError if neither fits.
+    """
     dtype = _computing_dtype(num_parameters)
-    ids = check_ids(result)
+    ids = sample_ids(result)
     model = attach_adapter(load_unquantised(result, dtype), result.content, result.path)
     trained = compute_logits(model, ids)
     with model.disable_adapter():
@@ -119,7 +123,7 @@ def _computing_dtype(num_parameters: int) -> str:
     )
 
 
-def check_ids(result: Result) -> Tensor:
+def sample_ids(result: Result) -> Tensor:
     """Returns (3, 24) token ids: two texts, and a row drawn from the whole vocabulary without its special tokens."""
     tokenizer = result.tokenizer
     special = set(tokenizer.all_special_ids)

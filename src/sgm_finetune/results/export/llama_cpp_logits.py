@@ -51,12 +51,15 @@ def _logits(llama_cpp: Any, context: Any, row: list[int], width: int) -> np.ndar
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
     batch = llama_cpp.llama_batch_init(len(row), 0, 1)
     batch.n_tokens = len(row)
-    for at, token in enumerate(row):
-        batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.logits[at] = token, at, 1, True
-        batch.seq_id[at][0] = 0
+    for position, token in enumerate(row):
+        batch.token[position] = token
+        batch.pos[position] = position
+        batch.n_seq_id[position] = 1
+        batch.seq_id[position][0] = 0
+        batch.logits[position] = True
     if llama_cpp.llama_decode(context, batch):
         sys.exit("llama.cpp cannot compute logits from the file")
-    computed = [llama_cpp.llama_get_logits_ith(context, at)[:width] for at in range(len(row))]
+    computed = [llama_cpp.llama_get_logits_ith(context, position)[:width] for position in range(len(row))]
     llama_cpp.llama_batch_free(batch)
     return np.array(computed, dtype=np.float32)
 

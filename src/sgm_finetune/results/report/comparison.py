@@ -26,6 +26,7 @@ class Row:
     """One quantity of every run, as numbers and as text."""
 
     name: str
+    """Name on the page, and key in the output of `sgm compare --json`."""
     values: tuple[float | None, ...]
     texts: tuple[str, ...]
     better: Literal["higher", "lower"] | None = None
@@ -73,7 +74,10 @@ class RunComparison:
 
 
 def compare_runs(folders: Sequence[Path]) -> RunComparison:
-    """Raises UserError for fewer than two runs, for a run named twice, and for a folder without a finished run."""
+    """Compares the runs in `folders`; the first one's test data is the standard.
+
+    Raises UserError for fewer than two runs, for a run named twice, and for a folder without a finished run.
+    """
     if len(folders) < 2:
         raise UserError("sgm compare needs two runs or more; name their folders")
     for index, folder in enumerate(folders):
@@ -171,8 +175,8 @@ def _cost_rows(runs: Sequence[Run]) -> list[Row]:
         row("trainable parameters", each("trainable_parameters"), count),
         row(f"bytes of {PTH}", sizes, memory),
         row("steps", each("steps"), count),
-        row("training time", each("seconds", "train"), duration),
-        row("total time", each("seconds", "total"), duration),
+        row("time to train", each("seconds", "train"), duration),
+        row("time in all", each("seconds", "total"), duration),
         row("training tokens per second", each("tokens_per_second"), count),
         row("peak memory", each("peak_memory_bytes"), memory),
     ]

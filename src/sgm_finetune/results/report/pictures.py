@@ -1,7 +1,7 @@
-"""pictures.json: what the report draws of the measurements, and the plan does not hold. Small: a few matrices, by rule.
+"""pictures.json: the measurements that the report draws and plan.json does not hold.
 
-One histogram a kind (of the matrix of median SNR, at most 8 kinds, as `sgm scan --plot` takes them), and of the
-similarities the layers of at most 8 kinds and the readers of the same activations.
+The file is small. It holds one histogram for each of at most 8 kinds (of the matrix with the median SNR, as in
+`sgm scan --plot`), and the similarities of at most 16 kinds, where readers of the same activations count as one kind.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_text
+from sgm_finetune.base.text import first_mistake
 from sgm_finetune.measure.scan import measured_singular_values
 from sgm_finetune.measure.scan_result import Scan
 from sgm_finetune.method.plan import Similarity
@@ -24,11 +25,12 @@ from sgm_finetune.results.report.scan_table import kinds_in_order, lowest_median
 
 MAX_KINDS = 8
 MAX_LAYERS = 128
+"""Tables with more members are left out."""
 
 
 @dataclass(frozen=True)
 class SimilarityTable:
-    """One `Similarity`: of n members the n·(n-1)/2 values below the diagonal, row by row, to three digits."""
+    """One `Similarity`: the n·(n-1)/2 values below the diagonal of n members, row by row, to three digits."""
 
     kind: str
     side: Literal["input", "output"] | None
@@ -36,7 +38,7 @@ class SimilarityTable:
     values: tuple[float, ...]
 
     def matrix(self) -> list[list[float]]:
-        """n x n, symmetric, 1 on the diagonal."""
+        """Returns the symmetric n x n matrix with 1 on the diagonal."""
         size = len(self.members)
         table = [[1.0] * size for _ in range(size)]
         below = iter(self.values)
@@ -59,7 +61,7 @@ _PICTURES = pydantic.TypeAdapter(Pictures)
 
 
 def histograms_of(scanned: Scan, folder: Path) -> tuple[Histogram, ...]:
-    """Of the model in `folder`, whose singular values the scan has remembered; two matrices in memory at a time."""
+    """Returns the histograms of the model in `folder` from the scan's cache. Holds two matrices in memory at a time."""
     layered = [matrix for matrix in scanned.matrices if matrix.layer is not None]
     kinds = kinds_in_order(layered)[:MAX_KINDS]
     chosen = [lowest_median_highest(m for m in layered if m.kind == kind)[1].name for kind in kinds]
@@ -68,21 +70,21 @@ def histograms_of(scanned: Scan, folder: Path) -> tuple[Histogram, ...]:
 
 
 def similarity_tables(similarities: tuple[Similarity, ...]) -> tuple[SimilarityTable, ...]:
-    """Of a plan just made; one from a file has none."""
+    """Returns the tables of a plan that was just made. A plan from a file has no similarities."""
     kinds = list(dict.fromkeys(one.kind for one in similarities))[: 2 * MAX_KINDS]
     return tuple(
-        SimilarityTable(one.kind, one.side, one.members, _below(one.values))
+        SimilarityTable(one.kind, one.side, one.members, _below_diagonal(one.values))
         for one in similarities
         if one.kind in kinds and len(one.members) <= MAX_LAYERS
     )
 
 
-def _below(values: Tensor) -> tuple[float, ...]:
+def _below_diagonal(values: Tensor) -> tuple[float, ...]:
     return tuple(round(value, 3) + 0.0 for row, line in enumerate(values.tolist()) for value in line[:row])
 
 
 def save_pictures(pictures: Pictures, path: Path) -> None:
-    """A line for each picture, so that a person can still read it."""
+    """Writes one line for each picture, so that a person can read the file."""
     lines = [f'"format": {json.dumps(pictures.format)}']
     for name in ("histograms", "similarities"):
         rows = ",\n  ".join(json.dumps(asdict(one), ensure_ascii=False) for one in getattr(pictures, name))
@@ -91,15 +93,16 @@ def save_pictures(pictures: Pictures, path: Path) -> None:
 
 
 def parse_pictures(document: object, where: str) -> Pictures:
-    """Raises UserError in one line for what `save_pictures` would not write."""
+    """Returns the content of pictures.json. Raises UserError for a document that `save_pictures` would not write."""
     try:
         pictures = _PICTURES.validate_python(document)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "it"
-        raise UserError(f"{where} holds no pictures: {place}: {first['msg'].lower()}") from None
+        raise UserError(f"{where} holds no pictures: {first_mistake(error)}; remove the file") from None
     for table in pictures.similarities:
         size = len(table.members)
         if len(table.values) != size * (size - 1) // 2:
-            raise UserError(f"{where} holds no pictures: {size} members of {table.kind} and {len(table.values)} values")
+            raise UserError(
+                f"{where} holds no pictures: `{table.kind}` has {size} members and {len(table.values)} values; remove "
+                "the file"
+            )
     return pictures

@@ -1,4 +1,4 @@
-"""What a run left in its folder, read again: all that a report needs."""
+"""Reads everything that a report needs from the folder of a finished run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sgm_finetune.results.report.pictures import Pictures, parse_pictures
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. What older versions did not keep is empty."""
+    """A finished run. A field is empty if an older version did not write its file."""
 
     folder: Path
     config: Config
@@ -34,7 +34,7 @@ class Run:
 
 
 def load_run(folder: Path) -> Run:
-    """Raises UserError, one line, where `folder` holds no finished run or a file in it is another thing."""
+    """Reads the run. Raises UserError if `folder` holds no finished run, or a file in it has other content."""
     if not folder.is_dir():
         raise UserError(f"No folder {folder}; name the output.dir of a run")
     if not (folder / "metrics.json").is_file():
@@ -45,7 +45,7 @@ def load_run(folder: Path) -> Run:
         config=load_config(folder / "config.yaml"),
         plan=load_plan(folder / "plan.json"),
         metrics=_checked_metrics(_read(folder / "metrics.json", dict), folder / "metrics.json"),
-        history=_rows(_read(folder / "history.json", list, []), folder / "history.json"),
+        history=_checked_history(_read(folder / "history.json", list, []), folder / "history.json"),
         pictures=parse_pictures(pictures, str(folder / "pictures.json")),
         examples=_checked_examples(_read(folder / "examples.json", dict, {}), folder / "examples.json"),
         environment=_read(folder / "environment.json", dict, {}),
@@ -54,17 +54,21 @@ def load_run(folder: Path) -> Run:
 
 @contextmanager
 def catch_bad_values(where: str) -> Iterator[None]:
-    """Turns what goes wrong with values of another kind than a run writes into a UserError: `load_run` looks at what
-    every page needs, not at each value in it."""
+    """Turns errors from values that no run writes into a UserError.
+
+    `load_run` checks only the values that every page needs.
+    """
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, UndefinedError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{where} holds files that `sgm finetune` did not write so ({reason})") from None
+        raise UserError(
+            f"{where} holds files that differ from what `sgm finetune` writes ({reason}); restore them, or run it again"
+        ) from None
 
 
 def _read(path: Path, kind: type, default: Any = None) -> Any:
-    """The JSON in `path`; `default` where there is no such file and one is given."""
+    """Returns the JSON in `path`, or `default` if it is given and the file does not exist."""
     if default is not None and not path.is_file():
         return default
     try:
@@ -72,40 +76,46 @@ def _read(path: Path, kind: type, default: Any = None) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(found, kind):
-        what = "an object" if kind is dict else "a list"
-        raise UserError(f"{path} holds a {type(found).__name__}, not {what}; take a file that `sgm finetune` wrote")
+        expected = "an object" if kind is dict else "a list"
+        raise UserError(
+            f"{path} holds a {type(found).__name__}, not {expected}; restore the file that `sgm finetune` wrote"
+        )
     return found
 
 
-def _rows(rows: list[Any], path: Path) -> list[dict[str, Any]]:
+def _checked_history(rows: list[Any], path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or not all(isinstance(v, (int, float, type(None))) for v in row.values()):
-            raise UserError(f"{path} is no history: entry {number} is not an object of numbers")
+            raise UserError(
+                f"{path} is not a history: entry {number} is not an object of numbers; restore or remove the file"
+            )
     return rows
 
 
-_METRICS: dict[str, type | tuple[type, ...]] = {
+_REQUIRED_METRICS: dict[str, type | tuple[type, ...]] = {
     "model": str, "task": str, "data": str, "labels": list, "before": dict, "after": dict, "seconds": dict,
     "trainable_parameters": int, "plain_lora_parameters": int, "steps": int,
 }  # fmt: skip
 
 
 def _checked_metrics(metrics: dict[str, Any], path: Path) -> dict[str, Any]:
-    for name, kind in _METRICS.items():
+    for name, kind in _REQUIRED_METRICS.items():
         if not isinstance(metrics.get(name), kind):
-            raise UserError(f"{path} was not written by `sgm finetune`: its {name} is {metrics.get(name)!r:.60}")
+            raise UserError(
+                f"{path} was not written by `sgm finetune`: its `{name}` is {metrics.get(name)!r:.60}; restore the file"
+            )
     return metrics
 
 
-_EXAMPLE = {"index": int, "text": str, "truth": str, "before": str, "after": str, "became": str}
+_EXAMPLE_FIELDS = {"index": int, "text": str, "truth": str, "before": str, "after": str, "became": str}
 
 
 def _checked_examples(examples: dict[str, Any], path: Path) -> dict[str, Any]:
     shown = examples.get("examples", [])
-    whole = isinstance(shown, list) and all(
-        isinstance(one, dict) and all(isinstance(one.get(name), kind) for name, kind in _EXAMPLE.items())
+    valid = isinstance(shown, list) and all(
+        isinstance(one, dict) and all(isinstance(one.get(name), kind) for name, kind in _EXAMPLE_FIELDS.items())
         for one in shown
     )
-    if not whole or (shown and not isinstance(examples.get("num_changed"), dict)):
-        raise UserError(f"{path} holds no examples as `sgm finetune` writes them")
+    if not valid or (shown and not isinstance(examples.get("num_changed"), dict)):
+        raise UserError(f"{path} holds no examples in the form that `sgm finetune` writes; restore or remove the file")
     return examples

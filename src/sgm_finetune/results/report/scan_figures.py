@@ -1,4 +1,4 @@
-"""Pictures of a scan: layers x kinds, and one matrix's singular values with the fitted law of noise."""
+"""PNG files of a scan: layers x kinds, and the singular values of one matrix with the fitted law of noise."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ NOISE, SIGNAL, LAW, FAINT = "#8fb3d9", "#d95f0e", "#1f4e79", "#e8e8e8"
 
 
 def save_heat_map(scan: Scan, path: Path) -> None:
-    """Writes the SNR of every matrix in dB as a PNG: a row a kind, a column a layer, what is in no layer last.
+    """Writes the SNR of every matrix in dB as a PNG, with a row for each kind and a column for each layer.
 
-    Several matrices in one cell (experts) show their median. Without any signal: grey; infinite: white, "∞".
+    Matrices of no layer are in the last column. Several matrices in one cell (experts) show their median. A matrix
+    without signal is grey; an infinite SNR is white with "∞".
     """
     grid = grid_of(scan.matrices, kinds_in_order(scan.matrices))
     kinds, layers = grid.kinds, grid.layers
@@ -55,14 +56,14 @@ def save_heat_map(scan: Scan, path: Path) -> None:
                 axes.text(*place, text, ha="center", va="center", fontsize=6.5, color=readable_on(fill))
         axes.set_yticks([row + 0.5 for row in range(len(kinds))], [names[kind] for kind in kinds], fontsize=8)
         step = 1 if cell > 0.3 else 5
-        ticks = [i for i, layer in enumerate(layers) if layer is None or i % step == 0]
-        labels = ["other" if layers[i] is None else str(layers[i]) for i in ticks]
-        axes.set_xticks([i + 0.5 for i in ticks], labels, fontsize=8)
+        ticks = [index for index, layer in enumerate(layers) if layer is None or index % step == 0]
+        labels = ["other" if layers[index] is None else str(layers[index]) for index in ticks]
+        axes.set_xticks([index + 0.5 for index in ticks], labels, fontsize=8)
         axes.set_xlabel("layer", fontsize=8)
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        room = int(11.5 * width) - 32  # letters beside the title's own
+        room = int(11.5 * width) - 32  # letters that fit after the title
         model = scan.model if len(scan.model) <= room else f"…{scan.model[1 - room :]}"
         figure.text(0.15 / width, 1 - 0.3 / height, f"Signal-to-noise ratio in dB: {model}", fontsize=10)
         if levels:
@@ -73,7 +74,7 @@ def save_heat_map(scan: Scan, path: Path) -> None:
 
 
 def _look(matrix: MatrixScan, colour: Callable[[float], str]) -> tuple[str, str]:
-    """(fill, text) of a cell."""
+    """Returns (fill, text) of a cell."""
     if matrix.snr == 0:
         return FAINT, "none"
     if math.isinf(matrix.snr):
@@ -82,7 +83,7 @@ def _look(matrix: MatrixScan, colour: Callable[[float], str]) -> tuple[str, str]
 
 
 def save_histogram(spectrum: SingularValues, matrix: MatrixScan, path: Path) -> None:
-    """Writes a matrix's singular values as a PNG, with the law that noise of the fitted level follows and the edge."""
+    """Writes the singular values of a matrix as a PNG, with the law of the fitted noise and the noise edge."""
 
     def draw(figure: Figure) -> None:
         axes = figure.add_axes((0.09, 0.15, 0.885, 0.64))
@@ -90,7 +91,7 @@ def save_histogram(spectrum: SingularValues, matrix: MatrixScan, path: Path) -> 
         figure.text(0.02, 0.93, f"{matrix.name}, {matrix.shape[0]} x {matrix.shape[1]}", fontsize=10)
         level = f"SNR {matrix.snr_db:.1f} dB" if matrix.snr > 0 else "no signal"
         text = (
-            f"signal rank {matrix.signal_rank} of {min(matrix.shape)} · {level} · noise σ {matrix.sigma:.3g} an entry"
+            f"signal rank {matrix.signal_rank} of {min(matrix.shape)} · {level} · noise σ {matrix.sigma:.3g} per entry"
         )
         figure.text(0.02, 0.87, text, fontsize=8, color="#444444")
 
@@ -98,8 +99,10 @@ def save_histogram(spectrum: SingularValues, matrix: MatrixScan, path: Path) -> 
 
 
 def draw_histogram(axes: Axes, spectrum: SingularValues, matrix: MatrixScan, legend: bool = True) -> None:
-    """Histogram of the singular values (signal above the edge in its own colour), the Marchenko-Pastur law fitted to
-    the values below (eq. 2, 3), and the edge. What lies beyond three edges is counted at the right."""
+    """Draws the histogram of noise and signal, the Marchenko-Pastur law fitted to the noise (eq. 2, 3), and the edge.
+
+    The legend counts the values beyond three edges, which the axis does not show.
+    """
     found = histogram_of(spectrum, matrix)
     num_noise, num_signal = sum(found.noise), sum(found.signal) + found.num_beyond
     beyond = f" ({found.num_beyond} beyond, up to {found.largest:.3g})" if found.num_beyond else ""
@@ -127,9 +130,9 @@ def draw_histogram(axes: Axes, spectrum: SingularValues, matrix: MatrixScan, leg
 
 
 def _save(path: Path, width: float, height: float, draw: Callable[[Figure], None]) -> None:
-    """What `draw` puts on a figure of that many inches, as PNG; the same bytes every time."""
+    """Writes what `draw` puts on a figure of that size in inches as PNG, with the same bytes every time."""
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a person's matplotlibrc must not change the picture
+        matplotlib.rcdefaults()  # the user's matplotlibrc must not change the picture
         matplotlib.rcParams["text.parse_math"] = False
         figure = Figure(figsize=(width, height), dpi=160)
         draw(figure)

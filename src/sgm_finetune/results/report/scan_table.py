@@ -1,4 +1,4 @@
-"""A scan on the terminal: one row per kind and shape, as wide as there is room for."""
+"""Shows a scan on the terminal: one row for each kind and shape, within the terminal's width."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rich.text import Text
 from sgm_finetune.measure.scan_result import MatrixScan, Scan
 
 _NUMBERS, _SHAPE, _LAYERS, _CONTROL = 43, 15, 8, 13
-"""Columns of the terminal that these take: the numbers, the shape, the layers of lowest and highest, the control."""
+"""Characters that parts of a row take: the numbers, the shape, the layers of lowest and highest SNR, the control."""
 
 _ORDER = (
     r"emb|wte|wpe|shared",
     r"q|query", r"k|key", r"v|value",
     r"gate|router", r"up|fc1|fc_in|fc|in|wi|intermediate|w1|w3",
 )  # fmt: skip
-"""Words of a name in the order in which a transformer uses its matrices; what has none of them is an output."""
+"""Words in names of matrices, in the order in which a transformer uses them. A name with none is an output matrix."""
 
 
 def scan_table(scan: Scan, width: int) -> Table:
-    """The table for a terminal of `width` columns; in a narrow one the layers and the shape are left out."""
+    """Returns the table for a terminal of `width` characters. A narrow one leaves out the shape, then the layers."""
     groups: dict[tuple[str, tuple[int, int]], list[MatrixScan]] = {}
     for kind in kinds_in_order(scan.matrices):
         for matrix in scan.matrices:
@@ -44,7 +44,7 @@ def scan_table(scan: Scan, width: int) -> Table:
     for (kind, shape), matrices in groups.items():
         lowest, median, highest = lowest_median_highest(matrices)
         table.add_row(
-            Text(names[kind]),  # as it is: `c_attn[q]` is no markup
+            Text(names[kind]),  # Text: rich must not read `c_attn[q]` as markup
             str(len(matrices)),
             *([_shape(shape)] if with_shape else []),
             _level(lowest) + (_place(lowest, matrices) if with_layers else ""),
@@ -57,7 +57,7 @@ def scan_table(scan: Scan, width: int) -> Table:
 
 
 def scan_summary(scan: Scan) -> str:
-    """One line: how many matrices, how long it took, range of SNR, how many without signal, how many infinite."""
+    """Returns one line: number of matrices, seconds, range of SNR, numbers without signal and with infinite SNR."""
     parts = [f"{len(scan.matrices):,} {'matrix' if len(scan.matrices) == 1 else 'matrices'}"]
     if scan.seconds:
         parts[0] += f" in {scan.seconds:.1f} s"
@@ -72,7 +72,7 @@ def scan_summary(scan: Scan) -> str:
 
 
 def kinds_in_order(matrices: Iterable[MatrixScan]) -> list[str]:
-    """Kinds as a transformer uses them: embeddings; of each stack of layers attention, MLP, the rest; heads."""
+    """Returns kinds in the order of use: embeddings; in each stack of layers attention, MLP, the rest; heads."""
     kinds = list(dict.fromkeys(matrix.kind for matrix in matrices))
     has_layer = {matrix.kind for matrix in matrices if matrix.layer is not None}
     stacks = list(dict.fromkeys(kind.partition("*")[0] for kind in kinds))
@@ -87,7 +87,7 @@ def kinds_in_order(matrices: Iterable[MatrixScan]) -> list[str]:
 
 
 def short_kinds(kinds: Iterable[str]) -> dict[str, str]:
-    """Kind -> what is left of it without the beginning that all kinds of layers share.
+    """Returns kind -> its name without the prefix that the kinds of all layers share.
 
     >>> short_kinds(["lm_head", "model.embed", "model.layers.*.q", "model.layers.*.mlp.up"])
     {'lm_head': 'lm_head', 'model.embed': 'embed', 'model.layers.*.q': 'q', 'model.layers.*.mlp.up': 'mlp.up'}
@@ -108,9 +108,9 @@ def short_kinds(kinds: Iterable[str]) -> dict[str, str]:
 
 
 def _step(kind: str) -> int:
-    """Place of the first word of _ORDER among the words of the name's last parts; after all of them if there is none.
+    """Returns the index in _ORDER of the first match in the parts of a name; len(_ORDER) if no part matches.
 
-    The part in brackets decides before the last part, that before the one before it: `c_attn[q]`, `output.dense`.
+    The last part is tried first. A part in brackets counts as the last one: `c_attn[q]`, `output.dense`.
     """
     for part in reversed(re.split(r"[.\[]", kind.rstrip("]"))):
         words = [word for word in re.split(r"[^a-z0-9]+|(?<=proj)\d", part.lower()) if word]
@@ -122,7 +122,7 @@ def _step(kind: str) -> int:
 
 
 def lowest_median_highest(matrices: Iterable[MatrixScan]) -> tuple[MatrixScan, MatrixScan, MatrixScan]:
-    """By SNR; of an even number the upper one of the two in the middle."""
+    """Returns three matrices by SNR. The median of an even number is the upper of the two in the middle."""
     ordered = sorted(matrices, key=lambda matrix: matrix.snr)
     return ordered[0], ordered[len(ordered) // 2], ordered[-1]
 
@@ -138,7 +138,7 @@ def _level(matrix: MatrixScan) -> str:
 
 
 def _place(matrix: MatrixScan, among: Sequence[MatrixScan]) -> str:
-    """The layer where that is, of several."""
+    """Returns the layer of a matrix if it is one of several."""
     return f" @{matrix.layer:<2}" if len(among) > 1 and matrix.layer is not None else ""
 
 

@@ -1,7 +1,7 @@
-"""Drawings of matplotlib as inline SVG.
+"""Turns matplotlib figures into inline SVG.
 
-One unit of a figure is one CSS pixel at its natural size. Ink and lines are drawn in stand-in colours that become CSS
-variables of the page, so that one drawing serves light and dark; text stays text in the page's own font.
+One unit of a figure is one CSS pixel at its natural size. Figures use stand-in colours, which become CSS variables of
+the page, so that one drawing serves light and dark. Text stays text, in the page's own font.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from sgm_finetune.results.report.formats import short
 
 INK, LINE, ALONE, TRAIN, VALIDATION = "#010203", "#020304", "#030405", "#040506", "#050607"
 NOISE, SIGNAL, LAW = "#060708", "#070809", "#08090a"
-_VARIABLES = {
+_CSS_VARIABLES = {
     INK: "ink", LINE: "line", ALONE: "alone", TRAIN: "train", VALIDATION: "validation", NOISE: "noise",
     SIGNAL: "signal", LAW: "law",
 }  # fmt: skip
 
 
 def svg(name: str, title: str, width: int, height: int, draw: Callable[[Figure], None]) -> Markup:
-    """What `draw` puts on a figure, as an <svg> element whose ids start with `name`; the same bytes every time."""
+    """Returns what `draw` puts on a figure as an <svg> whose ids start with `name`, with the same bytes every time."""
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a person's matplotlibrc must not change the page
+        matplotlib.rcdefaults()  # the user's matplotlibrc must not change the page
         matplotlib.rcParams.update({"svg.hashsalt": name, "svg.fonttype": "none", "axes.unicode_minus": True})
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         figure.patch.set_visible(False)
@@ -41,7 +41,7 @@ def svg(name: str, title: str, width: int, height: int, draw: Callable[[Figure],
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"\s*<(g|defs)(?: [^<>]*)?>\s*</\1>|\s*<defs */>", "", text)
-    for stand_in, variable in _VARIABLES.items():
+    for stand_in, variable in _CSS_VARIABLES.items():
         text = text.replace(stand_in, f"var(--{variable})")
     text = re.sub(r' id="', f' id="{name}-', text)
     text = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", text)
@@ -54,7 +54,7 @@ def svg(name: str, title: str, width: int, height: int, draw: Callable[[Figure],
 
 
 def canvas(figure: Figure, width: int, height: int) -> Axes:
-    """Axes over the whole figure, in pixels from the top left."""
+    """Returns axes over the whole figure, in pixels from the top left."""
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
@@ -63,7 +63,7 @@ def canvas(figure: Figure, width: int, height: int) -> Axes:
 
 
 def plot(figure: Figure, width: int, height: int, x_label: str, y_ticks: int = 5, font: int = 13) -> Axes:
-    """Axes of a chart: lines across, no frame, numbers of three digits."""
+    """Returns the axes of a chart with horizontal grid lines, no frame, and numbers of three digits."""
     left, bottom = 3.6 * font, 3.2 * font
     axes = figure.add_axes((left / width, bottom / height, 1 - (left + 10) / width, 1 - (bottom + 10) / height))
     axes.patch.set_visible(False)
@@ -82,7 +82,7 @@ def plot(figure: Figure, width: int, height: int, x_label: str, y_ticks: int = 5
 
 
 def readable_on(fill: str) -> str:
-    """Black or white, whichever stands out more from `fill` (relative luminance of WCAG)."""
+    """Returns black or white, whichever contrasts more with `fill` (relative luminance of WCAG)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(fill)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return "#000000" if luminance > 0.179 else "#ffffff"

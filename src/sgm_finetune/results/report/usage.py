@@ -23,7 +23,7 @@ def commands(config: Config, folder: Path) -> list[Command]:
     here = shlex.quote(f"output.dir={absolute}")
     found = [
         Command("Evaluate it again on the test data", f"sgm evaluate {here}"),
-        Command("Ask the model before and after a question", f'sgm generate --prompt "..." --compare {here}'),
+        Command("Ask it a question, before and after fine-tuning", f'sgm generate --prompt "..." --compare {here}'),
     ]
     if config.model.task == "causal-lm":
         found += [

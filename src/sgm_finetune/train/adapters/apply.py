@@ -46,14 +46,12 @@ def apply_plan(model: PreTrainedModel, plan: Plan, new_modules: Sequence[str] = 
         target_parameters=stacks or None,
         task_type=task_type(model),
         modules_to_save=list(new_modules) or None,
-        fan_in_fan_out=any(
-            isinstance(matrices[name].module, Conv1D) for name in layers
-        ),  # otherwise PEFT warns and sets it
+        # PEFT would set it too, with a warning
+        fan_in_fan_out=any(isinstance(matrices[name].module, Conv1D) for name in layers),
     )
     adapted = get_peft_model(model, config)
-    config.target_modules = sorted(
-        config.target_modules or ()
-    )  # a set, as PEFT makes it, has another order in each process
+    # PEFT makes it a set, whose order differs between processes
+    config.target_modules = sorted(config.target_modules or ())
     unplanned = set(lora_layers(adapted)) ^ {matrix.name for matrix in plan.selected}
     if unplanned:
         raise AssertionError(f"PEFT adapted other layers than planned: {sorted(unplanned)[:3]}")
@@ -70,16 +68,6 @@ def tie(model: PeftModel, plan: Plan) -> None:
         owner, *others = (_factors(layers[name], group.side)[0] for name in group.members)
         for other in others:
             other.weight = owner.weight
-
-
-def shared_factors(model: PeftModel, plan: Plan) -> dict[str, list[nn.Parameter]]:
-    """Group name -> the shared factor as each member holds it, in the members' order. Tied members hold the same
-    object."""
-    layers = lora_layers(model)
-    return {
-        group.name: [_factors(layers[name], group.side)[0].weight for name in group.members]  # type: ignore[misc]
-        for group in plan.groups
-    }
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:

@@ -77,7 +77,7 @@ def estimate(
 class _Trained:
     """The number of trained parameters, and bytes of what belongs to them."""
 
-    num: int
+    num_parameters: int
     written_bytes: int
     """Bytes in an adapter's file, which holds a shared factor once a layer."""
     state_bytes: int
@@ -85,7 +85,7 @@ class _Trained:
 
     @property
     def factor_bytes(self) -> int:
-        return 4 * self.num
+        return 4 * self.num_parameters
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class _Estimator:
             probe_bytes=works.sketch_bytes // 2 + works.probe.peak,
             disk_bytes=_disk_bytes(trained),
             seconds=self._seconds(works, steps),
-            trainable_parameters=trained.num,
+            trainable_parameters=trained.num_parameters,
             micro_batch_size=self.follower.micro_batch_size,
             longest=max(self.follower.lengths["train"]),
             steps=steps,
@@ -179,7 +179,7 @@ class _Estimator:
         answer_after = self._once(("answers after", batch, *adapter), lambda: follower.answer(adapted))
         num_dropped = width * step.tokens
         works = _Works(test, answer, probe, sketch_bytes, step, validate, test_after, answer_after, num_dropped)
-        return self._trained(adapted), works
+        return self._count_trained(adapted), works
 
     def _once(self, key: tuple, follow: Callable[[], _T]) -> _T:
         if key not in self.cache:
@@ -202,11 +202,11 @@ class _Estimator:
             return ()
         return tuple(name for name, _ in self.model.named_children() if name in ("classifier", "score"))
 
-    def _trained(self, adapted: nn.Module) -> _Trained:
+    def _count_trained(self, adapted: nn.Module) -> _Trained:
         trained = [p for p in adapted.parameters() if p.requires_grad]
         named = adapted.named_parameters(remove_duplicate=False)
         return _Trained(
-            num=sum(p.numel() for p in trained),
+            num_parameters=sum(p.numel() for p in trained),
             written_bytes=sum(4 * p.numel() for _, p in named if p.requires_grad),
             state_bytes=state_bytes(trained, self.config.training.optimizer),
             workspace_bytes=workspace_bytes(trained),
@@ -217,7 +217,7 @@ class _Estimator:
         training = held + trained.factor_bytes + trained.state_bytes
         step = max(works.step.peak, trained.factor_bytes + trained.workspace_bytes)
         test, test_after = max(works.test.peak, works.answer.peak), max(works.test_after.peak, works.answer_after.peak)
-        half = works.sketch_bytes // 2  # is in the probe's peak
+        half = works.sketch_bytes // 2  # the part of the sketches that is in the probe's peak
         return {
             "load": held + self._loading_bytes(),
             "test": held + _resident(test, "test"),

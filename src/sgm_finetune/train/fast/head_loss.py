@@ -72,7 +72,7 @@ class HeadLoss:
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int]:
         """The summed loss in nats, and the number of predictions. `model` may be wrapped; its own logits are computed
         for one position only."""
-        # an index, not a slice: a slice is not contiguous, and for it the output layer copies its weights an example
+        # an index, not a slice: a slice is not contiguous, for which the output layer copies its weights
         first = torch.zeros(1, dtype=torch.long, device=labels.device)
         hidden, _ = _run_decoder(model, self.decoder, {**batch, "logits_to_keep": first})
         return linear_cross_entropy(hidden, self.head.weight, labels)
