@@ -30,6 +30,7 @@ from sgm_finetune.train.adapters.apply import lora_layers
 from sgm_finetune.train.adapters.shard import reduce_factors_only
 from sgm_finetune.train.budget.footprint import Footprint
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
+from sgm_finetune.train.fast.gated_mlp import recompute_mlps
 from sgm_finetune.train.fast.head_loss import find_head_loss
 
 ROOT = Path(__file__).parents[1]
@@ -311,6 +312,22 @@ def test_the_stand_ins_of_kernels_keep_less() -> None:
             kept.append(footprint.now)
             logits.sum().backward()
     assert kept[1] < kept[0]
+
+
+def test_gated_mlps_hold_neither_their_product_nor_their_activation() -> None:
+    batch = {"input_ids": torch.zeros(4, 7, dtype=torch.long, device="meta")}
+    held = []
+    for recomputed in (False, True):
+        base = make_model("causal-lm").to("meta")
+        assert not recomputed or recompute_mlps(base, batch)
+        model = adapted(base)
+        use_fast_step(model)
+        with Footprint([*model.parameters(), *model.buffers()]) as footprint:
+            logits = model(**batch).logits
+            held.append(footprint.now)
+        del logits
+    layers, tokens, width = 4, 4 * 7, 128
+    assert held[0] - held[1] == layers * 2 * tokens * width * 4
 
 
 def test_a_model_without_numbers_takes_the_stand_in_for_fused_attention(llama_folder, monkeypatch) -> None:
