@@ -22,7 +22,7 @@ from conftest import BAD, GOOD, OTHER, make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from processes import ROOT, adapter, assert_one_run, environment, losses, remove, torchrun, torchrun_command
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
@@ -129,6 +129,13 @@ def test_evaluate_gives_the_same_digits(finished, command):
 def test_evaluate_takes_changes_to_the_data(finished, command):
     output, *_ = finished
     assert command("evaluate", [f"output.dir={output}", "data.num_test=10"])["num_examples"] == 10
+
+
+def test_evaluate_does_not_check_what_only_training_needs(finished, command, monkeypatch):
+    output, metrics, *_ = finished
+    monkeypatch.setattr(LlamaForSequenceClassification, "supports_gradient_checkpointing", False)
+    again = command("evaluate", [f"output.dir={output}", "training.checkpointing=true"])
+    assert again["accuracy"] == metrics["after"]["accuracy"]
 
 
 def test_the_adapter_folder_loads_in_an_unmodified_peft(finished, llama_folder, reviews):

@@ -63,7 +63,7 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
     with open_session(config, console, dry_run) as s:  # the lock, the checkpoint, the data, the memory
         scanned = scan_weights(s) if s.given_plan is None else None  # signal-to-noise ratio of every matrix
         histograms = scan_histograms(s, scanned)  # for the report
-        base = load_base(s)  # the frozen model
+        base = load_base(s, will_train=True)  # the frozen model
         start = measure_start(s, base, scanned)  # the test before, the probe, the plan
         adapted = apply(s, base, start.plan)  # a PEFT model whose groups share one factor
         arguments = trainer_arguments(s)  # not before: with DeepSpeed, Transformers would partition the base
