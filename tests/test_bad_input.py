@@ -461,6 +461,16 @@ EVALUATE: list[Row] = [
         ["sgm_finetuned.pth", "base model"],
     ),
     ("an unknown key", lambda p: [f"output.dir={p.earlier_run()}", "model.nane=x"], ["`model.nane`", "`name`"]),
+    (
+        "more tokens than positions",
+        lambda p: [f"output.dir={p.earlier_run()}", "data.max_length=513"],
+        ["513", "512 positions"],
+    ),
+    (
+        "a harness that does not go with the task, before the base model is looked for",
+        lambda p: [f"output.dir={p.earlier_run()}", "evaluation.harness=[arc_easy]", f"model.name={p.folder / 'gone'}"],
+        ["evaluation.harness", "model.task=sequence-classification"],
+    ),
 ]
 
 SCAN: list[Row] = [
@@ -565,6 +575,16 @@ EXPORT: list[Row] = [
 GPTQ = {"quant_method": "gptq", "bits": 4}
 
 OTHER: list[Row] = [
+    (
+        "nothing to answer, before the base model is looked for",
+        lambda p: ["generate", f"output.dir={p.earlier_run()}", "-i", "none.csv", f"model.name={p.folder / 'gone'}"],
+        ["none.csv"],
+    ),
+    (
+        "no conversation, before the base model is looked for",
+        lambda p: ["chat", f"output.dir={p.earlier_run()}", f"model.name={p.folder / 'gone'}"],
+        ["sgm chat is for causal-lm"],
+    ),
     ("plan: a file that exists", lambda p: ["plan", "-o", str(p.file("p.json", "mine"))], ["p.json", "overwrite=true"]),
     ("plan: an unknown key", lambda p: ["plan", "merge.thresh=1"], ["`merge.thresh`", "`threshold`"]),
     ("no such command", lambda p: ["finetun"], ["finetun", "--help"]),

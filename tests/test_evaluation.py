@@ -15,7 +15,7 @@ from sgm_finetune.data.encoding import IGNORED
 from sgm_finetune.data.questions import Question, has_answers, questions
 from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.results.evaluation import evaluate_model
-from sgm_finetune.results.generation import answer_metrics, generate_answers
+from sgm_finetune.results.generation import answer_metrics, continue_prompts, generate_answers
 from sgm_finetune.results.metrics import (
     describe_metrics,
     multilabel_metrics,
@@ -118,6 +118,19 @@ def test_an_answer_does_not_depend_on_the_questions_beside_it(name, task, tmp_pa
     ]
     assert together == alone
     assert not model.training
+
+
+def test_prompts_are_padded_whatever_the_tokenizer_leaves_out(tmp_path):
+    """An empty prompt is answered, and so are others by a tokenizer that gives no mask or has no padding token."""
+    model, _ = load_model(ModelConfig(task="causal-lm", dtype="float32"), save_pico("llama", tmp_path / "llama"))
+    prompts, plain = [[3, 4, 5], [6]], make_tokenizer()
+    expected = continue_prompts(model, prompts, plain, "causal-lm", [2], limit=4, batch_size=2)
+    assert len(continue_prompts(model, [[]], plain, "causal-lm", [2], limit=4)) == 1
+    without_mask, without_padding = make_tokenizer(), make_tokenizer()
+    without_mask.model_input_names = ["input_ids"]
+    without_padding.pad_token = None
+    assert continue_prompts(model, prompts, without_mask, "causal-lm", [2], limit=4, batch_size=2) == expected
+    assert continue_prompts(model, prompts, without_padding, "causal-lm", [2], limit=4, batch_size=1) == expected
 
 
 def packed(*examples: list[int]) -> Dataset:

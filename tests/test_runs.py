@@ -3,6 +3,7 @@ continued, shared between processes and taken apart."""
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from io import StringIO
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from conftest import BAD, GOOD, OTHER, make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from processes import ROOT, adapter, assert_one_run, environment, losses, remove, torchrun, torchrun_command
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
@@ -33,6 +35,7 @@ from sgm_finetune.data.splits import load_splits
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.measure.scan import scan
 from sgm_finetune.train.base_model import load_base
+from sgm_finetune.train.trainer import SGMTrainer
 
 TOLERANCE = {"merged": 1e-4}
 
@@ -129,6 +132,13 @@ def test_evaluate_gives_the_same_digits(finished, command):
 def test_evaluate_takes_changes_to_the_data(finished, command):
     output, *_ = finished
     assert command("evaluate", [f"output.dir={output}", "data.num_test=10"])["num_examples"] == 10
+
+
+def test_evaluate_does_not_check_what_only_training_needs(finished, command, monkeypatch):
+    output, metrics, *_ = finished
+    monkeypatch.setattr(LlamaForSequenceClassification, "supports_gradient_checkpointing", False)
+    again = command("evaluate", [f"output.dir={output}", "training.checkpointing=true"])
+    assert again["accuracy"] == metrics["after"]["accuracy"]
 
 
 def test_the_adapter_folder_loads_in_an_unmodified_peft(finished, llama_folder, reviews):
@@ -517,6 +527,25 @@ def test_both_processes_end_with_equal_parameters(settings, tmp_path):
 
 
 # (g) the best checkpoint
+
+
+def test_the_trainer_lives_as_long_as_the_model_is_tested(settings, tmp_path, command, monkeypatch):
+    """With ZeRO-3 the model computes by hooks that DeepSpeed's engine, which the trainer holds, removes at its end."""
+    init, made, alive = SGMTrainer.__init__, [], []
+
+    def watched(self, *arguments, **options):
+        init(self, *arguments, **options)
+        made.append(weakref.ref(self))
+
+    def tested(*arguments, test=pipeline.test):
+        gc.collect()
+        alive.append([one() is not None for one in made])
+        return test(*arguments)
+
+    monkeypatch.setattr(SGMTrainer, "__init__", watched)
+    monkeypatch.setattr(pipeline, "test", tested)
+    command("finetune", [*settings, "training.max_steps=2", f"output.dir={tmp_path / 'out'}"])
+    assert alive == [[], [True]]
 
 
 def test_early_stopping_stops_and_the_best_checkpoint_is_what_is_saved(settings, tmp_path, command):

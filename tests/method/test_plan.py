@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.agreement import side_agreement
+from sgm_finetune.method.build_plan import build_plan, merge_readers
 from sgm_finetune.method.parameter_count import adapter_parameters
 from sgm_finetune.method.plan import MatrixNumbers, PlanSettings
 from sgm_finetune.method.subspace import Sketch, test_matrix
@@ -113,6 +115,15 @@ def test_readers_of_the_same_activations_share_their_input_side_whatever_their_o
     assert (joined.kind, joined.num_layers, joined.side) == ("q+k+v", 3, "input")
     assert joined.retention_input == pytest.approx(1.0, abs=0.05)
     assert [kind.side for kind in plan.kinds[:-1]] == [None] * 3
+
+
+def test_what_readers_keep_together_is_the_mean_over_all_of_them_at_once():
+    """To the last digit: a mean of the means of each set of readers is rounded in another way."""
+    for seed in range(8):
+        sets = [[reader(name, "q", like=10 * seed + 3 * i + n) for n, name in enumerate("qkv")] for i in range(3)]
+        merged = merge_readers("q+k+v", sets, ACTIVATION)
+        kept = [side_agreement(members, "input", RANK).retention_of_all() for members in sets]
+        assert merged.numbers.retention_all_input == float(np.mean(kept))
 
 
 def test_a_reader_whose_gradient_has_other_directions_stays_alone():

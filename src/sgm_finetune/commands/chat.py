@@ -17,7 +17,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.generate import side_by_side
 from sgm_finetune.data.columns import Message
 from sgm_finetune.results.answers import Sampling, When, answer
-from sgm_finetune.results.load import LoadedResult, load_trained, read_result
+from sgm_finetune.results.load import LoadedResult, find_base, load_trained, read_stored
 
 HELP = "/clear begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -35,17 +35,18 @@ def chat(
     Returns the turns, {question, answer, (before)}. With `compare` the base model answers first, in a conversation of
     its own. Raises UserError, before the model is loaded, for a result that holds no conversations.
     """
-    log = StepLog(console)
-    stored = read_result(config, overrides, log)
+    stored = read_stored(config, overrides)
     if stored.config.model.task != "causal-lm":
         raise UserError(
             f"sgm chat is for causal-lm, and this run's model.task is {stored.config.model.task}; take sgm generate"
         )
-    if not stored.tokenizer.chat_template:
+    log = StepLog(console)
+    found = find_base(stored, log)
+    if not found.tokenizer.chat_template:
         raise UserError(
             f"model.name={stored.config.model.name} has no chat template, so no turns; take sgm generate --prompt ..."
         )
-    result = load_trained(stored, log)
+    result = load_trained(found, log)
     begin: list[Message] = [{"role": "system", "content": system}] if system else []
     whens: tuple[When, ...] = ("before", "after") if compare else ("after",)
     conversations: dict[When, list[Message]] = {when: list(begin) for when in whens}

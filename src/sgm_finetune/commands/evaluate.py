@@ -11,7 +11,7 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.session import prepare_session, step_log
 from sgm_finetune.commands.steps import load_base, prepare_fast_adapters, test
-from sgm_finetune.results.load import Result, attach_adapter, read_result
+from sgm_finetune.results.load import StoredResult, attach_adapter, read_stored
 
 
 def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict[str, Any]:
@@ -20,29 +20,28 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     The configuration that trained it is in the file; `overrides` (key=value) change it. Raises UserError for test data
     with other labels, and for a harness file that the .pth file alone names, since such a file can run code.
     """
-    log = step_log(console)
-    result = read_result(config, overrides, log)
-    _check_harness_files(result, config.evaluation.harness)
-    s = prepare_session(result.config, log, result.base)
+    stored = read_stored(config, overrides)
+    _check_harness_files(stored, config.evaluation.harness)
+    s = prepare_session(stored.config, step_log(console))
     labels = s.prepared.splits.labels
-    if labels != result.labels:
+    if labels != stored.labels:
         raise UserError(
-            f"The data has the labels {list(labels)}, {result.path} was trained with {list(result.labels)}; "
+            f"The data has the labels {list(labels)}, {stored.path} was trained with {list(stored.labels)}; "
             "choose other test data"
         )
     base = load_base(s)
-    model = attach_adapter(base.model, result.content, result.path)
+    model = attach_adapter(base.model, stored.content, stored.path)
     prepare_fast_adapters(s, model)
     found = test(s, base, model, "test")
     return {"model": s.config.model.name, "data": s.prepared.splits.description, **found.metrics}
 
 
-def _check_harness_files(result: Result, own: Sequence[str]) -> None:
+def _check_harness_files(stored: StoredResult, own: Sequence[str]) -> None:
     """Raises UserError for a task file of the harness that the person did not name."""
-    strange = [name for name in result.config.evaluation.harness if name.endswith((".yaml", ".yml"))]
+    strange = [name for name in stored.config.evaluation.harness if name.endswith((".yaml", ".yml"))]
     strange = [name for name in strange if name not in own]
     if strange:
         raise UserError(
-            f"{result.path} was trained with evaluation.harness={strange[0]}, a file that can run code; say "
+            f"{stored.path} was trained with evaluation.harness={strange[0]}, a file that can run code; say "
             "evaluation.harness=... yourself, or evaluation.harness=[]"
         )

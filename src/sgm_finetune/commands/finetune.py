@@ -59,16 +59,16 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
     with open_session(config, console, dry_run) as s:  # the lock, the checkpoint, the data, the memory
         scanned = scan_weights(s) if s.given_plan is None else None  # signal-to-noise ratio of every matrix
         histograms = scan_histograms(s, scanned)  # for the report
-        base = load_base(s)  # the frozen model
+        base = load_base(s, will_train=True)  # the frozen model
         start = measure_start(s, base, scanned)  # the test before, the probe, the plan
         adapted = apply(s, base, start.plan)  # a PEFT model whose groups share one factor
         arguments = trainer_arguments(s)  # not before: with DeepSpeed, Transformers would partition the base
         if dry_run:
             return preview(s, adapted, arguments)
         claim_folder(s, start, histograms)  # from here on, output.dir is this run's
-        state = train_adapters(s, base, adapted, start, arguments)  # the model holds the best checkpoint's weights
+        trained = train_adapters(s, base, adapted, start, arguments)  # the model holds the best checkpoint's weights
         after = agree(s.config, lambda: test(s, base, adapted.model, "after"))
-        return save(s, start, adapted, state, after)
+        return save(s, start, adapted, trained.state, after)
 
 
 def scan_histograms(s: Session, scanned: Scan | None) -> tuple[Histogram, ...]:
@@ -126,10 +126,8 @@ def claim_folder(s: Session, start: Start, histograms: tuple[Histogram, ...]) ->
     processes().wait_for_everyone()
 
 
-def train_adapters(
-    s: Session, base: Base, adapted: Adapted, start: Start, arguments: TrainingArguments
-) -> TrainerState:
-    """Trains the adapters; returns the trainer's last state. Raises Interrupted if a signal stopped it."""
+def train_adapters(s: Session, base: Base, adapted: Adapted, start: Start, arguments: TrainingArguments) -> Trained:
+    """Trains the adapters. Raises Interrupted if a signal stopped it."""
     release_memory()
     job = TrainingJob(
         config=s.config,
@@ -143,7 +141,7 @@ def train_adapters(
         resume_from=s.checkpoint,
     )
     with s.clock.time("train"):
-        trained: Trained = train(job, s.log.console)
+        trained = train(job, s.log.console)
     release_memory()
     state = trained.state
     if trained.stopped_by is not None:
@@ -155,7 +153,7 @@ def train_adapters(
     if state.best_metric is not None:
         line += f" · best validation loss {state.best_metric:.4f} at step {state.best_global_step}"
     s.log.line("train", line)
-    return state
+    return trained
 
 
 def save(s: Session, start: Start, adapted: Adapted, state: TrainerState, after: Tested) -> dict[str, Any]:

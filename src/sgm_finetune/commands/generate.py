@@ -23,7 +23,7 @@ from sgm_finetune.data import columns
 from sgm_finetune.data.columns import Message
 from sgm_finetune.data.tables import read_file
 from sgm_finetune.results.answers import Prompt, Sampling, When, answer, generates_text
-from sgm_finetune.results.load import LoadedResult, load_trained, read_result
+from sgm_finetune.results.load import LoadedResult, find_base, load_trained, read_stored
 
 WIDE = 100
 """Columns of a terminal from which two answers stand side by side."""
@@ -55,15 +55,15 @@ def generate(
 ) -> list[dict[str, Any]]:
     """Prints the answers of the result in output.dir; returns them as rows {prompt, answer, (scores), (before)}.
 
-    Raises UserError, before the model is loaded, for what can be known then.
+    Raises UserError, before the base model is looked for or loaded, for what can be known then.
     """
     log = StepLog(console)
-    stored = read_result(config, overrides, log)
+    stored = read_stored(config, overrides)
     from_file = read_prompts(request.file, stored.config) if request.file is not None else []
     prompts: list[Prompt] = [*request.texts, *from_file]
     if not prompts:
         raise UserError("There is nothing to answer; give --prompt TEXT or --input FILE")
-    result = load_trained(stored, log)
+    result = load_trained(find_base(stored, log), log)
     is_one_text = len(prompts) == 1 and generates_text(result.config.model.task)
     if is_one_text and not request.compare and console.is_terminal:
         return [{"prompt": prompts[0], **_stream_answer(result, prompts[0], request, console)}]

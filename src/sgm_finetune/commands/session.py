@@ -20,7 +20,6 @@ from sgm_finetune.base.text import gib, mib
 from sgm_finetune.data.prepared import PreparedData, prepare_data
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.model.files import ModelFiles
 from sgm_finetune.results.folder import as_it_began, check_same_data, claim_output
 from sgm_finetune.results.harness import check_harness
 from sgm_finetune.train.arguments import check_machine
@@ -69,14 +68,14 @@ def step_log(console: Console) -> StepLog:
     return StepLog(console if processes().is_main_process else Console(quiet=True))
 
 
-def prepare_session(config: Config, log: StepLog, files: ModelFiles | None = None) -> Session:
+def prepare_session(config: Config, log: StepLog) -> Session:
     """A session with its data prepared. Raises UserError for what can be checked without the model's weights."""
-    return Session(config, config, _checked_data(config, log, files), log)
+    return Session(config, config, _checked_data(config, log), log)
 
 
-def _checked_data(config: Config, log: StepLog, files: ModelFiles | None = None) -> PreparedData:
+def _checked_data(config: Config, log: StepLog) -> PreparedData:
     check_harness(config.evaluation.harness, config.model.task)
-    return prepare_data(config, log, files)
+    return prepare_data(config, log)
 
 
 @contextmanager

@@ -79,9 +79,9 @@ def scan_weights(s: Session) -> Scan:
     return scanned
 
 
-def load_base(s: Session) -> Base:
-    """The frozen base model, ready for the step that training.step names."""
-    return base_model.load_base(s.config, s.prepared, s.log)
+def load_base(s: Session, will_train: bool = False) -> Base:
+    """The frozen base model, ready for the step that training.step names; `will_train` checks that it can train."""
+    return base_model.load_base(s.config, s.prepared, s.log, will_train)
 
 
 def test(s: Session, base: Base, model: nn.Module, when: str) -> Tested:

@@ -17,7 +17,7 @@ from sgm_finetune.data.batches import collator
 from sgm_finetune.data.encoding import Encoded, encode, pack
 from sgm_finetune.data.questions import has_answers
 from sgm_finetune.data.splits import DataSplits, load_splits
-from sgm_finetune.model.files import ModelFiles, find_model_files
+from sgm_finetune.model.files import find_model_files
 from sgm_finetune.model.load import Head
 
 
@@ -41,14 +41,13 @@ class PreparedData:
         return Head(splits.labels, splits.label_kind, padding)  # type: ignore[arg-type]  # one token's id
 
 
-def prepare_data(config: Config, log: StepLog, files: ModelFiles | None = None) -> PreparedData:
-    """Reads, splits and encodes the data, and prints what it found. `files` are the model's, where they are known.
+def prepare_data(config: Config, log: StepLog) -> PreparedData:
+    """Reads, splits and encodes the data, and prints what it found.
 
     Checks everything that needs no weights: files, columns, labels, lengths, the tokenizer. Raises UserError.
     """
     splits = load_splits(config.data, config.model.task)
-    if files is None:
-        files = find_model_files(config.model, log, config.data.max_length)
+    files = find_model_files(config.model, log, config.data.max_length)
     encoded = {
         name: encode(getattr(splits, name), files.tokenizer, config.model.task, config.data.max_length)
         for name in ("train", "validation", "test")

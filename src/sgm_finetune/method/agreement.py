@@ -57,10 +57,10 @@ class SideAgreement:
         """Each share in `kept`, of the matrix at the same place in `indices`, over what its own basis keeps."""
         return [share / max(self.kept_own[i], 1e-12) for share, i in zip(kept, indices, strict=True)]
 
-    def retention_of_all(self) -> float:
-        """What one basis for all matrices keeps over what their own bases keep, the mean over matrices (eq. 14b)."""
+    def retention_of_all(self) -> list[float]:
+        """What one basis for all matrices keeps of each, over what its own basis keeps (eq. 14b is their mean)."""
         everyone = range(len(self.kept_own))
-        return float(np.mean(self.relative_to_own(self.kept_shared(everyone), everyone)))
+        return self.relative_to_own(self.kept_shared(everyone), everyone)
 
     def start(self, indices: Sequence[int]) -> Tensor:
         """Q (d x rank) of the matrices `indices` from both halves (eq. 12), where their shared factor starts."""

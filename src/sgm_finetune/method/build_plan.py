@@ -186,7 +186,7 @@ def kind_numbers(
     label: str, members: Sequence[MatrixNumbers], agreement: KindAgreement, settings: PlanSettings
 ) -> KindNumbers:
     """Returns the numbers of a kind with at least two layers, and the side on which they may merge."""
-    of_all: dict[Side, float] = {side: one.retention_of_all() for side, one in agreement.sides.items()}
+    of_all: dict[Side, float] = {side: float(np.mean(one.retention_of_all())) for side, one in agreement.sides.items()}
     may_merge = settings.scope == "layers" and members[0].num_experts is None
     cosines, other_half = agreement.cosines, agreement.cosines_other_half
     return KindNumbers(

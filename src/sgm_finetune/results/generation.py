@@ -57,23 +57,37 @@ def continue_prompts(
     try:
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
-            rows = {"input_ids": [list(prompts[i]) for i in chosen]}
-            padded = tokenizer.pad(rows, padding_side="left" if is_decoder else "right", return_tensors="pt")
+            ids, mask = _pad([prompts[i] for i in chosen], tokenizer.pad_token_id, left=is_decoder)
             with torch.no_grad(), _contiguous_reads(model.get_output_embeddings()):
                 generated = model.generate(
-                    input_ids=padded["input_ids"].to(device),
-                    attention_mask=padded["attention_mask"].to(device),
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
                     **{"do_sample": False, "use_cache": True, "num_beams": 1, "max_new_tokens": limit, **options},
                     eos_token_id=list(ends),
                     pad_token_id=tokenizer.pad_token_id,
                 )
-            start = padded["input_ids"].shape[1] if is_decoder else 0  # a decoder repeats its prompt
+            start = ids.shape[1] if is_decoder else 0  # a decoder repeats its prompt
             for index, row in zip(chosen, generated[:, start:].tolist(), strict=True):
                 answers[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
             progress(len(answers), len(order))
     finally:
         model.train(was_training)
     return [answers[i] for i in range(len(prompts))]
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_id: int | None, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of equal length, at least 1: an empty prompt becomes one masked token.
+
+    The tokenizer's own `pad` makes no row of an empty prompt alone, no mask where the tokenizer's settings leave it
+    out, and nothing at all without a padding token, even where no row needs one.
+    """
+    width = max(1, *(len(row) for row in rows))
+    ids, mask = [], []
+    for row in rows:
+        padding, hidden, shown = [pad_id] * (width - len(row)), [0] * (width - len(row)), [1] * len(row)
+        ids.append([*padding, *row] if left else [*row, *padding])
+        mask.append([*hidden, *shown] if left else [*shown, *hidden])
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 @contextmanager

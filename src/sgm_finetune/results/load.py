@@ -28,8 +28,8 @@ from sgm_finetune.train.launch import apply_launcher
 
 
 @dataclass(frozen=True)
-class Result:
-    """A trained adapter, and the files of its base model. No weights of the base are loaded yet."""
+class StoredResult:
+    """A trained adapter, as its .pth file holds it. The base model is not looked for yet."""
 
     path: Path
     """The .pth file."""
@@ -37,8 +37,17 @@ class Result:
     """What the .pth file holds."""
     config: Config
     """The configuration that it was trained with, changed by the command line."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(self.content["labels"])
+
+
+@dataclass(frozen=True)
+class Result(StoredResult):
+    """A trained adapter, and the files of its base model. No weights of the base are loaded yet."""
+
     base: ModelFiles
-    labels: tuple[str, ...]
     label_kind: LabelKind | None
     roles: tuple[str, ...]
     """Roles of the columns that it was trained on (text, label, messages ...); () where an older file does not say."""
@@ -76,19 +85,32 @@ class LoadedResult(Result):
     """The base model as it was trained, 4-bit weights included, with the adapter on it."""
 
 
-def read_result(config: Config, overrides: Sequence[str], log: StepLog) -> Result:
-    """Reads the result in `config.output.dir`; `overrides` (key=value) change the configuration that trained it.
+def read_stored(config: Config, overrides: Sequence[str]) -> StoredResult:
+    """Reads the .pth file in `config.output.dir`; `overrides` (key=value) change the configuration that trained it.
 
-    Raises UserError where there is no usable result, and where its base model is not available.
+    Raises UserError where there is no usable result.
     """
     path = Path(config.output.dir) / PTH
     content = load_pth(path)
-    trained = apply_launcher(stored_config(content, path, config, overrides))
-    base = find_model_files(unquantised(trained.model), log)
-    labels, kind = tuple(content["labels"]), content.get("label_kind")
-    if kind is None and trained.model.task == "sequence-classification" and not labels:
+    return StoredResult(path, content, apply_launcher(stored_config(content, path, config, overrides)))
+
+
+def find_base(stored: StoredResult, log: StepLog) -> Result:
+    """Finds the files of the result's base model; converts or downloads them first where that is needed.
+
+    Raises UserError where the base model is not available.
+    """
+    content, model = stored.content, stored.config.model
+    base = find_model_files(unquantised(model), log)
+    kind = content.get("label_kind")
+    if kind is None and model.task == "sequence-classification" and not stored.labels:
         kind = "number"  # only a number has no names
-    return Result(path, content, trained, base, labels, kind, tuple(content.get("roles", ())))
+    return Result(**vars(stored), base=base, label_kind=kind, roles=tuple(content.get("roles", ())))
+
+
+def read_result(config: Config, overrides: Sequence[str], log: StepLog) -> Result:
+    """`read_stored`, then `find_base`."""
+    return find_base(read_stored(config, overrides), log)
 
 
 def load_trained(result: Result, log: StepLog) -> LoadedResult:

@@ -34,14 +34,18 @@ class Base:
     """Computes a language model's loss in parts; None: by the model itself."""
 
 
-def load_base(config: Config, prepared: PreparedData, log: StepLog) -> Base:
-    """Loads the base model and prepares the fast step on it. Raises UserError where packed examples would see each
-    other, or where checkpointing is asked for and the architecture cannot do it."""
+def load_base(config: Config, prepared: PreparedData, log: StepLog, will_train: bool = False) -> Base:
+    """Loads the base model and prepares the fast step on it.
+
+    With `will_train`, raises UserError where packed examples would see each other, or where checkpointing is asked for
+    and the architecture cannot do it.
+    """
     model, new_modules = load_base_weights(config, prepared.folder, prepared.head, log)
     train = prepared.train.dataset
-    check_packing(model, train)
-    if config.training.checkpointing:
-        check_checkpointing(model)
+    if will_train:
+        check_packing(model, train)
+        if config.training.checkpointing:
+            check_checkpointing(model)
     batch = prepared.collate([train[i] for i in range(min(2, len(train)))])
     head_loss, remarks = prepare_base(config, model, new_modules, batch)
     for remark in remarks:

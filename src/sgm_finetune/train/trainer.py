@@ -188,6 +188,9 @@ class Trained:
     state: TrainerState
     stopped_by: str | None
     """Name of the signal that stopped it early; then a checkpoint of the last step is on the disk."""
+    trainer: SGMTrainer
+    """Keep it as long as the model is used. With ZeRO-3 the model computes by hooks of DeepSpeed's engine, which the
+    trainer holds, and which removes the hooks when it is deleted."""
 
 
 def train(job: TrainingJob, console: Console) -> Trained:
@@ -203,14 +206,14 @@ def train(job: TrainingJob, console: Console) -> Trained:
         if _has_ended(state, job.arguments.max_steps, training.early_stopping_patience):
             trainer.state = state  # Trainer would take one more step before it looks
             trainer._load_from_checkpoint(str(best_checkpoint(job.resume_from) or job.resume_from))
-            return Trained(state, None)
+            return Trained(state, None, trainer)
     remedy = "; make room and continue with training.resume=true: earlier checkpoints are whole"
     with interruption, writing(Path(str(job.arguments.output_dir)), remedy):
         trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
     best = trainer.state.best_model_checkpoint
     if interruption.signal_name is None and best and not Path(best).is_dir():  # Trainer would go on without it
         raise UserError(f"{best}, the best checkpoint of this run, is gone, and its weights with it; start a new run")
-    return Trained(trainer.state, interruption.signal_name)
+    return Trained(trainer.state, interruption.signal_name, trainer)
 
 
 def _trainer(job: TrainingJob, callbacks: Sequence[TrainerCallback]) -> SGMTrainer:
