@@ -112,8 +112,10 @@ def _wrap(text: str, first: str, rest: str) -> list[str]:
 
 def _describe(key: Key) -> str:
     """The description, followed by the possible values when the key is a choice or has bounds."""
-    takes = f"{key.type}, {key.bounds}" if key.bounds else key.type if " | " in key.type else ""
-    return f"{key.description} ({takes})" if takes else key.description
+    if key.bounds:
+        return f"{key.description} ({key.type}, {key.bounds})"
+    is_choice = " | " in key.type
+    return f"{key.description} ({key.type})" if is_choice else key.description
 
 
 def _default(field: FieldInfo) -> Any:

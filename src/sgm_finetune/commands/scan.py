@@ -74,7 +74,8 @@ class ScanRequest:
         if self.plot is not None and self.plot.exists() and not (self.plot.is_dir() and not any(self.plot.iterdir())):
             raise UserError(f"{self.plot} is not an empty folder; name another --plot")
         if self.is_result_file and (self.control or self.matrices or self.fresh):
-            option = "--control" if self.control else "--matrix" if self.matrices else "--fresh"
+            options = {"--control": self.control, "--matrix": self.matrices, "--fresh": self.fresh}
+            option = next(name for name, given in options.items() if given)
             raise UserError(
                 f"{self.model} holds results of a scan, and {option} needs the weights; give the model itself"
             )

@@ -38,7 +38,7 @@ def model_card(result: Result, to: ExportFormat, comparison: Mapping[str, Any], 
         base_model=hub_id,
         library_name={"adapter": "peft", "merged": "transformers", "gguf": "gguf"}[to],
         pipeline_tag=_PIPELINES.get(config.model.task),
-        tags=["sgm-finetune", "lora"] + ["gguf"] * (to == "gguf"),
+        tags=["sgm-finetune", "lora", "gguf"] if to == "gguf" else ["sgm-finetune", "lora"],
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",

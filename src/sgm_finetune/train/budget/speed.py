@@ -30,7 +30,9 @@ class Speed:
 def measure_speed(width: int, dtype: torch.dtype) -> Speed:
     """The speed of this machine's GPU, or of its CPU, for layers of `width` inputs in `dtype` (bfloat16 in place of an
     integer type)."""
-    device, dtype = "cuda" if has_gpu() else "cpu", dtype if dtype.is_floating_point else torch.bfloat16
+    device = "cuda" if has_gpu() else "cpu"
+    if not dtype.is_floating_point:
+        dtype = torch.bfloat16
     x, w = (torch.ones(shape, dtype=dtype, device=device) for shape in ((1024, width), (2 * width, width)))
     block = torch.ones(2**22, dtype=dtype, device=device)
     return Speed(
