@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
+import pickle
 import re
 import tomllib
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from torch import nn
 
 from sgm_finetune.base.compat import PRIVATE_PARTS, TRIED_WITH, PrivatePart
 from sgm_finetune.base.config import ModelConfig
+from sgm_finetune.base.untrusted import Rehearsal, read_torch
 from sgm_finetune.measure.probe import readers_of_same_activations
 from sgm_finetune.model.load import load_model, skeleton
 from sgm_finetune.model.stand_ins import FUSED_ATTENTION, stand_in_kernels
@@ -27,6 +30,7 @@ from sgm_finetune.train.adapters.apply import lora_layers
 from sgm_finetune.train.adapters.shard import reduce_factors_only
 from sgm_finetune.train.budget.footprint import Footprint
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
+from sgm_finetune.train.fast.gated_mlp import recompute_mlps
 from sgm_finetune.train.fast.head_loss import find_head_loss
 
 ROOT = Path(__file__).parents[1]
@@ -310,6 +314,22 @@ def test_the_stand_ins_of_kernels_keep_less() -> None:
     assert kept[1] < kept[0]
 
 
+def test_gated_mlps_hold_neither_their_product_nor_their_activation() -> None:
+    batch = {"input_ids": torch.zeros(4, 7, dtype=torch.long, device="meta")}
+    held = []
+    for recomputed in (False, True):
+        base = make_model("causal-lm").to("meta")
+        assert not recomputed or recompute_mlps(base, batch)
+        model = adapted(base)
+        use_fast_step(model)
+        with Footprint([*model.parameters(), *model.buffers()]) as footprint:
+            logits = model(**batch).logits
+            held.append(footprint.now)
+        del logits
+    layers, tokens, width = 4, 4 * 7, 128
+    assert held[0] - held[1] == layers * 2 * tokens * width * 4
+
+
 def test_a_model_without_numbers_takes_the_stand_in_for_fused_attention(llama_folder, monkeypatch) -> None:
     monkeypatch.setattr("sgm_finetune.model.load.has_gpu", lambda: True)
     hollow = skeleton(ModelConfig(name=str(llama_folder), task="causal-lm"), llama_folder)
@@ -358,6 +378,27 @@ def test_a_four_bit_layer_is_packed_only_where_its_attribute_allows_it() -> None
             layer(torch.randn(2, 64, dtype=torch.bfloat16))
         packed = getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
         assert packed == layer.support_avx512bf16_for_cpu
+
+
+def test_the_unpickler_written_in_python_has_a_table_of_its_instructions() -> None:
+    pickled = pickle.dumps(bytearray(b"abc"), protocol=5)
+    assert pickle._Unpickler(io.BytesIO(pickled)).load() == bytearray(b"abc")
+    with pytest.raises(KeyError):
+        Rehearsal(io.BytesIO(pickled), len(pickled)).load()  # whose table lacks the instruction for a bytearray
+
+
+@pytest.mark.parametrize("function", ["_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter"])
+def test_a_file_of_torch_names_a_function_that_is_allowed(function: str, tmp_path) -> None:
+    content = {
+        "_rebuild_tensor_v2": torch.ones(2),
+        "_rebuild_tensor_v3": torch.ones(2, dtype=torch.uint16),  # a type without a storage class
+        "_rebuild_parameter": nn.Parameter(torch.ones(2)),
+    }[function]
+    path = tmp_path / "saved.pth"
+    torch.save([content], path, _use_new_zipfile_serialization=False)
+    assert function.encode() in path.read_bytes()
+    torch.save([content], path)
+    assert torch.equal(read_torch(path)[0], content)
 
 
 def test_the_gguf_reader_reads_a_header_through_its_private_method(tmp_path) -> None:

@@ -29,7 +29,7 @@ class PrivatePart:
     why: str
     """What it is for, and why no public name does it."""
     test: str
-    """The test that fails when the part changes."""
+    """The test that fails when the part changes. One is slow and one needs a GPU; all others are default tests."""
 
 
 def _entries(library: str, parts: tuple[str, ...], used_in: str, why: str, test: str) -> tuple[PrivatePart, ...]:
@@ -59,11 +59,15 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
     ),
     *_entries(
         "bitsandbytes",
-        ("Linear4bit.support_avx512bf16_for_cpu", "QuantState.packing_format_for_cpu", "Params4bit.quant_state",
-         "QuantState.absmax"), "model/four_bit.py",
-        "Layers that an evaluation packed for inference give wrong gradients; bitsandbytes has no setting against "
-        "packing, and its unpacking leaves the scales transposed.",
+        ("QuantState.packing_format_for_cpu", "Params4bit.quant_state", "QuantState.absmax"), "model/four_bit.py",
+        "They show which weights an evaluation packed, so that gradients would be wrong, and what the scales are then; "
+        "bitsandbytes' own unpacking leaves the scales transposed.",
         "tests/test_quantized.py::test_ready_for_backward_unpacks_what_an_evaluation_packed",
+    ),
+    PrivatePart(
+        "bitsandbytes", "Linear4bit.support_avx512bf16_for_cpu", "model/four_bit.py",
+        "Set to False, it keeps an evaluation from packing the weights; bitsandbytes has no setting for it.",
+        f"{_COMPAT}test_a_four_bit_layer_is_packed_only_where_its_attribute_allows_it",
     ),
     PrivatePart(
         "bitsandbytes", "Linear4bit.support_avx512bf16_for_cpu", "commands/doctor.py",
@@ -107,7 +111,7 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
         "peft", "LoraLayer.__class__", "train/fast/adapter_forward.py",
         "A LoRA layer that PEFT made gets our subclass, whose forward is the fast one; PEFT's registry of "
         "classes is private too.",
-        f"{_FORWARD}test_gradients_are_as_near_to_float64s_as_pefts",
+        f"{_FORWARD}test_what_readers_share_is_computed_once_and_not_held",
     ),
     *_entries(
         "peft", ("LoraLayer.lora_variant", "LoraLayer.lora_bias"), "train/fast/adapter_forward.py",
@@ -130,19 +134,23 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
         "python", ("pickle._Unpickler", "_Unpickler.dispatch"), "base/untrusted.py",
         "The unpickler written in Python allocates as it reads and can lose an instruction; the public one, in C, "
         "allocates whatever size a file claims.",
-        "tests/test_reading.py::test_a_pickle_makes_no_room_for_what_it_claims",
+        f"{_COMPAT}test_the_unpickler_written_in_python_has_a_table_of_its_instructions",
     ),
     *_entries(
         "torch",
         ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter"),
         "base/untrusted.py",
         "Files of torch.save name these functions, and only they are allowed; torch does not export its list.",
-        "tests/test_reading.py::test_what_torch_saves_is_read",
+        f"{_COMPAT}test_a_file_of_torch_names_a_function_that_is_allowed",
     ),
-    *_entries(
-        "torch", ("UntypedStorage._cdata", "Tensor._version"), "measure/probe.py",
-        "Two layers read the same activation if storage, place and version are equal; tensors of device meta have no "
-        "address, and no public name counts the changes of a tensor.",
+    PrivatePart(
+        "torch", "UntypedStorage._cdata", "measure/probe.py",
+        "It identifies the storage of an activation; on device meta a storage has no address.",
+        "tests/measure/test_probe.py::test_an_equal_copy_is_another_activation_also_without_numbers",
+    ),
+    PrivatePart(
+        "torch", "Tensor._version", "measure/probe.py",
+        "Two layers read the same activation only if it did not change in place; no public name counts changes.",
         f"{_COMPAT}test_an_activation_that_changes_in_place_is_another_one",
     ),
     PrivatePart(
@@ -153,7 +161,7 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
     ),
     *_entries(
         "torch", ("torch._foreach_mul_", "torch._foreach_sub_", "torch._foreach_lerp_"), "train/adapters/optimizer.py",
-        "They change many small factors in one kernel; torch documents them under these names only.",
+        "They change many small factors in one kernel; torch has no public names for them.",
         "tests/adapters/test_descent.py::test_weight_decay_shrinks_factors_by_its_share_of_the_step",
     ),
     *_entries(
@@ -192,7 +200,7 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
     PrivatePart(
         "torch", "UntypedStorage._cdata", "train/fast/gated_mlp.py",
         "It recognises the product among the tensors that autograd keeps, also on device meta.",
-        "tests/test_gated_mlp.py::test_two_tensors_as_wide_as_the_mlp_are_kept_instead_of_four",
+        f"{_COMPAT}test_gated_mlps_hold_neither_their_product_nor_their_activation",
     ),
     PrivatePart(
         "torch", "Module.forward", "train/fast/gated_mlp.py",
@@ -226,7 +234,7 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
         ("conversion_mapping.get_model_conversion_mapping", "core_model_loading.rename_source_key"),
         "model/names.py",
         "They give the name in the model of a parameter in its files; Transformers applies them only while it loads.",
-        "tests/test_experts.py::test_every_expert_has_its_snr_from_the_files_and_starts_where_all_of_them_do",
+        "tests/test_experts.py::test_every_expert_has_its_snr_from_the_files_and_the_start_of_its_stack",
     ),
     PrivatePart(
         "transformers", "core_model_loading.revert_weight_conversion", "results/export/merge.py",

@@ -30,11 +30,7 @@ from sgm_finetune.measure.probe import Probe
 from sgm_finetune.measure.scan_result import Scan
 from sgm_finetune.results.examples import changed_examples, fingerprint_of_test
 from sgm_finetune.results.files import save_adapter
-from sgm_finetune.results.folder import (
-    Start,
-    begin,
-    recall_start,
-)
+from sgm_finetune.results.folder import Start, begin, recall_start
 from sgm_finetune.results.pth import PTH, save_pth
 from sgm_finetune.results.report.histogram import Histogram
 from sgm_finetune.results.report.page import render_report
