@@ -277,7 +277,7 @@ def test_a_published_result_file_selects_as_the_published_formula_does(settings,
     file.write_text(json.dumps(rows))
     command("plan", [*shared, f"snr.scan={file}"], "--output", str(tmp_path / "infinite.json"))
     assert "1 with an infinite SNR, not ranked" in command.said
-    assert "not in the scan, so not trained: model.layers.0.mlp.up_proj" in command.said
+    assert "the scan does not have them, so they are not trained: model.layers.0.mlp.up_proj" in command.said
     planned = load_plan(tmp_path / "infinite.json")
     assert len(planned.matrices) == 27
     chosen = [m.name for m in planned.selected if m.name.endswith("v_proj")]
@@ -756,4 +756,4 @@ def test_several_processes_may_step_fast(more, settings, tmp_path, command):
 
 def test_what_cannot_step_fast_is_said(settings, command):
     command("finetune", [*settings, "training.step=fast", "adapter.dropout=0.1"])
-    assert "by PEFT's own forward: 28 matrices (model.layers.0.self_attn.q_proj, ...)" in command.said
+    assert "PEFT's own forward still computes 28 matrices (model.layers.0.self_attn.q_proj, ...)" in command.said

@@ -30,6 +30,14 @@ def sgm(capfd, *arguments: object) -> tuple[str, str]:
     return found.out, found.err
 
 
+def test_a_scan_starts_without_the_libraries_that_build_models():
+    code = (
+        "import sys, sgm_finetune.commands.scan; print(sorted({'transformers', 'peft', 'datasets'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_without_options_only_the_table_is_printed(llama_folder, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     out, err = sgm(capfd, llama_folder)

@@ -86,7 +86,8 @@ def _holder(path: Path) -> str:
         return ""
 
 
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+"""What file systems without locks answer to `flock`."""
 LOCK = ".lock"
 
 

@@ -44,7 +44,7 @@ def chat(
     found = find_base(stored, log)
     if not found.tokenizer.chat_template:
         raise UserError(
-            f"model.name={stored.config.model.name} has no chat template, so no turns; take sgm generate --prompt ..."
+            f"model.name={stored.config.model.name} has no chat template, which a conversation needs; take sgm generate"
         )
     result = load_trained(found, log)
     begin: list[Message] = [{"role": "system", "content": system}] if system else []

@@ -102,8 +102,9 @@ def _describe_out_of_memory(error: BaseException) -> str:
     asked = re.search(r"allocate ([\d.]+ \w+|\d+ bytes)", str(error))
     what = f" ({asked[1]} more were asked for)" if asked else ""
     return (
-        f"The memory is not enough{what}; take a smaller training.micro_batch_size, training.checkpointing=true or "
-        "memory.budget, which chooses; a run that saved a checkpoint resumes with these and training.resume=true"
+        f"The memory is not enough{what}; take a smaller training.micro_batch_size or training.checkpointing=true (a "
+        "run that saved a checkpoint resumes with them and training.resume=true), or memory.budget, which chooses "
+        "settings that fit"
     )
 
 

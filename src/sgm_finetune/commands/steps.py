@@ -139,13 +139,13 @@ def choose_plan(s: Session, base: Base, scanned: Scan, probed: Probe | None) -> 
     model = base.model
     plan = make_plan(scanned, probed, s.config, model)
     if beyond := out_of_reach(model):
-        s.log.line("", f"PEFT takes them for experts, so not trained: {_some(beyond)}")
+        s.log.line("", f"PEFT takes them for experts, so they are not trained: {_some(beyond)}")
     if probed is not None and probed.unused:
-        s.log.line("", f"not in the loss, so not trained: {_some(probed.unused)}")
+        s.log.line("", f"the loss does not use them, so they are not trained: {_some(probed.unused)}")
     planned = {matrix.name for matrix in plan.matrices}
     measured = adaptable(model) if probed is None else probed.shapes
     if missing := [name for name in measured if name not in planned]:
-        s.log.line("", f"not in the scan, so not trained: {_some(missing)}")
+        s.log.line("", f"the scan does not have them, so they are not trained: {_some(missing)}")
     return plan
 
 
@@ -173,7 +173,7 @@ def apply(s: Session, base: Base, plan: Plan) -> Adapted:
 def prepare_fast_adapters(s: Session, model: PeftModel) -> None:
     """Switches the adapters to the fast step, and prints which of them PEFT's own forward still computes."""
     if slow := prepare_adapters(s.config, model):
-        s.log.line("", f"by PEFT's own forward: {_some(slow)}")
+        s.log.line("", f"PEFT's own forward still computes {_some(slow)}")
 
 
 def agree(config: Config, measure: Callable[[], Any]) -> Any:

@@ -117,7 +117,7 @@ def divide_batch(config: Config, world_size: int) -> tuple[int, int]:
     if batch % (micro * world_size):
         raise UserError(
             f"training.batch_size={batch} cannot be divided into micro-batches of {micro} on {world_size} processes; "
-            "choose a multiple"
+            f"choose a multiple of {micro * world_size}"
         )
     return micro, batch // (micro * world_size)
 

@@ -1,4 +1,8 @@
-"""Names of modules and parameters: layer numbers, kinds, blocks, and the names in a model's files."""
+"""Names of modules and parameters: layer numbers, kinds, blocks, and the names in a model's files.
+
+Transformers is imported inside the functions that need it, because `sgm scan` does without it and starts in half the
+time.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,6 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 
 def block_of(name: str) -> str | None:
@@ -26,6 +27,9 @@ def block_of(name: str) -> str | None:
 
 def weight_conversions(model: nn.Module) -> list[Any]:
     """Transformers' rules that turn the tensors of a model's files into its parameters; [] for other models."""
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     return list(get_model_conversion_mapping(model)) if isinstance(model, PreTrainedModel) else []
 
 
@@ -35,6 +39,8 @@ def stored_to_model_names(model: nn.Module) -> Callable[[str], str]:
     The names differ because the matrices of many experts become one stack, and because the files of an encoder lack
     the prefix of the task's model.
     """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
     conversions = weight_conversions(model)
     return partial(
         _model_name,
@@ -46,6 +52,8 @@ def stored_to_model_names(model: nn.Module) -> Callable[[str], str]:
 
 
 def _model_name(stored: str, renamings: list, converters: list, prefix: str | None, known: dict[str, bool]) -> str:
+    from transformers.core_model_loading import rename_source_key
+
     return rename_source_key(stored, renamings, converters, prefix, known)[0]
 
 

@@ -149,7 +149,7 @@ def attach_adapter(base: PreTrainedModel, content: dict[str, Any], path: Path) -
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the base model: {_first_lines(error)}") from None
     if outcome.unexpected_keys:
-        raise UserError(f"{path} does not fit the base model: it holds `{outcome.unexpected_keys[0]}`")
+        raise UserError(f"{path} does not fit the base model, which has no `{outcome.unexpected_keys[0]}`")
     return model.eval()  # type: ignore[return-value]
 
 
@@ -166,7 +166,7 @@ def attach_untrained(base: PreTrainedModel, content: dict[str, Any], path: Path)
     except ValueError as error:
         raise UserError(f"{path} does not fit the base model: {_first_lines(error)}") from None
     if other := set(lora_layers(model)) ^ {matrix.name for matrix in plan.selected}:  # type: ignore[arg-type]
-        raise UserError(f"{path} is no usable result: its plan and its adapter differ in `{min(other)}`")
+        raise UserError(f"{path} is not a usable result: only one of its plan and its adapter has `{min(other)}`")
     tie(model, plan)  # type: ignore[arg-type]
     return model  # type: ignore[return-value]
 

@@ -25,9 +25,8 @@ def main(request_file: Path, results: Path) -> None:
     llama_cpp.llama_backend_init()
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
-    parameters.use_extra_bufts = (
-        False  # keeps the weights in the file's layout: the AMX layout crashes in version 0.3.36
-    )
+    # keeps the weights in the file's layout: the AMX layout crashes in version 0.3.36
+    parameters.use_extra_bufts = False
     model = llama_cpp.llama_model_load_from_file(request["model"].encode(), parameters)
     if not model:
         sys.exit("llama.cpp cannot load the file")

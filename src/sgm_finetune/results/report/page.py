@@ -185,8 +185,8 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
 def shared_prefix(plan: Plan) -> str:
     """Returns the prefix that the kinds of all layers share, which tables leave out."""
     names = short_kinds(dict.fromkeys(matrix.kind for matrix in plan.matrices if matrix.layer is not None))
-    prefixs = {kind.removesuffix(short) for kind, short in names.items()}
-    return prefixs.pop() if len(prefixs) == 1 else ""
+    prefixes = {kind.removesuffix(short) for kind, short in names.items()}
+    return prefixes.pop() if len(prefixes) == 1 else ""
 
 
 def _why_no_groups(plan: Plan) -> str:
