@@ -229,7 +229,7 @@ def strangers(tmp_path):
         ({"target_modules": "(a+)+$"}, "`target_modules`: input should be a valid list"),
         ({"r": 10**9}, "`r`: input should be less than or equal to 65536"),
         ({"lora_alpha": float("nan")}, "`lora_alpha`: input should be"),
-        ({"target_modules": ["q_proj"]}, "its plan and its adapter differ in"),
+        ({"target_modules": ["q_proj"]}, "only one of its plan and its adapter has `model.layers"),
     ],
     ids=lambda value: str(value)[:30],
 )
