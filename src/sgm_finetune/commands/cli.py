@@ -11,14 +11,14 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
 from sgm_finetune.base.config import Config, Quantization, Task
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.commands.exit_status import run_and_exit
+from sgm_finetune.commands.exit_status import fail, run_and_exit
 
 app = typer.Typer(
     add_completion=True,
@@ -73,10 +73,12 @@ def set_options(
 
 @app.command("init", rich_help_panel="Begin")
 def init_command(
-    path: Annotated[Path, typer.Argument(help="The file to write.", metavar="[config.yaml]")] = Path("config.yaml"),
+    path: Annotated[Path, typer.Argument(help="The file to write.", metavar="config.yaml")] = Path("config.yaml"),
     model: Annotated[str | None, typer.Option("--model", help="Answers the first question.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Answers the second.")] = None,
-    task: Annotated[Task | None, typer.Option("--task", help="Answers the third.")] = None,
+    task: Annotated[
+        Task | None, typer.Option("--task", metavar="TASK", help=f"Answers the third: {', '.join(get_args(Task))}.")
+    ] = None,
     quantization: Annotated[Quantization | None, typer.Option("--quantization", help="Answers the fourth.")] = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Ask nothing; take the default answer for what is not given.")
@@ -200,8 +202,7 @@ def scan_command(
     try:
         scanned = run_scan(request, console)
     except ScanInterrupted as stop:
-        print(stop, file=sys.stderr)
-        raise SystemExit(130) from None
+        fail(str(stop), 130)
     if as_json:
         print(json.dumps(scanned.to_dict(), allow_nan=False))
 
@@ -209,7 +210,7 @@ def scan_command(
 @app.command("estimate", rich_help_panel="Look first")
 def estimate_command(
     config_file: Annotated[
-        str | None, typer.Argument(help="YAML file, instead of --config; or a key=value.", metavar="[config.yaml]")
+        str | None, typer.Argument(help="YAML file, instead of --config; or a key=value.", metavar="config.yaml")
     ] = None,
     overrides: Overrides = None,
     config: ConfigPath = Path("config.yaml"),
@@ -274,8 +275,7 @@ def finetune_command(
     try:
         metrics = finetune(settings, _console(as_json), dry_run)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        raise SystemExit(130) from None
+        fail(str(stop), 130)
     if as_json:
         print(json.dumps(metrics))
 
@@ -298,7 +298,7 @@ def evaluate_command(
 
 @app.command("report", rich_help_panel="Use")
 def report_command(
-    output: Annotated[Path, typer.Argument(help="The output.dir of a run.", metavar="[OUTPUT]")] = Path("output"),
+    output: Annotated[Path, typer.Argument(help="The output.dir of a run.", metavar="OUTPUT")] = Path("output"),
     serve: Annotated[
         bool, typer.Option("--serve", help="Show it in a browser, and try the model before and after.")
     ] = False,
@@ -466,7 +466,9 @@ def _console(to_stderr: bool, result: bool = False) -> Any:
 
 
 def _print_saved(console: Any, what: object) -> None:
-    console.print(f"[bold]{'saved':<8}[/bold] {what}", highlight=False, soft_wrap=True)
+    from sgm_finetune.base.console import StepLog
+
+    StepLog(console).line("saved", str(what))
 
 
 def _configure_libraries(verbose: bool) -> None:

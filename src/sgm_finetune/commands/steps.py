@@ -191,8 +191,11 @@ def _some(names: Sequence[str]) -> str:
 def _describe_parameters(adapted: Adapted, num_factors: int, num_plain: int) -> str:
     total = adapted.num_trainable
     head = f" (and {total - num_factors:,} of a new head)" if total > num_factors else ""
-    line = f"PEFT LoRA: {num_factors:,} trainable adapter parameters{head}; without sharing {num_plain:,}"
+    line = f"PEFT LoRA: {num_factors:,} trainable adapter parameters{head}"
+    if num_plain > num_factors:
+        line += f"; without sharing {num_plain:,}"
     if processes().num_processes > 1:  # gradients are float32
-        reduced, unshared = (4 * size / 2**20 for size in (total, adapted.num_without_sharing))
-        line += f" · gradients of {reduced:,.2f} MiB reduced a step, {unshared:,.2f} without sharing"
+        reduced, unshared = (f"{4 * size / 2**20:,.2f}" for size in (total, adapted.num_without_sharing))
+        line += f" · gradients of {reduced} MiB reduced a step"
+        line += f", {unshared} without sharing" if unshared != reduced else ""
     return line
