@@ -39,6 +39,9 @@ from sgm_finetune.train.fast.prepare import prepare_adapters
 from sgm_finetune.train.launch import model_is_sharded
 from sgm_finetune.train.losses import TestSet
 
+TEST_LOSS = "test loss"
+"""The clock's name for the part of a test that a validation has too: all but generated answers and the harness."""
+
 
 @dataclass(frozen=True)
 class Tested:
@@ -96,7 +99,8 @@ def test(s: Session, base: Base, model: nn.Module, when: str) -> Tested:
         base.head_loss,
     )
     with s.clock.time("evaluate"), s.log.bar(when) as progress:
-        found = evaluate_model(model, test_set, progress)
+        with s.clock.time(TEST_LOSS):
+            found = evaluate_model(model, test_set, progress)
         metrics = found.metrics
         metrics |= evaluate_answers(model, test_set, prepared.tokenizer, config.evaluation.num_generated, progress)
         if tasks := config.evaluation.harness:
