@@ -11,7 +11,7 @@ from rich.console import Console
 from terminal import in_terminal, sgm_in_terminal
 
 from sgm_finetune.base.console import StepLog
-from sgm_finetune.commands.cli import app
+from sgm_finetune.commands.cli import app, main
 
 WIDTHS = (80, 120)
 COMMANDS = [command.name for command in app.registered_commands]
@@ -19,7 +19,7 @@ FRAME = "╭╮╰╯─│"
 
 HELP_PAGES = """
 import sys
-from sgm_finetune.commands.cli import app
+from sgm_finetune.commands.cli import app, main
 sys.argv[0] = "sgm"
 for name in sys.argv[1:]:
     app([name, "--help"], standalone_mode=False)
@@ -99,3 +99,17 @@ def _empty(settings: list[str]) -> Path:
     file = Path(settings[-1].removeprefix("output.dir=")).parent / "empty.yaml"
     file.write_text("")
     return file
+
+
+@pytest.mark.parametrize("option", ["--json", "--quiet"])
+def test_the_line_about_a_replaced_key_goes_where_the_other_lines_go(option, tmp_path, capfd):
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {name: imdb}")
+    before, after = (["--quiet"], []) if option == "--quiet" else ([], ["--json"])
+    with pytest.raises(SystemExit):
+        main([*before, "finetune", "--config", str(file), *after, f"data.train={tmp_path / 'gone.csv'}"])
+    out, err = capfd.readouterr()
+    said = f"data.train={tmp_path / 'gone.csv'} replaces data.name=imdb of {file}"
+    assert out == ""
+    assert (said in err) is (option == "--json")
+    assert "does not exist" in err

@@ -35,12 +35,12 @@ def chat(
     Returns the turns, {question, answer, (before)}. With `compare` the base model answers first, in a conversation of
     its own. Raises UserError, before the model is loaded, for a result that holds no conversations.
     """
-    stored = read_stored(config, overrides)
+    log = StepLog(console)
+    stored = read_stored(config, overrides, log)
     if stored.config.model.task != "causal-lm":
         raise UserError(
             f"sgm chat is for causal-lm, and this run's model.task is {stored.config.model.task}; take sgm generate"
         )
-    log = StepLog(console)
     found = find_base(stored, log)
     if not found.tokenizer.chat_template:
         raise UserError(

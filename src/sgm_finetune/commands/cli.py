@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -127,7 +128,7 @@ def data_command(
 
     Example: sgm data data.train=chats.jsonl model.task=causal-lm data.max_length=1024
     """
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, overrides or [], _announce(as_json))
     from sgm_finetune.commands.data import preview
 
     shown = preview(settings, _console(as_json, result=True), examples)
@@ -223,7 +224,7 @@ def estimate_command(
     given = [*([config_file] if config_file else []), *(overrides or [])]
     if given and "=" not in given[0]:
         config = Path(given.pop(0))
-    settings = load_config(config, given)
+    settings = load_config(config, given, _announce(as_json))
     from sgm_finetune.commands.estimate import estimate_for
 
     needed = estimate_for(settings, _console(as_json, result=True))
@@ -242,7 +243,7 @@ def plan_command(
 
     Example: sgm plan merge.threshold=0.9 --output plans/strict.json
     """
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, overrides or [], _announce(as_json))
     if output.exists() and not settings.output.overwrite:
         raise UserError(f"{output} exists; name another --output, or replace it with output.overwrite=true")
     from sgm_finetune.commands.plan import make_plan_for
@@ -269,7 +270,7 @@ def finetune_command(
 
     Example: sgm finetune --config config.yaml training.epochs=2 output.dir=runs/two-epochs
     """
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, overrides or [], _announce(as_json))
     from sgm_finetune.commands.finetune import Interrupted, finetune
 
     try:
@@ -463,6 +464,14 @@ def _console(to_stderr: bool, result: bool = False) -> Any:
     from rich.console import Console
 
     return Console(stderr=to_stderr, quiet=_OPTIONS["quiet"] and not result)
+
+
+def _announce(to_stderr: bool) -> Callable[[str], None]:
+    """Prints what the command line replaces in the configuration; the first process does it for all of them."""
+    from sgm_finetune.base.console import StepLog
+
+    first = os.environ.get("RANK", "0") == "0"
+    return lambda line: StepLog(_console(to_stderr)).line("config", line) if first else None
 
 
 def _print_saved(console: Any, what: object) -> None:

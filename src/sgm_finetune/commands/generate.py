@@ -58,7 +58,7 @@ def generate(
     Raises UserError, before the base model is looked for or loaded, for what can be known then.
     """
     log = StepLog(console)
-    stored = read_stored(config, overrides)
+    stored = read_stored(config, overrides, log)
     from_file = read_prompts(request.file, stored.config) if request.file is not None else []
     prompts: list[Prompt] = [*request.texts, *from_file]
     if not prompts:

@@ -45,8 +45,6 @@ def open_source(config: DataConfig) -> Source:
     Raises UserError for missing, unreadable or contradictory settings.
     """
     files: dict[Split, str] = {split: name for split in HUB_SPLITS if (name := getattr(config, split)) is not None}
-    if config.name is not None and "test" in files:
-        raise UserError("data.test needs data.train; it cannot be used with data.name")
     if config.name is None and "train" not in files:
         if files:
             raise UserError(f"data.{next(iter(files))} needs data.train too")

@@ -125,7 +125,7 @@ def describe_time_left(pace: Pace, one_step: float, num_steps: int, num_validati
 
     >>> pace = Pace(tokens_per_step=800, validation=30, test=60, spent=100, predicted=420)
     >>> describe_time_left(pace, one_step=9.1, num_steps=62, num_validations=4, spent=130)
-    'about 12 min left: 62 steps of 9.1 s, 4 validations, the test · 15 min since the scan by then, not 7 min'
+    'about 12 min left: 62 steps of 9.1 s, 4 validations, the test · in all 15 min, where 7 min were estimated'
     >>> describe_time_left(pace, one_step=3.0, num_steps=62, num_validations=4, spent=130)
     'about 6 min left: 62 steps of 3.0 s, 4 validations, the test'
     """
@@ -135,7 +135,7 @@ def describe_time_left(pace: Pace, one_step: float, num_steps: int, num_validati
     validations = f"{num_validations} validation{'' if num_validations == 1 else 's'}, " if num_validations else ""
     line = f"about {about(left)} left: {num_steps:,} steps of {one_step:.1f} s, {validations}the test"
     if pace.predicted is not None and not 0.8 <= (spent + left) / pace.predicted <= 1.25:
-        line += f" · {about(spent + left)} since the scan by then, not {about(pace.predicted)}"
+        line += f" · in all {about(spent + left)}, where {about(pace.predicted)} were estimated"
     return line
 
 
