@@ -496,6 +496,8 @@ def _configure_libraries(verbose: bool) -> None:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no word about retries: base/hub.py says what failed
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     warnings.simplefilter("ignore")
     for name in ("bitsandbytes", "torch.distributed", "accelerate"):
