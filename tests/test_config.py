@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import yaml
 
-from sgm_finetune.base.config import Config, known_keys
+from sgm_finetune.base.config import ALTERNATIVES, Config, known_keys
 from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.errors import UserError
 
@@ -182,6 +183,7 @@ def test_a_value_out_of_its_range_is_named_with_the_range(override, bound):
         (["selection.top_fraction=0.5", "selection.snr_threshold=1"], ["top_fraction", "snr_threshold", "not both"]),
         (["data.name=imdb", "data.train=a.csv"], ["data.name", "data.train", "not both"]),
         (["data.name=imdb", "data.validation=a.csv"], ["data.validation", "data.name"]),
+        (["data.name=imdb", "data.test=a.csv"], ["data.test", "data.name"]),
         (["training.batch_size=10", "training.micro_batch_size=4"], ["batch_size=10", "micro_batch_size=4"]),
         (["adapter.rank=64", "probe.sketch_size=32"], ["probe.sketch_size=32", "adapter.rank=64"]),
     ],
@@ -189,6 +191,63 @@ def test_a_value_out_of_its_range_is_named_with_the_range(override, bound):
 def test_keys_that_exclude_each_other_are_both_named(overrides, parts):
     line = said(load_config, None, overrides)
     assert all(part in line for part in parts)
+
+
+ONE_OF = {
+    "data.name": "imdb", "data.train": "mine.csv", "selection.top_fraction": 0.5, "selection.snr_threshold": 2.0,
+}  # fmt: skip
+"""A value for each key that excludes another one."""
+
+
+@pytest.mark.parametrize(("new", "old"), [pair for keys in ALTERNATIVES for pair in itertools.permutations(keys, 2)])
+def test_a_key_on_the_command_line_replaces_what_it_excludes_in_the_file_and_says_so(write, new, old):
+    section, _, name = old.partition(".")
+    file, lines = write(yaml.safe_dump({section: {name: ONE_OF[old]}})), []
+    config = load_config(file, [f"{new}={ONE_OF[new]}"], lines.append)
+    assert value_at(config, new) == ONE_OF[new]
+    assert value_at(config, old) is None
+    assert lines == [f"{new}={ONE_OF[new]} replaces {old}={ONE_OF[old]} of {file}"]
+
+
+@pytest.mark.parametrize("keys", ALTERNATIVES)
+def test_two_keys_that_exclude_each_other_are_refused_in_one_place(write, keys):
+    """On the command line, or in the file, where neither was said after the other."""
+    overrides = [f"{key}={ONE_OF[key]}" for key in keys]
+    assert "not both" in said(load_config, None, overrides)
+    section = overrides[0].partition(".")[0]
+    file = write(yaml.safe_dump({section: {key.partition(".")[2]: ONE_OF[key] for key in keys}}))
+    assert "not both" in said(load_config, file)
+
+
+def test_what_describes_the_replaced_data_goes_with_it_and_the_rest_stays(write):
+    file = write(
+        "data: {name: imdb, columns: {text: review}, format: auto, num_train: 100, max_length: 32}\n"
+        "training: {batch_size: 4}"
+    )
+    lines = []
+    config = load_config(file, ["data.train=mine.csv"], lines.append)
+    assert lines == [f"data.train=mine.csv replaces data.name=imdb of {file}, and data.columns with it"]
+    assert config.data.columns == {}
+    assert (config.data.num_train, config.data.max_length, config.training.batch_size) == (100, 32, 4)
+
+
+def test_columns_on_the_command_line_belong_to_the_data_on_it(write):
+    file = write("data: {train: a.csv, test: b.csv, columns: {text: review, label: stars}}")
+    config = load_config(file, ["data.name=owner/name", "data.columns.text=body"])
+    assert config.data.columns == {"text": "body"}
+    assert config.data.test is None
+
+
+def test_depth_is_preferred_only_beside_the_fraction_that_was_replaced(write):
+    config = load_config(write("selection: {top_fraction: 0.5, prefer_depth: true}"), ["selection.snr_threshold=2"])
+    assert config.selection == load_config(None, ["selection.snr_threshold=2"]).selection
+
+
+@pytest.mark.parametrize("empty", ["null", ""])
+def test_emptying_the_excluded_key_is_accepted_and_says_nothing(write, empty):
+    lines = []
+    config = load_config(write("data: {name: imdb}"), [f"data.name={empty}", "data.train=mine.csv"], lines.append)
+    assert (config.data.name, config.data.train, lines) == (None, "mine.csv", [])
 
 
 def test_a_small_sketch_is_enough_where_nothing_is_probed():

@@ -254,6 +254,17 @@ def test_a_strangers_pth_switches_on_no_code_and_moves_no_output(strangers, tmp_
     assert stored_config(content, path, allowed, []).model.trust_remote_code
 
 
+def test_data_on_the_command_line_replaces_the_data_that_the_pth_names(strangers, tmp_path):
+    here = load_config(None, strangers(config={}))
+    path, lines = tmp_path / "sgm_finetuned.pth", []
+    content = load_pth(path)
+    trained = content["config"]["data"]["train"]
+    content["config"]["data"]["columns"] = {"text": "text"}
+    found = stored_config(content, path, here, ["data.name=imdb"], lines.append)
+    assert (found.data.name, found.data.train, found.data.columns) == ("imdb", None, {})
+    assert lines == [f"data.name=imdb replaces data.train={trained} of {path}, and data.columns with it"]
+
+
 def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path, capfd):
     path = tmp_path / "config.yaml"
     path.write_text('"\\e[31mred\\n": 1\n')

@@ -462,10 +462,6 @@ def test_a_stream_gives_as_many_rows_as_are_asked_for(in_tmp: Path, ending: str)
         ({"train": "empty.jsonl"}, "data.train=empty.jsonl has no rows"),
         ({"train": None, "name": "imdb"}, "data.streaming=true does not work with the embedded data.name=imdb"),
         ({"train": None}, "No data: give data.train=FILE"),
-        (
-            {"train": None, "name": "imdb", "test": "r.jsonl"},
-            "data.test needs data.train; it cannot be used with data.name",
-        ),
         ({"train": "."}, "data.train=. is a folder; name a file"),
     ],
 )

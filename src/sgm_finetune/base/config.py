@@ -77,6 +77,23 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
+_DESCRIPTION = ("data.columns", "data.format")
+ALTERNATIVES: tuple[dict[str, tuple[str, ...]], ...] = (
+    {"data.name": _DESCRIPTION, "data.train": (*_DESCRIPTION, "data.validation", "data.test", "data.file_type")},
+    {"selection.top_fraction": ("selection.prefer_depth",), "selection.snr_threshold": ()},
+)
+"""Keys of which a configuration gives one at most, each with the keys that describe it and go when it goes. A key on
+the command line replaces its alternative in a file (base/config_file.py)."""
+
+
+def _refuse_both(section: str, values: BaseModel) -> None:
+    """Raises ValueError where the section has two keys that exclude each other."""
+    for keys in ALTERNATIVES:
+        given = [key for key in keys if getattr(values, key.removeprefix(f"{section}."), None) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give {' or '.join(given)}, not both")
+
+
 class ModelConfig(_Section):
     name: str = "smollm2-135m-instruct"
     """Hub id, local folder, or an embedded demo model: `smollm2-135m-instruct`, `all-minilm-l6-v2`."""
@@ -141,10 +158,10 @@ class DataConfig(_Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if self.name is not None and self.train is not None:
-            raise ValueError("give data.name or data.train, not both")
-        if self.name is not None and self.validation is not None:
-            raise ValueError("data.validation needs data.train; it cannot be used with data.name")
+        _refuse_both("data", self)
+        for split in ("validation", "test"):
+            if self.name is not None and getattr(self, split) is not None:
+                raise ValueError(f"data.{split} needs data.train; it cannot be used with data.name")
         counts = {f"data.num_{split}": getattr(self, f"num_{split}") for split in ("train", "validation", "test")}
         if self.streaming and (uncounted := [key for key, count in counts.items() if count is None]):
             raise ValueError(f"data.streaming=true needs {' and '.join(uncounted)}; give the number of rows to read")
@@ -173,8 +190,7 @@ class SelectionConfig(_Section):
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
-        if self.top_fraction is not None and self.snr_threshold is not None:
-            raise ValueError("give selection.top_fraction or selection.snr_threshold, not both")
+        _refuse_both("selection", self)
         if self.prefer_depth and self.top_fraction is None:
             raise ValueError("selection.prefer_depth=true needs selection.top_fraction; give both")
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import types
 import typing
 from pathlib import Path
@@ -10,41 +11,100 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sgm_finetune.base.config import Config, known_keys, sections
+from sgm_finetune.base.config import ALTERNATIVES, Config, known_keys, sections
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import short_repr
 from sgm_finetune.base.untrusted import parse_yaml, read_yaml
 
 
-def load_config(path: Path | str | None, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path | str | None,
+    overrides: typing.Sequence[str] = (),
+    announce: typing.Callable[[str], None] = lambda line: None,
+) -> Config:
     """The configuration in a YAML file (None: all defaults), with `section.key=value` overrides applied.
 
+    An override replaces what it excludes in the file (data.train a data.name), and `announce(line)` is told so.
     Raises UserError for a missing or unreadable file, an unknown key (the message names the nearest known key), a value
     of the wrong type or out of range, and an override that is not `key=value`.
     """
     where = str(path) if path is not None else "defaults"
     values = _read_yaml(Path(path)) if path is not None else {}
     origin = dict.fromkeys(_leaf_keys(values), where)
-    return parse_config(values, where, origin | set_overrides(values, overrides))
+    return parse_config(values, where, origin | set_overrides(values, overrides, where, announce))
 
 
-def set_overrides(values: dict[str, Any], overrides: typing.Sequence[str]) -> dict[str, str]:
-    """Writes `section.key=value` overrides into the nested `values`. Returns the origin of each key, for messages.
+def set_overrides(
+    values: dict[str, Any],
+    overrides: typing.Sequence[str],
+    where: str,
+    announce: typing.Callable[[str], None] = lambda line: None,
+) -> dict[str, str]:
+    """Writes `section.key=value` overrides into the nested `values` of the file `where`, in place of what they exclude.
 
-    Raises UserError when an override is not `key=value` or puts a key below a plain value.
+    Returns the origin of each key, for messages. Raises UserError when an override is not `key=value` or puts a key
+    below a plain value.
     """
-    origin = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"`{override}` is not key=value; write for example training.epochs=1")
-        try:
-            value = parse_yaml(text) if text.strip() else None
-        except ValueError:
-            value = text
-        _set_key(values, key.strip(), value, override)
-        origin[key.strip()] = f"`{override}`"
-    return origin
+    given = {override: _parse_override(override) for override in overrides}
+    for line in _replace_alternatives(values, dict(given.values()), where):
+        announce(line)
+    for override, (key, value) in given.items():
+        _set_key(values, key, value, override)
+    return {key: f"`{override}`" for override, (key, _) in given.items()}
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"`{override}` is not key=value; write for example training.epochs=1")
+    try:
+        return key.strip(), parse_yaml(text) if text.strip() else None
+    except ValueError:
+        return key.strip(), text
+
+
+def _replace_alternatives(values: dict[str, Any], given: typing.Mapping[str, Any], where: str) -> list[str]:
+    """Removes from the nested `values` each key that a `given` one excludes, with the keys that describe it, and
+    returns a line for each. What is given twice stays, and is refused later.
+
+    >>> values = {"data": {"name": "imdb", "columns": {"text": "review"}, "num_train": 100}}
+    >>> _replace_alternatives(values, {"data.train": "mine.csv"}, "config.yaml")
+    ['data.train=mine.csv replaces data.name=imdb of config.yaml, and data.columns with it']
+    >>> values
+    {'data': {'num_train': 100}}
+    """
+    lines = []
+    for alternatives in ALTERNATIVES:
+        for new, old in itertools.permutations(alternatives, 2):
+            replaced = _find(values, old)
+            if given.get(new) is None or old in given or replaced is None:
+                continue
+            gone = [
+                key for key in alternatives[old] if key not in given and _find(values, key) not in (None, _default(key))
+            ]
+            for key in (old, *alternatives[old]):
+                _remove(values, key)
+            more = f", and {', '.join(gone)} with it" if gone else ""
+            lines.append(f"{new}={given[new]} replaces {old}={replaced} of {where}{more}")
+    return lines
+
+
+def _find(values: typing.Mapping[str, Any], dotted: str) -> Any:
+    """The value of a key of the file; None where the file does not have it."""
+    section, _, leaf = dotted.partition(".")
+    inner = values.get(section)
+    return inner.get(leaf) if isinstance(inner, dict) else None
+
+
+def _remove(values: typing.Mapping[str, Any], dotted: str) -> None:
+    section, _, leaf = dotted.partition(".")
+    if isinstance(values.get(section), dict):
+        values[section].pop(leaf, None)
+
+
+def _default(dotted: str) -> Any:
+    section, _, leaf = dotted.partition(".")
+    return getattr(getattr(Config(), section), leaf)
 
 
 def parse_config(

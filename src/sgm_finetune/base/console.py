@@ -7,9 +7,48 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+_NARROWEST = 20
+"""Columns beside its head that a line keeps in however narrow a terminal."""
+
+
+def print_line(console: Console, line: str, head: str | Text = "", style: str = "") -> None:
+    """Prints `line` as it is after `head` (bold, unless it is a Text): brackets in names and paths are not markup.
+
+    A terminal shows it broken between words, and the lines that follow begin below the first one's begin. A word that
+    is longer than the terminal is wide stays whole, so that a path can be copied. Elsewhere it is one line, which
+    scripts can read.
+    """
+    begin = Text(head, "bold") if isinstance(head, str) else head
+    hang = " " * begin.cell_len
+    width = max(_NARROWEST, console.width - len(hang)) if console.is_terminal else None
+    for part in _broken(line, width):
+        console.print(begin + Text(part, style), soft_wrap=True)
+        begin = Text(hang)
+
+
+def _broken(line: str, width: int | None) -> list[str]:
+    """The lines of `line`, each broken between words into lines of `width` columns (None: not broken).
+
+    rich's Text.wrap cuts long words, and textwrap counts a wide character as one column.
+
+    >>> _broken("a path: /home/somebody/here\\nb c", 8)
+    ['a path:', '/home/somebody/here', 'b c']
+    """
+    lines = []
+    for paragraph in line.split("\n"):
+        first, *words = paragraph.split(" ")
+        lines.append(first)
+        for word in words:
+            if width is None or cell_len(lines[-1]) + 1 + cell_len(word) <= width:
+                lines[-1] += f" {word}"
+            else:
+                lines.append(word)
+    return lines
 
 
 class StepLog:
@@ -19,8 +58,7 @@ class StepLog:
         self.console = console
 
     def line(self, step: str, line: str) -> None:
-        """Prints the line as it is: brackets in names and paths are not markup."""
-        self.console.print(f"[bold]{step:<8}[/bold] {escape(line)}", highlight=False, soft_wrap=True)
+        print_line(self.console, line, f"{step:<8} ")
 
     @contextmanager
     def bar(self, step: str) -> Iterator[Callable[..., None]]:

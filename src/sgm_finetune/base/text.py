@@ -23,6 +23,17 @@ def mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:,.0f} MiB"
 
 
+def about(seconds: float) -> str:
+    """Seconds in one unit, for a duration that is not known exactly.
+
+    >>> [about(seconds) for seconds in (7.4, 99, 130, 5900, 9000)]
+    ['7 s', '99 s', '2 min', '98 min', '2.5 h']
+    """
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
 def first_line(error: BaseException, limit: int = 160) -> str:
     """The first line of an exception's message, cut to `limit` characters; its type when it has no message.
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from sgm_finetune.base.config import Config
-from sgm_finetune.base.console import StepLog
+from sgm_finetune.base.console import StepLog, print_line
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.generate import side_by_side
 from sgm_finetune.data.columns import Message
@@ -35,12 +35,12 @@ def chat(
     Returns the turns, {question, answer, (before)}. With `compare` the base model answers first, in a conversation of
     its own. Raises UserError, before the model is loaded, for a result that holds no conversations.
     """
-    stored = read_stored(config, overrides)
+    log = StepLog(console)
+    stored = read_stored(config, overrides, log)
     if stored.config.model.task != "causal-lm":
         raise UserError(
             f"sgm chat is for causal-lm, and this run's model.task is {stored.config.model.task}; take sgm generate"
         )
-    log = StepLog(console)
     found = find_base(stored, log)
     if not found.tokenizer.chat_template:
         raise UserError(
@@ -64,7 +64,7 @@ def chat(
         try:
             answers = _answer_turn(result, asked, sampling, console)
         except UserError as error:  # too long, or refused by the template: the conversation before it stays
-            console.print(str(error), style="yellow", markup=False, highlight=False, soft_wrap=True)
+            print_line(console, str(error), style="yellow")
             continue
         for when, text in answers.items():
             conversations[when] = [*asked[when], {"role": "assistant", "content": text}]

@@ -10,15 +10,16 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
 from sgm_finetune.base.config import Config, Quantization, Task
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.commands.exit_status import run_and_exit
+from sgm_finetune.commands.exit_status import fail, run_and_exit
 
 app = typer.Typer(
     add_completion=True,
@@ -73,10 +74,12 @@ def set_options(
 
 @app.command("init", rich_help_panel="Begin")
 def init_command(
-    path: Annotated[Path, typer.Argument(help="The file to write.", metavar="[config.yaml]")] = Path("config.yaml"),
+    path: Annotated[Path, typer.Argument(help="The file to write.", metavar="config.yaml")] = Path("config.yaml"),
     model: Annotated[str | None, typer.Option("--model", help="Answers the first question.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Answers the second.")] = None,
-    task: Annotated[Task | None, typer.Option("--task", help="Answers the third.")] = None,
+    task: Annotated[
+        Task | None, typer.Option("--task", metavar="TASK", help=f"Answers the third: {', '.join(get_args(Task))}.")
+    ] = None,
     quantization: Annotated[Quantization | None, typer.Option("--quantization", help="Answers the fourth.")] = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Ask nothing; take the default answer for what is not given.")
@@ -125,7 +128,7 @@ def data_command(
 
     Example: sgm data data.train=chats.jsonl model.task=causal-lm data.max_length=1024
     """
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, overrides or [], _announce(as_json))
     from sgm_finetune.commands.data import preview
 
     shown = preview(settings, _console(as_json, result=True), examples)
@@ -200,8 +203,7 @@ def scan_command(
     try:
         scanned = run_scan(request, console)
     except ScanInterrupted as stop:
-        print(stop, file=sys.stderr)
-        raise SystemExit(130) from None
+        fail(str(stop), 130)
     if as_json:
         print(json.dumps(scanned.to_dict(), allow_nan=False))
 
@@ -209,7 +211,7 @@ def scan_command(
 @app.command("estimate", rich_help_panel="Look first")
 def estimate_command(
     config_file: Annotated[
-        str | None, typer.Argument(help="YAML file, instead of --config; or a key=value.", metavar="[config.yaml]")
+        str | None, typer.Argument(help="YAML file, instead of --config; or a key=value.", metavar="config.yaml")
     ] = None,
     overrides: Overrides = None,
     config: ConfigPath = Path("config.yaml"),
@@ -222,7 +224,7 @@ def estimate_command(
     given = [*([config_file] if config_file else []), *(overrides or [])]
     if given and "=" not in given[0]:
         config = Path(given.pop(0))
-    settings = load_config(config, given)
+    settings = load_config(config, given, _announce(as_json))
     from sgm_finetune.commands.estimate import estimate_for
 
     needed = estimate_for(settings, _console(as_json, result=True))
@@ -241,7 +243,7 @@ def plan_command(
 
     Example: sgm plan merge.threshold=0.9 --output plans/strict.json
     """
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, overrides or [], _announce(as_json))
     if output.exists() and not settings.output.overwrite:
         raise UserError(f"{output} exists; name another --output, or replace it with output.overwrite=true")
     from sgm_finetune.commands.plan import make_plan_for
@@ -268,14 +270,13 @@ def finetune_command(
 
     Example: sgm finetune --config config.yaml training.epochs=2 output.dir=runs/two-epochs
     """
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, overrides or [], _announce(as_json))
     from sgm_finetune.commands.finetune import Interrupted, finetune
 
     try:
         metrics = finetune(settings, _console(as_json), dry_run)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        raise SystemExit(130) from None
+        fail(str(stop), 130)
     if as_json:
         print(json.dumps(metrics))
 
@@ -298,7 +299,7 @@ def evaluate_command(
 
 @app.command("report", rich_help_panel="Use")
 def report_command(
-    output: Annotated[Path, typer.Argument(help="The output.dir of a run.", metavar="[OUTPUT]")] = Path("output"),
+    output: Annotated[Path, typer.Argument(help="The output.dir of a run.", metavar="OUTPUT")] = Path("output"),
     serve: Annotated[
         bool, typer.Option("--serve", help="Show it in a browser, and try the model before and after.")
     ] = False,
@@ -465,8 +466,18 @@ def _console(to_stderr: bool, result: bool = False) -> Any:
     return Console(stderr=to_stderr, quiet=_OPTIONS["quiet"] and not result)
 
 
+def _announce(to_stderr: bool) -> Callable[[str], None]:
+    """Prints what the command line replaces in the configuration; the first process does it for all of them."""
+    from sgm_finetune.base.console import StepLog
+
+    first = os.environ.get("RANK", "0") == "0"
+    return lambda line: StepLog(_console(to_stderr)).line("config", line) if first else None
+
+
 def _print_saved(console: Any, what: object) -> None:
-    console.print(f"[bold]{'saved':<8}[/bold] {what}", highlight=False, soft_wrap=True)
+    from sgm_finetune.base.console import StepLog
+
+    StepLog(console).line("saved", str(what))
 
 
 def _configure_libraries(verbose: bool) -> None:
@@ -485,6 +496,8 @@ def _configure_libraries(verbose: bool) -> None:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no word about retries: base/hub.py says what failed
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     warnings.simplefilter("ignore")
     for name in ("bitsandbytes", "torch.distributed", "accelerate"):

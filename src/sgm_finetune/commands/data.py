@@ -37,7 +37,7 @@ def preview(config: Config, console: Console, num_examples: int = 3) -> dict[str
     bright = console.is_terminal and not console.no_color
     for number, example in enumerate(examples, start=1):
         console.print(Rule(f"training example {number} of {len(dataset):,} · {example['tokens']} tokens", align="left"))
-        console.print(_example_text(example, bright), highlight=False, soft_wrap=True)
+        console.print(_example_text(example, bright), highlight=False, soft_wrap=not console.is_terminal)
     console.print(Rule("tokens per example", align="left"))
     console.print(_length_table(lengths, config.data.max_length))
     return {

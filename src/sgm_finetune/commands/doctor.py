@@ -17,8 +17,9 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
+from sgm_finetune.base.console import print_line
 from sgm_finetune.base.device import has_gpu, multiplies_bfloat16
 from sgm_finetune.base.files import disk_free
 from sgm_finetune.base.install import install_line
@@ -65,13 +66,10 @@ def examine(hub_timeout: float = 5.0) -> list[Finding]:
 def report(findings: list[Finding], console: Console) -> None:
     """Prints one line for each finding, its remedy below it, and whether `sgm finetune` runs here."""
     for finding in findings:
-        console.print(
-            f"{MARKS[finding.verdict]} [bold]{escape(f'{finding.area:<13}')}[/bold]{escape(finding.text)}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        head = Text.from_markup(MARKS[finding.verdict]) + Text(" ") + Text(f"{finding.area:<13}", "bold")
+        print_line(console, finding.text, head)
         if finding.remedy:
-            console.print(f"{'':<15}→ {escape(finding.remedy)}", soft_wrap=True, highlight=False)
+            print_line(console, finding.remedy, f"{'':<15}→ ")
     broken = [finding.area for finding in findings if finding.verdict == "broken"]
     conclusion = f"Not ready: {', '.join(broken)}" if broken else "Ready: sgm finetune runs here."
     console.print(f"\n{conclusion}", highlight=False)

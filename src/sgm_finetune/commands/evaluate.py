@@ -20,9 +20,10 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     The configuration that trained it is in the file; `overrides` (key=value) change it. Raises UserError for test data
     with other labels, and for a harness file that the .pth file alone names, since such a file can run code.
     """
-    stored = read_stored(config, overrides)
+    log = step_log(console)
+    stored = read_stored(config, overrides, log)
     _check_harness_files(stored, config.evaluation.harness)
-    s = prepare_session(stored.config, step_log(console))
+    s = prepare_session(stored.config, log)
     labels = s.prepared.splits.labels
     if labels != stored.labels:
         raise UserError(

@@ -68,8 +68,19 @@ def run_and_exit(command: Callable[[], object]) -> NoReturn:
 def fail(line: str, status: int) -> NoReturn:
     """Prints one line on stderr, from the first process only, and exits with `status`."""
     if os.environ.get("RANK", "0") == "0":
-        print(in_one_line(line), file=sys.stderr, flush=True)
+        _print_error(in_one_line(line))
     sys.exit(status)
+
+
+def _print_error(line: str) -> None:
+    if not sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+
+    from sgm_finetune.base.console import print_line
+
+    print_line(Console(stderr=True), line)
 
 
 @contextmanager

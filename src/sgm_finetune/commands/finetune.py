@@ -16,6 +16,7 @@ from sgm_finetune.base.processes import processes
 from sgm_finetune.base.text import gib
 from sgm_finetune.commands.session import Session, open_session
 from sgm_finetune.commands.steps import (
+    TEST_LOSS,
     Adapted,
     Tested,
     agree,
@@ -36,9 +37,11 @@ from sgm_finetune.results.report.histogram import Histogram
 from sgm_finetune.results.report.page import render_report
 from sgm_finetune.results.report.pictures import Pictures, histograms_of, save_pictures, similarity_tables
 from sgm_finetune.results.report.run_files import load_run
+from sgm_finetune.results.verdict import shortfall
 from sgm_finetune.train.adapters.apply import check_plan, check_starts
 from sgm_finetune.train.arguments import training_arguments
 from sgm_finetune.train.base_model import Base
+from sgm_finetune.train.callbacks import Pace
 from sgm_finetune.train.checkpoints import discard_after
 from sgm_finetune.train.launch import gather_factors
 from sgm_finetune.train.trainer import Trained, TrainingJob, train
@@ -139,6 +142,7 @@ def train_adapters(s: Session, base: Base, adapted: Adapted, start: Start, argum
         arguments=arguments,
         head_loss=base.head_loss,
         resume_from=s.checkpoint,
+        pace=expected_pace(s),
     )
     with s.clock.time("train"):
         trained = train(job, s.log.console)
@@ -156,10 +160,28 @@ def train_adapters(s: Session, base: Base, adapted: Adapted, start: Start, argum
     return trained
 
 
+def expected_pace(s: Session) -> Pace:
+    """What the test of the untouched model says about the time of the validations and of the last test."""
+    seconds, training = s.clock.seconds, s.config.training
+    tokens = {
+        name: sum(map(len, getattr(s.prepared, name).dataset["input_ids"])) for name in ("train", "validation", "test")
+    }
+    test = seconds.get("evaluate", 0.0)
+    return Pace(
+        tokens_per_step=training.batch_size * tokens["train"] / len(s.prepared.train.dataset),
+        validation=seconds.get(TEST_LOSS, test) * tokens["validation"] / tokens["test"],
+        test=test,
+        spent=test + seconds.get("probe", 0.0),
+        predicted=None if s.estimate is None or s.checkpoint is not None else sum(s.estimate.seconds.values()),
+    )
+
+
 def save(s: Session, start: Start, adapted: Adapted, state: TrainerState, after: Tested) -> dict[str, Any]:
     """Writes the results into output.dir, by the first process, and returns the metrics."""
     s.clock.seconds["total"] = time.perf_counter() - s.started
     metrics = _metrics(s, start, adapted, state, after)
+    short = shortfall(metrics)
+    metrics["improved"] = short is None
     with gather_factors(adapted.model):
         if processes().is_main_process:
             _write_results(s, start, adapted, state, after, metrics)
@@ -168,6 +190,9 @@ def save(s: Session, start: Start, adapted: Adapted, state: TrainerState, after:
         predicted, measured = s.estimate.peak_bytes, metrics["peak_memory_bytes"]
         s.log.line("memory", f"{gib(measured)} at most, predicted {gib(predicted)} ({predicted / measured - 1:+.0%})")
     s.log.line("saved", f"{s.output / PTH}, {s.output / 'adapter'}/, {s.output / 'report.html'}")
+    if short is not None:
+        for step, line in zip(("result", *[""] * len(short.advice)), (short.line, *short.advice), strict=True):
+            s.log.line(step, line)
     return metrics
 
 
@@ -188,6 +213,7 @@ def _metrics(s: Session, start: Start, adapted: Adapted, state: TrainerState, af
         "predicted": s.estimate and s.estimate.to_dict(),
         "optimizer": config.training.optimizer,
         "learning_rate": config.training.peak_learning_rate,
+        "num_train": len(s.prepared.train.dataset),
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "tokens_per_second": None if s.checkpoint else state.num_input_tokens_seen / seconds["train"],

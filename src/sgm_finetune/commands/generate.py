@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sgm_finetune.base.config import Config, Role, Task
-from sgm_finetune.base.console import StepLog
+from sgm_finetune.base.console import StepLog, print_line
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import one_line
 from sgm_finetune.data import columns
@@ -58,7 +58,7 @@ def generate(
     Raises UserError, before the base model is looked for or loaded, for what can be known then.
     """
     log = StepLog(console)
-    stored = read_stored(config, overrides)
+    stored = read_stored(config, overrides, log)
     from_file = read_prompts(request.file, stored.config) if request.file is not None else []
     prompts: list[Prompt] = [*request.texts, *from_file]
     if not prompts:
@@ -150,7 +150,7 @@ def _print_row(console: Console, row: dict[str, Any], with_prompt: bool) -> None
     if with_prompt:
         console.print(Rule(escape(_shorten(row["prompt"])), align="left"))
     if "before" not in row:
-        console.print(_describe_answer(row), markup=False, highlight=False, soft_wrap=True)
+        print_line(console, _describe_answer(row))
         return
     console.print(side_by_side(console, _describe_answer(row["before"]), _describe_answer(row)))
 

@@ -13,6 +13,7 @@ from rich.prompt import Prompt
 
 from sgm_finetune.base.config import Config, Quantization, Role, Task
 from sgm_finetune.base.config_file import parse_config
+from sgm_finetune.base.console import print_line
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_json, write_text
 from sgm_finetune.base.memory import memory_within_reach
@@ -198,7 +199,7 @@ def _first_rows(data_keys: dict[str, Any], console: Console) -> Table | None:
         if name not in EMBEDDED_DATA:
             raise
         # the package with this data may be installed later
-        console.print(str(error), style="yellow", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, str(error), style="yellow")
         return None
 
 

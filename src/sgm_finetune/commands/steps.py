@@ -39,6 +39,9 @@ from sgm_finetune.train.fast.prepare import prepare_adapters
 from sgm_finetune.train.launch import model_is_sharded
 from sgm_finetune.train.losses import TestSet
 
+TEST_LOSS = "test loss"
+"""The clock's name for the part of a test that a validation has too: all but generated answers and the harness."""
+
 
 @dataclass(frozen=True)
 class Tested:
@@ -96,7 +99,8 @@ def test(s: Session, base: Base, model: nn.Module, when: str) -> Tested:
         base.head_loss,
     )
     with s.clock.time("evaluate"), s.log.bar(when) as progress:
-        found = evaluate_model(model, test_set, progress)
+        with s.clock.time(TEST_LOSS):
+            found = evaluate_model(model, test_set, progress)
         metrics = found.metrics
         metrics |= evaluate_answers(model, test_set, prepared.tokenizer, config.evaluation.num_generated, progress)
         if tasks := config.evaluation.harness:
@@ -191,8 +195,11 @@ def _some(names: Sequence[str]) -> str:
 def _describe_parameters(adapted: Adapted, num_factors: int, num_plain: int) -> str:
     total = adapted.num_trainable
     head = f" (and {total - num_factors:,} of a new head)" if total > num_factors else ""
-    line = f"PEFT LoRA: {num_factors:,} trainable adapter parameters{head}; without sharing {num_plain:,}"
+    line = f"PEFT LoRA: {num_factors:,} trainable adapter parameters{head}"
+    if num_plain > num_factors:
+        line += f"; without sharing {num_plain:,}"
     if processes().num_processes > 1:  # gradients are float32
-        reduced, unshared = (4 * size / 2**20 for size in (total, adapted.num_without_sharing))
-        line += f" · gradients of {reduced:,.2f} MiB reduced a step, {unshared:,.2f} without sharing"
+        reduced, unshared = (f"{4 * size / 2**20:,.2f}" for size in (total, adapted.num_without_sharing))
+        line += f" · gradients of {reduced} MiB reduced a step"
+        line += f", {unshared} without sharing" if unshared != reduced else ""
     return line

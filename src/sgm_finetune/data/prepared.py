@@ -16,6 +16,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import collator
 from sgm_finetune.data.encoding import Encoded, encode, pack
 from sgm_finetune.data.questions import has_answers
+from sgm_finetune.data.sources import is_on_hub
 from sgm_finetune.data.splits import DataSplits, load_splits
 from sgm_finetune.model.files import find_model_files
 from sgm_finetune.model.load import Head
@@ -46,6 +47,8 @@ def prepare_data(config: Config, log: StepLog) -> PreparedData:
 
     Checks everything that needs no weights: files, columns, labels, lengths, the tokenizer. Raises UserError.
     """
+    if is_on_hub(config.data):
+        log.line("data", f"looking for {config.data.name} on the hub")
     splits = load_splits(config.data, config.model.task)
     files = find_model_files(config.model, log, config.data.max_length)
     encoded = {

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from sgm_finetune.base.config import DataConfig
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.hub import explain_hub_error
 from sgm_finetune.base.text import one_line
 from sgm_finetune.data.embedded import EMBEDDED
 from sgm_finetune.data.tables import Table, class_names, read_file, table_of, type_of
@@ -39,14 +40,17 @@ class Source:
     """Rows of the splits that still come from the training data. For others, `data.*_fraction` decides."""
 
 
+def is_on_hub(config: DataConfig) -> bool:
+    """Whether `data.name` can only be a hub data set."""
+    return config.name is not None and config.name not in EMBEDDED and not Path(config.name).exists()
+
+
 def open_source(config: DataConfig) -> Source:
     """The tables of `data.name`, or of `data.train`, `data.validation` and `data.test`.
 
     Raises UserError for missing, unreadable or contradictory settings.
     """
     files: dict[Split, str] = {split: name for split in HUB_SPLITS if (name := getattr(config, split)) is not None}
-    if config.name is not None and "test" in files:
-        raise UserError("data.test needs data.train; it cannot be used with data.name")
     if config.name is None and "train" not in files:
         if files:
             raise UserError(f"data.{next(iter(files))} needs data.train too")
@@ -148,7 +152,7 @@ def _stream_name(name: str) -> dict[Split, datasets.IterableDataset]:
     try:
         loaded = datasets.load_dataset(repository, subset or None, streaming=True)
     except Exception as error:  # as in _load_hub
-        raise UserError(f"data.name={name} cannot be streamed: {one_line(_root_cause(error))}") from error
+        raise UserError(f"data.name={name} cannot be streamed: {_explain(error, repository)}") from error
     return {split: loaded[alias] for split, alias in _aliases(name, loaded).items()}
 
 
@@ -177,8 +181,17 @@ def _load_hub(name: str) -> datasets.DatasetDict:
     except Exception as error:  # as in _load_folder, or the network
         raise UserError(
             f"data.name={name} is not one of {', '.join(EMBEDDED)} and cannot be loaded from the hub: "
-            f"{one_line(error)}; check the name and the network, or give data.train=FILE"
+            f"{_explain(error, repository)}, or give data.train=FILE"
         ) from error
+
+
+def _explain(error: Exception, repository: str) -> str:
+    """Why a hub data set could not be loaded, and the remedy: its files are wrong, or their download failed."""
+    root = _root_cause(error)
+    is_of_files = isinstance(root, DatasetsError) or not isinstance(root, OSError)
+    if isinstance(error, DatasetsError) and not isinstance(error, DatasetNotFoundError) and is_of_files:
+        return f"{one_line(root)}; look at its files on the hub"
+    return explain_hub_error(error, "data set", repository)
 
 
 def _root_cause(error: BaseException) -> Exception:

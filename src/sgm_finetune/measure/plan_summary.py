@@ -20,9 +20,22 @@ def describe_plan(plan: Plan) -> str:
     else:
         spectral = any(matrix.start == "spectral" for matrix in plan.selected)
         parts.append("no groups: " + ("LoRA that starts at its gradients' spectra" if spectral else "plain LoRA"))
-    trainable, plain = adapter_parameters(plan)
-    parts.append(f"{trainable / 1e6:.2f} M adapter parameters instead of {plain / 1e6:.2f} M")
-    return " · ".join(parts)
+    return " · ".join([*parts, _describe_parameters(*adapter_parameters(plan))])
+
+
+def _describe_parameters(trainable: int, plain: int) -> str:
+    """The number of adapter parameters, beside the number without sharing where the two look different.
+
+    >>> _describe_parameters(4_055_040, 4_884_480)
+    '4.06 M adapter parameters instead of 4.88 M'
+    >>> _describe_parameters(31_232, 33_280), _describe_parameters(33_280, 33_280)
+    ('31.2 thousand adapter parameters instead of 33.3 thousand', '33.3 thousand adapter parameters')
+    >>> _describe_parameters(1_040_001, 1_040_009)
+    '1.04 M adapter parameters'
+    """
+    scale, digits, unit = (1e6, 2, "M") if plain >= 1e6 else (1e3, 1, "thousand")
+    texts = [f"{number / scale:,.{digits}f} {unit}" for number in (trainable, plain)]
+    return f"{texts[0]} adapter parameters" + (f" instead of {texts[1]}" if texts[0] != texts[1] else "")
 
 
 def plan_remarks(plan: Plan) -> list[str]:

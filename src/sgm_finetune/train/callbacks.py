@@ -5,17 +5,21 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.memory import peak_memory
 from sgm_finetune.base.processes import any_process
+from sgm_finetune.base.text import about
 from sgm_finetune.data.batches import LengthGroupedSampler
 
 
@@ -65,6 +69,74 @@ class NonFiniteLoss(TrainerCallback):
                     f"{name} is {value} at step {state.global_step}; try a smaller training.learning_rate "
                     "or model.dtype=float32"
                 )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a run knows of its own speed before its first step, in seconds. `TimeLeft` adds the speed of a step."""
+
+    tokens_per_step: float
+    """Average over the run."""
+    validation: float
+    test: float
+    """The test after the training."""
+    spent: float
+    """Since the scan."""
+    predicted: float | None
+    """From the scan to the end, as the estimate before the run said; None where there was none."""
+
+
+class TimeLeft(TrainerCallback):
+    """After the second step of this process, prints how long the rest of the run takes: the estimate before the run
+    knows neither what else the machine does nor how fast this model really is on it.
+
+    The first step does not count: it also prepares what the others reuse.
+    """
+
+    def __init__(self, pace: Pace, console: Console):
+        self.pace, self.console = pace, console
+        self.started = time.perf_counter()
+        self.second: int | None = None
+        self.began: tuple[float, int] | None = None
+
+    def on_step_begin(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        if self.second is None:
+            self.second = state.global_step + 1
+        elif state.global_step == self.second:
+            self.began = time.perf_counter(), state.num_input_tokens_seen
+
+    def on_step_end(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        if self.began is None or not state.is_world_process_zero:
+            return
+        seconds, tokens = time.perf_counter() - self.began[0], state.num_input_tokens_seen - self.began[1]
+        self.began = None
+        one_step = seconds / max(1, tokens) * self.pace.tokens_per_step
+        spent = self.pace.spent + time.perf_counter() - self.started
+        every = int(args.eval_steps)
+        num_validations = state.max_steps // every - (state.global_step - 1) // every
+        line = describe_time_left(self.pace, one_step, state.max_steps - state.global_step, num_validations, spent)
+        if line is not None:
+            StepLog(self.console).line("train", line)
+
+
+def describe_time_left(pace: Pace, one_step: float, num_steps: int, num_validations: int, spent: float) -> str | None:
+    """The time that is left after `spent` seconds; None where it is less than half a minute. Where the estimate before
+    the run is wrong by more than a quarter, the line says so.
+
+    >>> pace = Pace(tokens_per_step=800, validation=30, test=60, spent=100, predicted=420)
+    >>> describe_time_left(pace, one_step=9.1, num_steps=62, num_validations=4, spent=130)
+    'about 12 min left: 62 steps of 9.1 s, 4 validations, the test · in all 15 min, where 7 min were estimated'
+    >>> describe_time_left(pace, one_step=3.0, num_steps=62, num_validations=4, spent=130)
+    'about 6 min left: 62 steps of 3.0 s, 4 validations, the test'
+    """
+    left = num_steps * one_step + num_validations * pace.validation + pace.test
+    if left < 30:
+        return None
+    validations = f"{num_validations} validation{'' if num_validations == 1 else 's'}, " if num_validations else ""
+    line = f"about {about(left)} left: {num_steps:,} steps of {one_step:.1f} s, {validations}the test"
+    if pace.predicted is not None and not 0.8 <= (spent + left) / pace.predicted <= 1.25:
+        line += f" · in all {about(spent + left)}, where {about(pace.predicted)} were estimated"
+    return line
 
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -126,8 +198,12 @@ class TrainingBar(TrainerCallback):
         self.started = time.perf_counter()
         self.first_step, self.first_tokens = state.global_step, state.num_input_tokens_seen
         self.progress = Progress(
-            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]} {task.fields[validation]} {task.fields[rate]} {task.fields[memory]}"),
+            TextColumn("train"), BarColumn(20), MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn(
+                "{task.fields[loss]} {task.fields[validation]} {task.fields[rate]} {task.fields[memory]}",
+                table_column=Column(overflow="fold"),
+            ),
             console=self.console, transient=True, disable=not self.console.is_terminal,
         )  # fmt: skip
         self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step, **self.columns)

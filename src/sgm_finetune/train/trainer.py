@@ -34,7 +34,15 @@ from sgm_finetune.data.batches import LengthGroupedSampler, by_length
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.train.adapters.apply import tie
 from sgm_finetune.train.adapters.optimizer import create_optimizer
-from sgm_finetune.train.callbacks import Interruption, NonFiniteLoss, SamplerEpoch, StepMeter, TrainingBar
+from sgm_finetune.train.callbacks import (
+    Interruption,
+    NonFiniteLoss,
+    Pace,
+    SamplerEpoch,
+    StepMeter,
+    TimeLeft,
+    TrainingBar,
+)
 from sgm_finetune.train.checkpoints import WholeCheckpoints, best_checkpoint
 from sgm_finetune.train.fast.head_loss import HeadLoss
 from sgm_finetune.train.losses import Collator, TestSet, sum_losses, summed_loss
@@ -179,6 +187,8 @@ class TrainingJob:
     """Computes a language model's loss without all of its logits."""
     resume_from: Path | None = None
     """The checkpoint to continue from."""
+    pace: Pace | None = None
+    """With it, the training says after its second step how long the rest of the run takes."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +210,8 @@ def train(job: TrainingJob, console: Console) -> Trained:
     """
     training = job.config.training
     interruption = Interruption()
-    trainer = _trainer(job, [interruption, TrainingBar(console)])
+    time_left = [TimeLeft(job.pace, console)] if job.pace is not None else []
+    trainer = _trainer(job, [interruption, TrainingBar(console), *time_left])
     if job.resume_from is not None and not trainer.is_deepspeed_enabled:
         state = TrainerState.load_from_json(str(job.resume_from / TRAINER_STATE_NAME))
         if _has_ended(state, job.arguments.max_steps, training.early_stopping_patience):

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sgm_finetune.base.console import print_line
 from sgm_finetune.results.report.comparison import RunComparison
 from sgm_finetune.results.report.formats import NOTHING
 from sgm_finetune.results.report.render import render
@@ -30,7 +31,7 @@ def print_comparison(comparison: RunComparison, console: Console) -> None:
             table.add_row(Text(key), *(Text(yaml_text(value)) for value in values))
     console.print(table)
     for line in (comparison.verdict, *comparison.remarks):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, line)
 
 
 def render_comparison(comparison: RunComparison) -> str:

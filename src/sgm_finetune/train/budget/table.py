@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from sgm_finetune.base.text import gib, mib
+from sgm_finetune.base.text import about, gib, mib
 from sgm_finetune.train.budget.needs import PHASES, Estimate
 
 _PARTS = {
@@ -20,18 +20,11 @@ _PARTS = {
 
 def describe_estimate(needed: Estimate, within_reach: int) -> str:
     """One line: the peak memory, its phase and the weights' part of it, then disk space and time."""
-    seconds = sum(needed.seconds.values())
-    if seconds < 100:
-        duration = f"{seconds:.0f} s"
-    elif seconds < 6000:
-        duration = f"{seconds / 60:.0f} min"
-    else:
-        duration = f"{seconds / 3600:.1f} h"
     parts = [
         f"about {gib(needed.peak_bytes)} at most ({PHASES[needed.peak_phase]}), "
         f"{gib(needed.weights_bytes)} of it weights; {gib(within_reach)} within reach",
         f"{mib(needed.disk_bytes)} on disk",
-        f"about {duration} after the scan",
+        f"about {about(sum(needed.seconds.values()))} after the scan",
     ]
     return " · ".join(parts)
 
