@@ -188,6 +188,7 @@ def _metrics(s: Session, start: Start, adapted: Adapted, state: TrainerState, af
         "predicted": s.estimate and s.estimate.to_dict(),
         "optimizer": config.training.optimizer,
         "learning_rate": config.training.peak_learning_rate,
+        "num_train": len(s.prepared.train.dataset),
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "tokens_per_second": None if s.checkpoint else state.num_input_tokens_seen / seconds["train"],
