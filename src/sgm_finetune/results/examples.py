@@ -6,13 +6,14 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import xxhash
 from datasets import Dataset
 
 from sgm_finetune.base.config import Task
 from sgm_finetune.data.splits import DataSplits
+from sgm_finetune.results.outcomes import SHOWN_SORTS, SORTS, Became
 
 KEPT_PREDICTIONS = 2000
 """Number of test examples whose predictions are kept; of more, a random sample."""
@@ -24,10 +25,6 @@ MAX_CLASSES = 30
 """Number of classes, the most frequent ones, whose examples are counted apart."""
 MAX_TEXT = 400
 """Largest number of characters of a text. A longer text loses its middle."""
-
-Became = Literal["mended", "spoilt", "other", "right"]
-"""Right now (or closer), wrong now (or further away), still wrong (or equally far), still right."""
-SHOWN_SORTS: tuple[Became, ...] = ("mended", "spoilt", "other")
 
 
 def fingerprint_of_test(splits: DataSplits) -> str:
@@ -91,7 +88,7 @@ def changed_examples(
         "format": "sgm-examples/1",
         "num_compared": len(found),
         "num_changed": {sort: changed[sort] for sort in SHOWN_SORTS},
-        "counts": {sort: counts[sort] for sort in (*SHOWN_SORTS, "right")},
+        "counts": {sort: counts[sort] for sort in SORTS},
         "by_class": _by_class(found),
         "examples": sample_of(found),
     }
@@ -101,10 +98,7 @@ def _by_class(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     """Returns true class -> what became of its examples -> their number, for the most frequent classes."""
     classes = Counter(example["class"] for example in found if "class" in example)
     pairs = Counter((example.get("class"), example["became"]) for example in found)
-    return {
-        name: {sort: pairs[name, sort] for sort in (*SHOWN_SORTS, "right")}
-        for name, _ in classes.most_common(MAX_CLASSES)
-    }
+    return {name: {sort: pairs[name, sort] for sort in SORTS} for name, _ in classes.most_common(MAX_CLASSES)}
 
 
 def sample_of(found: Sequence[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
@@ -127,7 +121,8 @@ def sample_of(found: Sequence[dict[str, Any]], seed: int = 0) -> list[dict[str, 
         mixed = sorted(chance.sample(of_sort, len(of_sort)), key=lambda example: example.get("class", ""))
         start = chance.random()
         chosen += [mixed[int((start + at) * len(mixed) / number)] for at in range(number)]
-    return sorted(chosen, key=lambda example: (SHOWN_SORTS.index(example["became"]), example["index"]))
+    chance.shuffle(chosen)  # the page shows the first ones at once
+    return chosen
 
 
 def _judge(right_before: bool, right_after: bool) -> Became:

@@ -62,7 +62,9 @@ def canvas(figure: Figure, width: int, height: int) -> Axes:
     return axes
 
 
-def plot(figure: Figure, width: int, height: int, x_label: str, y_ticks: int = 5, font: int = 13) -> Axes:
+def plot(
+    figure: Figure, width: int, height: int, x_label: str, y_ticks: int = 5, font: int = 13, x_ticks: int = 6
+) -> Axes:
     """Returns the axes of a chart with horizontal grid lines, no frame, and numbers of three digits."""
     left, bottom = 3.6 * font, 3.2 * font
     axes = figure.add_axes((left / width, bottom / height, 1 - (left + 10) / width, 1 - (bottom + 10) / height))
@@ -73,7 +75,7 @@ def plot(figure: Figure, width: int, height: int, x_label: str, y_ticks: int = 5
         spine.set_visible(name == "bottom")
         spine.set_color(LINE)
     axes.tick_params(length=0, labelsize=font, labelcolor=INK, pad=5)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=x_label == "step"))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=x_ticks, integer=x_label == "step"))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=y_ticks))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(value).replace("-", "−")))
