@@ -102,7 +102,7 @@ def _training(run: Run) -> dict[str, Any]:
         (figure(history, "learning_rate", "Learning rate by step"), "learning rate"),
         (
             figure(history, "grad_norm", "Gradient norm by step"),
-            f"norm of the gradient, before it is cut to {limit:g}: peaks are batches that disagree with the others",
+            f"norm of the gradient, before it is cut to {limit:g}",
         ),
         (figure(history, training_figures.TOKENS_PER_SECOND, "Tokens per second by step"), "tokens per second"),
         (
@@ -219,7 +219,7 @@ def _snr_decides(plan: Plan) -> str:
         *(["which matrices may share"] if settings.snr_tolerance_db is not None or settings.criterion == "snr" else []),
     ]
     if not decided:
-        return "In this run the ratio decided nothing: every matrix is trained, and gradients decide what is shared."
+        return "In this run the ratio decided nothing; with selection.top_fraction it decides what is trained."
     return f"In this run the ratio decided {' and '.join(decided)}."
 
 
