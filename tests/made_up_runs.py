@@ -177,6 +177,23 @@ def read(page: str) -> Reader:
 
 
 def sample_examples() -> dict:
+    """Returns what `changed_examples` writes: 7 became right, 1 became wrong, 4 stayed wrong, of 200."""
+    changed = [("mended", "bad", "good"), ("spoilt", "good", "bad"), ("mended", "bad", "good"), ("other", "bad", "bad")]
+    classes = {"good": {"mended": 5, "spoilt": 1, "other": 4, "right": 90},
+               "bad": {"mended": 2, "spoilt": 0, "other": 0, "right": 98}}  # fmt: skip
+    return {
+        "format": "sgm-examples/1", "num_compared": 200, "num_changed": {"mended": 7, "spoilt": 1, "other": 0},
+        "counts": {"mended": 7, "spoilt": 1, "other": 4, "right": 188}, "by_class": classes,
+        "examples": [
+            {"index": at, "text": f"text {at}", "truth": "good", "before": before, "after": after, "became": became,
+             "class": "good"}
+            for at, (became, before, after) in enumerate(changed)
+        ],
+    }  # fmt: skip
+
+
+def older_examples() -> dict:
+    """Returns what an older version wrote, which had no counts."""
     changed = [("mended", "bad", "good"), ("spoilt", "good", "bad"), ("mended", "bad", "good")]
     return {
         "format": "sgm-examples/1", "num_compared": 200, "num_changed": {"mended": 7, "spoilt": 1, "other": 0},

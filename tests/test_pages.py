@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -121,7 +122,7 @@ def test_a_run_leaves_such_a_page(page, llama_folder, reviews, tmp_path):
     assert_fine(page, tmp_path / "out" / "report.html", PHONE)
     headings = page.run("[...document.querySelectorAll('h2')].map(one => one.textContent)")
     assert headings == [
-        "Right and wrong predictions", "Examples whose prediction changed", "Training", "Trained and shared matrices",
+        "Right and wrong predictions", "Examples", "Training", "Trained and shared matrices",
         "Measurements behind the plan", "Use the result", "How this run was made",
     ]  # fmt: skip
 
@@ -150,6 +151,51 @@ def contrast(one: str, other: str) -> float:
 
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+def test_examples_are_filtered_by_outcome_and_class(page, made_up):
+    page.open(made_up["other"], PHONE)
+    choose = """(at, value) => {
+        const one = document.querySelectorAll(".filters select")[at];
+        one.value = value;
+        one.dispatchEvent(new Event("change"));
+        const seen = [...document.querySelectorAll(".example")].filter(one => one.offsetParent);
+        return seen.map(one => one.dataset.became);
+    }"""
+    assert page.run("document.querySelectorAll('.example').length") == 4
+    assert page.run(f"({choose})(0, 'mended')") == ["mended", "mended"]
+    assert page.run("document.querySelector('.num-shown').textContent") == "2 shown"
+    assert page.run(f"({choose})(0, '')") == ["mended", "spoilt", "mended", "other"]
+    assert page.run(f"({choose})(1, 'good')") == ["mended", "spoilt", "mended", "other"]
+    assert page.logged == []
+
+
+def test_the_contents_stay_in_sight_and_lead_to_their_sections(page, made_up):
+    for width in (PHONE, DESK):
+        page.open(made_up["full"], width)
+        links = page.run("[...document.querySelectorAll('nav a')].map(one => one.hash.slice(1))")
+        assert len(links) == 8
+        for name in links[1:]:
+            page.run(f"document.querySelector('nav a[href=\"#{name}\"]').click()")
+            below = page.run(f"document.getElementById('{name}').getBoundingClientRect().top - NAV".replace(
+                "NAV", "document.querySelector('nav').getBoundingClientRect().bottom"))  # fmt: skip
+            assert below >= -1
+            assert page.run("document.querySelector('nav').getBoundingClientRect().top") == pytest.approx(0, abs=1)
+
+
+def test_inside_another_page_links_do_not_leave_the_report(page, made_up, tmp_path):
+    """`sgm report --serve` shows the report in a frame, whose address is not that of the files."""
+    page_of = html.escape(made_up["full"].read_text())
+    (tmp_path / "outer.html").write_text(f'<iframe srcdoc="{page_of}" style="height: 300px"></iframe>')
+    page.open(tmp_path / "outer.html", DESK)
+    inner = "document.querySelector('iframe').contentDocument"
+    page.run(
+        f"new Promise(done => setTimeout(done, 300)).then(() => {inner}.querySelector('nav a:last-child').click())"
+    )
+    assert page.run(f"{inner}.getElementById('made').textContent") == "How this run was made"
+    assert page.run(f"{inner}.scrollingElement.scrollTop") > 1000
+    assert page.run(f"{inner}.querySelectorAll('.files a[href]').length") == 0
+    assert page.run(f"{inner}.querySelectorAll('.files a').length") > 3
 
 
 def test_buttons_copy_the_command_with_the_folder_where_it_lies_now(page, made_up, tmp_path):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from made_up_runs import (
     classification_metrics,
     language_metrics,
+    older_examples,
     plain_plan,
     read,
     sample_examples,
@@ -19,12 +24,15 @@ from made_up_runs import (
     sample_pictures,
     sample_plan,
 )
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from sgm_finetune.base.config_file import parse_config
+from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.results.report import grid_figures
+from sgm_finetune.results.report.classes_section import class_scores
 from sgm_finetune.results.report.page import render_report
 from sgm_finetune.results.report.pictures import Pictures, SimilarityTable
+from sgm_finetune.results.report.provenance_section import given_command
 from sgm_finetune.results.report.run_files import Run
 from sgm_finetune.results.report.usage import commands
 
@@ -72,10 +80,13 @@ def test_every_id_is_used_once_and_every_reference_finds_its_id():
 
 def test_before_and_after_stand_first():
     text = read(render()).text
-    assert "Accuracy 0.498 → 0.873 +0.375 always naming the most frequent class: 0.500" in text
+    assert (
+        "Accuracy 0.498 → 0.873 +0.375 95 % interval 0.852 to 0.892; always naming the most frequent class: 0.500"
+        in text
+    )
     assert "Macro-F1 0.333 → 0.873 +0.540" in text
     assert "Loss 0.721 → 0.313 −0.408" in text
-    assert text.index("0.873") < text.index("true ↓ predicted →") < text.index("Training") < text.index("3,009,152")
+    assert text.index("0.873") < text.index("true ↓ predicted →") < text.index("Optimizer") < text.index("3,009,152")
 
 
 def test_the_confusion_matrix_is_shown_with_its_classes():
@@ -142,7 +153,7 @@ def test_a_run_without_probe_groups_or_history_has_dashes_where_nothing_was_meas
     assert "None" not in text
 
 
-def test_groups_within_a_layer_are_numbered_by_row():
+def test_groups_within_a_layer_have_brackets():
     plan = sample_plan(2)
     groups = tuple(
         Group(f"{'+'.join(kinds)}/input/{layer}", "+".join(kinds), "input",
@@ -154,7 +165,12 @@ def test_groups_within_a_layer_are_numbered_by_row():
     settings = PlanSettings(rank=16, alpha=32, scope="activation")
     plan = replace(plan, settings=settings, groups=groups, matrices=matrices)
     assert list(grid_figures.group_numbers(plan).values()) == [0, 0, 1, 1]
-    assert "same colour and number in a row: one group" in read(render(plan=plan)).text
+    page = render(plan=plan)
+    assert "under one bracket: one group" in read(page).text
+    drawn = re.search(r'aria-label="Which matrices share a factor".*?</svg>', page, re.DOTALL)
+    assert drawn is not None
+    texts = re.findall(r">([^<]+)</text>", drawn[0])
+    assert [text for text in texts if text.isdigit()] == ["0", "1"]  # the layers, and no numbers of groups
 
 
 def test_a_criterion_that_finds_nothing_is_named():
@@ -171,10 +187,119 @@ def test_short_and_long_histories_are_drawn(steps):
 
 
 def test_many_classes_are_folded():
-    labels = tuple(f"class {i}" for i in range(77))
+    labels = tuple(f"class {i}" for i in range(20))
     metrics = classification_metrics(labels)
-    metrics["after"]["confusion_matrix"] = [[int(i == j) for j in range(77)] for i in range(77)]
-    assert "Confusion matrix of 77 classes" in read(render(metrics)).text
+    metrics["after"]["confusion_matrix"] = [[int(i == j) for j in range(20)] for i in range(20)]
+    assert "Confusion matrix of 20 classes" in read(render(metrics)).text
+
+
+@pytest.mark.parametrize("number", [31, 300, 1000])
+def test_of_very_many_classes_the_worst_are_shown_on_a_small_page(number):
+    chance = random.Random(0)
+    labels = tuple(f"a class with a long name, number {i}" for i in range(number))
+    metrics = classification_metrics(labels)
+    tables = [[[chance.randrange(5) for _ in labels] for _ in labels] for _ in range(2)]
+    tables[1][3][7] = 99
+    metrics["before"]["confusion_matrix"], metrics["after"]["confusion_matrix"] = tables
+    page = render(metrics, examples=sample_examples())
+    assert len(page) < 600_000
+    text = read(page).text
+    share = round(100 * 99 / sum(tables[1][3]))
+    assert (
+        "true class was taken for examples of the class a class with a long name, number 3 a class with a long name, "
+        f"number 7 99 {share} %" in text
+    )
+    assert f"The 20 classes that are found worst, of {number:,}, before → after" in text
+
+
+def test_each_class_has_its_scores_before_and_after():
+    text = read(render()).text
+    assert "negative 533 0.499 → 0.895 0.996 → 0.846 0.665 → 0.870" in text
+    assert "positive 533 0.000 → 0.854 0.000 → 0.901 0.000 → 0.877" in text
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
+def test_the_scores_of_a_class_are_those_of_scikit_learn(pairs):
+    truth, predicted = zip(*pairs, strict=True)
+    table = confusion_matrix(truth, predicted, labels=range(4)).tolist()
+    found = np.array([[score or 0.0 for score in scores] for scores in class_scores(table)])
+    expected = precision_recall_fscore_support(truth, predicted, labels=range(4), zero_division=0.0)[:3]
+    assert found == pytest.approx(np.array(expected).T)
+
+
+def test_a_run_that_is_no_better_says_so_first():
+    metrics = classification_metrics()
+    metrics["after"] |= {"accuracy": 0.49}
+    text = read(render(metrics)).text
+    assert text.index("This run ended no better than it began: accuracy 0.498 → 0.490") < text.index("Accuracy 0.498")
+    assert "Try another learning rate: this run's was 0.0125" in text
+    assert "ended no better" not in read(render()).text
+
+
+def test_the_contents_lead_to_every_section():
+    plan = sample_plan(4)
+    reader = read(render(plan=plan, pictures=sample_pictures(plan), examples=sample_examples()))
+    links = [value for tag, name, value in reader.attributes if (tag, name) == ("a", "href")]
+    headings = [value for tag, name, value in reader.attributes if (tag, name) == ("h2", "id")]
+    assert links == ["#results", *(f"#{name}" for name in headings)]
+
+
+def test_name_and_date_of_the_run_and_its_command_are_shown():
+    text = read(
+        render(environment={"began": "2026-03-04T05:06:07+01:00", "command": ["sgm", "finetune", "a=b c"]})
+    ).text
+    assert "Run one , began on 04 March 2026, 04:06 UTC" in text
+    assert "The command that was given, beside the configuration below: sgm finetune 'a=b c'" in text
+
+
+def test_a_command_that_was_not_kept_is_built_again_from_the_configuration():
+    config = parse_config({
+        "model": {"task": "causal-lm"}, "data": {"columns": {"text": "a b"}, "max_length": 77},
+        "training": {"report_to": ["tensorboard"], "learning_rate": 1e-05}, "output": {"dir": "true"},
+    })  # fmt: skip
+    command, _ = given_command(Run(Path("x"), config, plain_plan(), classification_metrics()))
+    first, second, *overrides = shlex.split(command)
+    assert (first, second) == ("sgm", "finetune")
+    assert load_config(None, overrides) == config
+
+
+def test_the_files_of_the_run_are_linked_as_they_lie(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "metrics.json").write_text("{}")
+    reader = read(render(folder=str(tmp_path)))
+    links = [value for tag, name, value in reader.attributes if (tag, name) == ("a", "href") and value[0] != "#"]
+    assert links == ["metrics.json", "adapter/"]
+
+
+def test_matrices_without_signal_are_named_and_have_no_decibels():
+    plan = sample_plan(4)
+    silent = next(group for group in plan.groups if group.kind == "v_proj")
+    matrices = tuple(
+        replace(m, snr=0.0, snr_db=None, signal_rank=0) if m.name in silent.members else m for m in plan.matrices
+    )
+    groups = tuple(replace(g, snr_spread_db=132.5) if g is silent else g for g in plan.groups)
+    text = read(render(plan=replace(plan, matrices=matrices, groups=groups))).text
+    assert "No signal was found in v_proj" in text
+    assert "no signal in v_proj" in text
+    assert "132.5" not in text
+
+
+def test_values_above_one_are_explained():
+    plan = sample_plan(4)
+    above = replace(plan, kinds=(replace(plan.kinds[0], retention_input=1.02), *plan.kinds[1:]))
+    assert "Above 1, the common basis keeps even more" not in read(render(plan=plan)).text
+    assert "Above 1, the common basis keeps even more" in read(render(plan=above)).text
+
+
+def test_the_gradient_norm_is_drawn_where_it_was_logged():
+    history = [{"step": step, "loss": 1.0, "grad_norm": 2.0} for step in range(1, 9)]
+    assert 'aria-label="Gradient norm by step"' in render(history=history)
+    assert "Gradient norm" not in render(history=[{"step": 1, "loss": 1.0}])
+
+
+def test_a_dense_curve_can_be_seen_larger():
+    assert 'aria-label="Loss by step, larger"' in render(history=sample_history(200))
+    assert 'aria-label="Loss by step, larger"' not in render(history=sample_history(100))
 
 
 def test_matrices_that_share_a_cell_or_have_no_layer_are_all_drawn():
@@ -185,13 +310,23 @@ def test_matrices_that_share_a_cell_or_have_no_layer_are_all_drawn():
     assert "other" in read(page).text
 
 
-def test_examples_that_became_right_and_wrong_take_turns():
+def test_examples_are_called_a_sample_and_stand_beside_the_counts_of_all():
     text = read(render(examples=sample_examples())).text
     assert (
-        "The prediction changed for 8 of the first 200 test examples: 7 became right, 1 became wrong, 0 stayed wrong. "
-        "Some of them:" in text
+        "These 4 are a random sample of the 12 examples that did not stay right, of 200 test examples, drawn at random "
+        "from 1,066." in text
     )
-    assert text.index("text 0") < text.index("text 1 true: good · before: good · after: bad ✗") < text.index("text 2")
+    assert "prediction all good bad shown here became right 7 5 2 2 became wrong 1 1 0 1 stayed wrong 4 4 0 1" in text
+    assert "stayed right 188 90 98 –" in text
+    assert "text 1 true: good · before: good · after: bad ✗ became wrong" in text
+
+
+def test_examples_of_an_older_run_are_not_called_a_sample():
+    text = read(render(examples=older_examples())).text
+    assert "The prediction changed for 8 of the first 200 test examples" in text
+    assert "they are not a sample of all" in text
+    assert "became right 7 2 became wrong 1 1 stayed wrong 0 0" in text
+    assert "text 2 true: good" in text
 
 
 def test_what_was_measured_is_drawn_with_words_for_those_who_do_not_see_it():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -26,9 +27,10 @@ def environment() -> dict[str, str]:
 
 
 def environment_file(config: Config) -> dict[str, Any]:
-    """The content of environment.json: versions, machine, environment variables that change results, command, seeds."""
+    """The content of environment.json: begin, versions, machine, variables that change results, command, seeds."""
     units = torch.cpu.get_capabilities()
     return {
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **_versions(_ALL), "cuda": torch.version.cuda},
         "machine": {
             "system": platform.platform(),

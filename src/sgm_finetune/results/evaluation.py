@@ -13,6 +13,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import by_length
 from sgm_finetune.data.encoding import IGNORED
 from sgm_finetune.data.questions import has_answers, questions
+from sgm_finetune.results.bootstrap import class_intervals, number_intervals, set_intervals, tag_intervals
 from sgm_finetune.results.generation import answer_metrics, generate_answers
 from sgm_finetune.results.metrics import (
     classification_metrics,
@@ -40,7 +41,8 @@ def evaluate_model(model: nn.Module, test_set: TestSet, progress: Progress = lam
     """Computes the loss of `model` on `test_set`, and the metrics of its task.
 
     One class: `classification_metrics`. Sets of classes: `multilabel_metrics`. Numbers: `regression_metrics`. Tagged
-    words: `tagging_metrics`. Language modelling: perplexity = exp(loss), num_tokens (predicted).
+    words: `tagging_metrics`. Language modelling: perplexity = exp(loss), num_tokens (predicted). All but the last have
+    `intervals`: name of a metric -> its 95 % interval.
     Raises UserError for a loss that is not finite.
     """
     encoded = test_set.encoded
@@ -86,10 +88,12 @@ def _task_metrics(test_set: TestSet, predictions: list[Any], losses: Losses) -> 
             return {"perplexity": math.exp(min(mean, 700.0)), "num_tokens": losses.count}
         case "token-classification":
             tags = [[tag for tag in row if tag != IGNORED] for row in truth]
-            return tagging_metrics(tags, predictions, test_set.labels)
+            numbers = tagging_metrics(tags, predictions, test_set.labels)
+            return {**numbers, "intervals": tag_intervals(tags, predictions, test_set.labels)}
     match truth[0]:
         case int():
-            return classification_metrics(truth, predictions, len(test_set.labels))
+            numbers = classification_metrics(truth, predictions, len(test_set.labels))
+            return {**numbers, "intervals": class_intervals(truth, predictions, len(test_set.labels))}
         case float():
-            return regression_metrics(truth, predictions)
-    return multilabel_metrics(truth, predictions)
+            return {**regression_metrics(truth, predictions), "intervals": number_intervals(truth, predictions)}
+    return {**multilabel_metrics(truth, predictions), "intervals": set_intervals(truth, predictions)}

@@ -1,25 +1,30 @@
-"""Test examples whose prediction changed in training: their text, and the predictions before and after."""
+"""A sample of the test examples whose prediction changed in training or stayed wrong: their text, before and after."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import xxhash
 from datasets import Dataset
 
 from sgm_finetune.base.config import Task
 from sgm_finetune.data.splits import DataSplits
+from sgm_finetune.results.outcomes import SHOWN_SORTS, SORTS, Became
 
 KEPT_PREDICTIONS = 2000
-"""Number of test examples, from the first, whose predictions are kept."""
-NUM_SHOWN = {"mended": 10, "spoilt": 10, "other": 5}
-"""Largest number of examples of each sort in examples.json."""
+"""Number of test examples whose predictions are kept; of more, a random sample."""
+NUM_SHOWN = 24
+"""Number of examples in examples.json."""
+LEAST_SHOWN = 3
+"""Number of examples of each sort that are shown, whatever its share, if there are so many."""
+MAX_CLASSES = 30
+"""Number of classes, the most frequent ones, whose examples are counted apart."""
 MAX_TEXT = 400
 """Largest number of characters of a text. A longer text loses its middle."""
-
-Became = Literal["mended", "spoilt", "other"]
 
 
 def fingerprint_of_test(splits: DataSplits) -> str:
@@ -33,9 +38,25 @@ def fingerprint_of_test(splits: DataSplits) -> str:
     return digest.hexdigest()
 
 
+def kept_indices(number: int) -> list[int]:
+    """Returns the indices of the test examples, of `number`, whose predictions are kept: always the same, rising.
+
+    >>> kept_indices(3)
+    [0, 1, 2]
+    """
+    return sorted(random.Random(0).sample(range(number), min(number, KEPT_PREDICTIONS)))
+
+
 def kept_predictions(predicted: Sequence[Any]) -> list[Any]:
-    """Returns the first KEPT_PREDICTIONS; [] for a language model, whose answers are in `metrics["samples"]`."""
-    return [] if not predicted or predicted[0] is None else list(predicted[:KEPT_PREDICTIONS])
+    """Returns those at `kept_indices`; [] for a language model, whose answers are in `metrics["samples"]`."""
+    if not predicted or predicted[0] is None:
+        return []
+    return [predicted[index] for index in kept_indices(len(predicted))]
+
+
+def _rows(splits: DataSplits) -> Iterator[tuple[int, Any]]:
+    """Yields index and row of the test examples whose predictions are kept."""
+    return ((index, splits.test[index]) for index in kept_indices(len(splits.test)))
 
 
 def changed_examples(
@@ -47,8 +68,9 @@ def changed_examples(
 ) -> dict[str, Any]:
     """Returns the content of examples.json. `predictions` and `metrics` are (before training, after training).
 
-    It holds the first examples of each sort (`NUM_SHOWN`) in the order of the test data; for predicted numbers, those
-    that moved most. `became` is "mended" (right now, or closer), "spoilt" (wrong now, or further away) or "other".
+    `num_compared` and `counts`, by what `became` of an example, are of all compared examples; `by_class` has the same
+    counts for each true class. `num_changed` counts only those whose prediction changed. `examples` is a sample
+    (`sample_of`) without those that stayed right.
     """
     if metrics[1].get("samples"):
         found = _compare_answers(*(numbers.get("samples", []) for numbers in metrics))
@@ -60,27 +82,53 @@ def changed_examples(
         found = _compare_numbers(splits, *predictions)
     else:
         found = _compare_classes(splits, *predictions)
-    changed = [example for example in found if example["before"] != example["after"]]
+    changed = Counter(example["became"] for example in found if example["before"] != example["after"])
+    counts = Counter(example["became"] for example in found)
     return {
         "format": "sgm-examples/1",
         "num_compared": len(found),
-        "num_changed": {sort: sum(example["became"] == sort for example in changed) for sort in NUM_SHOWN},
-        "examples": _choose(changed),
+        "num_changed": {sort: changed[sort] for sort in SHOWN_SORTS},
+        "counts": {sort: counts[sort] for sort in SORTS},
+        "by_class": _by_class(found),
+        "examples": sample_of(found),
     }
 
 
-def _choose(changed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _by_class(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Returns true class -> what became of its examples -> their number, for the most frequent classes."""
+    classes = Counter(example["class"] for example in found if "class" in example)
+    pairs = Counter((example.get("class"), example["became"]) for example in found)
+    return {name: {sort: pairs[name, sort] for sort in SORTS} for name, _ in classes.most_common(MAX_CLASSES)}
+
+
+def sample_of(found: Sequence[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """Returns at most NUM_SHOWN examples that did not stay right, drawn at random in proportion to their numbers.
+
+    A sort has its share of the sample, but at least LEAST_SHOWN. Within a sort, every k-th example is drawn from those
+    in random order, class after class, so that each class has its share as well. Equal runs show equal examples.
+    """
+    chance = random.Random(seed)
+    sorts = {sort: [example for example in found if example["became"] == sort] for sort in SHOWN_SORTS}
+    total = sum(map(len, sorts.values()))
     chosen: list[dict[str, Any]] = []
-    for sort, number in NUM_SHOWN.items():
-        of_sort = [example for example in changed if example["became"] == sort]
-        chosen += sorted(of_sort, key=lambda example: -example.get("moved", 0.0))[:number]
-    return [{key: value for key, value in example.items() if key != "moved"} for example in chosen]
+    free = NUM_SHOWN
+    for sort in sorted(sorts, key=lambda sort: len(sorts[sort])):  # the rarest first: the largest takes what is left
+        of_sort = sorts[sort]
+        is_last = sort == max(sorts, key=lambda sort: len(sorts[sort]))
+        share = free if is_last else max(LEAST_SHOWN, round(NUM_SHOWN * len(of_sort) / max(1, total)))
+        number = min(len(of_sort), share)
+        free -= number
+        mixed = sorted(chance.sample(of_sort, len(of_sort)), key=lambda example: example.get("class", ""))
+        start = chance.random()
+        chosen += [mixed[int((start + at) * len(mixed) / number)] for at in range(number)]
+    chance.shuffle(chosen)  # the page shows the first ones at once
+    return chosen
 
 
 def _judge(right_before: bool, right_after: bool) -> Became:
-    if right_before == right_after:
-        return "other"
-    return "mended" if right_after else "spoilt"
+    if right_after:
+        return "right" if right_before else "mended"
+    return "spoilt" if right_before else "other"
 
 
 def _compare_classes(splits: DataSplits, before: Sequence[Any], after: Sequence[Any]) -> list[dict[str, Any]]:
@@ -92,24 +140,25 @@ def _compare_classes(splits: DataSplits, before: Sequence[Any], after: Sequence[
         return ", ".join(name for name, has in zip(splits.labels, label, strict=True) if has) or "none"
 
     found = []
-    for index, (old, new, row) in enumerate(zip(before, after, splits.test, strict=False)):
-        truth, old, new = class_names(row["label"]), class_names(old), class_names(new)  # type: ignore[index]
-        found.append(_example(index, _text(row), truth, old, new, _judge(old == truth, new == truth)))
+    for old, new, (index, row) in zip(before, after, _rows(splits), strict=False):
+        truth, old, new = class_names(row["label"]), class_names(old), class_names(new)
+        became = _judge(old == truth, new == truth)
+        truth, old, new = _shorten(truth), _shorten(old), _shorten(new)
+        found.append({**_example(index, _text(row), truth, old, new, became), "class": truth})
     return found
 
 
 def _compare_numbers(splits: DataSplits, before: Sequence[float], after: Sequence[float]) -> list[dict[str, Any]]:
     found = []
-    for index, (old, new, row) in enumerate(zip(before, after, splits.test, strict=False)):
-        truth = float(row["label"])  # type: ignore[index]
+    for old, new, (index, row) in zip(before, after, _rows(splits), strict=False):
+        truth = float(row["label"])
         nearer = abs(old - truth) - abs(new - truth)
         became: Became = "other"
         if nearer > 0:
             became = "mended"
         elif nearer < 0:
             became = "spoilt"
-        example = _example(index, _text(row), f"{truth:.4g}", f"{old:.4g}", f"{new:.4g}", became)
-        found.append({**example, "moved": abs(nearer)})
+        found.append(_example(index, _text(row), f"{truth:.4g}", f"{old:.4g}", f"{new:.4g}", became))
     return found
 
 
@@ -118,8 +167,8 @@ def _compare_tags(
 ) -> list[dict[str, Any]]:
     """Compares tags, written as word/tag for words whose tag is not `O`. Leaves out words that were truncated."""
     found = []
-    for index, (old, new, row) in enumerate(zip(before, after, splits.test, strict=False)):
-        words, truth = row["tokens"], row["tags"][: len(old)]  # type: ignore[index]
+    for old, new, (index, row) in zip(before, after, _rows(splits), strict=False):
+        words, truth = row["tokens"], row["tags"][: len(old)]
 
         def tagged_words(tags: Sequence[int], words: Sequence[str] = words) -> str:
             named = ((word, splits.labels[tag]) for word, tag in zip(words, tags, strict=False))

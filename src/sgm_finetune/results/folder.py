@@ -36,7 +36,7 @@ class Start:
     before: dict[str, Any]
     """Metrics of the untouched model on the test data."""
     predictions: list[Any]
-    """Its predictions for the first test examples."""
+    """Its predictions for `kept_indices` of the test examples."""
     probe: dict[str, Any] | None
     """What metrics.json reports about the probe; None: there was none."""
 

@@ -56,7 +56,7 @@ def _line(
     if interval is not None:
         number, what = next((after[key], what) for key, what in _TESTED if key in after)
         line += f" (95 % interval {interval[0]:.{digits}f} to {interval[1]:.{digits}f} on {number:,} test {what})"
-    if metric.baseline in after:
+    if metric.baseline is not None and metric.baseline in after:
         line += f"; always naming the most frequent class reaches {after[metric.baseline]:.{digits}f}"
     return line + "."
 

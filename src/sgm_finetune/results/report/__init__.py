@@ -1,7 +1,8 @@
 """The report of a run, the comparison of runs, and the table and figures of a scan.
 
 Pages (HTML):
-    page                the report of one run, from `run_files` (reads its folder) and the templates
+    page                the report of one run, from `run_files` (reads its folder), its sections and the templates
+    *_section           values of a section: classes, examples, provenance
     comparison_page     runs side by side, on the terminal and as a page, from `comparison` (who is better, by how much)
     headlines, usage    parts of the report: metrics before and after; commands to copy
     render              a template -> one offline page

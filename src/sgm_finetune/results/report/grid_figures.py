@@ -12,7 +12,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path
 
 from sgm_finetune.measure.scan_result import MatrixScan
 from sgm_finetune.method.plan import Plan, PlannedMatrix
@@ -68,16 +69,32 @@ def group_colour(number: int) -> str:
 
 
 def groups_figure(plan: Plan) -> Markup:
-    """Draws layers x kinds: coloured and numbered by group, grey if trained alone, empty if not trained."""
+    """Draws layers x kinds: coloured by group, grey if trained alone, empty if not trained.
+
+    A bracket joins a group within a layer. A group of layers has a number.
+    """
     numbers = group_numbers(plan)
+    grid = grid_of(plan.matrices)
+    brackets = _brackets(plan, grid)
 
     def look(matrix: PlannedMatrix) -> tuple[str, str]:
         if matrix.group is not None:
             number = numbers[matrix.group]
-            return group_colour(number), str(number)
+            return group_colour(number), "" if matrix.group in brackets else str(number)
         return (ALONE if matrix.selected else "none"), ""
 
-    return _grid_figure(grid_of(plan.matrices), "groups", "Which matrices share a factor", look)
+    return _grid_figure(grid, "groups", "Which matrices share a factor", look, list(brackets.values()))
+
+
+def _brackets(plan: Plan, grid: Grid[PlannedMatrix]) -> dict[str, tuple[int, list[int]]]:
+    """Returns group name -> (row, columns of its members), for groups of several kinds in one layer."""
+    places = {matrix.name: place for place, matrices in grid.cells.items() for matrix in matrices}
+    found = {}
+    for group in plan.groups:
+        rows, columns = ({places[name][axis] for name in group.members} for axis in (0, 1))
+        if len(rows) == 1 and len(columns) > 1:
+            found[group.name] = (min(rows), sorted(columns))
+    return found
 
 
 def snr_range(plan: Plan) -> tuple[float, float] | None:
@@ -104,9 +121,16 @@ def snr_figure(plan: Plan) -> Markup | None:
 
 
 def _grid_figure(
-    grid: Grid[PlannedMatrix], name: str, title: str, look: Callable[[PlannedMatrix], tuple[str, str]]
+    grid: Grid[PlannedMatrix],
+    name: str,
+    title: str,
+    look: Callable[[PlannedMatrix], tuple[str, str]],
+    brackets: Sequence[tuple[int, Sequence[int]]] = (),
 ) -> Markup:
-    """Draws a grid. `look(matrix)` returns a cell's fill ("none": outline only) and its text."""
+    """Draws a grid. `look(matrix)` returns a cell's fill ("none": outline only) and its text.
+
+    A bracket, (row, columns), runs along the top of its row, with a tick down into each of its columns.
+    """
     left = 34 if None not in grid.layers else 40
     cell_width = min(44, max(20, (340 - left) // max(1, len(grid.kinds))))
     cell_height = 16 if len(grid.layers) <= 48 else 13
@@ -129,6 +153,16 @@ def _grid_figure(
             for column in range(len(grid.kinds)):
                 _draw_cell(axes, left + column * cell_width, top + row * cell_height, cell_width, cell_height,
                       [look(matrix) for matrix in grid.cells.get((row, column), ())])  # fmt: skip
+
+        points: list[tuple[float, float]] = []
+        for row, columns in brackets:
+            middles = [left + (column + 0.5) * cell_width for column in columns]
+            over, under = top + row * cell_height + 4.5, top + (row + 1) * cell_height - 3.5
+            points += [(middles[0], over), (middles[-1], over)]
+            points += [point for x in middles for point in ((x, over), (x, under))]
+        if points:
+            path = Path(points, [Path.MOVETO, Path.LINETO] * (len(points) // 2))
+            axes.add_patch(PathPatch(path, fill=False, edgecolor=INK, linewidth=1.6, capstyle="projecting"))
 
     return svg(name, title, width, height, draw)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from sgm_finetune.results.intervals import interval_of
 from sgm_finetune.results.metrics import METRICS, Metric
 from sgm_finetune.results.report.formats import decimal, finite
 
@@ -49,5 +50,7 @@ def _headline(metric: Metric, before: Mapping[str, Any], after: Mapping[str, Any
         notes.append(f"always naming the most frequent class: {decimal(after.get(metric.baseline), digits)}")
     if not metric.higher_is_better:
         notes.append("lower is better")
+    if finite(new) and (interval := interval_of(after, metric.key)) is not None:
+        notes.insert(0, f"95 % interval {decimal(interval[0], digits)} to {decimal(interval[1], digits)}")
     name = metric.name[0].upper() + metric.name[1:]
     return Headline(name, decimal(old, digits), decimal(new, digits), change, better, "; ".join(notes))

@@ -7,18 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from sgm_finetune.base.files import write_text
-from sgm_finetune.method.plan import Plan
-from sgm_finetune.results.examples import NUM_SHOWN
+from sgm_finetune.method.plan import Group, Plan, PlannedMatrix
 from sgm_finetune.results.report import grid_figures, training_figures
-from sgm_finetune.results.report.formats import count, finite, layer_ranges
+from sgm_finetune.results.report.classes_section import classes_section
+from sgm_finetune.results.report.examples_section import examples_section
+from sgm_finetune.results.report.formats import count, decimal, finite, layer_ranges
 from sgm_finetune.results.report.headlines import headlines
 from sgm_finetune.results.report.histogram_figure import histogram_figure
 from sgm_finetune.results.report.pictures import SimilarityTable
+from sgm_finetune.results.report.provenance_section import head, provenance_section
 from sgm_finetune.results.report.render import render
 from sgm_finetune.results.report.run_files import Run, catch_bad_values, load_run
 from sgm_finetune.results.report.scan_table import short_kinds
@@ -30,17 +31,20 @@ from sgm_finetune.results.report.similarity_figures import (
 )
 from sgm_finetune.results.report.svg import readable_on
 from sgm_finetune.results.report.usage import commands, python_snippet
+from sgm_finetune.results.verdict import shortfall
 
-MANY_CLASSES = 12
 MANY_GROUPS = 16
-MANY_EXAMPLES = 6
-"""More classes, groups or examples than these are folded on the page."""
+"""More groups than these are folded on the page."""
 
 _SIZES = (
     ("num_examples", "test examples"),
     ("num_words", "words"),
     ("num_tokens", "predicted tokens"),
     ("num_generated", "generated answers"),
+)
+WHY_ABOVE_ONE = (
+    "A value above 1 is possible: the common basis is fitted to the gradients of several matrices, so it follows "
+    "chance less than a basis of one matrix, and keeps more on other data."
 )
 _SIDES = {"input": "input side", "output": "output side", None: "cosine"}
 _STAGES = ("scan", "probe", "train", "evaluate", "total")
@@ -63,13 +67,15 @@ def render_report(run: Run) -> str:
     return render(
         "report.html.j2",
         metrics=run.metrics,
+        **head(run),
         **_results(run.metrics),
-        **_examples(run),
-        **_training(run.metrics, run.history),
+        **classes_section(run.metrics),
+        **examples_section(run),
+        **_training(run),
         **_sharing(run.plan, run.metrics),
         **_snr(run.plan),
         **_measurements(run),
-        **_provenance(run),
+        **provenance_section(run),
         commands=commands(run.config, run.folder),
         snippet=python_snippet(run.config, run.metrics, run.folder),
     )
@@ -77,72 +83,37 @@ def render_report(run: Run) -> str:
 
 def _results(metrics: Mapping[str, Any]) -> dict[str, Any]:
     after = metrics.get("after") or {}
-    table: list[list[int]] = after.get("confusion_matrix") or []
-    rows = []
-    for label, counts in zip(metrics["labels"] if table else [], table, strict=True):
-        total = sum(counts)
-        cells = [(number, number / total if total else 0.0) for number in counts]
-        rows.append((label, cells, total))
     sizes = [f"{count(after[key])} {what}" for key, what in _SIZES if after.get(key) is not None]
+    lines = headlines(metrics)
     return {
-        "headlines": headlines(metrics),
+        "headlines": lines,
+        "has_intervals": any("95 %" in line.note for line in lines),
         "test_size": " · ".join(sizes),
-        "confusion": rows,
-        "counted": "words" if "num_words" in after else "examples",
-        "confusion_folded": len(rows) > MANY_CLASSES,
+        "shortfall": shortfall(metrics),
     }
 
 
-def _examples(run: Run) -> dict[str, Any]:
-    found, num_changed = run.examples.get("examples", []), run.examples.get("num_changed", {})
-    predicts_numbers = "r2" in run.metrics["after"]
-    writes_answers = run.config.model.task in ("causal-lm", "seq2seq-lm")
-    words = ("became right", "became wrong", "stayed wrong")
-    if predicts_numbers:
-        words = ("moved closer", "moved further away", "stayed equally far")
-    elif writes_answers:
-        words = ("became equal to the reference", "became different", "stayed different")
-    parts = [f"{count(num_changed.get(sort))} {word}" for sort, word in zip(NUM_SHOWN, words, strict=True)]
-    total = sum(num_changed.values())
-    summary = (
-        f"The {'answer' if writes_answers else 'prediction'} changed for {count(total)} of the first "
-        f"{count(run.examples.get('num_compared'))} test examples: {', '.join(parts)}"
-        f"{'. Some of them:' if len(found) < total else ':'}"
-    )
-    has_long_text = any(len(one[key]) > 40 for one in found for key in ("truth", "before", "after"))
-    return {
-        "examples": _alternate(found),
-        "between": "\n" if has_long_text else " · ",
-        "examples_summary": summary,
-        "examples_first": MANY_EXAMPLES,
-        "truth_name": "reference" if writes_answers else "true",
-        "predicts_numbers": predicts_numbers,
-    }
-
-
-def _alternate(examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns one example that became right, one that became wrong, and so on, so that neither sort hides the other."""
-    sorts = [[one for one in examples if one["became"] == sort] for sort in NUM_SHOWN]
-    return [one for row in itertools.zip_longest(*sorts) for one in row if one is not None]
-
-
-def _training(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _training(run: Run) -> dict[str, Any]:
+    metrics, history, limit = run.metrics, run.history, run.config.training.max_grad_norm
     seconds = metrics.get("seconds") or {}
     best, predicted = metrics.get("best_step"), (metrics.get("predicted") or {}).get("peak_bytes")
+    figure, memory = training_figures.step_figure, training_figures.MEMORY
     small = [
-        (training_figures.step_figure(history, "learning_rate", "Learning rate by step"), "learning rate"),
+        (figure(history, "learning_rate", "Learning rate by step"), "learning rate"),
         (
-            training_figures.step_figure(history, training_figures.TOKENS_PER_SECOND, "Tokens per second by step"),
-            "tokens per second",
+            figure(history, "grad_norm", "Gradient norm by step"),
+            f"norm of the gradient, before it is cut to {limit:g}",
         ),
+        (figure(history, training_figures.TOKENS_PER_SECOND, "Tokens per second by step"), "tokens per second"),
         (
-            training_figures.step_figure(history, training_figures.MEMORY, "Peak memory by step", 2.0**-30, predicted),
+            figure(history, memory, "Peak memory by step", 2.0**-30, predicted),
             "peak memory so far, GiB" + (" (dashed: predicted)" if predicted else ""),
         ),
     ]
     return {
         "training_figure": training_figures.training_figure(history, best),
-        "step_figures": [(figure, caption) for figure, caption in small if figure is not None],
+        "large_figure": training_figures.large_figure(history, best),
+        "step_figures": [(drawn, caption) for drawn, caption in small if drawn is not None],
         "has_validation": bool(training_figures.points_of(history, "eval_loss")),
         "has_mean": bool(training_figures.running_mean(training_figures.points_of(history, "loss"))),
         "stages": [(stage, seconds.get(stage)) for stage in _STAGES],
@@ -163,12 +134,20 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
             "colour": colours[group.name],
             "text": readable_on(colours[group.name]),
             "layers": layer_ranges(by_name[name].layer for name in group.members),
+            "spread": _spread(group, [by_name[name] for name in group.members]),
         }
         for group in plan.groups
     ]
+    kept = [kind.retention_input for kind in plan.kinds] + [kind.retention_output for kind in plan.kinds]
+    kept += [kind.retention_all_input for kind in plan.kinds] + [kind.retention_all_output for kind in plan.kinds]
+    of_groups = [number for group in plan.groups for number in (group.similarity, group.joint_retention)]
     return {
         "plan": plan,
         "saved": saved,
+        "silent": no_signal(plan.matrices),
+        "why_above_one": WHY_ABOVE_ONE,
+        "has_kept_above_one": any(number is not None and number > 1.005 for number in kept),
+        "has_group_above_one": any(number is not None and number > 1.005 for number in of_groups),
         "num_merged": sum(len(group.members) for group in plan.groups),
         "why_no_groups": _why_no_groups(plan),
         "groups_figure": grid_figures.groups_figure(plan),
@@ -180,6 +159,27 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "groups": groups,
         "groups_folded": len(groups) > MANY_GROUPS,
     }
+
+
+def _spread(group: Group, members: Sequence[PlannedMatrix]) -> str:
+    """Returns the SNR spread of a group. A member without signal has an SNR of 0, which no number of dB expresses."""
+    if silent := no_signal(members):
+        return f"no signal in {silent}"
+    return decimal(group.snr_spread_db, 1) + (" dB" if finite(group.snr_spread_db) else "")
+
+
+def no_signal(matrices: Sequence[PlannedMatrix]) -> str:
+    """Returns the matrices without any signal as text, by kind, with their layers unless all of them have none."""
+    names = short_kinds(dict.fromkeys(matrix.kind for matrix in matrices))
+    parts = []
+    for kind, name in names.items():
+        of_kind = [matrix for matrix in matrices if matrix.kind == kind]
+        silent = [matrix.layer for matrix in of_kind if matrix.snr == 0]
+        if silent and len(silent) == len(of_kind):
+            parts.append(name)
+        elif silent:
+            parts.append(f"{name} (layer{'' if len(set(silent)) == 1 else 's'} {layer_ranges(silent)})")
+    return ", ".join(parts)
 
 
 def shared_prefix(plan: Plan) -> str:
@@ -204,10 +204,23 @@ def _why_no_groups(plan: Plan) -> str:
 def _snr(plan: Plan) -> dict[str, Any]:
     colours = colormaps[grid_figures.SNR_COLOURS]
     return {
+        "snr_decides": _snr_decides(plan),
         "snr_figure": grid_figures.snr_figure(plan),
         "snr_range": grid_figures.snr_range(plan),
         "snr_gradient": ", ".join(to_hex(colours(step / 6)) for step in range(7)),
     }
+
+
+def _snr_decides(plan: Plan) -> str:
+    """Returns what the SNR decided in this run."""
+    settings = plan.settings
+    decided = [
+        *(["which matrices are trained"] if settings.top_fraction or settings.snr_threshold is not None else []),
+        *(["which matrices may share"] if settings.snr_tolerance_db is not None or settings.criterion == "snr" else []),
+    ]
+    if not decided:
+        return "In this run the ratio decided nothing; with selection.top_fraction it decides what is trained."
+    return f"In this run the ratio decided {' and '.join(decided)}."
 
 
 def _measurements(run: Run) -> dict[str, Any]:
@@ -219,8 +232,10 @@ def _measurements(run: Run) -> dict[str, Any]:
         of_layers = table.kind in kinds or "[" in table.kind or table.side != "input"
         if len(table.members) > 1:
             (layers if of_layers else readers).setdefault(table.kind, []).append(table)
+    drawn = run.pictures.histograms or readers or layers
     numbers, prefix = itertools.count(), shared_prefix(run.plan)
     return {
+        "has_measurements": bool(drawn),
         "histograms": [(h, histogram_figure(h, number)) for number, h in enumerate(run.pictures.histograms)],
         "reader_figures": [
             (kind.removeprefix(prefix), readers_figure(of, run.plan, next(numbers))) for kind, of in readers.items()
@@ -235,26 +250,4 @@ def _measurements(run: Run) -> dict[str, Any]:
         "similarity_gradient": similarity_gradient(),
         "has_cosines": any(table.side is None for table in run.pictures.similarities),
         "lowest_shown": f"{LOWEST_SHOWN:g}",
-    }
-
-
-def _provenance(run: Run) -> dict[str, Any]:
-    environment, config = run.environment, run.config
-    machine, seeds = environment.get("machine") or {}, environment.get("seeds")
-    if not seeds:
-        seeds = {"training": config.training.seed, "data": config.data.seed, "probe": config.probe.seed}
-    command = " ".join(map(str, environment.get("command", [])))
-    cores = f"{machine['cores']} cores, {machine.get('threads')} threads" if machine.get("cores") else ""
-    facts = {
-        "Command": command,
-        "Seeds": ", ".join(f"{name} {seed}" for name, seed in seeds.items()),
-        "Fingerprint of the test data": run.metrics.get("test_fingerprint"),
-        "System": machine.get("system"),
-        "Processor": ", ".join(part for part in (machine.get("processor"), cores) if part),
-        "GPU": ", ".join(machine.get("gpus", [])),
-    }
-    return {
-        "facts": [(name, value) for name, value in facts.items() if value],
-        "versions": list((environment.get("versions") or run.metrics.get("environment") or {}).items()),
-        "resolved": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip(),
     }

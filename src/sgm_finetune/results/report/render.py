@@ -1,4 +1,4 @@
-"""Renders a template as one offline HTML page: escaped, without requests, and with copy.js as its only script."""
+"""Renders a template as one offline HTML page: escaped, without requests, and with page.js as its only script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def render(template: str, **context: Any) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"decimal": decimal, "count": count, "duration": duration, "memory": memory}
-    script = _read_file("copy.js")
+    script = _read_file("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return environment.get_template(template).render(

@@ -25,6 +25,7 @@ _CSS_VARIABLES = {
     INK: "ink", LINE: "line", ALONE: "alone", TRAIN: "train", VALIDATION: "validation", NOISE: "noise",
     SIGNAL: "signal", LAW: "law",
 }  # fmt: skip
+_TOO_FINE = re.compile(r"(\d\.\d\d)\d+")
 
 
 def svg(name: str, title: str, width: int, height: int, draw: Callable[[Figure], None]) -> Markup:
@@ -43,14 +44,24 @@ def svg(name: str, title: str, width: int, height: int, draw: Callable[[Figure],
     text = re.sub(r"\s*<(g|defs)(?: [^<>]*)?>\s*</\1>|\s*<defs */>", "", text)
     for stand_in, variable in _CSS_VARIABLES.items():
         text = text.replace(stand_in, f"var(--{variable})")
+    text = _smaller(text)
     text = re.sub(r' id="', f' id="{name}-', text)
     text = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", text)
-    text = re.sub(r"font: (\S+)px [^;\"]*", r"font-size: \1px", text)
     opening = (
         f'<svg class="figure" role="img" aria-label="{escape(title)}" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
     )
     return Markup(opening + text[text.index(">") + 1 :])  # matplotlib escapes the text it draws
+
+
+def _smaller(text: str) -> str:
+    """Returns the SVG without what the page does not need: fonts (the page has its own), names of <g>, turns by 0
+    degrees, indentation, and digits of coordinates beyond a hundredth of a pixel."""
+    text = re.sub(r" font-family: [^;\"]*;?", "", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r' transform="rotate\(-?0 [^"]*"', "", text)
+    text = re.sub(r"\n\s+", "\n", text)
+    return re.sub(r' (?:d|x|y|width|height|transform)="[^"]*"', lambda found: _TOO_FINE.sub(r"\1", found[0]), text)
 
 
 def canvas(figure: Figure, width: int, height: int) -> Axes:
@@ -62,7 +73,9 @@ def canvas(figure: Figure, width: int, height: int) -> Axes:
     return axes
 
 
-def plot(figure: Figure, width: int, height: int, x_label: str, y_ticks: int = 5, font: int = 13) -> Axes:
+def plot(
+    figure: Figure, width: int, height: int, x_label: str, y_ticks: int = 5, font: int = 13, x_ticks: int = 6
+) -> Axes:
     """Returns the axes of a chart with horizontal grid lines, no frame, and numbers of three digits."""
     left, bottom = 3.6 * font, 3.2 * font
     axes = figure.add_axes((left / width, bottom / height, 1 - (left + 10) / width, 1 - (bottom + 10) / height))
@@ -73,7 +86,7 @@ def plot(figure: Figure, width: int, height: int, x_label: str, y_ticks: int = 5
         spine.set_visible(name == "bottom")
         spine.set_color(LINE)
     axes.tick_params(length=0, labelsize=font, labelcolor=INK, pad=5)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=x_label == "step"))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=x_ticks, integer=x_label == "step"))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=y_ticks))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(value).replace("-", "−")))

@@ -15,6 +15,8 @@ TOKENS_PER_SECOND, MEMORY = "train_tokens_per_second", "train_peak_memory_bytes"
 RUN_COLOURS = ("#4477aa", "#ee7733", "#228833", "#aa3377", "#b8a035", "#33a8c7", "#cc3311", "#8866cc")
 _MAX_POINTS = 400
 """Largest number of points of a curve."""
+_DENSE = 150
+"""Of more training losses, there is a larger figure."""
 
 Points = list[tuple[float, float]]
 """(step, value), by rising step."""
@@ -22,16 +24,36 @@ Points = list[tuple[float, float]]
 
 def training_figure(history: Sequence[Mapping[str, Any]], best_step: int | None) -> Markup | None:
     """Draws training loss, its running mean, and validation losses. Returns None if no loss was logged."""
+    return _losses_figure(history, best_step, "training", "Loss by step", 440, 270, _MAX_POINTS)
+
+
+def large_figure(history: Sequence[Mapping[str, Any]], best_step: int | None) -> Markup | None:
+    """Draws the same wider, with two pixels for a step. Returns None where the small figure shows every step well."""
+    number = len(points_of(history, "loss"))
+    if number <= _DENSE:
+        return None
+    width = min(max(1000, 2 * number), 4000)
+    return _losses_figure(history, best_step, "training-large", "Loss by step, larger", width, 380, width // 2)
+
+
+def _losses_figure(
+    history: Sequence[Mapping[str, Any]],
+    best_step: int | None,
+    name: str,
+    title: str,
+    width: int,
+    height: int,
+    max_points: int,
+) -> Markup | None:
     train, validation = points_of(history, "loss"), points_of(history, "eval_loss")
     if not train and not validation:
         return None
-    width, height = 440, 270
 
     def draw(figure: Figure) -> None:
-        axes = plot(figure, width, height, "step")
+        axes = plot(figure, width, height, "step", x_ticks=max(6, width // 150))
         if best_step is not None:
             axes.axvline(best_step, color=INK, linewidth=1, linestyle=(0, (2, 3)))
-        thinned = thin(train)
+        thinned = thin(train, max_points)
         smooth = running_mean(thinned)
         if thinned:
             faint = 0.35 if smooth else 1.0
@@ -40,9 +62,10 @@ def training_figure(history: Sequence[Mapping[str, Any]], best_step: int | None)
         if smooth:
             axes.plot(*zip(*smooth, strict=True), color=TRAIN, linewidth=2.2)
         if validation:
-            axes.plot(*zip(*validation, strict=True), color=VALIDATION, linewidth=1.2, marker="o", markersize=7)
+            axes.plot(*zip(*thin(validation, max_points), strict=True), color=VALIDATION, linewidth=1.2, marker="o",
+                      markersize=7 if len(validation) < 50 else 3)  # fmt: skip
 
-    return svg("training", "Loss by step", width, height, draw)
+    return svg(name, title, width, height, draw)
 
 
 def step_figure(
@@ -99,9 +122,9 @@ def points_of(history: Sequence[Mapping[str, Any]], key: str, beside: str | None
     ]
 
 
-def thin(points: Points) -> Points:
-    """Returns at most _MAX_POINTS points, each the mean of equally many neighbours."""
-    size = -(-len(points) // _MAX_POINTS) if points else 1
+def thin(points: Points, max_points: int = _MAX_POINTS) -> Points:
+    """Returns at most `max_points` points, each the mean of equally many neighbours."""
+    size = -(-len(points) // max_points) if points else 1
     return [_mean(points[start : start + size]) for start in range(0, len(points), size)]
 
 
