@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
-from datasets import Dataset
 
 from sgm_finetune.base.config import Task
-from sgm_finetune.data.splits import DataSplits
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from sgm_finetune.data.splits import DataSplits
 
 KEPT_PREDICTIONS = 2000
 """Number of test examples, from the first, whose predictions are kept."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from sgm_finetune.results.metrics import METRICS, Metric
+from sgm_finetune.results.metric_names import METRICS, Metric
 from sgm_finetune.results.report.formats import decimal, finite
 
 
