@@ -43,8 +43,8 @@ from sgm_finetune.measure.scan import scan
 from sgm_finetune.measure.scan_result import Scan
 from sgm_finetune.method.parameter_count import adapter_parameters
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix
+from sgm_finetune.method.sides import SIDES
 from sgm_finetune.method.subspace import (
-    SIDES,
     energy_kept,
     equalise_channels,
     leading_basis,

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from sgm_finetune.results.metrics import METRICS
+from sgm_finetune.results.metric_names import METRICS
 
 SHOWN = ("entity_f1", "accuracy", "r2", "rouge_l", "perplexity")
 """Metrics that a row may show, the most informative one first."""

@@ -12,7 +12,7 @@ from sgm_finetune.measure.scan_result import MatrixScan
 from sgm_finetune.method.plan import Energy, Group, KindNumbers, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.method.singular_values import SingularValues
 from sgm_finetune.method.snr import signal_to_noise
-from sgm_finetune.results.report.histogram import histogram_of
+from sgm_finetune.results.report.measured_histograms import histogram_of
 from sgm_finetune.results.report.pictures import Pictures, SimilarityTable
 
 READERS, WRITERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")

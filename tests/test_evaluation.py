@@ -16,8 +16,8 @@ from sgm_finetune.data.questions import Question, has_answers, questions
 from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.results.evaluation import evaluate_model
 from sgm_finetune.results.generation import answer_metrics, continue_prompts, generate_answers
+from sgm_finetune.results.metric_names import describe_metrics
 from sgm_finetune.results.metrics import (
-    describe_metrics,
     multilabel_metrics,
     regression_metrics,
     tagging_metrics,

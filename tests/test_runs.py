@@ -567,8 +567,9 @@ def test_early_stopping_stops_and_the_best_checkpoint_is_what_is_saved(settings,
 def validation_loss(settings: list[str], output: Path) -> float:
     """Of the saved .pth, on the validation data."""
     from sgm_finetune.results.evaluation import evaluate_model
+    from sgm_finetune.results.files import PTH
     from sgm_finetune.results.load import attach_adapter
-    from sgm_finetune.results.pth import PTH, load_pth
+    from sgm_finetune.results.pth import load_pth
     from sgm_finetune.train.losses import TestSet
 
     config = load_config(None, settings)

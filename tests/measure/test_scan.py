@@ -18,8 +18,9 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_text
 from sgm_finetune.measure.scan import batches_by_size, measured_singular_values, scan
 from sgm_finetune.measure.scan_formats import axolotl_format, json_format, load_scan, spectrum_format
+from sgm_finetune.method.decibels import NO_SIGNAL_DB
 from sgm_finetune.method.singular_values import batched_singular_values, singular_values
-from sgm_finetune.method.snr import NO_SIGNAL_DB, signal_to_noise
+from sgm_finetune.method.snr import signal_to_noise
 from sgm_finetune.model.names import kind_of, layer_of
 from sgm_finetune.model.weights.stored import weight_files
 

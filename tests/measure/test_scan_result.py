@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sgm_finetune.measure.scan_result import Control, MatrixScan, Scan, by_parameter
-from sgm_finetune.method.snr import NO_SIGNAL_DB, ratio_decibels
+from sgm_finetune.method.decibels import NO_SIGNAL_DB, ratio_decibels
 
 POSITIVE = st.floats(1e-6, 1e6)
 

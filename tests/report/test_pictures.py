@@ -15,9 +15,9 @@ from sgm_finetune.measure.probe import probe
 from sgm_finetune.measure.scan import scan
 from sgm_finetune.method.build_plan import build_plan
 from sgm_finetune.method.plan import Plan, PlanSettings, Similarity
+from sgm_finetune.results.report.measured_histograms import histograms_of
 from sgm_finetune.results.report.pictures import (
     Pictures,
-    histograms_of,
     parse_pictures,
     save_pictures,
     similarity_tables,

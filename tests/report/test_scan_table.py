@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from sgm_finetune.measure.scan_result import Control, MatrixScan, Scan
-from sgm_finetune.method.snr import NO_SIGNAL_DB, ratio_decibels
+from sgm_finetune.method.decibels import NO_SIGNAL_DB, ratio_decibels
 from sgm_finetune.results.report.scan_table import kinds_in_order, scan_summary, scan_table, short_kinds
 
 LLAMA = {

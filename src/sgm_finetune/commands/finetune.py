@@ -30,12 +30,13 @@ from sgm_finetune.commands.steps import (
 from sgm_finetune.measure.probe import Probe
 from sgm_finetune.measure.scan_result import Scan
 from sgm_finetune.results.examples import changed_examples, fingerprint_of_test
-from sgm_finetune.results.files import save_adapter
+from sgm_finetune.results.files import PTH, save_adapter
 from sgm_finetune.results.folder import Start, begin, recall_start
-from sgm_finetune.results.pth import PTH, save_pth
+from sgm_finetune.results.pth import save_pth
 from sgm_finetune.results.report.histogram import Histogram
+from sgm_finetune.results.report.measured_histograms import histograms_of
 from sgm_finetune.results.report.page import render_report
-from sgm_finetune.results.report.pictures import Pictures, histograms_of, save_pictures, similarity_tables
+from sgm_finetune.results.report.pictures import Pictures, save_pictures, similarity_tables
 from sgm_finetune.results.report.run_files import load_run
 from sgm_finetune.results.verdict import shortfall
 from sgm_finetune.train.adapters.apply import check_plan, check_starts

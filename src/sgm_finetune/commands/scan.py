@@ -23,7 +23,7 @@ from sgm_finetune.measure.scan_formats import (
     spectrum_format,
 )
 from sgm_finetune.measure.scan_result import Scan
-from sgm_finetune.method.snr import Estimator
+from sgm_finetune.method.decibels import Estimator
 from sgm_finetune.results.report.scan_table import (
     kinds_in_order,
     lowest_median_highest,

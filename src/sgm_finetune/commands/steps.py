@@ -29,7 +29,7 @@ from sgm_finetune.model.matrices import adaptable, out_of_reach
 from sgm_finetune.results.evaluation import evaluate_answers, evaluate_model
 from sgm_finetune.results.examples import kept_predictions
 from sgm_finetune.results.harness import harness_metrics
-from sgm_finetune.results.metrics import describe_metrics
+from sgm_finetune.results.metric_names import describe_metrics
 from sgm_finetune.results.report.scan_table import scan_summary
 from sgm_finetune.train import base_model
 from sgm_finetune.train.adapters.apply import apply_plan

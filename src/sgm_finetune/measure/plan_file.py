@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pydantic
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import whole_file, write_json
@@ -27,15 +26,15 @@ def plan_document(plan: Plan) -> dict:
     return json.loads(json.dumps(fields, default=dataclasses.asdict))
 
 
-def parse_plan(document: dict, where: str, starts: dict | None = None) -> Plan:
-    """The plan in the plain data `document`, with the tensors `starts`.
+def parse_plan(document: dict, where: str) -> Plan:
+    """The plan in the plain data `document`, without its tensors.
 
     Raises UserError with the first wrong entry; `where` names the file in it.
     """
     if foreign := next((name for name in _TENSORS if name in document), None):
         refuse(where, "plan", ValueError(f"`{foreign}`: no part of the file"))
     try:
-        plan = dataclasses.replace(_PLAN.validate_python(document), starts=starts or {})
+        plan = _PLAN.validate_python(document)
     except pydantic.ValidationError as error:
         refuse(where, "plan", ValueError(first_mistake(error)))
     if (wrong := inconsistency(plan)) is not None:
@@ -48,6 +47,8 @@ def save_plan(plan: Plan, path: Path | str) -> None:
     path = Path(path)
     tensors = path.with_suffix(".safetensors")
     if plan.starts:
+        from safetensors.torch import save_file
+
         with whole_file(tensors) as scratch:
             save_file({name: start.contiguous() for name, start in plan.starts.items()}, scratch)
     else:
@@ -55,8 +56,11 @@ def save_plan(plan: Plan, path: Path | str) -> None:
     write_json(path, plan_document(plan))
 
 
-def load_plan(path: Path | str) -> Plan:
-    """The plan in `path`, with the starts beside it. Raises UserError when a file is missing, damaged or not a plan."""
+def read_plan(path: Path | str) -> Plan:
+    """The plan in the file `path` alone. It can be shown without torch; to apply it, its starts are needed.
+
+    Raises UserError when the file is missing, damaged or not a plan.
+    """
     path = Path(path)
     try:
         document = read_json_object(path)
@@ -64,9 +68,18 @@ def load_plan(path: Path | str) -> Plan:
         raise UserError(f"No plan file {path}; make one with `sgm plan --output {path}`") from None
     except (OSError, ValueError) as error:
         refuse(path, "plan", error)
-    tensors = path.with_suffix(".safetensors")
+    return parse_plan(document, str(path))
+
+
+def load_plan(path: Path | str) -> Plan:
+    """As `read_plan`, with the starts in the file beside it. Raises UserError also when that is damaged."""
+    plan = read_plan(path)
+    tensors = Path(path).with_suffix(".safetensors")
+    if not tensors.is_file():
+        return plan
+    from safetensors.torch import load_file
+
     try:
-        starts = load_file(tensors) if tensors.is_file() else {}
+        return dataclasses.replace(plan, starts=load_file(tensors))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{tensors} cannot be read: {error}; copy it again or make the plan again") from None
-    return parse_plan(document, str(path), starts)

@@ -6,7 +6,7 @@ from collections import Counter
 
 from sgm_finetune.method.parameter_count import adapter_parameters
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.method.subspace import SIDES
+from sgm_finetune.method.sides import SIDES
 
 
 def describe_plan(plan: Plan) -> str:

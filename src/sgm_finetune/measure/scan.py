@@ -23,8 +23,9 @@ from torch import Tensor
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.scan_cache import content_key, recall, remember
 from sgm_finetune.measure.scan_result import Control, MatrixScan, Scan
+from sgm_finetune.method.decibels import Estimator
 from sgm_finetune.method.singular_values import SingularValues, batched_singular_values, exact_bfloat16_products
-from sgm_finetune.method.snr import Estimator, SnrStatistics, signal_to_noise
+from sgm_finetune.method.snr import SnrStatistics, signal_to_noise
 from sgm_finetune.model.folder import local_folder
 from sgm_finetune.model.names import kind_of, layer_of, module_of
 from sgm_finetune.model.weights.stored import StoredMatrix, stored_matrices

@@ -12,8 +12,8 @@ from typing import Any
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.untrusted import read_json
 from sgm_finetune.measure.scan_result import MatrixScan, Scan, by_parameter
+from sgm_finetune.method.decibels import Estimator, ratio_decibels
 from sgm_finetune.method.selection import KindChoice, choose_per_kind, ties
-from sgm_finetune.method.snr import Estimator, ratio_decibels
 from sgm_finetune.model.names import layer_of
 
 _REMEDY = (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sgm_finetune.method.snr import NO_SIGNAL_DB, Estimator, ratio_decibels
+from sgm_finetune.method.decibels import NO_SIGNAL_DB, Estimator, ratio_decibels
 from sgm_finetune.model.names import kind_of, layer_of
 
 

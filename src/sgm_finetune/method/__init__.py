@@ -3,13 +3,15 @@
     1.1 The noise edge
         snr: noise_edge
     1.2 The noise level, from the middle of the bulk
-        snr: bulk_share_above, bulk_density, bulk_median, bulk_energy, bulk_sigma
+        snr: bulk_share_above, bulk_median, bulk_energy, bulk_sigma
+        noise_density: bulk_density
     1.3 How far above the edge noise still reaches
         snr: noise_margin
     1.4 Deflation
         snr: confirm_rank, deflate, distance_from_noise, absorption_factor, estimate_noise
     1.5 The ratio
-        snr: signal_to_noise, ratio_decibels
+        snr: signal_to_noise
+        decibels: ratio_decibels
     1.6 Selecting
         selection: select_matrices, choose_per_kind, top_fraction_per_kind, above_threshold, ties
     1.8 The published formula
@@ -17,7 +19,8 @@
     1.9 The decomposition, and the precision that it needs
         singular_values: singular_values, batched_singular_values, exact_bfloat16_products
     2.1 Sketches
-        subspace: test_matrix, sketch_batch, sketch_stack, squared_norm, energy_kept, with_unit_norm, width
+        subspace: test_matrix, sketch_batch, sketch_stack, squared_norm, energy_kept, with_unit_norm
+        sides: width
     2.2 A basis for several matrices
         subspace: equalise_channels, leading_part, leading_basis, leading_rows, shared_basis, spectral_basis
     2.3 Cosines of whole gradients

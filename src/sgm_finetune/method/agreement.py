@@ -13,9 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from sgm_finetune.method.plan import MatrixNumbers
+from sgm_finetune.method.sides import SIDES, Side
 from sgm_finetune.method.subspace import (
-    SIDES,
-    Side,
     Sketch,
     cosines,
     energy_kept,

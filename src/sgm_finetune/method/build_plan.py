@@ -33,7 +33,8 @@ from sgm_finetune.method.plan import (
     Similarity,
 )
 from sgm_finetune.method.selection import select_matrices
-from sgm_finetune.method.subspace import SIDES, Side, spectral_basis, squared_norm
+from sgm_finetune.method.sides import SIDES, Side
+from sgm_finetune.method.subspace import spectral_basis, squared_norm
 
 SNR_TOLERANCE_DB = 3.0  # for criterion "snr" without a given tolerance: a factor of two in energy
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.method.subspace import width
+from sgm_finetune.method.sides import width
 
 
 def adapter_parameters(plan: Plan) -> tuple[int, int]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Tensor
+from sgm_finetune.method.sides import Side
 
-from sgm_finetune.method.subspace import Side, Sketch
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sgm_finetune.method.subspace import Sketch
+else:
+    Tensor = Sketch = Any  # a plan is data: it is read and shown without torch
 
 
 @dataclass(frozen=True)

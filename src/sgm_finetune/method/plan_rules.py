@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.method.subspace import width
+from sgm_finetune.method.sides import width
 
 MAX_RANK = 2**16
 

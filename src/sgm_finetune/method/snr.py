@@ -14,20 +14,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-Estimator = Literal["mp", "spectrum"]
-
-ROUNDING = 4 * torch.finfo(torch.float32).eps
-"""ρ, a fraction of the largest singular value. Values below it cannot be distinguished from the rounding of float32
-arithmetic: they count as zero, and the noise edge is never lower."""
-
-NO_SIGNAL_DB = 20 * math.log10(ROUNDING)
-"""Decibels that are reported for no signal at all (SNR 0), and the least that is ever reported: −126.4."""
+from sgm_finetune.method.decibels import ROUNDING, Estimator, ratio_decibels
 
 _TRACY_WIDOM = 3.27  # the law's 99.9 % point (β = 1): chance exceeds it in one of a thousand matrices of noise
 _SIGMA_DEVIATIONS = 1.0  # standard errors of σ that the margin allows for
@@ -70,18 +63,6 @@ def bulk_share_above(values: Tensor, aspect: float) -> Tensor:
     cosine = (values.double().square() - 1 - aspect) / (2 * math.sqrt(aspect))
     theta = cosine.clamp(-1, 1).acos()
     return _share(theta, (_arc_factor(aspect) * (theta / 2).tan()).atan(), theta.sin(), aspect)
-
-
-def bulk_density(values: Tensor, aspect: float) -> Tensor:
-    """Density of the Marchenko-Pastur law of singular values at each of `values` (units of σ√M), for β = `aspect`.
-
-    >>> bulk_density(torch.tensor([1.0, 3.0]), 1.0).mul(math.pi).square().round().tolist()  # √(4 - y²)/π
-    [3.0, 0.0]
-    """
-    y = values.double()
-    low, high = (1 - math.sqrt(aspect)) ** 2, (1 + math.sqrt(aspect)) ** 2
-    root = ((high - y.square()) * (y.square() - low)).clamp_min(0).sqrt()
-    return root / (math.pi * aspect * y.clamp_min(1e-12))
 
 
 @lru_cache(maxsize=65536)
@@ -298,12 +279,3 @@ def published_formula(s: Tensor, rows: int, cols: int, largest: float) -> tuple[
     signal, noise = s[above].sum().item(), s[~above].sum().item()
     snr = signal / noise / largest if noise > 0 else math.inf
     return sigma, int(above.sum()), edge, snr
-
-
-def ratio_decibels(snr: float) -> float:
-    """10·log10(snr), at least NO_SIGNAL_DB; infinite if `snr` is.
-
-    >>> ratio_decibels(100.0)
-    20.0
-    """
-    return max(10 * math.log10(snr), NO_SIGNAL_DB) if snr > 0 else NO_SIGNAL_DB

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Side = Literal["input", "output"]
-SIDES: tuple[Side, Side] = ("input", "output")
+from sgm_finetune.method.sides import Side
 
 
 @dataclass(frozen=True)
@@ -115,11 +113,6 @@ def shared_basis(rows: Sequence[Tensor], rank: int) -> Tensor:
 def spectral_basis(sketches: Sequence[Tensor], rank: int) -> Tensor:
     """Q (d x rank) for matrices that share one basis, from their sketches with equal channels (eq. 11b, 12)."""
     return shared_basis([leading_rows(sketch, rank) for sketch in equalise_channels(sketches)], rank)
-
-
-def width(shape: tuple[int, int], side: Side) -> int:
-    """Length of the basis vectors on `side` of a matrix of `shape` (d_out, d_in)."""
-    return shape[1] if side == "input" else shape[0]
 
 
 def with_unit_norm(sketch: Tensor) -> Tensor:

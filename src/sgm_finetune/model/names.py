@@ -1,7 +1,6 @@
 """Names of modules and parameters: layer numbers, kinds, blocks, and the names in a model's files.
 
-Transformers is imported inside the functions that need it, because `sgm scan` does without it and starts in half the
-time.
+Transformers is imported inside the functions that need it: `sgm scan` does without it, and a report without torch too.
 """
 
 from __future__ import annotations
@@ -9,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def block_of(name: str) -> str | None:

@@ -6,14 +6,17 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
-from datasets import Dataset
 
 from sgm_finetune.base.config import Task
-from sgm_finetune.data.splits import DataSplits
 from sgm_finetune.results.outcomes import SHOWN_SORTS, SORTS, Became
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from sgm_finetune.data.splits import DataSplits
 
 KEPT_PREDICTIONS = 2000
 """Number of test examples whose predictions are kept; of more, a random sample."""

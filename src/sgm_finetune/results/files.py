@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from sgm_finetune.base.config import Config
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_text, writing
-from sgm_finetune.results.pth import PTH
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+PTH = "sgm_finetuned.pth"
 RESULTS = (
     PTH, "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html", "environment.json",
     "history.json", "examples.json", "pictures.json", "checkpoints", "export",
 )  # fmt: skip
 """Everything that a run, or `sgm export`, writes into the output folder; `output.overwrite=true` replaces all of it."""
+
+
+def find_result(output: Path) -> Path:
+    """The .pth file of the run in the folder `output`. Raises UserError when there is none."""
+    path = output / PTH
+    if not path.is_file():
+        raise UserError(f"No {path}; train first with `sgm finetune`, or name the folder with output.dir=...")
+    return path
 
 
 def write_config(path: Path, config: Config) -> None:

@@ -20,8 +20,7 @@ from sgm_finetune.data.encoding import fingerprint
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.measure.plan_file import save_plan
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.results.files import RESULTS, clear_results, write_config
-from sgm_finetune.results.pth import PTH
+from sgm_finetune.results.files import PTH, RESULTS, clear_results, write_config
 from sgm_finetune.train.budget.fit import reuse_fit
 from sgm_finetune.train.checkpoints import best_checkpoint, is_whole, last_whole_checkpoint
 

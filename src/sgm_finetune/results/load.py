@@ -21,7 +21,8 @@ from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.files import ModelFiles, find_model_files
 from sgm_finetune.model.four_bit import ready_for_backward
 from sgm_finetune.model.load import Head, load_model, skeleton
-from sgm_finetune.results.pth import PTH, load_pth, lora_config, stored_config
+from sgm_finetune.results.files import find_result
+from sgm_finetune.results.pth import load_pth, lora_config, stored_config
 from sgm_finetune.train.adapters.apply import check_plan, lora_layers, tie
 from sgm_finetune.train.base_model import load_base_weights
 from sgm_finetune.train.launch import apply_launcher
@@ -90,7 +91,7 @@ def read_stored(config: Config, overrides: Sequence[str], log: StepLog) -> Store
 
     Raises UserError where there is no usable result.
     """
-    path = Path(config.output.dir) / PTH
+    path = find_result(Path(config.output.dir))
     content = load_pth(path)
     settings = stored_config(content, path, config, overrides, lambda line: log.line("config", line))
     return StoredResult(path, content, apply_launcher(settings))

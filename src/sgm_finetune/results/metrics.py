@@ -1,45 +1,13 @@
-"""The metrics of each task, their names, and how they are shown."""
+"""Computes the metrics of each task."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, mean_absolute_error, r2_score
-
-
-@dataclass(frozen=True)
-class Metric:
-    """Name of a metric, and how it is shown."""
-
-    key: str
-    """Key in metrics.json."""
-    name: str
-    higher_is_better: bool = True
-    baseline: str | None = None
-    """Key of the value that always naming the most frequent class reaches."""
-    digits: int = 4
-    unit: str = ""
-
-
-METRICS = (
-    Metric("accuracy", "accuracy", baseline="majority_accuracy"),
-    Metric("entity_f1", "entity F1"),
-    Metric("micro_f1", "micro-F1"),
-    Metric("macro_f1", "macro-F1"),
-    Metric("r2", "R²"),
-    Metric("pearson", "Pearson's r"),
-    Metric("mae", "mean absolute error", higher_is_better=False, digits=3),
-    Metric("exact_match", "exact match", digits=3),
-    Metric("rouge_l", "ROUGE-L", digits=3),
-    Metric("bleu", "BLEU", digits=1),
-    Metric("perplexity", "perplexity", higher_is_better=False, digits=3),
-    Metric("loss", "loss", higher_is_better=False, unit="nats"),
-)
-"""Metrics in the order in which they matter. Each task has some of them."""
 
 
 def classification_metrics(truth: Sequence[int], predicted: Sequence[int], num_labels: int) -> dict[str, Any]:
@@ -110,19 +78,3 @@ def tagging_metrics(
         written = ([[names[tag] for tag in row] for row in rows] for rows in (truth, predicted))
         found["entity_f1"] = float(entity_f1(*written, zero_division=0))  # type: ignore[arg-type]
     return found
-
-
-def describe_metrics(metrics: dict[str, Any]) -> str:
-    """Returns one line: every metric in the order of METRICS, and the number of test examples or tokens."""
-    parts = []
-    for metric in METRICS:
-        if metric.key in metrics:
-            text = f"{metric.name} {metrics[metric.key]:.{metric.digits}f}"
-            if metric.baseline in metrics:
-                text += f" (majority class {metrics[metric.baseline]:.{metric.digits}f})"
-            parts.append(text)
-    number, what = next(
-        (metrics[key], what) for key, what in (("num_tokens", "tokens"), ("num_examples", "examples")) if key in metrics
-    )
-    answers = [f"{metrics['num_generated']:,} generated answers"] if "num_generated" in metrics else []
-    return " · ".join([*parts, f"{number:,} test {what}", *answers])

@@ -21,7 +21,6 @@ from sgm_finetune.measure.plan_file import plan_document
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.train.adapters.apply import ADAPTER
 
-PTH = "sgm_finetuned.pth"
 FORMAT = "sgm-finetuned/1"
 
 
@@ -111,8 +110,6 @@ def load_pth(path: Path) -> dict[str, Any]:
     """
     try:
         content = read_torch(path)
-    except FileNotFoundError:
-        raise UserError(f"No {path}; train first with `sgm finetune`, or name the folder with output.dir=...") from None
     except (OSError, ValueError):
         raise UserError(
             f"{path} is cut short, or holds more than tensors and plain data (it could be code, so it was not read); "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sgm_finetune.results.intervals import interval_of
-from sgm_finetune.results.metrics import METRICS, Metric
+from sgm_finetune.results.metric_names import METRICS, Metric
 from sgm_finetune.results.report.formats import finite
 
 _DECIDING = ("entity_f1", "micro_f1", "accuracy", "r2", "perplexity", "loss")

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from sgm_finetune.measure.plan_file import parse_plan
 from sgm_finetune.measure.plan_summary import describe_plan
 from sgm_finetune.results.load import Result
-from sgm_finetune.results.metrics import METRICS, Metric
+from sgm_finetune.results.metric_names import METRICS, Metric
 
 ExportFormat = Literal["adapter", "merged", "gguf"]
 

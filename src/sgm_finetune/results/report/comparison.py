@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.results.metrics import METRICS, Metric
-from sgm_finetune.results.pth import PTH
+from sgm_finetune.results.files import PTH
+from sgm_finetune.results.metric_names import METRICS, Metric
 from sgm_finetune.results.report.formats import count, decimal, duration, finite, memory
 from sgm_finetune.results.report.run_files import Run, load_run
 

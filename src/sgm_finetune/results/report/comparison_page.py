@@ -11,7 +11,6 @@ from sgm_finetune.base.console import print_line
 from sgm_finetune.results.report.comparison import RunComparison
 from sgm_finetune.results.report.formats import NOTHING
 from sgm_finetune.results.report.render import render
-from sgm_finetune.results.report.training_figures import RUN_COLOURS, compared_losses_figure
 
 
 def print_comparison(comparison: RunComparison, console: Console) -> None:
@@ -36,6 +35,8 @@ def print_comparison(comparison: RunComparison, console: Console) -> None:
 
 def render_comparison(comparison: RunComparison) -> str:
     """Returns the HTML page, with the loss curves of all runs in one figure."""
+    from sgm_finetune.results.report.training_figures import RUN_COLOURS, compared_losses_figure  # loads matplotlib
+
     curves = [(name, run.history) for name, run in zip(comparison.names, comparison.runs, strict=True)]
     figures = [
         (compared_losses_figure(curves, "loss", "Training loss by step"), "Training loss (bold: running mean)"),

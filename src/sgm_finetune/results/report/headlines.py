@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sgm_finetune.results.intervals import interval_of
-from sgm_finetune.results.metrics import METRICS, Metric
+from sgm_finetune.results.metric_names import METRICS, Metric
 from sgm_finetune.results.report.formats import decimal, finite
 
 

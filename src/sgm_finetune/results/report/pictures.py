@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import pydantic
-from torch import Tensor
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_text
 from sgm_finetune.base.text import first_mistake
-from sgm_finetune.measure.scan import measured_singular_values
-from sgm_finetune.measure.scan_result import Scan
 from sgm_finetune.method.plan import Similarity
-from sgm_finetune.results.report.histogram import Histogram, histogram_of
-from sgm_finetune.results.report.scan_table import kinds_in_order, lowest_median_highest
+from sgm_finetune.results.report.histogram import Histogram
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_KINDS = 8
 MAX_LAYERS = 128
@@ -58,15 +57,6 @@ class Pictures:
 
 
 _PICTURES = pydantic.TypeAdapter(Pictures)
-
-
-def histograms_of(scanned: Scan, folder: Path) -> tuple[Histogram, ...]:
-    """Returns the histograms of the model in `folder` from the scan's cache. Holds two matrices in memory at a time."""
-    layered = [matrix for matrix in scanned.matrices if matrix.layer is not None]
-    kinds = kinds_in_order(layered)[:MAX_KINDS]
-    chosen = [lowest_median_highest(m for m in layered if m.kind == kind)[1].name for kind in kinds]
-    found = {m.name: histogram_of(s, m) for s, m in measured_singular_values(folder, chosen, scanned.estimator)}
-    return tuple(found[name] for name in chosen if name in found)
 
 
 def similarity_tables(similarities: tuple[Similarity, ...]) -> tuple[SimilarityTable, ...]:

@@ -14,7 +14,7 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.untrusted import read_json
-from sgm_finetune.measure.plan_file import load_plan
+from sgm_finetune.measure.plan_file import read_plan
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.report.pictures import Pictures, parse_pictures
 
@@ -43,7 +43,7 @@ def load_run(folder: Path) -> Run:
     return Run(
         folder=folder,
         config=load_config(folder / "config.yaml"),
-        plan=load_plan(folder / "plan.json"),
+        plan=read_plan(folder / "plan.json"),
         metrics=_checked_metrics(_read(folder / "metrics.json", dict), folder / "metrics.json"),
         history=_checked_history(_read(folder / "history.json", list, []), folder / "history.json"),
         pictures=parse_pictures(pictures, str(folder / "pictures.json")),

@@ -20,7 +20,8 @@ from sgm_finetune.base.files import whole_file
 from sgm_finetune.measure.scan_result import MatrixScan, Scan
 from sgm_finetune.method.singular_values import SingularValues
 from sgm_finetune.results.report.grid_figures import SNR_COLOURS, grid_of
-from sgm_finetune.results.report.histogram import histogram_of, law_of_noise
+from sgm_finetune.results.report.histogram import law_of_noise
+from sgm_finetune.results.report.measured_histograms import histogram_of
 from sgm_finetune.results.report.scan_table import kinds_in_order, lowest_median_highest, short_kinds
 from sgm_finetune.results.report.svg import readable_on
 

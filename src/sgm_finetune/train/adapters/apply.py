@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.method.plan_rules import inconsistency
-from sgm_finetune.method.subspace import Side, width
+from sgm_finetune.method.sides import Side, width
 from sgm_finetune.model.four_bit import ready_for_backward
 from sgm_finetune.model.matrices import adaptable
 
