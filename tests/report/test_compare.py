@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 from made_up_runs import classification_metrics, language_metrics, read, sample_history, sample_plan
+from rich.console import Console
 
 from sgm_finetune.base.config_file import parse_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.cli import main
 from sgm_finetune.measure.plan_file import save_plan
 from sgm_finetune.results.report.comparison import compare_runs
-from sgm_finetune.results.report.comparison_page import render_comparison
+from sgm_finetune.results.report.comparison_page import print_comparison, render_comparison
 
 
 def leave_run(folder: Path, accuracy: float, fingerprint: str | None = "a", metrics: dict | None = None, **training):
@@ -35,9 +36,40 @@ def leave_run(folder: Path, accuracy: float, fingerprint: str | None = "a", metr
 def test_the_better_run_is_named_with_its_lead(tmp_path):
     found = compare_runs([leave_run(tmp_path / "a", 0.7), leave_run(tmp_path / "b", 0.9, optimizer="adamw")])
     assert found.verdict == f"{tmp_path / 'b'} is better: accuracy 0.9000, 0.2000 more than {tmp_path / 'a'}."
-    assert found.remarks == ()
     assert found.rows[0].best == 1
     assert found.differing == {"training.optimizer": ("spectral", "adamw")}
+    assert found.remarks == (
+        "Only training.optimizer differs between the two (adamw and spectral): the difference comes from it, or from "
+        "chance.",
+    )
+
+
+def test_no_cause_is_named_where_several_keys_differ(tmp_path):
+    changed = leave_run(tmp_path / "b", 0.9, epochs=2, learning_rate=0.1, weight_decay=0.01, seed=1)
+    (remark,) = compare_runs([leave_run(tmp_path / "a", 0.7), changed]).remarks
+    assert remark == (
+        "4 keys differ between the two (training.epochs, training.learning_rate, training.weight_decay, "
+        "training.seed), so the difference cannot be attributed to one of them; compare runs that differ in one key."
+    )
+
+
+def test_two_seeds_of_one_configuration_differ_by_chance(tmp_path):
+    (remark,) = compare_runs([leave_run(tmp_path / "a", 0.7), leave_run(tmp_path / "b", 0.9, seed=1)]).remarks
+    assert remark == "Only training.seed differs between the two (1 and 0), so the difference is chance."
+
+
+def test_a_default_is_shown_as_its_value(tmp_path, capfd):
+    runs = [leave_run(tmp_path / "a", 0.7), leave_run(tmp_path / "b", 0.9, learning_rate=0.1, eval_steps=5)]
+    assert compare_runs(runs).differing["training.learning_rate"] == (0.0125, 0.1)
+    print_comparison(compare_runs(runs), Console(width=200))
+    shown = capfd.readouterr().out
+    assert "0.0125 (default)" in shown
+    assert "four validations a run (default)" in shown
+
+
+def test_a_default_that_is_written_out_is_no_difference(tmp_path):
+    found = compare_runs([leave_run(tmp_path / "a", 0.7), leave_run(tmp_path / "b", 0.9, learning_rate=0.0125)])
+    assert found.differing == {}
 
 
 def test_a_lead_that_chance_can_cause_has_a_remark(tmp_path):

@@ -19,7 +19,13 @@ from sgm_finetune.data.columns import Message
 from sgm_finetune.results.answers import Sampling, When, answer
 from sgm_finetune.results.load import LoadedResult, find_base, load_trained, read_stored
 
-HELP = "/clear begins anew, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+COMMANDS = {
+    "/help": "lists these commands",
+    "/clear": "begins a new conversation",
+    "/exit": "ends (so does /quit or Ctrl-D)",
+    "Ctrl-C": "stops an answer",
+}
+WELCOME = "/help lists the commands, /exit ends"
 
 
 def chat(
@@ -53,7 +59,7 @@ def chat(
     turns: list[dict[str, Any]] = []
     interactive = console.is_terminal and sys.stdin.isatty()
     if interactive:
-        console.print(HELP, style="dim", highlight=False)
+        print_line(console, WELCOME, style="dim")
     while (question := _next_question(console, interactive)) is not None:
         if question == "/clear":
             conversations = {when: list(begin) for when in whens}
@@ -117,8 +123,14 @@ def _next_question(console: Console, interactive: bool) -> str | None:
         if line in ("/exit", "/quit"):
             return None
         if line == "/help":
-            console.print(HELP, style="dim", highlight=False)
+            _print_commands(console)
         elif line.startswith("/") and line != "/clear":
-            console.print(f"{line}? {HELP}", style="dim", markup=False, highlight=False)
+            print_line(console, f"{line.split()[0]} is no command", style="yellow")
+            _print_commands(console)
         elif line:
             return line
+
+
+def _print_commands(console: Console) -> None:
+    for command, effect in COMMANDS.items():
+        print_line(console, effect, f"{command:<8} ", "dim")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sgm_finetune.base.config import Config
+from sgm_finetune.base.config import Config, sections
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.results.files import PTH
 from sgm_finetune.results.metric_names import METRICS, Metric
-from sgm_finetune.results.report.formats import count, decimal, duration, finite, memory
+from sgm_finetune.results.report.formats import NOTHING, count, decimal, duration, finite, memory
 from sgm_finetune.results.report.run_files import Run, load_run
 
 _UNCOMPARED = ("output.dir", "output.overwrite", "training.resume")
 """Configuration keys that do not change a result."""
+_RATE = "training.learning_rate"
+"""The key whose default depends on another key."""
 _PER_TOKEN = ("loss", "perplexity")
 """Metrics that are comparable only over the same tokens."""
 
@@ -102,14 +105,39 @@ def differing_keys(configs: Sequence[Config]) -> dict[str, tuple[Any, ...]]:
 
     >>> differing_keys([Config(), Config(plan="plan.json")])
     {'plan': (None, 'plan.json')}
+    >>> differing_keys([Config(), Config.model_validate({"training": {"learning_rate": 0.0125}})])
+    {}
     """
     flat = [dict(_leaves(config.model_dump(mode="json"))) for config in configs]
     differing = {}
     for key in dict.fromkeys(key for one in flat for key in one):
         values = tuple(one.get(key) for one in flat)
+        if key == _RATE and len(set(values)) > 1:
+            values = tuple(config.training.peak_learning_rate for config in configs)
         if key not in _UNCOMPARED and any(value != values[0] for value in values):
             differing[key] = values
     return differing
+
+
+def shown_value(config: Config, key: str) -> str:
+    """The value of a key that differs, as YAML writes it; for a key that is not set, what its default means.
+
+    >>> [shown_value(Config(), key) for key in ("training.learning_rate", "data.num_train", "data.columns.text")]
+    ['0.0125 (default)', 'all (default)', 'text (default)']
+    >>> [shown_value(Config(plan="plan.json"), key) for key in ("plan", "merge.side", "data.packing", "data.name")]
+    ['plan.json', 'auto', 'false', '–']
+    """
+    value = dict(_leaves(config.model_dump(mode="json"))).get(key)
+    if value is not None:
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    if key == _RATE:
+        return f"{config.training.peak_learning_rate:g} (default)"
+    if key.startswith("data.columns."):
+        return f"{key.removeprefix('data.columns.')} (default)"
+    section, _, leaf = key.rpartition(".")
+    model = sections(Config)[section] if section else Config
+    meaning = re.search(r"\(null: ([^)]*)\)", model.model_fields[leaf].description or "")
+    return f"{meaning[1]} (default)" if meaning else NOTHING
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -210,7 +238,25 @@ def _verdict(
         f"{names[first]} is better: {metric.name} {decimal(known[first], digits)}, {decimal(gap, digits)} {word} than "
         f"{names[second]}."
     )
-    return line, _chance(metric, known[first], known[second], runs[first].metrics["after"].get("num_examples"))
+    chance = _chance(metric, known[first], known[second], runs[first].metrics["after"].get("num_examples"))
+    return line, [*_attribution(runs[first].config, runs[second].config), *chance]
+
+
+def _attribution(one: Config, two: Config) -> list[str]:
+    """Returns a remark on what the difference between two runs can come from: the one key that differs, or none of
+    several."""
+    keys = list(differing_keys([one, two]))
+    if not keys:
+        return []
+    if len(keys) > 1:
+        return [
+            f"{len(keys)} keys differ between the two ({', '.join(keys)}), so the difference cannot be attributed to "
+            "one of them; compare runs that differ in one key."
+        ]
+    values = " and ".join(shown_value(config, keys[0]) for config in (one, two))
+    if keys[0] == "training.seed":
+        return [f"Only training.seed differs between the two ({values}), so the difference is chance."]
+    return [f"Only {keys[0]} differs between the two ({values}): the difference comes from it, or from chance."]
 
 
 def _chance(metric: Metric, one: float, two: float, number: Any) -> list[str]:

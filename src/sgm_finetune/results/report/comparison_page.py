@@ -8,8 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sgm_finetune.base.console import print_line
-from sgm_finetune.results.report.comparison import RunComparison
-from sgm_finetune.results.report.formats import NOTHING
+from sgm_finetune.results.report.comparison import RunComparison, shown_value
 from sgm_finetune.results.report.render import render
 
 
@@ -26,8 +25,8 @@ def print_comparison(comparison: RunComparison, console: Console) -> None:
         table.add_row(row.label, *cells)
     if comparison.differing:
         table.add_section()
-        for key, values in comparison.differing.items():
-            table.add_row(Text(key), *(Text(yaml_text(value)) for value in values))
+        for key in comparison.differing:
+            table.add_row(Text(key), *(Text(shown_value(run.config, key)) for run in comparison.runs))
     console.print(table)
     for line in (comparison.verdict, *comparison.remarks):
         print_line(console, line)
@@ -47,16 +46,5 @@ def render_comparison(comparison: RunComparison) -> str:
         comparison=comparison,
         colours=[RUN_COLOURS[index % len(RUN_COLOURS)] for index in range(len(curves))],
         figures=[(figure, caption) for figure, caption in figures if figure is not None],
-        differing=[(key, [yaml_text(value) for value in values]) for key, values in comparison.differing.items()],
+        differing=[(key, [shown_value(run.config, key) for run in comparison.runs]) for key in comparison.differing],
     )
-
-
-def yaml_text(value: object) -> str:
-    """Returns a configuration value as YAML writes it; a dash for None.
-
-    >>> [yaml_text(v) for v in (None, True, 0.5, "auto")]
-    ['–', 'true', '0.5', 'auto']
-    """
-    if value is None:
-        return NOTHING
-    return str(value).lower() if isinstance(value, bool) else str(value)
