@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,21 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def loading(what: str = "PyTorch and Transformers", quiet: bool = False) -> Iterator[None]:
+    """Says on stderr that the next seconds load libraries: a spinner, which is gone when they are there.
+
+    Says nothing where stderr is no terminal, since a file of errors would keep the line, and on processes other than
+    the first.
+    """
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with console.status(f"Loading {what} ..."):
+        yield
 
 
 class StepLog:
