@@ -11,18 +11,18 @@ import time
 from pathlib import Path
 
 import pytest
-from made_up_runs import write_run
+from made_up_runs import leave_run
 
 LARGE = ("torch", "transformers", "datasets", "peft", "accelerate", "sklearn", "scipy", "bitsandbytes", "matplotlib")
 """Libraries that take seconds to load."""
-COUNTED = """
+COUNTED = f"""
 import json, sys
 from sgm_finetune.commands.cli import main
 try:
     main(sys.argv[1:])
 finally:
-    print(json.dumps([name for name in %r if name in sys.modules]), file=open("loaded.json", "w"))
-""" % (LARGE,)
+    print(json.dumps([name for name in {LARGE} if name in sys.modules]), file=open("loaded.json", "w"))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "taken").mkdir()
     (folder / "taken" / "metrics.json").write_text("{}")
     for name in ("one", "two"):
-        write_run(folder / name)
+        leave_run(folder / name, 0.8)
     return folder
 
 
@@ -103,7 +103,9 @@ def test_a_command_that_only_reads_files_loads_no_model_library(arguments, neede
 
 
 def test_the_package_lists_its_names_and_loads_none_of_them():
-    code = "import sys, sgm_finetune; print(set(sgm_finetune.__all__) <= set(dir(sgm_finetune)), 'torch' in sys.modules)"
+    code = (
+        "import sys, sgm_finetune; print(set(sgm_finetune.__all__) <= set(dir(sgm_finetune)), 'torch' in sys.modules)"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert said == "True False\n"
 
@@ -112,7 +114,9 @@ def test_a_terminal_sees_what_is_being_loaded(place):
     main, terminal = pty.openpty()
     code = [sys.executable, "-m", "sgm_finetune", "scan", str(place / "one")]
     (place / "one" / "config.json").write_text("{}")
-    child = subprocess.Popen(code, cwd=place, stderr=terminal, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"})
+    child = subprocess.Popen(
+        code, cwd=place, stderr=terminal, stdout=subprocess.DEVNULL, env={**os.environ, "TERM": "xterm"}
+    )
     os.close(terminal)
     said, limit = b"", time.monotonic() + 120
     while b"Loading" not in said and time.monotonic() < limit:
