@@ -32,7 +32,8 @@ from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.load import Head, skeleton
 from sgm_finetune.model.tokenizer import load_tokenizer
 from sgm_finetune.model.weights.stored import stored_matrices
-from sgm_finetune.results.folder import as_it_began, recall_start
+from sgm_finetune.results.claim import as_it_began
+from sgm_finetune.results.folder import recall_start
 from sgm_finetune.results.load import attach_untrained
 from sgm_finetune.results.pth import load_pth, lora_config, stored_config
 from sgm_finetune.results.report.run_files import load_run

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import torch
+import yaml
 
+from sgm_finetune.base.config_file import parse_config
+from sgm_finetune.measure.plan_file import save_plan
 from sgm_finetune.measure.scan_result import MatrixScan
 from sgm_finetune.method.plan import Energy, Group, KindNumbers, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.method.singular_values import SingularValues
@@ -219,3 +225,17 @@ def sample_pictures(plan: Plan) -> Pictures:
         values = tuple(0.5 + (at % 50) / 100 for at in range(len(names) * (len(names) - 1) // 2))
         tables += [SimilarityTable(kind, side, names, values) for side in ("input", "output")]
     return Pictures(tuple(spectra), tuple(tables))
+
+
+def leave_run(folder: Path, accuracy: float, fingerprint: str | None = "a", metrics: dict | None = None, **training):
+    """Writes the files of a finished run that a comparison reads."""
+    folder.mkdir()
+    metrics = metrics or classification_metrics()
+    metrics["after"] |= {} if "perplexity" in metrics["after"] else {"accuracy": accuracy}
+    metrics |= {} if fingerprint is None else {"test_fingerprint": fingerprint}
+    config = parse_config({"training": training, "model": {"task": metrics["task"]}, "output": {"dir": str(folder)}})
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "history.json").write_text(json.dumps(sample_history(40)))
+    save_plan(replace(sample_plan(2), starts={}), folder / "plan.json")
+    return folder

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from sgm_finetune.commands import doctor
+from sgm_finetune.commands import doctor, doctor_machine
 from sgm_finetune.commands.cli import main
 
 
@@ -54,7 +54,7 @@ def test_a_package_that_is_absent_or_too_old_makes_it_not_ready(monkeypatch, cap
 
 
 def test_a_quantised_layer_that_computes_wrongly_is_found(monkeypatch):
-    monkeypatch.setattr(doctor, "_layer_error", lambda *arguments: float("inf"))
+    monkeypatch.setattr(doctor_machine, "_layer_error", lambda *arguments: float("inf"))
     found = named(doctor.examine(), "4 bits (NF4)")[0]
     assert found.verdict == "missing"
     assert found.remedy == "use model.quantization=none"

@@ -22,8 +22,9 @@ from sgm_finetune.model.load import Head, load_model, skeleton
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.stand_ins import stored_bytes
 from sgm_finetune.train.budget.estimate import ALLOCATOR, estimate
-from sgm_finetune.train.budget.fit import check_fits, fit, reuse_fit
+from sgm_finetune.train.budget.fit import check_fits, fit
 from sgm_finetune.train.budget.needs import Estimate
+from sgm_finetune.train.budget.reuse import reuse_fit
 
 QUIET = StepLog(Console(quiet=True))
 

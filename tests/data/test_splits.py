@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from sgm_finetune.base.config import DataConfig
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.data.arrow import table_of
 from sgm_finetune.data.sources import Source
 from sgm_finetune.data.splits import DataSplits, drop_duplicates, load_splits, split_source, stratified_order
-from sgm_finetune.data.tables import Table, table_of
+from sgm_finetune.data.tables import Table
 
 TAGGING = "token-classification"
 CLASSIFICATION = "sequence-classification"

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.tables import PASSAGE_LENGTH, passages, read_file, running_text, table_of
+from sgm_finetune.data.arrow import table_of
+from sgm_finetune.data.tables import PASSAGE_LENGTH, passages, read_file, running_text
 
 ROWS = {"text": ['He said "no", twice.', "two\nlines", "NA"], "label": ["a", "b", "a"]}
 

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
-from made_up_runs import classification_metrics, language_metrics, read, sample_history, sample_plan
+from made_up_runs import classification_metrics, language_metrics, leave_run, read
 from rich.console import Console
 
-from sgm_finetune.base.config_file import parse_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.cli import main
-from sgm_finetune.measure.plan_file import save_plan
 from sgm_finetune.results.report.comparison import compare_runs
 from sgm_finetune.results.report.comparison_page import print_comparison, render_comparison
-
-
-def leave_run(folder: Path, accuracy: float, fingerprint: str | None = "a", metrics: dict | None = None, **training):
-    """Writes the files of a finished run that a comparison reads."""
-    folder.mkdir()
-    metrics = metrics or classification_metrics()
-    metrics["after"] |= {} if "perplexity" in metrics["after"] else {"accuracy": accuracy}
-    metrics |= {} if fingerprint is None else {"test_fingerprint": fingerprint}
-    config = parse_config({"training": training, "model": {"task": metrics["task"]}, "output": {"dir": str(folder)}})
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "history.json").write_text(json.dumps(sample_history(40)))
-    save_plan(replace(sample_plan(2), starts={}), folder / "plan.json")
-    return folder
 
 
 def test_the_better_run_is_named_with_its_lead(tmp_path):

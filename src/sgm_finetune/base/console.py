@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,6 +50,21 @@ def _broken(line: str, width: int | None) -> list[str]:
             else:
                 lines.append(word)
     return lines
+
+
+@contextmanager
+def loading(what: str = "PyTorch and Transformers", quiet: bool = False) -> Iterator[None]:
+    """Says on stderr that the next seconds load libraries: a spinner, which is gone when they are there.
+
+    Says nothing where stderr is no terminal, since a file of errors would keep the line, and on processes other than
+    the first.
+    """
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with console.status(f"Loading {what} ..."):
+        yield
 
 
 class StepLog:

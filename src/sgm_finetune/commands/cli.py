@@ -1,6 +1,7 @@
 """The command `sgm`, which src/finetune.py and src/evaluate.py call too: arguments in, results and exit status out.
 
-Each command imports its libraries when it runs, so that help and wrong input answer at once.
+Help and wrong input answer at once: a command checks what it was given (commands/requests.py) before it imports its
+own module, and with it PyTorch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -108,11 +110,9 @@ def doctor_command(as_json: AsJson = False) -> None:
     """
     from sgm_finetune.commands.doctor import examine, report, to_dict
 
-    findings = examine()
+    findings = list(examine()) if as_json else report(examine(), _console(False, result=True))
     if as_json:
         print(json.dumps(to_dict(findings)))
-    else:
-        report(findings, _console(False, result=True))
     if any(finding.verdict == "broken" for finding in findings):
         raise SystemExit(2)
 
@@ -129,7 +129,11 @@ def data_command(
     Example: sgm data data.train=chats.jsonl model.task=causal-lm data.max_length=1024
     """
     settings = load_config(config, overrides or [], _announce(as_json))
-    from sgm_finetune.commands.data import preview
+    from sgm_finetune.commands.requests import check_inputs
+
+    check_inputs(settings)
+    with _loading():
+        from sgm_finetune.commands.data import preview
 
     shown = preview(settings, _console(as_json, result=True), examples)
     if as_json:
@@ -186,7 +190,7 @@ def scan_command(
         raise UserError("--matrix says which histograms to draw; it needs --plot FOLDER")
     if as_json and format not in (None, "json"):
         raise UserError(f"--json and --format {format} print two things; leave one of them out")
-    from sgm_finetune.commands.scan import ScanInterrupted, ScanRequest, run_scan
+    from sgm_finetune.commands.requests import ScanRequest
 
     request = ScanRequest(
         model,
@@ -199,6 +203,10 @@ def scan_command(
         matrices=tuple(matrix or ()),
         fresh=fresh,
     )
+    request.check()
+    with _loading("PyTorch"):
+        from sgm_finetune.commands.scan import ScanInterrupted, run_scan
+
     console = _console(as_json or (output is None and format is not None), result=output is None)
     try:
         scanned = run_scan(request, console)
@@ -225,7 +233,11 @@ def estimate_command(
     if given and "=" not in given[0]:
         config = Path(given.pop(0))
     settings = load_config(config, given, _announce(as_json))
-    from sgm_finetune.commands.estimate import estimate_for
+    from sgm_finetune.commands.requests import check_inputs
+
+    check_inputs(settings, with_plan=True)
+    with _loading():
+        from sgm_finetune.commands.estimate import estimate_for
 
     needed = estimate_for(settings, _console(as_json, result=True))
     if as_json:
@@ -246,8 +258,12 @@ def plan_command(
     settings = load_config(config, overrides or [], _announce(as_json))
     if output.exists() and not settings.output.overwrite:
         raise UserError(f"{output} exists; name another --output, or replace it with output.overwrite=true")
-    from sgm_finetune.commands.plan import make_plan_for
-    from sgm_finetune.measure.plan_file import plan_document, save_plan
+    from sgm_finetune.commands.requests import check_inputs
+
+    check_inputs(settings)
+    with _loading():
+        from sgm_finetune.commands.plan import make_plan_for
+        from sgm_finetune.measure.plan_file import plan_document, save_plan
 
     console = _console(as_json)
     plan = make_plan_for(settings, console)
@@ -271,7 +287,11 @@ def finetune_command(
     Example: sgm finetune --config config.yaml training.epochs=2 output.dir=runs/two-epochs
     """
     settings = load_config(config, overrides or [], _announce(as_json))
-    from sgm_finetune.commands.finetune import Interrupted, finetune
+    from sgm_finetune.commands.requests import check_run
+
+    check_run(settings)
+    with _loading():
+        from sgm_finetune.commands.finetune import Interrupted, finetune
 
     try:
         metrics = finetune(settings, _console(as_json), dry_run)
@@ -290,7 +310,11 @@ def evaluate_command(
     Example: sgm evaluate output.dir=runs/two-epochs
     """
     settings = _config_of_result(config, overrides)
-    from sgm_finetune.commands.evaluate import evaluate
+    from sgm_finetune.commands.requests import check_result
+
+    check_result(settings)
+    with _loading():
+        from sgm_finetune.commands.evaluate import evaluate
 
     metrics = evaluate(settings, overrides or [], _console(as_json))
     if as_json:
@@ -313,9 +337,14 @@ def report_command(
     if serve:
         if as_json:
             raise UserError("--serve shows a page, and --json prints an object; leave one of them out")
-        from sgm_finetune.commands.serve import serve as serve_page
+        from sgm_finetune.commands.requests import check_page
 
-        serve_page(load_config(None, [f"output.dir={json.dumps(str(output))}"]), [], _console(False, True), port)
+        settings = load_config(None, [f"output.dir={json.dumps(str(output))}"])
+        check_page(settings, port)
+        with _loading():
+            from sgm_finetune.commands.serve import serve as serve_page
+
+        serve_page(settings, [], _console(False, True), port)
         return
     from sgm_finetune.results.report.page import remake_report
 
@@ -378,11 +407,15 @@ def generate_command(
     settings = _config_of_result(config, overrides)
     if not prompt and input is None and not sys.stdin.isatty():
         input = Path("-")
-    from sgm_finetune.commands.generate import GenerateRequest, generate
-    from sgm_finetune.results.answers import Sampling
+    from sgm_finetune.commands.requests import GenerateRequest
+    from sgm_finetune.results.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     request = GenerateRequest(prompt or (), input, sampling, compare, raw)
+    request.check(settings)
+    with _loading():
+        from sgm_finetune.commands.generate import generate
+
     rows = generate(settings, overrides or [], request, _console(as_json, True))
     if as_json:
         print(json.dumps({"rows": rows}))
@@ -405,8 +438,12 @@ def chat_command(
     Example: sgm chat output.dir=runs/chat --compare
     """
     settings = _config_of_result(config, overrides)
-    from sgm_finetune.commands.chat import chat
-    from sgm_finetune.results.answers import Sampling
+    from sgm_finetune.commands.requests import check_result
+
+    check_result(settings)
+    with _loading():
+        from sgm_finetune.commands.chat import chat
+        from sgm_finetune.results.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     turns = chat(settings, overrides or [], _console(as_json, True), sampling, compare, system)
@@ -444,11 +481,14 @@ def export_command(
     if gguf_type is not None and to != "gguf":
         raise UserError(f"--gguf-type {gguf_type} goes with --to gguf, not with --to {to}")
     settings = _config_of_result(config, overrides)
-    from sgm_finetune.commands.export import ExportRequest, export_result
+    from sgm_finetune.commands.requests import ExportRequest
 
-    report = export_result(
-        settings, overrides or [], ExportRequest(to, output, gguf_type, push_to_hub), _console(as_json)
-    )
+    request = ExportRequest(to, output, gguf_type, push_to_hub)
+    request.check(settings)
+    with _loading():
+        from sgm_finetune.commands.export import export_result
+
+    report = export_result(settings, overrides or [], request, _console(as_json))
     if as_json:
         print(json.dumps(report))
 
@@ -457,6 +497,13 @@ def _config_of_result(config: Path, overrides: list[str] | None) -> Config:
     """The configuration that says where a result is. Only its output.dir counts, so config.yaml need not exist."""
     given = config if config.exists() or config != Path("config.yaml") else None
     return load_config(given, overrides or [])
+
+
+def _loading(what: str = "PyTorch and Transformers") -> AbstractContextManager[None]:
+    """Says what the seconds before the first step are for."""
+    from sgm_finetune.base.console import loading
+
+    return loading(what, _OPTIONS["quiet"])
 
 
 def _console(to_stderr: bool, result: bool = False) -> Any:

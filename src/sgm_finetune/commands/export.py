@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from sgm_finetune.base.files import disk_free, whole_folder, write_json, write_t
 from sgm_finetune.base.memory import peak_memory, release_memory
 from sgm_finetune.base.text import mib
 from sgm_finetune.base.untrusted import require_json_object
+from sgm_finetune.commands.requests import ExportRequest
 from sgm_finetune.results.export import gguf_file
 from sgm_finetune.results.export.adapter import write_adapter
-from sgm_finetune.results.export.card import ExportFormat, hub_model, model_card
+from sgm_finetune.results.export.card import model_card
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, ChatFormat, find_format, modelfile
 from sgm_finetune.results.export.check import (
     LogitCheck,
@@ -31,26 +31,14 @@ from sgm_finetune.results.export.check import (
     check_merged,
     compute_reference,
 )
-from sgm_finetune.results.export.gguf_file import GgufType
-from sgm_finetune.results.export.hub import check_push, push
+from sgm_finetune.results.export.hub import push
 from sgm_finetune.results.export.merge import MergedTensor, merged_tensors
 from sgm_finetune.results.export.shards import SHARD_BYTES, write_config_files, write_shards
+from sgm_finetune.results.export.target import REPORT, ExportFormat, hub_model
 from sgm_finetune.results.load import Result, base_skeleton, dtype_name, read_result
 
-REPORT = "export.json"
-"""File with what was measured. A folder that holds it counts as an earlier export."""
 _TEXT_BYTES = 2**24
 """Approximate size of the tokenizer, configuration and model card together."""
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """The options of the command line."""
-
-    to: ExportFormat
-    output: Path | None = None
-    gguf_type: GgufType | None = None
-    push_to_hub: str | None = None
 
 
 def export_result(config: Config, overrides: Sequence[str], request: ExportRequest, console: Console) -> dict[str, Any]:
@@ -62,11 +50,9 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
     """
     started = time.perf_counter()
     log = StepLog(console)
-    if request.push_to_hub is not None:
-        check_push(request.push_to_hub)
+    request.check(config)
     result = read_result(config, overrides, log)
-    folder = request.output or Path(config.output.dir) / "export" / request.to
-    _check_folder(folder, config.output.overwrite)
+    folder = request.folder(config)
     if request.push_to_hub is not None and request.to == "adapter" and hub_model(result.config.model.name) is None:
         raise UserError(
             f"An adapter on the hub needs a base model that others can download, and model.name="
@@ -127,21 +113,6 @@ def _check_room(folder: Path, needed: int) -> None:
         raise UserError(
             f"{folder} will take about {mib(needed)}, and its disk has {mib(free)} free; make room, or name an "
             "--output on another disk"
-        )
-
-
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Raises UserError unless the folder is new, or an earlier export that may be replaced, in a writable place."""
-    if folder.exists():
-        empty = folder.is_dir() and not any(folder.iterdir())
-        if not empty and not (folder / REPORT).is_file():
-            raise UserError(f"{folder} exists and is not an earlier export; name another --output")
-        if not empty and not overwrite:
-            raise UserError(f"{folder} exists; name another --output, or replace it with output.overwrite=true")
-    parent = next(path for path in folder.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(
-            f"{folder} cannot be written: {parent} is not a folder that you may write to; name another --output"
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from sgm_finetune.base.config import Config, Role, Task
 from sgm_finetune.base.console import StepLog, print_line
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import one_line
+from sgm_finetune.commands.requests import NOTHING_TO_ANSWER, GenerateRequest
 from sgm_finetune.data import columns
 from sgm_finetune.data.columns import Message
 from sgm_finetune.data.tables import read_file
-from sgm_finetune.results.answers import Prompt, Sampling, When, answer, generates_text
+from sgm_finetune.results.answers import Prompt, When, answer, generates_text
 from sgm_finetune.results.load import LoadedResult, find_base, load_trained, read_stored
 
 WIDE = 100
@@ -36,20 +36,6 @@ ROLES: dict[Task, tuple[Role, ...]] = {
 """Columns of a file of prompts; the first one that the file has is used."""
 
 
-@dataclass(frozen=True)
-class GenerateRequest:
-    """What `sgm generate` was asked for."""
-
-    texts: Sequence[str] = ()
-    file: Path | None = None
-    """A file of prompts; "-" is standard input."""
-    sampling: Sampling = field(default_factory=Sampling)
-    compare: bool = False
-    """Show the base model's answer too."""
-    raw: bool = False
-    """Leave the chat template out."""
-
-
 def generate(
     config: Config, overrides: Sequence[str], request: GenerateRequest, console: Console
 ) -> list[dict[str, Any]]:
@@ -57,12 +43,13 @@ def generate(
 
     Raises UserError, before the base model is looked for or loaded, for what can be known then.
     """
+    request.check(config)
     log = StepLog(console)
     stored = read_stored(config, overrides, log)
     from_file = read_prompts(request.file, stored.config) if request.file is not None else []
     prompts: list[Prompt] = [*request.texts, *from_file]
     if not prompts:
-        raise UserError("There is nothing to answer; give --prompt TEXT or --input FILE")
+        raise UserError(NOTHING_TO_ANSWER)
     result = load_trained(find_base(stored, log), log)
     is_one_text = len(prompts) == 1 and generates_text(result.config.model.task)
     if is_one_text and not request.compare and console.is_terminal:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,19 +13,19 @@ from rich.prompt import Prompt
 
 from sgm_finetune.base.config import Config, Quantization, Role, Task
 from sgm_finetune.base.config_file import parse_config
-from sgm_finetune.base.console import print_line
+from sgm_finetune.base.console import loading, print_line
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_json, write_text
-from sgm_finetune.base.memory import memory_within_reach
 from sgm_finetune.base.reference import commented_yaml, json_schema
 from sgm_finetune.base.text import gib
 from sgm_finetune.data.columns import LAYOUTS, choose_layout
 from sgm_finetune.data.embedded import EMBEDDED as EMBEDDED_DATA
-from sgm_finetune.data.sources import peek
+from sgm_finetune.data.sources import check_settings, peek
 from sgm_finetune.data.tables import Table
-from sgm_finetune.model.architecture import fitting_tasks
 from sgm_finetune.model.folder import EMBEDDED as EMBEDDED_MODELS
-from sgm_finetune.model.folder import cache_dir
+from sgm_finetune.model.folder import cache_dir, check_name
+
+T = TypeVar("T")
 
 ALWAYS_SHOWN = (
     "model.name", "model.task", "model.quantization", "data.name", "data.train", "data.columns", "data.max_length",
@@ -49,39 +49,94 @@ def write_first_config(
 ) -> Config:
     """Asks the open questions, writes the configuration to `path` and returns it.
 
-    With ask=False, every open question takes its default answer. Raises UserError when `path` exists and `overwrite`
-    is false, when the data cannot be read, and when columns need names but ask=False forbids the question.
+    A question whose answer cannot be used is asked again, and earlier answers stay. With ask=False, every open question
+    takes its default answer. Raises UserError when `path` exists and `overwrite` is false, for a given answer that
+    cannot be used, and when columns need names but ask=False forbids the question.
     """
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; name another file, or replace it with --force")
-
-    def answer(known: str | None, question: str, default: str, choices: Sequence[str] = ()) -> str:
-        if known is not None:
-            return known
-        if not ask:
-            return default
-        return Prompt.ask(escape(question), console=console, default=default, choices=list(choices) or None).strip()
-
-    model = answer(
-        given.model, f"1/4 Model: a hub id, a folder, or {', '.join(EMBEDDED_MODELS)}", next(iter(EMBEDDED_MODELS))
+    interview = Interview(console, ask)
+    model, possible = interview.settle(
+        f"1/4 Model: a hub id, a folder, or {', '.join(EMBEDDED_MODELS)}",
+        next(iter(EMBEDDED_MODELS)),
+        _possible_tasks,
+        given.model,
     )
-    data = answer(given.data, f"2/4 Data: a file, a hub id, or {', '.join(EMBEDDED_DATA)}", next(iter(EMBEDDED_DATA)))
-    data_keys: dict[str, Any] = {"train": data} if _is_file(data) else {"name": data}
-    table = _first_rows(data_keys, console)
-    possible = fitting_tasks(model)
+    _, (data_keys, table) = interview.settle(
+        f"2/4 Data: a file, a hub id, or {', '.join(EMBEDDED_DATA)}",
+        next(iter(EMBEDDED_DATA)),
+        lambda answer: _open_data(answer, console),
+        given.data,
+    )
     guess, proposal = guess_task(table, possible) if table is not None else (possible[0], {})
-    task: Any = answer(given.task, "3/4 Task", guess, get_args(Task))
-    quantization = answer(given.quantization, *_quantization_question(model), get_args(Quantization))
-    if table is not None:
-        data_keys |= _columns(table, task, proposal if task == guess else {}, console, ask)
-    values = {"model": {"name": model, "task": task, "quantization": quantization}, "data": data_keys}
+
+    def columns(task: str) -> dict[str, dict[Role, str]]:
+        return _columns(table, task, proposal if task == guess else {}, console, ask) if table is not None else {}  # type: ignore[arg-type]
+
+    task, chosen = interview.settle("3/4 Task", guess, columns, given.task, get_args(Task))
+    quantization = given.quantization
+    if quantization is None:
+        quantization, _ = interview.settle(*_quantization_question(model), str, None, get_args(Quantization))
+    values = {
+        "model": {"name": model, "task": task, "quantization": quantization},
+        "data": data_keys | chosen,
+    }
     config = parse_config(values, "sgm init")
-    shown_data = {f"data.{key}" for key in (*data_keys, "max_length")}
+    shown_data = {f"data.{key}" for key in (*values["data"], "max_length")}
     shown = [key for key in ALWAYS_SHOWN if key in shown_data or not key.startswith("data.")]
     schema = cache_dir() / "config.schema.json"  # of the installed version
     write_json(schema, json_schema())
     write_text(path, commented_yaml(config, shown, schema=str(schema)))
     return config
+
+
+@dataclass(frozen=True)
+class Interview:
+    """Asks questions on a console."""
+
+    console: Console
+    asks: bool
+    """Whether a person answers; else every question takes its default answer."""
+
+    def settle(
+        self,
+        question: str,
+        default: str,
+        use: Callable[[str], T],
+        given: str | None = None,
+        choices: Sequence[str] = (),
+    ) -> tuple[str, T]:
+        """The answer, and what `use` makes of it. While `use` raises UserError, prints it and asks again.
+
+        An answer that was `given`, or that nobody was asked for, is not asked for again: the UserError passes.
+        """
+        if given is not None or not self.asks:
+            answer = default if given is None else given
+            return answer, use(answer)
+        while True:
+            prompt, allowed = escape(question), list(choices) or None
+            answer = Prompt.ask(prompt, console=self.console, default=default, choices=allowed).strip()
+            try:
+                return answer, use(answer)
+            except UserError as error:
+                self.console.print(str(error), style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _possible_tasks(model: str) -> Sequence[Task]:
+    """The tasks that the model can do. Raises UserError when there is no such model; asks no hub."""
+    check_name(model)
+    if not Path(model).expanduser().is_dir():
+        return get_args(Task)
+    with loading("Transformers"):
+        from sgm_finetune.model.architecture import fitting_tasks
+
+    return fitting_tasks(model)
+
+
+def _open_data(data: str, console: Console) -> tuple[dict[str, Any], Table | None]:
+    """The keys of the configuration for the data, and its first rows. Raises UserError when it cannot be read."""
+    keys = {"train": data} if _is_file(data) else {"name": data}
+    return keys, _first_rows(keys, console)
 
 
 def next_steps(path: Path) -> str:
@@ -137,9 +192,12 @@ def _layout_fits(table: Table, task: Task) -> bool:
 def _quantization_question(model: str) -> tuple[str, str]:
     """The fourth question and its default: nf4 for a model of a quarter of the memory or more, else none."""
     question = "4/4 Quantise the frozen base: none (as stored), nf4 (4 bits), int8"
-    size, memory = _stored_bytes(model), memory_within_reach()
+    size = _stored_bytes(model)
     if size is None:
         return question, "none"
+    with loading("PyTorch"):  # the memory of the GPU, if there is one
+        from sgm_finetune.base.memory import memory_within_reach
+    memory = memory_within_reach()
     return f"{question} ({gib(size)} of weights, {gib(memory)} of memory)", "none" if 4 * size < memory else "nf4"
 
 
@@ -191,10 +249,13 @@ def _is_file(data: str) -> bool:
 def _first_rows(data_keys: dict[str, Any], console: Console) -> Table | None:
     """The first rows of the data; None for hub data, which `sgm init` does not download."""
     name = data_keys.get("name")
+    config = parse_config({"data": data_keys}, "sgm init").data
+    check_settings(config)
     if name is not None and name not in EMBEDDED_DATA and not Path(name).is_dir():
         return None
     try:
-        return peek(parse_config({"data": data_keys}, "sgm init").data)
+        with loading("the data"):
+            return peek(config)
     except UserError as error:
         if name not in EMBEDDED_DATA:
             raise

@@ -5,15 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_text
+from sgm_finetune.commands.requests import ScanFormat, ScanRequest
 from sgm_finetune.measure.scan import matrix_names, measured_singular_values, scan
 from sgm_finetune.measure.scan_formats import (
     axolotl_format,
@@ -31,54 +30,9 @@ from sgm_finetune.results.report.scan_table import (
     scan_table,
 )
 
-ScanFormat = Literal["json", "spectrum", "axolotl"]
-
 
 class ScanInterrupted(Exception):  # noqa: N818 - the user's wish, not an error
     """The user stopped the scan; the cache keeps the matrices that it finished."""
-
-
-@dataclass(frozen=True)
-class ScanRequest:
-    """The arguments of `sgm scan`."""
-
-    model: str
-    """A model, or a file with the results of a scan."""
-    output: Path | None = None
-    """File to write."""
-    format: ScanFormat | None = None
-    """None: the JSON format for `output`; without `output` no result is printed."""
-    estimator: Estimator | None = None
-    """None: "mp", or the one that made the file of results."""
-    top_fraction: float | None = None
-    """Fraction of each kind of matrix to choose, in (0, 1]; the format "axolotl" needs it."""
-    control: bool = False
-    """Also scan each matrix with its entries shuffled."""
-    plot: Path | None = None
-    """New or empty folder for pictures: the heat map and histograms."""
-    matrices: tuple[str, ...] = ()
-    """Names of matrices, or patterns with * and ?, whose histograms are drawn; (): one matrix of each kind."""
-    fresh: bool = False
-    """Compute again what the cache has."""
-
-    @property
-    def is_result_file(self) -> bool:
-        """Whether `model` is a file with the results of a scan."""
-        path = Path(self.model)
-        return path.suffix == ".json" and path.expanduser().is_file()
-
-    def check(self) -> None:
-        """Raises UserError for what is wrong before anything is read."""
-        if self.output is not None and self.output.exists():
-            raise UserError(f"{self.output} exists; name another --output")
-        if self.plot is not None and self.plot.exists() and not (self.plot.is_dir() and not any(self.plot.iterdir())):
-            raise UserError(f"{self.plot} is not an empty folder; name another --plot")
-        if self.is_result_file and (self.control or self.matrices or self.fresh):
-            options = {"--control": self.control, "--matrix": self.matrices, "--fresh": self.fresh}
-            option = next(name for name, given in options.items() if given)
-            raise UserError(
-                f"{self.model} holds results of a scan, and {option} needs the weights; give the model itself"
-            )
 
 
 def run_scan(request: ScanRequest, console: Console) -> Scan:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import os
 import queue
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,18 +15,17 @@ from rich.console import Console
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.install import install_line
+from sgm_finetune.commands.requests import HOST, check_page
 from sgm_finetune.data.columns import Message
 from sgm_finetune.results.answers import (
     Prompt,
-    Sampling,
     When,
     answer,
     is_chat_model,
 )
 from sgm_finetune.results.load import LoadedResult, load_trained, read_result
+from sgm_finetune.results.sampling import Sampling
 
-HOST = "127.0.0.1"
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 """Fonts of the user's machine, so that the page fetches nothing."""
 _WHENS: tuple[When, ...] = ("before", "after")
@@ -41,9 +38,7 @@ def serve(config: Config, overrides: Sequence[str], console: Console, port: int 
 
     Raises UserError, before it loads the model, if Gradio is missing, the port is taken, or there is no result.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError(f"--serve needs Gradio; {install_line('browser')}")
-    _check_free(port)
+    check_page(config, port)
     log = StepLog(console)
     result = load_trained(read_result(config, overrides, log), log)
     report = Path(config.output.dir) / "report.html"
@@ -60,16 +55,6 @@ def launch(gradio: Any, page: Any, port: int, **options: Any) -> Any:
         server_name=HOST, server_port=port, share=False, quiet=True, show_error=True, footer_links=[], ssr_mode=False,
         theme=gradio.themes.Default(**_FONTS), **options,
     )  # fmt: skip
-
-
-def _check_free(port: int) -> None:
-    """Raises UserError if the port is taken or not allowed."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise UserError(f"--port {port} cannot be used ({error.strerror}); name another --port") from None
 
 
 def build(result: LoadedResult, report: str | None = None) -> Any:

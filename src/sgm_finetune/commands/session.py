@@ -20,7 +20,8 @@ from sgm_finetune.base.text import gib, mib
 from sgm_finetune.data.prepared import PreparedData, prepare_data
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.results.folder import as_it_began, check_same_data, claim_output
+from sgm_finetune.results.claim import as_it_began, claim_output
+from sgm_finetune.results.folder import check_same_data
 from sgm_finetune.results.harness import check_harness
 from sgm_finetune.train.arguments import check_machine
 from sgm_finetune.train.budget.estimate import PredictionError, estimate

@@ -49,6 +49,20 @@ def is_unlabelled(table: Table, column: str) -> bool:
     return column in table.class_names and all(value in (-1, None) for value in table.columns[column][:])
 
 
+def check_labels_given(table: Table, column: str, asked: str) -> None:
+    """Raises UserError with the first row that has no label, where a label is one name or one number."""
+    values = table.columns[column][:]
+    if asked == "classes" or any(isinstance(value, list) for value in values):
+        return
+    for row, value in enumerate(values, start=1):
+        if is_missing(value) or (isinstance(value, str) and not value.strip()):
+            raise UserError(_no_label(table, row, column))
+
+
+def _no_label(table: Table, row: int, column: str) -> str:
+    return f"{table.name}, row {row} has no label in `{column}`; fill it in or remove the row"
+
+
 def infer_label_kind(table: Table, column: str, asked: str) -> LabelKind:
     """The kind of label: `asked` (`data.label_kind`), or for auto inferred from the values.
 
@@ -80,7 +94,7 @@ def read_labels(table: Table, column: str) -> list[str]:
     for row, value in enumerate(table.columns[column][:], start=1):
         value = _name(value, known)
         if is_missing(value) or (isinstance(value, str) and not value.strip()):
-            raise UserError(f"{table.name}, row {row} has no label in `{column}`; fill it in or remove the row")
+            raise UserError(_no_label(table, row, column))
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, bool | int | str):

@@ -9,7 +9,7 @@ import numpy as np
 from sgm_finetune.base.config import DataConfig, LabelKind, Role, Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data import columns
-from sgm_finetune.data.labels import LabelReader, is_unlabelled, read_tagged
+from sgm_finetune.data.labels import LabelReader, check_labels_given, is_unlabelled, read_tagged
 from sgm_finetune.data.sources import Source, Split
 from sgm_finetune.data.tables import Table
 
@@ -53,6 +53,16 @@ def normalise(
     if num_empty:
         notes.append(f"{num_empty:,} empty texts dropped")
     return rows, labels.names, labels.kind, notes
+
+
+def check_head(source: Source, config: DataConfig, task: Task) -> None:
+    """Raises the UserErrors of `normalise` that the first rows of each table already show: its columns and texts."""
+    layout = columns.choose_layout(source.tables["train"], config.columns, task, config.format)
+    for table in source.tables.values():
+        column = columns.find_columns(table, layout, config.columns)
+        _read_rows(layout.name, table, column)
+        if "label" in column:
+            check_labels_given(table, column["label"], config.label_kind)
 
 
 def _read_rows(layout: str, table: Table, column: dict[Role, str]) -> Rows:

@@ -7,14 +7,19 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 
 from sgm_finetune.base.config import DataConfig, LabelKind, Task
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.rows import Rows, normalise, num_rows, take
-from sgm_finetune.data.sources import Source, Split, open_source
+from sgm_finetune.data.rows import Rows, check_head, normalise, num_rows, take
+from sgm_finetune.data.sources import Source, Split, check_settings, open_files, open_source
+from sgm_finetune.data.tables import type_of
+
+if TYPE_CHECKING:
+    import datasets
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -53,6 +58,25 @@ def load_splits(config: DataConfig, task: Task) -> DataSplits:
 
 def split_source(source: Source, config: DataConfig, task: Task) -> DataSplits:
     """As `load_splits`, for an open source."""
+    from sgm_finetune.data.arrow import dataset_of  # here: it takes seconds to load
+
+    chosen = choose_rows(source, config, task)
+    train, validation, test = (dataset_of(chosen.rows[split]) for split in SPLITS)
+    return DataSplits(train, validation, test, chosen.labels, chosen.description, chosen.label_kind)
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """The rows of three disjoint splits, and what `DataSplits` says about them."""
+
+    rows: dict[Split, Rows]
+    labels: tuple[str, ...]
+    description: str
+    label_kind: LabelKind | None
+
+
+def choose_rows(source: Source, config: DataConfig, task: Task) -> ChosenRows:
+    """The rows of each split: checked, without duplicates, chosen and ordered. Raises UserError as `load_splits`."""
     rows, labels, kind, notes = normalise(source, config, task)
     rows, dropped = drop_duplicates(rows)
     rows = _split_off(source, rows, config)
@@ -72,8 +96,30 @@ def split_source(source: Source, config: DataConfig, task: Task) -> DataSplits:
         sizes.append(f"{len(order):,} {split}" if len(order) == total else f"{len(order):,} of {total:,} {split}")
     facts = [*sizes, *_facts(chosen, labels, kind), *dropped, *notes]
     description = f"{source.name}: {', '.join(facts)}"
-    train, validation, test = (_dataset(chosen[split]) for split in SPLITS)
-    return DataSplits(train, validation, test, labels, description, kind)
+    return ChosenRows(chosen, labels, description, kind)
+
+
+WHOLE_BYTES = 16 * 2**20
+"""Files of more bytes in total are checked by their first rows only, before the libraries are loaded."""
+HEAD_ROWS = 200
+
+
+def check_data(config: DataConfig, task: Task) -> None:
+    """Raises the UserError of `load_splits` as far as it can be known without loading the library `datasets`.
+
+    Text files are read: whole if they are small, else their first rows. Folders, the hub, streams and Parquet files
+    are not, and embedded data are what their names say.
+    """
+    files = check_settings(config)
+    paths = [Path(name) for name in files.values()]
+    if config.name is not None or config.streaming:
+        return
+    if any(type_of(path, "data.train", config.file_type) == "parquet" for path in paths):
+        return
+    if sum(path.stat().st_size for path in paths) <= WHOLE_BYTES:
+        choose_rows(open_files(config, files), config, task)
+    else:
+        check_head(open_files(config, files, HEAD_ROWS), config, task)
 
 
 def drop_duplicates(rows: dict[Split, Rows]) -> tuple[dict[Split, Rows], list[str]]:
@@ -198,26 +244,3 @@ def _facts(rows: dict[Split, Rows], labels: tuple[str, ...], kind: LabelKind | N
         (most, count), *_ = counts.most_common(1)
         return [f"{len(labels)} tags", f"{labels[most]} {count / counts.total():.2f} of the words"]
     return []
-
-
-_FEATURES = {
-    "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
-    "tokens": datasets.List(datasets.Value("string")),
-    "tags": datasets.List(datasets.Value("int64")),
-}
-
-
-def _dataset(rows: Rows) -> datasets.Dataset:
-    features = datasets.Features({role: _FEATURES.get(role) or _feature(role, values) for role, values in rows.items()})
-    return datasets.Dataset.from_dict(rows, features=features)
-
-
-def _feature(role: str, values: list) -> datasets.Value | datasets.List:
-    if role != "label":
-        return datasets.Value("string")
-    match values[0]:
-        case int():
-            return datasets.Value("int64")
-        case float():
-            return datasets.Value("float32")
-    return datasets.List(datasets.Value("float32"))

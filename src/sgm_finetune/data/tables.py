@@ -6,6 +6,7 @@ The readers guess nothing: a malformed file raises UserError with its name and, 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets.table import InMemoryTable
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import one_line
@@ -69,8 +65,10 @@ def type_of(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> 
     return format
 
 
-def read_file(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> Table:
-    """The table in a file. `key` is the configuration key that names the file, for messages.
+def read_file(path: Path, key: str, format: Format | Literal["auto"] = "auto", num_rows: int | None = None) -> Table:
+    """The table in a file, or its first `num_rows` rows if its format can be read in part (csv, tsv, jsonl).
+
+    `key` is the configuration key that names the file, for messages.
 
     Raises UserError for a missing, malformed or empty file.
     """
@@ -78,13 +76,15 @@ def read_file(path: Path, key: str, format: Format | Literal["auto"] = "auto") -
     try:
         match format:
             case "csv":
-                table = _read_separated(path, ",")
+                table = _read_separated(path, ",", num_rows)
             case "tsv":
-                table = _read_separated(path, "\t")
+                table = _read_separated(path, "\t", num_rows)
             case "json" | "jsonl":
-                table = _read_json(path)
+                table = _read_json(path, num_rows)
             case "parquet":
-                table = _read_parquet(path)
+                from sgm_finetune.data.arrow import read_parquet  # here: it takes seconds to load
+
+                table = read_parquet(path)
             case "text":
                 table = running_text(path.name, [path.read_text(encoding="utf-8-sig")])
             case "conll":
@@ -97,22 +97,6 @@ def read_file(path: Path, key: str, format: Format | Literal["auto"] = "auto") -
     if not table.columns or not len(next(iter(table.columns.values()))):
         raise UserError(f"{path} has no rows")
     return table
-
-
-def table_of(name: str, dataset: datasets.Dataset) -> Table:
-    """The table of a `datasets.Dataset`. It reads a column when the column is used."""
-    return Table(name, {column: dataset[column] for column in dataset.column_names}, class_names(dataset.features))
-
-
-def class_names(features: Mapping[str, Any] | None) -> dict[str, Sequence[str]]:
-    """The class names of each column that holds class labels or lists of class labels."""
-    found = {}
-    for column, feature in (features or {}).items():
-        if isinstance(feature, datasets.List):
-            feature = feature.feature
-        if isinstance(feature, datasets.ClassLabel):
-            found[column] = feature.names
-    return found
 
 
 def running_text(name: str, documents: Sequence[str]) -> Table:
@@ -146,7 +130,7 @@ def passages(document: str, length: int) -> Iterator[str]:
         yield document[start:]
 
 
-def _read_separated(path: Path, delimiter: str) -> Table:
+def _read_separated(path: Path, delimiter: str, num_rows: int | None) -> Table:
     with path.open(encoding="utf-8-sig", newline="") as lines, _unlimited_fields():
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
@@ -155,7 +139,7 @@ def _read_separated(path: Path, delimiter: str) -> Table:
                 twice = next(name for name in header if header.count(name) > 1)
                 raise UserError(f"{path} names the column `{twice}` twice; the first line must name each column once")
             columns: list[list[str]] = [[] for _ in header]
-            for row in reader:
+            for row in itertools.islice(reader, num_rows):
                 if not row:
                     continue
                 if len(row) != len(header):
@@ -182,9 +166,12 @@ def _unlimited_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _read_json(path: Path) -> Table:
+def _read_json(path: Path, num_rows: int | None) -> Table:
     """The table in one JSON list of objects, or in one object a line, for both extensions."""
-    text = path.read_text(encoding="utf-8-sig")
+    with path.open(encoding="utf-8-sig") as lines:
+        text = "".join(itertools.islice(lines, num_rows))
+        if text.lstrip().startswith("["):
+            text += lines.read()
     try:
         if text.lstrip().startswith("["):
             where, rows = "row", list(enumerate(json.loads(text), start=1))
@@ -223,18 +210,6 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
                 raise UserError(
                     f"{path} line {number} is not JSON: {reason}; write one object a line, or one list of objects"
                 ) from None
-
-
-def _read_parquet(path: Path) -> Table:
-    try:
-        arrow = pq.read_table(path)
-    except (pa.ArrowException, ValueError) as error:
-        raise UserError(f"{path} is not a Parquet file: {one_line(error)}") from None
-    for index, column in enumerate(arrow.schema):
-        if pa.types.is_dictionary(column.type):  # pandas' categories, which `datasets` does not support
-            decoded = arrow.column(index).cast(column.type.value_type)
-            arrow = arrow.set_column(index, column.name, decoded)
-    return table_of(path.name, datasets.Dataset(InMemoryTable(arrow)))
 
 
 def _read_conll(path: Path) -> Table:

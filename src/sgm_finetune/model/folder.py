@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
@@ -52,15 +50,23 @@ def local_folder(name: str, revision: str | None = None, announce: Callable[[str
     """
     if name in EMBEDDED:
         return _embedded_folder(name, announce)
+    check_name(name)
     path = Path(name).expanduser()
+    return path if path.is_dir() else _download(name, revision, announce)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError when `name` is no folder with a model, no hub id and no embedded model; asks no hub."""
+    path = Path(name).expanduser()
+    if name in EMBEDDED:
+        return
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{path} has no config.json; model.name needs a folder that save_pretrained wrote")
-        return path
+        return
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         embedded = ", ".join(EMBEDDED)
         raise UserError(f"No model folder {name}; a model is a folder, a hub id (owner/name), or one of {embedded}")
-    return _download(name, revision, announce)
 
 
 def _download(name: str, revision: str | None, announce: Callable[[str], None]) -> Path:
@@ -128,6 +134,7 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     Transformers cannot save a model that it loaded from GGUF, and its config has a `quantization_config` that later
     loaders would follow. So the weights are copied into a new model with a config without these keys.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,29 +16,12 @@ from sgm_finetune.data.columns import Message
 from sgm_finetune.model.architecture import num_positions
 from sgm_finetune.results.generation import continue_prompts
 from sgm_finetune.results.load import LoadedResult, Result
+from sgm_finetune.results.sampling import Sampling
 
 When = Literal["before", "after"]
 """Before: the base model without its adapter. After: the trained model."""
 Prompt = str | tuple[str, str] | list[Message] | list[str]
 """A text; two texts; a conversation; or the words of a sentence."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    """0 takes the likeliest token always."""
-    top_p: float = 1.0
-    """Samples from the likeliest tokens that together hold this probability."""
-    seed: int = 0
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of Transformers' `generate`."""
-        if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
 def answer(

@@ -1,4 +1,4 @@
-"""Callbacks for Transformers' Trainer: signals, progress, non-finite losses, the sampler's epoch."""
+"""Callbacks for Transformers' Trainer: whole checkpoints, signals, progress, non-finite losses, the sampler's epoch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
@@ -21,6 +23,27 @@ from sgm_finetune.base.memory import peak_memory
 from sgm_finetune.base.processes import any_process
 from sgm_finetune.base.text import about
 from sgm_finetune.data.batches import LengthGroupedSampler
+from sgm_finetune.train.checkpoints import seal
+
+KEPT = 2
+"""Number of checkpoints that stay: the newest, and the best or the one before."""
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Lists a checkpoint's files when all processes have written theirs, then deletes older checkpoints."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if best := state.best_model_checkpoint:  # the run's folder may have been moved
+            state.best_model_checkpoint = str(Path(str(args.output_dir)) / Path(best).name)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # each process writes its own random states
+        if state.is_world_process_zero:
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            seal(folder)
+            best = state.best_model_checkpoint
+            rotate_checkpoints(str(args.output_dir), KEPT, best_model_checkpoint=best, use_mtime=False)
 
 
 class SamplerEpoch(TrainerCallback):

@@ -10,38 +10,16 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
-from typing import Any
 
-import torch
 import xxhash
-from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
 
 from sgm_finetune.base.files import sync, write_json
-from sgm_finetune.base.untrusted import read_json
+from sgm_finetune.base.untrusted import read_json, read_json_object
 
 CONTENTS = "contents.json"
 """The list of a checkpoint's files, their sizes in bytes and their XXH3-128 hashes. Written last."""
-KEPT = 2
-"""Number of checkpoints that stay: the newest, and the best or the one before."""
-
-
-class WholeCheckpoints(TrainerCallback):
-    """Lists a checkpoint's files when all processes have written theirs, then deletes older checkpoints."""
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if best := state.best_model_checkpoint:  # the run's folder may have been moved
-            state.best_model_checkpoint = str(Path(str(args.output_dir)) / Path(best).name)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # each process writes its own random states
-        if state.is_world_process_zero:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            seal(folder)
-            best = state.best_model_checkpoint
-            rotate_checkpoints(str(args.output_dir), KEPT, best_model_checkpoint=best, use_mtime=False)
+TRAINER_STATE = "trainer_state.json"
+"""The file in which Transformers keeps the state of its Trainer."""
 
 
 def seal(folder: Path) -> None:
@@ -75,8 +53,7 @@ def last_whole_checkpoint(checkpoints: Path) -> Path | None:
 def best_checkpoint(checkpoint: Path) -> Path | None:
     """The best checkpoint so far according to `checkpoint`, or None. It is looked for beside `checkpoint`, since the
     run's folder may have been moved."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    best = state.best_model_checkpoint
+    best = read_json_object(checkpoint / TRAINER_STATE).get("best_model_checkpoint")
     return checkpoint.parent / Path(best).name if best else None
 
 

@@ -23,7 +23,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from sgm_finetune.base.config import Config, Task
@@ -42,8 +41,9 @@ from sgm_finetune.train.callbacks import (
     StepMeter,
     TimeLeft,
     TrainingBar,
+    WholeCheckpoints,
 )
-from sgm_finetune.train.checkpoints import WholeCheckpoints, best_checkpoint
+from sgm_finetune.train.checkpoints import TRAINER_STATE, best_checkpoint
 from sgm_finetune.train.fast.head_loss import HeadLoss
 from sgm_finetune.train.losses import Collator, TestSet, sum_losses, summed_loss
 
@@ -213,7 +213,7 @@ def train(job: TrainingJob, console: Console) -> Trained:
     time_left = [TimeLeft(job.pace, console)] if job.pace is not None else []
     trainer = _trainer(job, [interruption, TrainingBar(console), *time_left])
     if job.resume_from is not None and not trainer.is_deepspeed_enabled:
-        state = TrainerState.load_from_json(str(job.resume_from / TRAINER_STATE_NAME))
+        state = TrainerState.load_from_json(str(job.resume_from / TRAINER_STATE))
         if _has_ended(state, job.arguments.max_steps, training.early_stopping_patience):
             trainer.state = state  # Trainer would take one more step before it looks
             trainer._load_from_checkpoint(str(best_checkpoint(job.resume_from) or job.resume_from))

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from sgm_finetune.measure.plan_file import parse_plan
 from sgm_finetune.measure.plan_summary import describe_plan
+from sgm_finetune.results.export.target import ExportFormat, hub_model
 from sgm_finetune.results.load import Result
 from sgm_finetune.results.metric_names import METRICS, Metric
-
-ExportFormat = Literal["adapter", "merged", "gguf"]
 
 _PIPELINES = {
     "causal-lm": "text-generation",
@@ -52,11 +50,6 @@ def model_card(result: Result, to: ExportFormat, comparison: Mapping[str, Any], 
         _describe_training(result),
     ]
     return ModelCard("\n\n".join(part for part in parts if part) + "\n").content
-
-
-def hub_model(name: str) -> str | None:
-    """Returns the name if it is a hub id, by which others can download the model; else None."""
-    return name if name.count("/") == 1 and not Path(name).expanduser().exists() and not name.startswith(".") else None
 
 
 def base_name(path: str) -> str:

@@ -13,13 +13,8 @@ from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.train.budget.estimate import estimate
 from sgm_finetune.train.budget.needs import PHASES, Estimate
+from sgm_finetune.train.budget.reuse import replaced
 
-ADJUSTABLE = {
-    "training": ("micro_batch_size", "eval_batch_size", "checkpointing"),
-    "adapter": ("rank", "alpha"),
-    "selection": ("top_fraction", "prefer_depth"),
-}
-"""The keys that `fit` may change, by section."""
 SMALLEST_RANK = 4
 SMALLEST_FRACTION = 0.25
 
@@ -69,7 +64,7 @@ def _concession(config: Config, needed: Estimate, plan: Plan | None) -> Config |
     training = config.training
     match needed.firm_phase:
         case "test" | "validate" | "test after" if training.eval_batch_size > 1:
-            return _replace(config, "training", eval_batch_size=training.eval_batch_size // 2)
+            return replaced(config, "training", eval_batch_size=training.eval_batch_size // 2)
         case "step":
             return _smaller_step(config, needed, plan)
         case "probe" if needed.micro_batch_size > 1:  # the probe's pieces are half a micro-batch
@@ -81,24 +76,20 @@ def _smaller_step(config: Config, needed: Estimate, plan: Plan | None) -> Config
     training = config.training
     if needed.micro_batch_size > 1:
         divisors = (n for n in range(needed.micro_batch_size // 2, 0, -1) if training.batch_size % n == 0)
-        return _replace(config, "training", micro_batch_size=next(divisors))
+        return replaced(config, "training", micro_batch_size=next(divisors))
     if not training.checkpointing:
-        return _replace(config, "training", checkpointing=True)
+        return replaced(config, "training", checkpointing=True)
     if training.checkpointing != "offload" and has_gpu():
-        return _replace(config, "training", checkpointing="offload")
+        return replaced(config, "training", checkpointing="offload")
     if plan is not None:
         return None
     if config.adapter.rank > SMALLEST_RANK:
         rank = max(SMALLEST_RANK, config.adapter.rank // 2)
-        return _replace(config, "adapter", rank=rank, alpha=config.adapter.alpha * rank / config.adapter.rank)
+        return replaced(config, "adapter", rank=rank, alpha=config.adapter.alpha * rank / config.adapter.rank)
     fraction = config.selection.top_fraction or 1.0
     if fraction > SMALLEST_FRACTION and config.selection.snr_threshold is None:
-        return _replace(config, "selection", top_fraction=max(SMALLEST_FRACTION, fraction / 2), prefer_depth=True)
+        return replaced(config, "selection", top_fraction=max(SMALLEST_FRACTION, fraction / 2), prefer_depth=True)
     return None
-
-
-def _replace(config: Config, section: str, **values: Any) -> Config:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
 def _changes(before: Config, now: Config) -> list[str]:
@@ -123,22 +114,6 @@ def _format_value(value: Any) -> str:
 def _smaller_weights(config: Config) -> str:
     """A remedy: how to make the weights smaller."""
     return "try model.quantization=nf4" if config.model.quantization == "none" else "try a smaller model"
-
-
-def reuse_fit(config: Config, earlier: Config, asked: Config | None = None) -> Config:
-    """Returns `config` with the settings that `fit` found when the run began, if the budget is the same.
-
-    `earlier` is the fitted configuration of the run, `asked` the one that it was fitted from (default: `config`). A key
-    that differs between `asked` and `config` was changed by the user since, and keeps the user's value.
-    """
-    if config.memory.budget is None or config.memory.budget != earlier.memory.budget:
-        return config
-    asked = asked or config
-    for section, keys in ADJUSTABLE.items():
-        now, then, began = (getattr(part, section) for part in (config, asked, earlier))
-        unchanged = {key: getattr(began, key) for key in keys if getattr(now, key) == getattr(then, key)}
-        config = _replace(config, section, **unchanged)
-    return config
 
 
 def check_fits(needed: Estimate, within_reach: int, config: Config) -> None:

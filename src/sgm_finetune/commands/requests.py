@@ -1,0 +1,163 @@
+"""What a command was asked for, and the mistakes in it that show before PyTorch is loaded.
+
+`commands/cli.py` calls these checks first, so that a mistake costs no seconds. The commands call the same functions
+again, for callers from Python and because a file may have changed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.install import install_line
+from sgm_finetune.data.splits import check_data
+from sgm_finetune.data.tables import type_of
+from sgm_finetune.measure.plan_file import read_plan
+from sgm_finetune.method.decibels import Estimator
+from sgm_finetune.model.folder import check_name
+from sgm_finetune.results.claim import as_it_began, claim_output
+from sgm_finetune.results.export.hub import check_push
+from sgm_finetune.results.export.target import ExportFormat, GgufType, check_folder
+from sgm_finetune.results.files import find_result
+from sgm_finetune.results.sampling import Sampling
+
+ScanFormat = Literal["json", "spectrum", "axolotl"]
+HOST = "127.0.0.1"
+"""Address at which `sgm report --serve` serves its page: this machine only."""
+
+
+def check_run(config: Config) -> None:
+    """Raises UserError for a training run whose output folder, plan, data or model cannot be used."""
+    output = Path(config.output.dir)
+    if config.training.resume:
+        config = as_it_began(config, output)
+    resumes = claim_output(config, output) is not None
+    check_inputs(config, with_plan=not resumes)  # a run that is resumed keeps its plan
+
+
+def check_inputs(config: Config, with_plan: bool = False) -> None:
+    """Raises UserError when the data, the model or the plan that `config` names is missing or does not fit."""
+    if with_plan and config.plan is not None:
+        read_plan(config.plan)
+    check_data(config.data, config.model.task)
+    check_name(config.model.name)
+
+
+def check_result(config: Config) -> None:
+    """Raises UserError when output.dir holds no result."""
+    find_result(Path(config.output.dir))
+
+
+def check_page(config: Config, port: int) -> None:
+    """Raises UserError when the page cannot be served: Gradio is missing, the port is taken, or there is no result."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError(f"--serve needs Gradio; {install_line('browser')}")
+    _check_free(port)
+    check_result(config)
+
+
+def _check_free(port: int) -> None:
+    """Raises UserError if the port is taken or not allowed."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(f"--port {port} cannot be used ({error.strerror}); name another --port") from None
+
+
+@dataclass(frozen=True)
+class ScanRequest:
+    """The arguments of `sgm scan`."""
+
+    model: str
+    """A model, or a file with the results of a scan."""
+    output: Path | None = None
+    """File to write."""
+    format: ScanFormat | None = None
+    """None: the JSON format for `output`; without `output` no result is printed."""
+    estimator: Estimator | None = None
+    """None: "mp", or the one that made the file of results."""
+    top_fraction: float | None = None
+    """Fraction of each kind of matrix to choose, in (0, 1]; the format "axolotl" needs it."""
+    control: bool = False
+    """Also scan each matrix with its entries shuffled."""
+    plot: Path | None = None
+    """New or empty folder for pictures: the heat map and histograms."""
+    matrices: tuple[str, ...] = ()
+    """Names of matrices, or patterns with * and ?, whose histograms are drawn; (): one matrix of each kind."""
+    fresh: bool = False
+    """Compute again what the cache has."""
+
+    @property
+    def is_result_file(self) -> bool:
+        """Whether `model` is a file with the results of a scan."""
+        path = Path(self.model)
+        return path.suffix == ".json" and path.expanduser().is_file()
+
+    def check(self) -> None:
+        """Raises UserError for what is wrong before anything is read."""
+        if self.output is not None and self.output.exists():
+            raise UserError(f"{self.output} exists; name another --output")
+        if self.plot is not None and self.plot.exists() and not (self.plot.is_dir() and not any(self.plot.iterdir())):
+            raise UserError(f"{self.plot} is not an empty folder; name another --plot")
+        if self.is_result_file and (self.control or self.matrices or self.fresh):
+            options = {"--control": self.control, "--matrix": self.matrices, "--fresh": self.fresh}
+            option = next(name for name, given in options.items() if given)
+            raise UserError(
+                f"{self.model} holds results of a scan, and {option} needs the weights; give the model itself"
+            )
+        if not Path(self.model).expanduser().exists():
+            check_name(self.model)
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What `sgm generate` was asked for."""
+
+    texts: Sequence[str] = ()
+    file: Path | None = None
+    """A file of prompts; "-" is standard input."""
+    sampling: Sampling = field(default_factory=Sampling)
+    compare: bool = False
+    """Show the base model's answer too."""
+    raw: bool = False
+    """Leave the chat template out."""
+
+    def check(self, config: Config) -> None:
+        """Raises UserError when there is no result, nothing to answer, or no file of prompts of a known type."""
+        check_result(config)
+        if not self.texts and self.file is None:
+            raise UserError(NOTHING_TO_ANSWER)
+        if self.file is not None and str(self.file) != "-":
+            type_of(self.file, "--input")
+
+
+NOTHING_TO_ANSWER = "There is nothing to answer; give --prompt TEXT or --input FILE"
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """The options of the command line."""
+
+    to: ExportFormat
+    output: Path | None = None
+    gguf_type: GgufType | None = None
+    push_to_hub: str | None = None
+
+    def folder(self, config: Config) -> Path:
+        """The folder of the export."""
+        return self.output or Path(config.output.dir) / "export" / self.to
+
+    def check(self, config: Config) -> None:
+        """Raises UserError when there is no result, the folder is taken, or the hub would refuse the upload."""
+        check_result(config)
+        check_folder(self.folder(config), config.output.overwrite)
+        if self.push_to_hub is not None:
+            check_push(self.push_to_hub)

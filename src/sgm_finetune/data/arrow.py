@@ -1,0 +1,69 @@
+"""Tables and rows as data sets of the library `datasets`, and back. Only this file and data/library.py import it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets.table import InMemoryTable
+
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.text import one_line
+from sgm_finetune.data.tables import Table
+
+
+def table_of(name: str, dataset: datasets.Dataset) -> Table:
+    """The table of a `datasets.Dataset`. It reads a column when the column is used."""
+    return Table(name, {column: dataset[column] for column in dataset.column_names}, class_names(dataset.features))
+
+
+def class_names(features: Mapping[str, Any] | None) -> dict[str, Sequence[str]]:
+    """The class names of each column that holds class labels or lists of class labels."""
+    found = {}
+    for column, feature in (features or {}).items():
+        if isinstance(feature, datasets.List):
+            feature = feature.feature
+        if isinstance(feature, datasets.ClassLabel):
+            found[column] = feature.names
+    return found
+
+
+def read_parquet(path: Path) -> Table:
+    """The table in a Parquet file. Raises UserError for a file of another kind."""
+    try:
+        arrow = pq.read_table(path)
+    except (pa.ArrowException, ValueError) as error:
+        raise UserError(f"{path} is not a Parquet file: {one_line(error)}") from None
+    for index, column in enumerate(arrow.schema):
+        if pa.types.is_dictionary(column.type):  # pandas' categories, which `datasets` does not support
+            decoded = arrow.column(index).cast(column.type.value_type)
+            arrow = arrow.set_column(index, column.name, decoded)
+    return table_of(path.name, datasets.Dataset(InMemoryTable(arrow)))
+
+
+_FEATURES = {
+    "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
+    "tokens": datasets.List(datasets.Value("string")),
+    "tags": datasets.List(datasets.Value("int64")),
+}
+
+
+def dataset_of(rows: dict[str, list]) -> datasets.Dataset:
+    """The rows as a data set with fixed types."""
+    features = datasets.Features({role: _FEATURES.get(role) or _feature(role, values) for role, values in rows.items()})
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def _feature(role: str, values: list) -> datasets.Value | datasets.List:
+    if role != "label":
+        return datasets.Value("string")
+    match values[0]:
+        case int():
+            return datasets.Value("int64")
+        case float():
+            return datasets.Value("float32")
+    return datasets.List(datasets.Value("float32"))

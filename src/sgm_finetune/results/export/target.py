@@ -1,0 +1,34 @@
+"""Where an export goes: its format, its folder, and whether others find its base model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from sgm_finetune.base.errors import UserError
+
+ExportFormat = Literal["adapter", "merged", "gguf"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+REPORT = "export.json"
+"""File with what was measured. A folder that holds it counts as an earlier export."""
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Raises UserError unless the folder is new, or an earlier export that may be replaced, in a writable place."""
+    if folder.exists():
+        empty = folder.is_dir() and not any(folder.iterdir())
+        if not empty and not (folder / REPORT).is_file():
+            raise UserError(f"{folder} exists and is not an earlier export; name another --output")
+        if not empty and not overwrite:
+            raise UserError(f"{folder} exists; name another --output, or replace it with output.overwrite=true")
+    parent = next(path for path in folder.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(
+            f"{folder} cannot be written: {parent} is not a folder that you may write to; name another --output"
+        )
+
+
+def hub_model(name: str) -> str | None:
+    """Returns the name if it is a hub id, by which others can download the model; else None."""
+    return name if name.count("/") == 1 and not Path(name).expanduser().exists() and not name.startswith(".") else None
