@@ -23,7 +23,7 @@ from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
 from sgm_finetune.commands import serve as serving
-from sgm_finetune.commands.chat import chat
+from sgm_finetune.commands.chat import COMMANDS, chat
 from sgm_finetune.commands.cli import main
 from sgm_finetune.commands.finetune import finetune
 from sgm_finetune.commands.generate import GenerateRequest, generate, read_prompts
@@ -219,6 +219,15 @@ def test_a_chat_keeps_its_turns_until_it_is_cleared(talker, monkeypatch):
     assert [turn["question"] for turn in turns] == ["the great story", "the fine story", "the story"]
     assert turns[0]["answer"] == "good film"
     assert asked == [1, 3, 1]
+
+
+def test_help_and_an_unknown_command_list_the_commands(talker, monkeypatch):
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/help\n/speak now\n/exit\n"))
+    assert chat(load_config(None, talker), talker, Console(file=said, width=100), Sampling()) == []
+    lines = said.getvalue().splitlines()
+    listed = [f"{command:<8} {effect}" for command, effect in COMMANDS.items()]
+    assert [line for line in lines if line.startswith(("/", "Ctrl"))] == [*listed, "/speak is no command", *listed]
 
 
 def test_a_question_that_is_too_long_leaves_the_chat_as_it_was(talker, monkeypatch):

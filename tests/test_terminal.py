@@ -10,8 +10,12 @@ import pytest
 from rich.console import Console
 from terminal import in_terminal, sgm_in_terminal
 
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
+from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands.cli import app, main
+from sgm_finetune.results.verdict import shortfall
+from sgm_finetune.train.callbacks import Pace
 
 WIDTHS = (80, 120)
 COMMANDS = [command.name for command in app.registered_commands]
@@ -20,6 +24,8 @@ FRAME = "╭╮╰╯─│"
 HELP_PAGES = """
 import sys
 from sgm_finetune.commands.cli import app, main
+from sgm_finetune.results.verdict import shortfall
+from sgm_finetune.train.callbacks import Pace
 sys.argv[0] = "sgm"
 for name in sys.argv[1:]:
     app([name, "--help"], standalone_mode=False)
@@ -93,6 +99,24 @@ def test_a_whole_run_keeps_its_words_whole(settings):
     joined = " ".join(" ".join(line.split()) for line in steps)
     assert "majority class" in joined
     assert "trainable adapter parameters" in joined
+
+
+def test_a_run_that_gained_nothing_says_so_and_how_long_it_took(settings, monkeypatch):
+    """The last lines of a run that learnt nothing, and the time that was left after its second step."""
+    pace = Pace(tokens_per_step=100, validation=30, test=600, spent=10, predicted=60)
+    monkeypatch.setattr(pipeline, "expected_pace", lambda s: pace)
+    said = StringIO()
+    changes = ["training.learning_rate=1e-6", "training.max_steps=4", "training.eval_steps=2"]
+    metrics = pipeline.finetune(load_config(None, [*settings, *changes]), Console(file=said, width=80))
+    assert metrics["improved"] is False
+    lines = said.getvalue().splitlines()
+    (left,) = [line for line in lines if "left:" in line]
+    assert left.startswith("train    about 11 min left: 2 steps of ")
+    assert left.endswith("2 validations, the test · in all 11 min, where 60 s were estimated")
+    verdict = shortfall(metrics)
+    assert verdict is not None
+    assert lines[-1 - len(verdict.advice)] == f"result   {verdict.line}"
+    assert lines[-1] == f"         {verdict.advice[-1]}"
 
 
 def _empty(settings: list[str]) -> Path:
