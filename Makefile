@@ -1,15 +1,18 @@
 # Two commands for newcomers: `make demo` (fine-tune and evaluate a real model) and `make test`.
+# With uv: make test INSTALL="uv pip install --python .venv/bin/python --torch-backend=auto"
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL ?= $(BIN)/python -m pip install --disable-pip-version-check
 ARGS ?=
 
-.PHONY: demo test test-all check docs format clean help
+.PHONY: demo test test-all test-oldest check docs format lock clean help
 
 help:
 	@echo "make demo   install, fine-tune the embedded model with config.yaml, evaluate it"
 	@echo "make test   install, run the default tests (make test-all: the slow ones too)"
+	@echo "make test-oldest  the oldest supported versions, and tests of configuration, data, method and report on them"
 	@echo "make docs   write the reference pages, build the documentation's site into site/"
 	@echo "make check  formatting, lint, types, direction of imports"
 
@@ -20,41 +23,48 @@ demo: $(VENV)/installed
 	$(BIN)/python src/evaluate.py
 	@echo "Results: output/report.html (pictures), output/metrics.json, output/adapter/ (PEFT), output/sgm_finetuned.pth"
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/installed-dev
+test-all: $(VENV)/installed-all
 	$(BIN)/python -m pytest -m "not gpu and not network"
 
-check: $(VENV)/installed-dev
+check: $(VENV)/installed-check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-docs: $(VENV)/installed-dev
+docs: $(VENV)/installed-docs
 	$(BIN)/python -m sgm_finetune.base.reference docs/reference
 	$(BIN)/python -m typer sgm_finetune.commands.cli utils docs --name sgm --output docs/reference/cli.md
 	$(BIN)/python docs/layout.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
 
-format: $(VENV)/installed-dev
+format: $(VENV)/installed-check
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The newest version of every package within pyproject.toml's bounds, for every platform; it has no hosts and no hashes, so that
+# pip and uv take the packages from the user's own index or mirror.
+lock:
+	@: > requirements/lock.txt
+	uv pip compile requirements/all.txt --universal --python-version 3.11.5 --no-annotate --no-emit-package sgm-finetune \
+	  --custom-compile-command "make lock" --output-file requirements/lock.txt
+
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@echo "Making the environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: requirements.txt pyproject.toml | $(VENV)/bin/python
-	@command -v c++ >/dev/null || command -v g++ >/dev/null || { \
-	  echo "The embedded model's package builds llama.cpp: install a C++ compiler (apt-get install g++)"; exit 2; }
-	$(BIN)/pip install --disable-pip-version-check -q torch==2.13.0
-	$(BIN)/pip install --disable-pip-version-check -q -r requirements.txt
-	touch $@
+$(VENV)/installed: requirements.txt requirements/lock.txt pyproject.toml | $(VENV)/bin/python
+	@echo "Installing SGM with torch and the demo's packages into $(VENV): XXX"
+	$(INSTALL) -r requirements.txt
+	@touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
-	$(BIN)/pip install --disable-pip-version-check -q -r requirements-dev.txt
-	touch $@
+$(VENV)/installed-%: requirements/%.txt $(VENV)/installed
+	@echo "Installing what requirements/$*.txt adds"
+	$(INSTALL) -r requirements/$*.txt
+	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) .venv-oldest .pytest_cache .hypothesis .ruff_cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from rich.console import Console
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.install import install_line
 from sgm_finetune.commands import serve as serving
 from sgm_finetune.commands.chat import chat
 from sgm_finetune.commands.cli import main
@@ -255,6 +257,8 @@ def test_nothing_to_answer_is_one_line(reviewer, capfd, monkeypatch):
     assert "give --prompt TEXT or --input FILE" in capfd.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason=install_line("browser"))
 def test_the_page_in_a_browser_shows_both_answers_to_this_machine_alone(reviewer, talker):
     folders = [names[0].partition("=")[2] for names in (reviewer, talker)]
     worker = Path(__file__).with_name("page_worker.py")
@@ -292,5 +296,5 @@ def test_a_port_that_is_taken_and_a_missing_package_are_found_first(reviewer, mo
             main(["report", config.output.dir, "--serve", "--port", str(port)])
         assert caught.value.code == 2
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--serve needs Gradio; pip install 'sgm-finetune\[browser\]'"):
+    with pytest.raises(UserError, match=re.escape(f"--serve needs Gradio; {install_line('browser')}")):
         serving.serve(config, [], quiet())

@@ -204,7 +204,7 @@ def project() -> dict:
 
 
 def test_the_versions_are_those_of_the_requirements() -> None:
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    lines = (ROOT / "requirements" / "lock.txt").read_text().splitlines()
     pins = {line.partition("==")[0]: line.partition("==")[2] for line in lines if "==" in line and line[0] != "#"}
     libraries = {part.library for part in PRIVATE_PARTS}
     assert set(TRIED_WITH) == libraries

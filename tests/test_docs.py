@@ -11,13 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from sgm_finetune.base.install import install_line
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 CLI = "sgm_finetune.commands.cli"
 PAGES = ["index.md", *sorted(str(path.relative_to(DOCS)) for path in DOCS.glob("tutorials/*.md"))]
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
     options = ["--strict", "-q", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", *options],
@@ -71,6 +75,8 @@ def blocks(page: str) -> str:
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_run_in_their_order(page, tmp_path):
     """A page takes some minutes. Its commands are one script in a folder of its own; it stops at the first error."""
+    if "llama_cpp" in blocks(page) and importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip(install_line("llama-cpp"))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", blocks(page)],

@@ -20,6 +20,7 @@ from sgm_finetune.base.config import LabelKind, Task
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.install import install_line
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands.export import ExportRequest, export_result
 from sgm_finetune.measure.make_plan import make_plan
@@ -44,7 +45,11 @@ TEXT = "\n\n".join(
     f"the film was good {'very ' * (i % 9)}plot {'cast ' * (i // 9)}and the story " * 4 for i in range(60)
 )
 
-needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is absent")
+
+def needs_llama_cpp(test):
+    """Marks a comparison with llama.cpp, which pip compiles: it is slow, and skipped where llama.cpp is absent."""
+    absent = importlib.util.find_spec("llama_cpp") is None
+    return pytest.mark.slow(pytest.mark.skipif(absent, reason=install_line("llama-cpp"))(test))
 
 
 def quiet() -> Console:
@@ -591,7 +596,6 @@ def test_a_disk_without_room_is_found_before_anything_is_loaded(llama, tmp_path,
         exported(llama, "merged", output=tmp_path / "m")
 
 
-@pytest.mark.slow
 @needs_llama_cpp
 def test_a_real_model_goes_all_three_ways(tmp_path):
     rows = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from processes import ROOT, assert_one_run, remove, run_processes
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.install import install_line
 from sgm_finetune.train import launch
 from sgm_finetune.train.launch import apply_launcher, check_launch
 
@@ -118,7 +120,7 @@ def test_a_checkpoint_resumes_only_the_way_it_was_written(deepspeed, tmp_path: P
 def test_deepspeed_that_is_not_installed_is_named(deepspeed, monkeypatch: pytest.MonkeyPatch) -> None:
     deepspeed()
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="not installed; pip install 'sgm-finetune\\[deepspeed\\]'"):
+    with pytest.raises(UserError, match=re.escape(f"not installed; {install_line('deepspeed')}")):
         check_launch(Config(), 2)
 
 

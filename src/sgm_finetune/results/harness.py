@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.install import install_line
 from sgm_finetune.base.text import first_line
 
 
@@ -26,7 +27,7 @@ def check_harness(tasks: Sequence[str], task: str) -> None:
             f"evaluation.harness evaluates a language model and does not go with model.task={task}; leave it out"
         )
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("evaluation.harness needs lm-eval; pip install 'sgm-finetune[harness]', or leave it out")
+        raise UserError(f"evaluation.harness needs lm-eval; leave it out, or {install_line('harness')}")
     manager, names = _task_manager(tuple(tasks))
     for name in names:
         if name not in manager.all_tasks:

@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.install import install_line
 from sgm_finetune.data.batches import divide_batch
 
 
@@ -54,9 +55,7 @@ def _check_fsdp() -> None:
 
 def _check_deepspeed(config: Config, num_processes: int) -> None:
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            "The launcher asks for DeepSpeed, which is not installed; pip install 'sgm-finetune[deepspeed]'"
-        )
+        raise UserError(f"The launcher asks for DeepSpeed, which is not installed; {install_line('deepspeed')}")
     plugin = DeepSpeedPlugin()
     stage = int(plugin.zero_stage)
     if config.training.shard:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.install import install_line
 from sgm_finetune.model.weights.fused import Cut
 from sgm_finetune.model.weights.tensors import Parameter, Rows, assemble
 
@@ -31,9 +32,7 @@ def gguf_tensors(file: Path) -> Iterator[tuple[str, Parameter | None]]:
         from gguf import GGUFReader
         from gguf.quants import quant_shape_from_byte_shape
     except ImportError:
-        raise UserError(
-            f"{file} is a GGUF file, which needs the package gguf; pip install 'sgm-finetune[demo]'"
-        ) from None
+        raise UserError(f"{file} is a GGUF file, which needs the package gguf; {install_line('gguf')}") from None
 
     class Bounded(GGUFReader):
         """Refuses counts beyond the end of the file; gguf would follow those of a damaged file without end."""
