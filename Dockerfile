@@ -12,7 +12,7 @@ ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/${TORCH}
 # Nothing here is compiled. On a GPU, Triton compiles a small launcher at the first step.
 # hadolint ignore=DL3008,SC2046
 RUN apt-get update \
- && apt-get install -y --no-install-recommends make \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends make \
     $(python3 -c "import ensurepip" 2>/dev/null || echo python3-venv python3-dev) \
     $(test "${TORCH}" = cpu || echo gcc libc6-dev) \
  && rm -rf /var/lib/apt/lists/*

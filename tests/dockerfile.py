@@ -4,7 +4,7 @@
     python tests/dockerfile.py /tmp/debian --arg TORCH=cpu --env PIP_INDEX_URL=... --bind /folder/with/wheels
 
 It needs root. `--env` and `--bind` give the build what this machine needs to reach its packages; they change nothing in
-the Dockerfile. The build has no variable of this shell, and no command of this machine. `--run` leaves out the build.
+the Dockerfile. The build has no variable of this shell, and no command of this machine.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ def instructions(text: str) -> list[tuple[str, str]]:
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [(name, rest) for name, _, rest in (line.partition(" ") for line in joined.splitlines())]
+
+
+def command(rest: str) -> str:
+    """What the shell runs for `RUN rest`, without Docker's own options."""
+    return re.sub(r"^(--\S+\s+)+", "", rest)
 
 
 def pairs(rest: str, known: dict[str, str]) -> dict[str, str]:
@@ -80,13 +85,13 @@ def mounted(root: Path, folders: list[str]) -> Iterator[None]:
         yield
 
 
-def run(root: Path, command: str, folder: str, variables: dict[str, str], user: str = "0:0") -> None:
+def run(root: Path, line: str, folder: str, variables: dict[str, str], user: str = "0:0") -> None:
     """One command in the chroot, by /bin/sh as Docker runs it. Prints its seconds. Raises CalledProcessError."""
     started = time.perf_counter()
     settings = [f"{name}={value}" for name, value in variables.items()]
-    inside = ["/usr/bin/env", "-i", *settings, "/bin/sh", "-c", f"cd {folder} && {command}"]
+    inside = ["/usr/bin/env", "-i", *settings, "/bin/sh", "-c", f"cd {folder} && {line}"]
     subprocess.run(["chroot", f"--userspec={user}", str(root), *inside], check=True, stdin=subprocess.DEVNULL)
-    print(f"-- {time.perf_counter() - started:.0f} s: {command}", flush=True)
+    print(f"-- {time.perf_counter() - started:.0f} s: {line}", flush=True)
 
 
 def main() -> None:
@@ -96,10 +101,11 @@ def main() -> None:
     parser.add_argument("--env", action="append", default=[], help="a variable for every command")
     parser.add_argument("--bind", action="append", default=[], help="a folder of this machine for every command")
     parser.add_argument("--user", default="1234:1234", help="as --user of docker run")
-    parser.add_argument("--run", metavar="COMMAND", help="only run COMMAND in a root that is built")
+    parser.add_argument("--command", help="what to run in place of the Dockerfile's CMD")
+    parser.add_argument("--built", action="store_true", help="the root is built; only run the command")
     given = parser.parse_args()
     given_args, machine = (dict(word.split("=", 1) for word in words) for words in (given.arg, given.env))
-    folder, variables, args, command = "/", {"PATH": PATHS}, {}, "true"
+    folder, variables, args, last = "/", {"PATH": PATHS}, {}, "true"
     for host in ("/etc/resolv.conf", "/etc/hosts"):
         shutil.copy(host, given.root / host.lstrip("/"))
     with mounted(given.root, given.bind):
@@ -112,16 +118,16 @@ def main() -> None:
             elif name == "WORKDIR":
                 folder = rest
                 (given.root / folder.lstrip("/")).mkdir(parents=True, exist_ok=True)
-            elif name == "COPY" and not given.run:
+            elif name == "COPY" and not given.built:
                 assert rest == ". ."
                 copy_context(given.root / folder.lstrip("/"))
-            elif name == "RUN" and not given.run:
-                run(given.root, re.sub(r"^(--\S+\s+)+", "", rest), folder, {**args, **variables, **machine})
+            elif name == "RUN" and not given.built:
+                run(given.root, command(rest), folder, {**args, **variables, **machine})
             elif name == "CMD":
-                command = " ".join(re.findall(r'"([^"]*)"', rest))
+                last = " ".join(re.findall(r'"([^"]*)"', rest))
             elif name not in ("FROM", "USER", "COPY", "RUN"):
                 raise SystemExit(f"Dockerfile: {name} is not known here")
-        run(given.root, given.run or command, folder, {**variables, **machine}, given.user)
+        run(given.root, given.command or last, folder, {**variables, **machine}, given.user)
 
 
 if __name__ == "__main__":
