@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 
 from sgm_finetune.data.embedded import EMBEDDED
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "first_run.ipynb"
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "notebooks" / "first_run.ipynb"
 CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
 SOURCES = {cell["id"]: "".join(cell["source"]) for cell in CELLS}
 SMALL = "EXAMPLES = 512\nTESTS = 200\n"
@@ -74,3 +76,21 @@ def test_the_cells_of_the_notebook_run_in_their_order(tmp_path, monkeypatch):
     good, bad = (json.loads(line.partition("]")[0] + "]") for line in said["peft-load"].splitlines()[-2:])
     assert good[1] > bad[1]  # class 1 is a good review
     assert (tmp_path / "runs" / "mine" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_installation_keeps_a_torch_of_the_service_that_fits(tmp_path):
+    """pip plans the notebook's install line in an environment that says it has a CUDA build of another version."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    (packages,) = (tmp_path / "env" / "lib").glob("python3*/site-packages")
+    torch = packages / "torch-2.12.0+cu126.dist-info"
+    torch.mkdir()
+    (torch / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.12.0+cu126\n", encoding="utf-8")
+    (torch / "INSTALLER").write_text("pip\n", encoding="utf-8")
+    pip = [str(tmp_path / "env" / "bin" / "python"), "-m", "pip", "install"]
+    subprocess.run([*pip, "--dry-run", "--report", "plan.json", f"{ROOT}[demo]"], cwd=tmp_path, check=True)
+    planned = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["install"]
+    names = {package["metadata"]["name"].lower() for package in planned}
+    assert {"sgm-finetune", "peft", "transformers"} <= names
+    assert not any(name == "torch" or name.startswith("nvidia-") for name in names)
