@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from sgm_finetune.base.install import install_line
 
@@ -63,6 +65,35 @@ def test_every_file_that_the_layout_sends_a_reader_to_is_there():
     text = (DOCS / "layout.md").read_text(encoding="utf-8").partition("## Every file")[0]
     for name in re.findall(r"`((?:\w+/)+(?:\w+\.py)?)`", text):
         assert (ROOT / "src" / "sgm_finetune" / name).exists() or (ROOT / name).exists(), name
+
+
+def test_every_line_that_installs_sgm_is_the_one_that_works_in_a_clone():
+    """There is no release, so a package index has nothing of that name. The extras are those of pyproject.toml."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    files = [path for folder in ("src", "docs", "configs") for path in (ROOT / folder).rglob("*")]
+    named = []
+    for path in [*files, *ROOT.glob("*.md")]:
+        if path.suffix not in (".py", ".md", ".yaml", ".json") or path.name in ("LOG.md", "CHANGELOG.md"):
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"install\b[^\n]*sgm-finetune", text), path
+        named += re.findall(r"install_line\(['\"]([\w-]+)['\"]\)", text)
+        for line in re.findall(r"pip install -e .*", text):
+            found = re.match(r"""pip install -e \\?["']\.\[([\w,-]+)\]""", line)
+            assert found or "{extra}" in line, (path, line)
+            named += found[1].split(",") if found else []
+    assert len(named) > 15
+    assert set(named) <= set(extras)
+
+
+def test_the_lock_fits_every_bound_and_names_no_host():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (ROOT / "requirements" / "lock.txt").read_text(encoding="utf-8")
+    assert "//" not in text
+    locked = {found[1]: found[2] for found in re.finditer(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE)}
+    needed = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
+    for requirement in map(Requirement, needed):
+        assert requirement.specifier.contains(locked[requirement.name]), requirement
 
 
 def blocks(page: str, kind: str = "bash") -> str:
