@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL ?= $(BIN)/python -m pip install --disable-pip-version-check
+# --use-pep517: the pip of Debian 12 (23.0) otherwise fails to build seqeval, which has no wheel
+INSTALL ?= $(BIN)/python -m pip install --disable-pip-version-check --use-pep517
 ARGS ?=
 
 .PHONY: demo test test-all check docs format lock clean help

@@ -96,23 +96,51 @@ def test_the_lock_fits_every_bound_and_names_no_host():
         assert requirement.specifier.contains(locked[requirement.name]), requirement
 
 
-def blocks(page: str) -> str:
-    return "\n".join(
-        re.findall(r"^```bash\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    )
+def blocks(page: str, kind: str = "bash") -> str:
+    """The lines of a page's blocks of one kind, as the first line of a block names it."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return "\n".join(re.findall(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+
+
+def missing_lines(shown: str, said: str) -> list[str]:
+    """The lines of `shown` that `said` does not hold in this order; `…` stands for anything.
+
+    >>> missing_lines("read … rows\\nsaved", "read 12 rows\\nfound 2\\nsaved\\n"), missing_lines("b\\na", "a\\nb")
+    ([], ['a'])
+    """
+    lines, missing = iter([line.rstrip() for line in said.splitlines()]), []
+    for wanted in shown.splitlines():
+        form = re.compile(".*".join(re.escape(part) for part in wanted.rstrip().split("…")))
+        if wanted.strip() and not any(form.fullmatch(line) for line in lines):
+            missing.append(wanted)
+    return missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_needs_no_file_but_those_that_it_makes(page):
+    """Its commands name no path of the repository, so they run wherever SGM is installed."""
+    tracked = {path.name for path in ROOT.iterdir()} - {"output", "runs"}
+    words = re.split(r"[\s='\"]+", blocks(page))
+    assert [word for word in words if "/" in word and word.partition("/")[0] in tracked] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_run_in_their_order(page, tmp_path):
-    """A page takes some minutes. Its commands are one script in a folder of its own; it stops at the first error."""
+    """A page takes some minutes. Its commands are one script in an empty folder; it stops at the first error. It prints
+    what the page shows in blocks titled `prints`, and leaves no file that the page does not name."""
     if "llama_cpp" in blocks(page) and importlib.util.find_spec("llama_cpp") is None:
         pytest.skip(install_line("llama-cpp"))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    folder = tmp_path / "empty"
+    folder.mkdir()
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", blocks(page)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=1200, stdin=subprocess.DEVNULL,
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200, stdin=subprocess.DEVNULL,
         env={**os.environ, "PATH": path, "COLUMNS": "120"},
     )  # fmt: skip
-    (tmp_path / "said.txt").write_text(done.stdout + done.stderr, encoding="utf-8")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (tmp_path / "said.txt").write_text(done.stdout, encoding="utf-8")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert missing_lines(blocks(page, 'text title="prints"'), done.stdout) == []
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert [left.name for left in folder.iterdir() if left.name not in text] == []
