@@ -45,6 +45,7 @@ def prepare(folder: Path) -> None:
 
     (folder / "rows.csv").write_text("title,stars\n" + "".join(f"row {i},{i % 2}\n" for i in range(50)))
     (folder / "good.csv").write_text("text,label\n" + "".join(f"row {i},{i % 2}\n" for i in range(50)))
+    (folder / "config.yaml").write_text("model: {task: sequence-classification}\n")
     (folder / "taken").mkdir()
     (folder / "taken" / "metrics.json").write_text("{}")
     for name in ("run", "again"):

@@ -31,6 +31,7 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     (folder / "reviews.csv").write_text("text,label\n" + "".join(f"review {i},{i % 2}\n" for i in range(40)))
     (folder / "gap.csv").write_text("text,label\n" + "".join(f"review {i},{i % 2 or ''}\n" for i in range(40)))
+    (folder / "config.yaml").write_text("training: {seed: 1}\n")
     (folder / "taken").mkdir()
     (folder / "taken" / "metrics.json").write_text("{}")
     for name in ("one", "two"):
