@@ -20,7 +20,8 @@ demo: $(VENV)/installed
 	@if [ -d output ] && [ -n "$$(ls -A output)" ] && [ -z "$(ARGS)" ]; then \
 	  echo "output/ holds an earlier run; replace it with: make demo ARGS=output.overwrite=true"; exit 2; fi
 	$(BIN)/python src/finetune.py $(ARGS)
-	$(BIN)/python src/evaluate.py
+	@echo "The run has tested the model on all test examples; 64 of them check the saved result"
+	$(BIN)/python src/evaluate.py data.num_test=64
 	@echo "Results: output/report.html (pictures), output/metrics.json, output/adapter/ (PEFT), output/sgm_finetuned.pth"
 
 test: $(VENV)/installed-test

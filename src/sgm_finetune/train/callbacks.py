@@ -135,7 +135,7 @@ class TimeLeft(TrainerCallback):
         self.began = None
         one_step = seconds / max(1, tokens) * self.pace.tokens_per_step
         spent = self.pace.spent + time.perf_counter() - self.started
-        every = int(args.eval_steps)
+        every = int(args.eval_steps or state.max_steps)
         num_validations = state.max_steps // every - (state.global_step - 1) // every
         line = describe_time_left(self.pace, one_step, state.max_steps - state.global_step, num_validations, spent)
         if line is not None:
