@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
+import httpx2
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import errors
@@ -19,7 +19,9 @@ from sgm_finetune.base.hub import explain_hub_error
 
 
 def answered(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
-    return kind("long words of a library", response=httpx.Response(status, request=httpx.Request("GET", "http://hub")))
+    return kind(
+        "long words of a library", response=httpx2.Response(status, request=httpx2.Request("GET", "http://hub"))
+    )
 
 
 def wrapped(inner: Exception) -> Exception:
@@ -43,9 +45,9 @@ def _online(monkeypatch):
         (answered(errors.DisabledRepoError, 403), "disabled", "another model"),
         (answered(errors.HfHubHTTPError, 429), "asks to wait", "in a few minutes"),
         (answered(errors.HfHubHTTPError, 503), "trouble of its own (503)", "later"),
-        (wrapped(httpx.ConnectError("Name or service not known")), "does not answer (Name or service", "HTTPS_PROXY"),
+        (wrapped(httpx2.ConnectError("Name or service not known")), "does not answer (Name or service", "HTTPS_PROXY"),
         (wrapped(errors.OfflineModeIsEnabled("offline")), "HF_HUB_OFFLINE=1 forbids", "unset HF_HUB_OFFLINE"),
-        (httpx.ReadTimeout("timed out"), "does not answer (timed out)", "network"),
+        (httpx2.ReadTimeout("timed out"), "does not answer (timed out)", "network"),
         (OSError(errno.ENOSPC, "No space left on device"), "is full", "HF_HOME"),
         (RuntimeError("Data processing error: No space left on device (os error 28)"), "is full", "HF_HOME"),
         (PermissionError(errno.EACCES, "Permission denied"), "cannot be written", "HF_HOME"),

@@ -14,7 +14,6 @@ def explain_hub_error(error: BaseException, kind: str, name: str) -> str:
     `kind` is "model" or "data set". The client, its downloader in Rust and `datasets` raise dozens of types. The one
     that says why is often a cause of the one that arrives; `datasets` drops some causes and keeps their words.
     """
-    from httpx import TransportError
     from huggingface_hub import errors
     from huggingface_hub.constants import ENDPOINT, HF_HOME, HF_HUB_OFFLINE
 
@@ -45,8 +44,9 @@ def explain_hub_error(error: BaseException, kind: str, name: str) -> str:
         return f"the hub has trouble of its own ({status}); try again later"
     if HF_HUB_OFFLINE or any_is(errors.OfflineModeIsEnabled):
         return "it is not in the cache, and HF_HUB_OFFLINE=1 forbids downloads; unset HF_HUB_OFFLINE"
-    if any_is(TransportError, ConnectionError, TimeoutError, errors.LocalEntryNotFoundError):
-        cause = next((f" ({one_line(one, 80)})" for one in chain if isinstance(one, TransportError)), "")
+    transport = next((one for one in chain if _is_transport_error(one)), None)
+    if transport is not None or any_is(ConnectionError, TimeoutError, errors.LocalEntryNotFoundError):
+        cause = f" ({one_line(transport, 80)})" if transport is not None else ""
         return f"{ENDPOINT} does not answer{cause}; check the network, HTTPS_PROXY and HF_ENDPOINT"
     return f"{one_line(error)}; check the name and the network"
 
@@ -61,6 +61,12 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_transport_error(error: BaseException) -> bool:
+    """Whether the hub's HTTP client could not reach it. The client's library goes by httpx or httpx2, so the name
+    decides."""
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
 
 
 def _is_disk_full(error: BaseException) -> bool:

@@ -43,7 +43,7 @@ def serve(config: Config, overrides: Sequence[str], console: Console, port: int 
     result = load_trained(read_result(config, overrides, log), log)
     report = Path(config.output.dir) / "report.html"
     page = build(result, report.read_text(encoding="utf-8") if report.is_file() else None)
-    import gradio
+    import gradio  # pyright: ignore[reportMissingImports]
 
     console.print(f"[bold]{'open':<8}[/bold] http://{HOST}:{port}  (Ctrl-C stops it)", highlight=False)
     launch(gradio, page, port)
@@ -60,7 +60,7 @@ def launch(gradio: Any, page: Any, port: int, **options: Any) -> Any:
 def build(result: LoadedResult, report: str | None = None) -> Any:
     """Returns the page, a gradio.Blocks, with a second tab if there is a report."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    import gradio
+    import gradio  # pyright: ignore[reportMissingImports]
 
     with gradio.Blocks(title=f"SGM: {result.config.model.name}", fill_width=True) as page:
         with gradio.Tab("Try it"):

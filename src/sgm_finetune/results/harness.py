@@ -40,7 +40,7 @@ def check_harness(tasks: Sequence[str], task: str) -> None:
 def _task_manager(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
     """Returns lm-eval's tasks with those of our own files, and the names to run. lm-eval takes seconds to read them."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     files = [Path(name) for name in tasks if name.endswith((".yaml", ".yml"))]
     named = {}
@@ -61,8 +61,8 @@ def harness_metrics(
     model: Any, tokenizer: Any, tasks: Sequence[str], batch_size: int, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Returns task -> its metrics, from lm-eval's `simple_evaluate`. Restores the model's training mode."""
-    import lm_eval
-    from lm_eval.models import huggingface
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.models import huggingface  # pyright: ignore[reportMissingImports]
 
     evaluate: Any = lm_eval.simple_evaluate  # decorators hide the types of both
     wrap: Any = huggingface.HFLM

@@ -17,7 +17,7 @@ import numpy as np
 
 
 def main(request_file: Path, results: Path) -> None:
-    import llama_cpp
+    import llama_cpp  # pyright: ignore[reportMissingImports]
 
     request = json.loads(request_file.read_text(encoding="utf-8"))
     silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
