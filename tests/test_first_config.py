@@ -77,7 +77,7 @@ def test_the_task_is_guessed_from_the_columns(header, rows, task, columns, tmp_p
 
 def test_four_questions_are_asked_and_the_columns_if_necessary(tmp_path, monkeypatch):
     (tmp_path / "d.csv").write_text("no,question,reply\n1,a b c,d\n2,e f g,h\n")
-    answers = io.StringIO(f"owner/model\n{tmp_path / 'd.csv'}\ncausal-lm\nnf4\nquestion\nreply\n")
+    answers = io.StringIO(f"owner/model\n{tmp_path / 'd.csv'}\ncausal-lm\nquestion\nreply\nnf4\n")
     monkeypatch.setattr("sys.stdin", answers)
     console = Console(file=io.StringIO(), width=200)
     config = write_first_config(tmp_path / "c.yaml", console)
@@ -85,6 +85,21 @@ def test_four_questions_are_asked_and_the_columns_if_necessary(tmp_path, monkeyp
     assert dict(config.data.columns) == {"prompt": "question", "completion": "reply"}
     said = console.file.getvalue()
     assert [f"{n}/4" in said for n in range(1, 5)] == [True] * 4
+
+
+def test_an_answer_that_cannot_be_used_is_asked_for_again_and_the_others_stay(tmp_path, monkeypatch):
+    (tmp_path / "d.csv").write_text("text,label\na b c,good\nd e f,bad\n")
+    given = ("./none", "owner/model", "none.csv", "roten-tomatoes", str(tmp_path / "d.csv"), "poetry", "", "")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(given) + "\n"))
+    console = Console(file=io.StringIO(), width=200)
+    config = write_first_config(tmp_path / "c.yaml", console)
+    assert (config.model.name, config.data.train) == ("owner/model", str(tmp_path / "d.csv"))
+    assert (config.model.task, config.model.quantization) == ("sequence-classification", "none")
+    said = console.file.getvalue()
+    assert [said.count(f"{n}/4") for n in range(1, 5)] == [2, 3, 2, 1]
+    assert "No model folder ./none" in said
+    assert "No data file none.csv" in said
+    assert "`rotten-tomatoes`?" in said
 
 
 def test_the_tasks_of_a_model_are_those_that_transformers_has_for_it(bert_folder, llama_folder):

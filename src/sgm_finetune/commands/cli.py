@@ -346,7 +346,11 @@ def report_command(
 
         serve_page(settings, [], _console(False, True), port)
         return
-    from sgm_finetune.results.report.page import remake_report
+    from sgm_finetune.results.report.run_files import check_finished
+
+    check_finished(output)
+    with _loading("Matplotlib"):
+        from sgm_finetune.results.report.page import remake_report
 
     path = remake_report(output)
     _print_saved(_console(as_json), path)

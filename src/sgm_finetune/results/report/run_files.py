@@ -35,10 +35,7 @@ class Run:
 
 def load_run(folder: Path) -> Run:
     """Reads the run. Raises UserError if `folder` holds no finished run, or a file in it has other content."""
-    if not folder.is_dir():
-        raise UserError(f"No folder {folder}; name the output.dir of a run")
-    if not (folder / "metrics.json").is_file():
-        raise UserError(f"{folder} holds no finished run (no metrics.json); train first with `sgm finetune`")
+    check_finished(folder)
     pictures = _read(folder / "pictures.json", dict, {})
     return Run(
         folder=folder,
@@ -50,6 +47,14 @@ def load_run(folder: Path) -> Run:
         examples=_checked_examples(_read(folder / "examples.json", dict, {}), folder / "examples.json"),
         environment=_read(folder / "environment.json", dict, {}),
     )
+
+
+def check_finished(folder: Path) -> None:
+    """Raises UserError if `folder` holds no finished run."""
+    if not folder.is_dir():
+        raise UserError(f"No folder {folder}; name the output.dir of a run")
+    if not (folder / "metrics.json").is_file():
+        raise UserError(f"{folder} holds no finished run (no metrics.json); train first with `sgm finetune`")
 
 
 @contextmanager
