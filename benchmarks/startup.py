@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import pty
 import resource
 import subprocess
 import sys
@@ -36,6 +37,10 @@ COMMANDS = {
     "compare, two runs": "compare run again",
     "report, a finished run": "report run",
 }
+
+
+FIRST_WORDS = {"doctor, its first row": ("doctor", b"python"), "init, its first question": ("init new.yaml", b"1/4")}
+"""Commands that go on after they have answered: measured on a terminal until these words appear."""
 
 
 def prepare(folder: Path) -> None:
@@ -64,6 +69,25 @@ def measure(command: str, source: str, folder: Path) -> tuple[float, float]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
 
 
+def measure_first_words(command: str, words: bytes, source: str, folder: Path) -> tuple[float, float]:
+    """Processor and wall seconds until `sgm` has written `words` on a terminal."""
+    environment = os.environ | {"PYTHONPATH": source, "TERM": "xterm"}
+    ours, terminal = pty.openpty()
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    call = [sys.executable, "-m", "sgm_finetune", *command.split()]
+    child = subprocess.Popen(call, cwd=folder, env=environment, stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    said = b""
+    while words not in said:
+        said += os.read(ours, 4096)
+    wall = time.perf_counter() - began
+    child.kill()
+    child.wait()
+    os.close(ours)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
+
+
 def processor() -> str:
     """The processor's name."""
     info = Path("/proc/cpuinfo")
@@ -79,7 +103,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     sources = {name: str(Path(path).resolve()) for name, path in (text.split("=", 1) for text in options.source)}
-    taken: dict[str, dict[str, list[tuple[float, float]]]] = {c: {name: [] for name in sources} for c in COMMANDS}
+    taken: dict[str, dict[str, list[tuple[float, float]]]] = {
+        name: {source: [] for source in sources} for name in (*COMMANDS, *FIRST_WORDS)
+    }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(folder)
@@ -87,6 +113,9 @@ def main() -> None:
             for name, command in COMMANDS.items():
                 for source, path in sources.items():
                     taken[name][source].append(measure(command, path, folder))
+            for name, (command, words) in FIRST_WORDS.items():
+                for source, path in sources.items():
+                    taken[name][source].append(measure_first_words(command, words, path, folder))
     seconds = {
         name: {
             source: {"processor": round(median(p for p, _ in pairs), 2), "wall": round(median(w for _, w in pairs), 2)}

@@ -70,7 +70,7 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
         f"{_COMPAT}test_a_four_bit_layer_is_packed_only_where_its_attribute_allows_it",
     ),
     PrivatePart(
-        "bitsandbytes", "Linear4bit.support_avx512bf16_for_cpu", "commands/doctor.py",
+        "bitsandbytes", "Linear4bit.support_avx512bf16_for_cpu", "commands/doctor_machine.py",
         "The tried layer must not pack its weights; bitsandbytes has no setting for it.",
         f"{_COMPAT}test_a_four_bit_layer_is_packed_only_where_its_attribute_allows_it",
     ),
