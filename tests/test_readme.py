@@ -97,8 +97,8 @@ def test_the_demo_in_readme_is_the_last_one_recorded():
     metrics = json.loads((RESULTS / "demo_runs.json").read_text(encoding="utf-8"))[-1]["metrics"]
     before, after = (
         f"{when:<8} accuracy {metrics[when]['accuracy']:.4f} (majority class {metrics[when]['majority_accuracy']:.4f}) "
-        f"· macro-F1 {metrics[when]['macro_f1']:.4f} · loss {metrics[when]['loss']:.4f} · {metrics[when]['num_examples']:,} test "
-        "examples\n"
+        f"· macro-F1 {metrics[when]['macro_f1']:.4f} · loss {metrics[when]['loss']:.4f} "
+        f"· {metrics[when]['num_examples']:,} test examples\n"
         for when in ("before", "after")
     )
     assert before in README
