@@ -88,6 +88,7 @@ def test_an_error_breaks_between_words(columns, tmp_path):
     assert all(len(line) <= columns or " " not in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_whole_run_keeps_its_words_whole(settings):
     """The lines of a run in a narrow terminal fit it, and a line that follows hangs under its step's beginning."""
     lines, status = sgm_in_terminal(["finetune", "--config", str(_empty(settings)), *settings], 80)
