@@ -127,7 +127,7 @@ def _empty(settings: list[str]) -> Path:
 @pytest.mark.parametrize("option", ["--json", "--quiet"])
 def test_the_line_about_a_replaced_key_goes_where_the_other_lines_go(option, tmp_path, capfd):
     file = tmp_path / "mine.yaml"
-    file.write_text("data: {name: imdb}")
+    file.write_text(f"data: {{name: imdb}}\noutput: {{dir: {tmp_path}/out}}")
     before, after = (["--quiet"], []) if option == "--quiet" else ([], ["--json"])
     with pytest.raises(SystemExit):
         main([*before, "finetune", "--config", str(file), *after, f"data.train={tmp_path / 'gone.csv'}"])
