@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
+from sgm_finetune.base.device import has_gpu
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import collator
 from sgm_finetune.data.encoding import Encoded, encode, pack
@@ -60,7 +61,8 @@ def prepare_data(config: Config, log: StepLog) -> PreparedData:
             raise UserError("data.packing=true is for completion and chat data; running text is packed without it")
         encoded["train"] = pack(encoded["train"], config.data.max_length)
     log.line("data", " · ".join([splits.description, *_encoding_notes(encoded, config.data.max_length)]))
-    collate = collator(files.tokenizer, config.model.task, 8)
+    multiple = 8 if has_gpu() else None  # tensor cores want multiples of 8; a CPU would only compute more padding
+    collate = collator(files.tokenizer, config.model.task, multiple)
     return PreparedData(files.folder, files.tokenizer, splits, **encoded, collate=collate)
 
 
