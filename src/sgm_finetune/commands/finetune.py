@@ -38,7 +38,7 @@ from sgm_finetune.results.report.measured_histograms import histograms_of
 from sgm_finetune.results.report.page import render_report
 from sgm_finetune.results.report.pictures import Pictures, save_pictures, similarity_tables
 from sgm_finetune.results.report.run_files import load_run
-from sgm_finetune.results.verdict import shortfall
+from sgm_finetune.results.verdict import improved, shortfall
 from sgm_finetune.train.adapters.apply import check_plan, check_starts
 from sgm_finetune.train.arguments import training_arguments
 from sgm_finetune.train.base_model import Base
@@ -182,7 +182,7 @@ def save(s: Session, start: Start, adapted: Adapted, state: TrainerState, after:
     s.clock.seconds["total"] = time.perf_counter() - s.started
     metrics = _metrics(s, start, adapted, state, after)
     short = shortfall(metrics)
-    metrics["improved"] = short is None
+    metrics["improved"] = improved(metrics)
     with gather_factors(adapted.model):
         if processes().is_main_process:
             _write_results(s, start, adapted, state, after, metrics)

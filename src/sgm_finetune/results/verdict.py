@@ -34,9 +34,7 @@ def shortfall(metrics: Mapping[str, Any]) -> Shortfall | None:
     if the value before training lies within the 95 % interval of the value after. Also returns None if there is no
     finite metric to compare.
     """
-    before, after = metrics.get("before") or {}, metrics.get("after") or {}
-    known = (one for key in _DECIDING for one in METRICS if one.key == key)
-    metric = next((one for one in known if finite(before.get(one.key)) and finite(after.get(one.key))), None)
+    before, after, metric = metrics.get("before") or {}, metrics.get("after") or {}, _deciding_metric(metrics)
     if metric is None:
         return None
     old, new = before[metric.key], after[metric.key]
@@ -46,6 +44,21 @@ def shortfall(metrics: Mapping[str, Any]) -> Shortfall | None:
     if gained and not within:
         return None
     return Shortfall(_line(metric, old, new, interval, after), _advice(metrics, interval if within else None))
+
+
+def improved(metrics: Mapping[str, Any]) -> bool | None:
+    """Whether a run ended better than it began; None if there is no finite metric to compare.
+
+    >>> improved({"before": {"loss": 2.0}, "after": {"loss": 1.0}}), improved({"before": {}, "after": {"loss": 1.0}})
+    (True, None)
+    """
+    return None if _deciding_metric(metrics) is None else shortfall(metrics) is None
+
+
+def _deciding_metric(metrics: Mapping[str, Any]) -> Metric | None:
+    before, after = metrics.get("before") or {}, metrics.get("after") or {}
+    known = (one for key in _DECIDING for one in METRICS if one.key == key)
+    return next((one for one in known if finite(before.get(one.key)) and finite(after.get(one.key))), None)
 
 
 def _line(
