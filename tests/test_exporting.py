@@ -33,6 +33,7 @@ from sgm_finetune.results.export.gguf_file import rope_order
 from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
 from sgm_finetune.results.export.merge import linear_update, merged_tensors, stack_update
 from sgm_finetune.results.export.shards import write_shards
+from sgm_finetune.results.export.target import check_packages
 from sgm_finetune.results.load import attach_adapter, load_unquantised, read_result
 from sgm_finetune.results.pth import save_pth
 from sgm_finetune.train.adapters.apply import apply_plan
@@ -619,3 +620,11 @@ def test_a_real_model_goes_all_three_ways(tmp_path):
     assert reports["merged"]["difference"] < 0.05
     assert min(report["top_agreement"] for report in reports.values()) > 0.9
     assert "<|im_end|>" in (tmp_path / "q8_0/Modelfile").read_text()
+
+
+def test_a_missing_package_of_a_format_is_said_before_the_result_is_loaded(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gguf" else found(name, *more))
+    check_packages("merged")
+    with pytest.raises(UserError, match=r"--to gguf needs the package gguf; in the clone of SGM: pip install"):
+        check_packages("gguf")

@@ -23,7 +23,7 @@ from sgm_finetune.method.decibels import Estimator
 from sgm_finetune.model.folder import check_name
 from sgm_finetune.results.claim import as_it_began, claim_output
 from sgm_finetune.results.export.hub import check_push
-from sgm_finetune.results.export.target import ExportFormat, GgufType, check_folder
+from sgm_finetune.results.export.target import ExportFormat, GgufType, check_folder, check_packages
 from sgm_finetune.results.files import find_result
 from sgm_finetune.results.sampling import Sampling
 
@@ -156,8 +156,9 @@ class ExportRequest:
         return self.output or Path(config.output.dir) / "export" / self.to
 
     def check(self, config: Config) -> None:
-        """Raises UserError when there is no result, the folder is taken, or the hub would refuse the upload."""
+        """Raises UserError when there is no result or package, the folder is taken, or the hub would refuse."""
         check_result(config)
+        check_packages(self.to)
         check_folder(self.folder(config), config.output.overwrite)
         if self.push_to_hub is not None:
             check_push(self.push_to_hub)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.install import install_line
 from sgm_finetune.results.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from sgm_finetune.results.export.merge import MergedTensor, checked_finite
 from sgm_finetune.results.export.target import GgufType
@@ -33,8 +31,6 @@ ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3"
 
 def check_exportable(result: Result, config: PreTrainedConfig) -> Vocabulary:
     """Returns the tokenizer as GGUF stores it. Raises UserError for a result that SGM cannot write as GGUF."""
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"--to gguf needs the package gguf; {install_line('gguf')}")
     if result.config.model.task != "causal-lm":
         raise UserError(
             f"--to gguf needs model.task=causal-lm, and this is {result.config.model.task}; take --to merged"

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Literal
 
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.install import install_line
 
 ExportFormat = Literal["adapter", "merged", "gguf"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 REPORT = "export.json"
 """File with what was measured. A folder that holds it counts as an earlier export."""
+
+
+def check_packages(to: ExportFormat) -> None:
+    """Raises UserError unless the packages that write the format are installed."""
+    if to == "gguf" and importlib.util.find_spec("gguf") is None:
+        raise UserError(f"--to gguf needs the package gguf; {install_line('gguf')}")
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
