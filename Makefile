@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 INSTALL ?= $(BIN)/python -m pip install --disable-pip-version-check --use-pep517
 ARGS ?=
 
-.PHONY: demo test test-all check docs format lock clean help
+.PHONY: demo test test-all test-oldest check docs format lock clean help
 
 help:
 	@echo "make demo   install, fine-tune the embedded model with config.yaml, evaluate it"
 	@echo "make test   install, run the default tests (make test-all: the slow ones too)"
+	@echo "make test-oldest  the default tests with the oldest versions that pyproject.toml accepts, in an environment of their own"
 	@echo "make docs   write the reference pages, build the documentation's site into site/"
 	@echo "make check  formatting, lint, types, direction of imports"
 
@@ -29,6 +30,10 @@ test: $(VENV)/installed-test
 
 test-all: $(VENV)/installed-all
 	$(BIN)/python -m pytest -m "not gpu and not network"
+
+# -W: the oldest versions use what newer packages below them call deprecated
+test-oldest: $(VENV)-oldest/installed
+	$(VENV)-oldest/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning -W ignore::FutureWarning
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff format --check .
@@ -67,5 +72,11 @@ $(VENV)/installed-%: requirements/%.txt $(VENV)/installed
 	$(INSTALL) -r requirements/$*.txt
 	@touch $@
 
+$(VENV)-oldest/installed: requirements/oldest.txt pyproject.toml
+	@echo "Installing the oldest versions that SGM accepts into $(VENV)-oldest: another 2 GB"
+	@$(PYTHON) -m venv $(VENV)-oldest
+	$(subst $(VENV)/,$(VENV)-oldest/,$(INSTALL)) -r requirements/oldest.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest .pytest_cache .hypothesis .ruff_cache

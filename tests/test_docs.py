@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from sgm_finetune.base.install import install_line
 
@@ -94,6 +95,17 @@ def test_the_lock_fits_every_bound_and_names_no_host():
     needed = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
     for requirement in map(Requirement, needed):
         assert requirement.specifier.contains(locked[requirement.name]), requirement
+
+
+def test_the_oldest_environment_has_the_lowest_version_of_every_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / "requirements" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    oldest = {name: Version(version) for name, _, version in (line.partition("==") for line in lines) if version}
+    for requirement in map(Requirement, project["dependencies"]):
+        (lowest,) = [Version(bound.version) for bound in requirement.specifier if bound.operator == ">="]
+        found = oldest[requirement.name]
+        if requirement.name != "torch":  # the lowest torch is that of a GPU's image; on an index it is gigabytes
+            assert found.release[: len(lowest.release)] == lowest.release, (requirement, found)
 
 
 def blocks(page: str, kind: str = "bash") -> str:

@@ -46,7 +46,8 @@ def test_a_package_that_is_absent_or_too_old_makes_it_not_ready(monkeypatch, cap
     assert wrong.verdict == "broken"
     peft = next(line for line in map(Requirement, doctor.requires(doctor.DISTRIBUTION)) if line.name == "peft")
     assert f"{peft} is not installed" in wrong.text
-    assert "scipy 1.0 is not >=1.17" in wrong.text
+    scipy = next(line for line in map(Requirement, doctor.requires(doctor.DISTRIBUTION)) if line.name == "scipy")
+    assert f"scipy 1.0 is not {scipy.specifier}" in wrong.text
     with pytest.raises(SystemExit) as caught:
         main(["doctor"])
     assert caught.value.code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import subprocess
 import sys
@@ -10,18 +11,20 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx2
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import errors
 
 from sgm_finetune.base.hub import explain_hub_error
 
+# the hub's HTTP client: httpx with the oldest version, httpx2 with newer ones
+http = importlib.import_module(
+    next(kind.__module__.split(".")[0] for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+)
+
 
 def answered(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
-    return kind(
-        "long words of a library", response=httpx2.Response(status, request=httpx2.Request("GET", "http://hub"))
-    )
+    return kind("long words of a library", response=http.Response(status, request=http.Request("GET", "http://hub")))
 
 
 def wrapped(inner: Exception) -> Exception:
@@ -45,9 +48,9 @@ def _online(monkeypatch):
         (answered(errors.DisabledRepoError, 403), "disabled", "another model"),
         (answered(errors.HfHubHTTPError, 429), "asks to wait", "in a few minutes"),
         (answered(errors.HfHubHTTPError, 503), "trouble of its own (503)", "later"),
-        (wrapped(httpx2.ConnectError("Name or service not known")), "does not answer (Name or service", "HTTPS_PROXY"),
+        (wrapped(http.ConnectError("Name or service not known")), "does not answer (Name or service", "HTTPS_PROXY"),
         (wrapped(errors.OfflineModeIsEnabled("offline")), "HF_HUB_OFFLINE=1 forbids", "unset HF_HUB_OFFLINE"),
-        (httpx2.ReadTimeout("timed out"), "does not answer (timed out)", "network"),
+        (http.ReadTimeout("timed out"), "does not answer (timed out)", "network"),
         (OSError(errno.ENOSPC, "No space left on device"), "is full", "HF_HOME"),
         (RuntimeError("Data processing error: No space left on device (os error 28)"), "is full", "HF_HOME"),
         (PermissionError(errno.EACCES, "Permission denied"), "cannot be written", "HF_HOME"),
