@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import yaml
 from sgm_finetune.base.config import ALTERNATIVES, Config, known_keys
 from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands.cli import app, main
+from sgm_finetune.commands.requests import check_inputs
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = [name for name in Config.model_fields if name != "plan"]
@@ -449,3 +453,52 @@ def test_every_file_of_the_repository_loads_and_writes_known_keys_only(path):
 )
 def test_each_optimizer_has_its_own_default_learning_rate(overrides, rate):
     assert load_config(None, overrides).training.peak_learning_rate == rate
+
+
+CONFIGURED = ("data", "estimate", "plan", "finetune")
+"""The commands that begin with a configuration."""
+
+
+@pytest.mark.parametrize("command", CONFIGURED)
+def test_the_example_of_a_commands_help_works_in_an_empty_folder(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}]}
+        for n in range(20)
+    ]
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    text = next(found.callback.__doc__ for found in app.registered_commands if found.name == command)
+    example = text.partition(f"Example: sgm {command} ")[2].strip()
+    check_inputs(load_config(None, [word for word in shlex.split(example) if "=" in word]))
+
+
+@pytest.mark.parametrize("command", CONFIGURED)
+def test_without_a_configuration_file_the_defaults_hold_and_one_that_is_named_must_exist(
+    command, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    for arguments, line in (
+        ([command], "No data: give data.train=FILE or data.name, for example data.name=rotten-tomatoes"),
+        ([command, "--config", "config.yaml"], "No configuration file config.yaml; name another, leave --config out"),
+        ([command, "data.train=none.csv"], f"data.train=none.csv does not exist (looked in {tmp_path})"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        shown = capfd.readouterr()
+        assert stop.value.code == 2
+        assert shown.err.startswith(line)
+        assert shown.err.count("\n") == 1
+        assert shown.out == ""
+
+
+def test_a_command_reads_config_yaml_of_its_folder_and_says_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("data: {train: none.csv}", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["data"])
+    shown = capfd.readouterr()
+    assert shown.out == "config   read from config.yaml\n"
+    assert shown.err.startswith("data.train=none.csv does not exist")
+    with pytest.raises(SystemExit):
+        main(["--quiet", "data", "--json"])
+    assert capfd.readouterr().out == ""

@@ -29,7 +29,7 @@ def load_config(
     of the wrong type or out of range, and an override that is not `key=value`.
     """
     where = str(path) if path is not None else "defaults"
-    values = _read_yaml(Path(path)) if path is not None else {}
+    values = _read_yaml(Path(path).expanduser()) if path is not None else {}
     origin = dict.fromkeys(_leaf_keys(values), where)
     return parse_config(values, where, origin | set_overrides(values, overrides, where, announce))
 
@@ -170,7 +170,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = read_yaml(path)
     except FileNotFoundError:
-        raise UserError(f"No configuration file {path}; name one with --config, or create one with sgm init") from None
+        raise UserError(
+            f"No configuration file {path}; name another, leave --config out for the defaults, or create one with "
+            "sgm init"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except ValueError as error:
