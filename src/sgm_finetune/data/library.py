@@ -18,7 +18,7 @@ from sgm_finetune.base.text import one_line
 from sgm_finetune.data.arrow import class_names, table_of
 from sgm_finetune.data.embedded import EMBEDDED
 from sgm_finetune.data.sources import HUB_SPLITS, Source, Split, check_hub_name
-from sgm_finetune.data.tables import Table, type_of
+from sgm_finetune.data.tables import Table, find_separator, type_of
 
 
 def open_named(name: str) -> Source:
@@ -48,7 +48,7 @@ def _aliases(name: str, loaded: Any) -> dict[Split, str]:
 
 
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "csv": ("csv", {}),
+    "csv": ("csv", {"sep": ","}),
     "tsv": ("csv", {"sep": "\t"}),
     "json": ("json", {}),
     "jsonl": ("json", {}),
@@ -93,6 +93,8 @@ def _stream_file(path: Path, key: str, config: DataConfig) -> datasets.IterableD
     if not path.stat().st_size:
         raise UserError(f"{key}={path} has no rows")
     builder, options = _BUILDERS[kind]
+    if builder == "csv":
+        options = {**options, "sep": find_separator(path, options["sep"])}
     return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
 
 
