@@ -101,7 +101,7 @@ def choose_rows(source: Source, config: DataConfig, task: Task) -> ChosenRows:
     return ChosenRows(chosen, labels, description, kind)
 
 
-WHOLE_BYTES = 16 * 2**20
+WHOLE_BYTES = 2 * 2**20
 """Files of more bytes in total are checked by their first rows only, before the libraries are loaded."""
 HEAD_ROWS = 200
 

@@ -175,7 +175,7 @@ def _read_separated(path: Path, usual: str, num_rows: int | None) -> Table:
             if len(set(header)) < len(header):
                 twice = next(name for name in header if header.count(name) > 1)
                 raise UserError(f"{path} names the column `{twice}` twice; the first line must name each column once")
-            columns = [Column() for _ in header]
+            columns: list[list[str]] = [[] for _ in header]
             for row in itertools.islice(reader, num_rows):
                 if not row:
                     continue
@@ -191,21 +191,7 @@ def _read_separated(path: Path, usual: str, num_rows: int | None) -> Table:
                 f"{path} line {reader.line_num}: {one_line(error)}; write a double quote inside a quoted field twice"
             ) from None
     note = "" if delimiter == usual else f"separated by {SEPARATORS[delimiter]}"
-    return Table(path.name, {name: column.values for name, column in zip(header, columns, strict=True)}, note=note)
-
-
-class Column:
-    """The values of a column while its file is read. Equal short texts, such as labels, become one object."""
-
-    def __init__(self, num_before: int = 0):
-        self.values: list[Any] = [None] * num_before
-        self._known: dict[str, str] = {}
-
-    def append(self, value: Any) -> None:
-        if isinstance(value, str) and len(value) <= 40:
-            known = self._known
-            value = known.get(value, value) if len(known) >= 1000 else known.setdefault(value, value)
-        self.values.append(value)
+    return Table(path.name, dict(zip(header, columns, strict=True)), note=note)
 
 
 @contextmanager
@@ -220,7 +206,7 @@ def _unlimited_fields() -> Iterator[None]:
 
 def _read_json(path: Path, num_rows: int | None) -> Table:
     """The table in one JSON list of objects, or in one object a line, for both extensions."""
-    columns: dict[str, Column] = {}
+    columns: dict[str, list] = {}
     count = 0
     with open_text(path) as file:
         for where, row in itertools.islice(_json_rows(path, file), num_rows):
@@ -228,14 +214,14 @@ def _read_json(path: Path, num_rows: int | None) -> Table:
                 raise UserError(f"{path} {where} is not a JSON object; write {{'text': ..., 'label': ...}}")
             for name, value in row.items():
                 if name not in columns:
-                    columns[name] = Column(count)
+                    columns[name] = [None] * count
                 columns[name].append(value)
             count += 1
             if len(row) < len(columns):
                 for name, column in columns.items():
                     if name not in row:
                         column.append(None)
-    return Table(path.name, {name: column.values for name, column in columns.items()})
+    return Table(path.name, columns)
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
