@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import yaml
 from sgm_finetune.base.config import ALTERNATIVES, Config, known_keys
 from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands.cli import app, main
+from sgm_finetune.commands.requests import check_inputs
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = [name for name in Config.model_fields if name != "plan"]
@@ -87,12 +91,113 @@ def test_the_last_of_two_overrides_wins():
         ("data.columns.text=review", "data.columns", {"text": "review"}),
         ("data.train=a b=c.csv", "data.train", "a b=c.csv"),
         ("output.dir=[unclosed", "output.dir", "[unclosed"),
+        ("output.dir=o/trial #7", "output.dir", "o/trial #7"),
+        ("output.dir=o/run: a", "output.dir", "o/run: a"),
+        ("output.dir=2024-01-01", "output.dir", "2024-01-01"),
+        ("output.dir=010", "output.dir", "010"),
+        ("output.dir=yes", "output.dir", "yes"),
+        ("output.dir=1e3", "output.dir", "1e3"),
+        ("output.dir={a: b}", "output.dir", "{a: b}"),
+        ("output.dir='null'", "output.dir", "null"),
+        ('output.dir="a #b"', "output.dir", "a #b"),
+        ("output.dir='a' or 'b'", "output.dir", "'a' or 'b'"),
+        ("model.name=[a, b]", "model.name", "[a, b]"),
+        ("model.revision=1234567", "model.revision", "1234567"),
+        ("model.revision=1e10", "model.revision", "1e10"),
+        ("data.train=null", "data.train", None),
+        ("data.train='null'", "data.train", "null"),
+        ("data.train=&a", "data.train", "&a"),
+        ("data.train=!a", "data.train", "!a"),
+        ("data.columns={text: 1, label: yes}", "data.columns", {"text": "1", "label": "yes"}),
+        ("data.columns={text: '~'}", "data.columns", {"text": "~"}),
+        ("data.columns.text=film: review #1", "data.columns", {"text": "film: review #1"}),
+        ("training.learning_rate=1e-3", "training.learning_rate", 1e-3),
+        ("training.max_steps=1_000", "training.max_steps", 1000),
+        ("training.seed=0", "training.seed", 0),
+        ("memory.budget=1_000_000_000", "memory.budget", 10**9),
+        ("memory.budget=1.5GB", "memory.budget", 1_500_000_000),
+        ("training.checkpointing=true", "training.checkpointing", True),
+        ("training.checkpointing=offload", "training.checkpointing", "offload"),
+        ("training.report_to=null", "training.report_to", []),
+        ("training.report_to=[wandb, mlflow]", "training.report_to", ["wandb", "mlflow"]),
     ],
 )
 def test_an_override_is_read_as_the_type_its_key_declares(override, key, value):
     found = value_at(load_config(None, [override]), key)
     assert found == value
     assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("output: {dir: 2024-01-01}", "output.dir", "2024-01-01"),
+        ("output: {dir: 1:30}", "output.dir", "1:30"),
+        ("output: {dir: no}", "output.dir", "no"),
+        ("output: {dir: 010}", "output.dir", "010"),
+        ("output: {dir: 'null'}", "output.dir", "null"),
+        ("model: {revision: 12e4}", "model.revision", "12e4"),
+        ("data: {columns: {text: on, label: 3}}", "data.columns", {"text": "on", "label": "3"}),
+        ("data: {train: null}", "data.train", None),
+        ("data: {train: ~}", "data.train", None),
+        ("training: {max_steps: }", "training.max_steps", None),
+        ("training: {learning_rate: 1e-3}", "training.learning_rate", 1e-3),
+        ("training: {seed: '3'}", "training.seed", 3),
+        ("training: {seed: !!int 3}", "training.seed", 3),
+        ("plan: null", "plan", None),
+        ("plan: 1", "plan", "1"),
+        ("output: {overwrite: True}", "output.overwrite", True),
+    ],
+)
+def test_a_value_of_a_file_is_read_as_the_type_its_key_declares(write, text, key, value):
+    found = value_at(load_config(write(text)), key)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("training: {max_steps: 1:30}", "`training.max_steps` is '1:30'; write a plain number"),
+        ("training: {seed: 010}", "`training.seed` is '010'; write a plain number"),
+        ("training: {seed: 2024-01-01}", "`training.seed` is '2024-01-01'; write a plain number"),
+        ("output: {overwrite: yes}", "`output.overwrite` is 'yes'; write true or false"),
+        ("output: {dir: null}", "`output.dir` is 'null'; it takes a text; leave it out, or put the text into quotes"),
+        ("output: {dir: [a]}", "`output.dir` is ['a']"),
+        ("plan: ''", "`plan` is ''; it is empty"),
+        (
+            "training: {checkpointing: [a]}",
+            "`training.checkpointing` is ['a']; input should be False, True or 'offload'",
+        ),
+    ],
+)
+def test_a_value_of_a_file_that_can_be_read_in_two_ways_is_quoted_as_written(write, text, part):
+    path = write(text)
+    assert said(load_config, path).startswith(f"{path}: {part}")
+
+
+PATHS = ["data.train", "data.validation", "data.test", "data.name", "model.name", "output.dir", "plan", "snr.scan"]
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_tilde_is_the_home_folder_where_a_key_takes_a_path(write, key, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    section, _, leaf = key.rpartition(".")
+    others = {"data.validation": ["data.train=a.csv"], "data.test": ["data.train=a.csv"]}.get(key, [])
+    assert value_at(load_config(None, [f"{key}=~/x #1", *others]), key) == "/home/me/x #1"
+    written = f"{section}: {{{leaf}: ~/x}}" if section else f"{leaf}: ~/x"
+    assert value_at(load_config(write(written), others), key) == "/home/me/x"
+    assert "no home folder ~nobody-here; write ./~nobody-here/x" in said(
+        load_config, None, [f"{key}=~nobody-here/x", *others]
+    )
+    assert value_at(load_config(None, [f"{key}=./~x", *others]), key) == "./~x"
+
+
+def test_a_tilde_in_a_list_of_paths_is_home_and_in_a_column_it_is_not(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(None, ["evaluation.harness=[~/a.yaml, arc_easy]", "data.columns={text: ~x}"])
+    assert config.evaluation.harness == ["/home/me/a.yaml", "arc_easy"]
+    assert config.data.columns == {"text": "~x"}
 
 
 def test_a_number_that_yaml_reads_as_text_is_a_number(write):
@@ -109,7 +214,7 @@ def test_a_number_that_yaml_reads_as_text_is_a_number(write):
         ("epochs=1", ["unknown key `epochs`", "did you mean `training.epochs`"]),
         ("snr.zzzz=1", ["unknown key `snr.zzzz`", "known keys: estimator"]),
         ("data.columns.txt=review", ["`data.columns` is 'txt'", "'text', 'text_pair', 'label', 'prompt'"]),
-        ("training.epochs.more=1", ["`training.epochs` is {'more': 1}", "valid number"]),
+        ("training.epochs.more=1", ["`training.epochs` is {'more': '1'}", "valid number"]),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_known_one(override, parts):
@@ -128,21 +233,30 @@ def test_an_unknown_key_in_a_file_names_the_file(write):
         ("training.learning_rate=fast", "'fast'"),
         ("training.max_steps=2.5", "2.5"),
         ("training.max_steps=many", "'many'"),
-        ("training.max_steps=true", "True"),
-        ("training.learning_rate=true", "True"),
-        ("training.seed=false", "False"),
-        ("adapter.dropout=yes", "True"),
+        ("training.max_steps=true", "'true'"),
+        ("training.learning_rate=true", "'true'"),
+        ("training.seed=false", "'false'"),
+        ("adapter.dropout=yes", "'yes'"),
         ("output.overwrite=perhaps", "'perhaps'"),
-        ("output.dir=3", "3"),
-        ("model.name=[a, b]", "['a', 'b']"),
+        ("output.overwrite=yes", "'yes'"),
+        ("output.overwrite=1", "'1'"),
+        ("output.dir=null", "'null'"),
+        ("output.dir=", "''"),
         ("data.columns=review", "'review'"),
-        ("training.learning_rate=[1]", "[1]"),
-        ("training.weight_decay=nan", "nan"),
+        ("training.learning_rate=[1]", "'[1]'"),
+        ("training.weight_decay=nan", "'nan'"),
         ("training.learning_rate=nan", "'nan'"),
-        ("training.learning_rate=.inf", "inf"),
-        ("training.max_grad_norm=.inf", "inf"),
-        ("training.max_steps=.inf", "inf"),
-        ("training.max_steps=1e400", "inf"),
+        ("training.learning_rate=.inf", "'.inf'"),
+        ("training.max_grad_norm=.inf", "'.inf'"),
+        ("training.max_steps=.inf", "'.inf'"),
+        ("training.max_steps=1e400", "'1e400'"),
+        ("training.max_steps=1:30", "'1:30'"),
+        ("training.seed=010", "'010'"),
+        ("training.seed=0x10", "'0x10'"),
+        ("training.seed=1_5", "'1_5'"),
+        ("training.seed=1,000", "'1,000'"),
+        ("memory.budget=1:30", "'1:30'"),
+        ("memory.budget=08GiB", "'08GiB'"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named_with_its_key_and_value(override, value):
@@ -267,7 +381,7 @@ def test_an_override_that_is_not_key_equals_value_is_refused(override):
         ("- a\n- b\n", ["['a', 'b']", "key: value"]),
         ("just words\n", ["'just words'", "key: value"]),
         ("training: [1, 2\n", ["is not YAML"]),
-        ("training: 3\n", ["`training` is 3", "epochs"]),
+        ("training: 3\n", ["`training` is '3'", "epochs"]),
         ("training: [epochs]\n", ["`training` is ['epochs']", "epochs"]),
         ("1: 2\n", ["unknown key `1`"]),
     ],
@@ -339,3 +453,52 @@ def test_every_file_of_the_repository_loads_and_writes_known_keys_only(path):
 )
 def test_each_optimizer_has_its_own_default_learning_rate(overrides, rate):
     assert load_config(None, overrides).training.peak_learning_rate == rate
+
+
+CONFIGURED = ("data", "estimate", "plan", "finetune")
+"""The commands that begin with a configuration."""
+
+
+@pytest.mark.parametrize("command", CONFIGURED)
+def test_the_example_of_a_commands_help_works_in_an_empty_folder(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}]}
+        for n in range(20)
+    ]
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    text = next(found.callback.__doc__ for found in app.registered_commands if found.name == command)
+    example = text.partition(f"Example: sgm {command} ")[2].strip()
+    check_inputs(load_config(None, [word for word in shlex.split(example) if "=" in word]))
+
+
+@pytest.mark.parametrize("command", CONFIGURED)
+def test_without_a_configuration_file_the_defaults_hold_and_one_that_is_named_must_exist(
+    command, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    for arguments, line in (
+        ([command], "No data: give data.train=FILE or data.name, for example data.name=rotten-tomatoes"),
+        ([command, "--config", "config.yaml"], "No configuration file config.yaml; name another, leave --config out"),
+        ([command, "data.train=none.csv"], f"data.train=none.csv does not exist (looked in {tmp_path})"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        shown = capfd.readouterr()
+        assert stop.value.code == 2
+        assert shown.err.startswith(line)
+        assert shown.err.count("\n") == 1
+        assert shown.out == ""
+
+
+def test_a_command_reads_config_yaml_of_its_folder_and_says_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("data: {train: none.csv}", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["data"])
+    shown = capfd.readouterr()
+    assert shown.out == "config   read from config.yaml\n"
+    assert shown.err.startswith("data.train=none.csv does not exist")
+    with pytest.raises(SystemExit):
+        main(["--quiet", "data", "--json"])
+    assert capfd.readouterr().out == ""

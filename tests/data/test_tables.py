@@ -91,7 +91,8 @@ def test_parquet_keeps_class_names_and_reads_categories(tmp_path: Path) -> None:
         (
             "r.xlsx",
             "",
-            "unknown extension `.xlsx` (known: .csv .tsv .json .jsonl .parquet .txt .conll); set data.file_type",
+            "unknown extension `.xlsx` (known: .csv .tsv .json .jsonl .parquet .txt .conll, and .gz .bz2 .xz "
+            ".zst after them); set data.file_type",
         ),
     ],
 )

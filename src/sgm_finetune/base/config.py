@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import typing
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from sgm_finetune.base.untrusted import Written
 
 Task = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq-lm"]
 Role = Literal[
@@ -23,19 +27,30 @@ Optimizer = Literal["spectral", "adamw", "adamw_8bit", "paged_adamw_8bit"]
 DEFAULT_RATES: dict[Optimizer, float] = {"spectral": 0.0125, **dict.fromkeys(typing.get_args(Optimizer)[1:], 1e-3)}
 
 
-def _parse_number(value: Any) -> Any:
-    """Returns text such as `2e-5` as the number it spells, because YAML 1.1 reads it as text.
+_NUMBER = re.compile(
+    r"[+-]?(?P<whole>0|[1-9]\d*|[1-9]\d{0,2}(?:_\d{3})+)?(?P<rest>(?:\.\d*)?(?:e[+-]?\d+)?)", re.ASCII | re.IGNORECASE
+)
 
-    Raises ValueError for true and false. Every other value comes back as it is.
+
+def _parse_number(value: Any) -> Any:
+    """Returns a number that is written as text. Every value that is no text comes back as it is.
+
+    Raises ValueError for true and false, and for a text that can be read in two ways (010, 1:30) or is not finite.
+
+    >>> _parse_number("2e-5"), _parse_number("1_000"), _parse_number(".5"), _parse_number(3)
+    (2e-05, 1000, 0.5, 3)
     """
     if isinstance(value, bool):
         raise ValueError("true/false is not a number")
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    if not isinstance(value, str):
+        return value
+    found = _NUMBER.fullmatch(value.strip())
+    if len(value) > 60 or found is None or not re.search(r"^[+-]?\.?\d", value.strip()):
+        raise ValueError("write a plain number, such as 90, 0.5 or 1e-3")
+    number = float(value) if found["rest"] else int(value)
+    if math.isinf(number):
+        raise ValueError("it is too large a number")
+    return number
 
 
 _UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
@@ -50,10 +65,7 @@ def _parse_size(value: Any) -> Any:
     (8589934592, 1500000000, 'much')
     """
     if isinstance(value, str) and (found := re.fullmatch(r"\s*([\d.]+)\s*([kmgt]i?b)\s*", value.lower())):
-        try:
-            return int(float(found[1]) * _UNITS[found[2]])
-        except ValueError:
-            return value
+        return int(_parse_number(found[1]) * _UNITS[found[2]])
     return value
 
 
@@ -63,12 +75,51 @@ def _parse_list(value: Any) -> Any:
     >>> _parse_list("tensorboard"), _parse_list(None)
     (['tensorboard'], [])
     """
-    if value is None:
+    if value is None or (isinstance(value, Written) and value.is_null):
         return []
     return [value] if isinstance(value, str) else value
 
 
-Size = Annotated[int, BeforeValidator(_parse_size)]
+def _parse_flag(value: Any) -> Any:
+    """Returns true and false, written as text, as a truth value. Raises ValueError for another text, such as yes."""
+    if not isinstance(value, str):
+        return value
+    if value not in _FLAGS:
+        raise ValueError("write true or false")
+    return _FLAGS[value]
+
+
+def _parse_switch(value: Any) -> Any:
+    """Returns true and false, written as text, as a truth value. Every other value comes back as it is."""
+    return _FLAGS.get(value, value) if isinstance(value, str) else value
+
+
+_FLAGS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+
+
+def _parse_text(value: Any) -> Any:
+    """Returns a text as it was written. Raises ValueError for an empty one, and for null without quotes."""
+    if value == "":
+        raise ValueError("it is empty; leave it out, or write a text")
+    if isinstance(value, Written) and value.is_null:
+        raise ValueError(f'it takes a text; leave it out, or put the text into quotes: "{value}"')
+    return str(value) if isinstance(value, str) else value
+
+
+def _parse_path(value: Any) -> Any:
+    """Returns a path with the home folder for its `~` or `~user`. Raises ValueError for a user that does not exist."""
+    if not isinstance(value, str) or not value.startswith("~"):
+        return _parse_text(value)
+    expanded = os.path.expanduser(value)
+    if expanded.startswith("~"):
+        raise ValueError(f"there is no home folder {value.partition('/')[0]}; write ./{value} for a file of that name")
+    return expanded
+
+
+Size = Annotated[int, BeforeValidator(_parse_number), BeforeValidator(_parse_size)]  # the last one comes first
+Text = Annotated[str, BeforeValidator(_parse_text)]
+PathText = Annotated[str, BeforeValidator(_parse_path)]
+Flag = Annotated[bool, BeforeValidator(_parse_flag)]
 Real = Annotated[float, BeforeValidator(_parse_number), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_parse_number)]  # `2e3` and `200.0` are whole numbers too
 
@@ -95,7 +146,7 @@ def _refuse_both(section: str, values: BaseModel) -> None:
 
 
 class ModelConfig(_Section):
-    name: str = "smollm2-135m-instruct"
+    name: PathText = "smollm2-135m-instruct"
     """Hub id, local folder, or an embedded demo model: `smollm2-135m-instruct`, `all-minilm-l6-v2`."""
     task: Task = "sequence-classification"
     """Task that the model learns."""
@@ -104,21 +155,21 @@ class ModelConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Floating-point type of the base. auto: the type of the stored weights; for a quantised base bfloat16, or float32
     on a processor without bfloat16 instructions."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit of a hub model (null: the main branch)."""
-    trust_remote_code: bool = False
+    trust_remote_code: Flag = False
     """Run the Python code that comes with the model. Read that code first."""
 
 
 class DataConfig(_Section):
-    name: str | None = None
+    name: PathText | None = None
     """Embedded data set (`rotten-tomatoes`, `imdb`, `xsum`, `conll-sample`, `jane-austen`), hub id or local data set
     folder. `owner/name:subset` selects a subset on the hub. For your own files, set `train` instead."""
-    train: str | None = None
+    train: PathText | None = None
     """Training file: .csv, .tsv, .json, .jsonl, .parquet, .txt or .conll."""
-    validation: str | None = None
+    validation: PathText | None = None
     """Validation file (null: `validation_fraction` of the training data)."""
-    test: str | None = None
+    test: PathText | None = None
     """Test file (null: `test_fraction` of the training data)."""
     file_type: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "text", "conll"] = "auto"
     """Type of the files. auto: inferred from the file name extension."""
@@ -126,7 +177,7 @@ class DataConfig(_Section):
     """Format of the rows for causal-lm. text: running text. completion: prompt and completion. chat: messages with role
     and content. sharegpt: messages with from and value. alpaca: instruction, input, output. auto: inferred from the
     column names and printed."""
-    columns: dict[Role, str] = {}
+    columns: dict[Role, Text] = {}
     """Column of each role, for example {text: review, label: stars}. By default, a role's column has the role's
     name."""
     label_kind: Literal["auto", "class", "classes", "number"] = "auto"
@@ -135,7 +186,7 @@ class DataConfig(_Section):
     number, everything else means class."""
     max_length: Whole = Field(default=256, ge=8, le=1_048_576)
     """Maximum length of a sequence in tokens. Longer sequences are truncated."""
-    packing: bool = False
+    packing: Flag = False
     """Pack several training examples into each sequence of `max_length`. For completion and chat data; running text is
     always packed. An example attends only to itself, and SGM checks this on the model. `training.batch_size` then
     counts packed sequences."""
@@ -149,7 +200,7 @@ class DataConfig(_Section):
     """Fraction of the data to use for validation when there is no validation data."""
     test_fraction: Real = Field(default=0.15, gt=0, lt=0.5)
     """Fraction of the data to use for testing when there is no test data."""
-    streaming: bool = False
+    streaming: Flag = False
     """Read only `num_train`, `num_validation` and `num_test` rows from a shuffled stream, seeded by `seed`. For files,
     folders and hub data sets that do not fit in memory or on disk."""
     seed: Whole = Field(default=0, ge=0, lt=2**32)
@@ -172,7 +223,7 @@ class SnrConfig(_Section):
     estimator: Literal["mp", "spectrum"] = "mp"
     """Estimator of the noise in a matrix. mp: Marchenko-Pastur bulk, deflated (docs/method.md 1). spectrum: the formula
     of the published Spectrum script."""
-    scan: str | None = None
+    scan: PathText | None = None
     """Scan file to use instead of a new scan: the output of `sgm scan --output`, or a result file of the published
     Spectrum script (with estimator: spectrum). null: scan the model."""
 
@@ -183,7 +234,7 @@ class SelectionConfig(_Section):
     snr_threshold: Real | None = Field(default=None, ge=0)
     """Minimum SNR of the matrices to train, as an energy ratio, not in dB (null: no minimum). It cannot be combined
     with `top_fraction`."""
-    prefer_depth: bool = False
+    prefer_depth: Flag = False
     """With `top_fraction`: select the matrices nearest to the output instead of those with the highest SNR. The
     backward pass stops at the lowest trained matrix and keeps no activations below it. On MiniLM, training the upper
     half with equal parameters costs 0.012 ± 0.009 in loss (docs/results.md)."""
@@ -252,14 +303,14 @@ class TrainingConfig(_Section):
     micro_batch_size: Whole | None = Field(default=None, ge=1)
     """Examples per forward pass of one process. Gradients accumulate over micro-batches (null: batch_size /
     processes)."""
-    shard: bool = False
+    shard: Flag = False
     """Shard the frozen base over all processes (FSDP2) instead of keeping a copy in each."""
     step: Literal["fast", "peft"] = "fast"
     """Implementation of the training step. fast: adds a layer's update to its output in place, in the base's type;
     computes x Aᵀ once for all matrices that share A; computes the loss of a language model without the logits of the
     whole batch (docs/method.md 8). peft: the code of PEFT and Transformers. Where fast does not apply, SGM uses PEFT's
     code and prints a line."""
-    checkpointing: Literal[False, True, "offload"] = False
+    checkpointing: Annotated[Literal[False, True, "offload"], BeforeValidator(_parse_switch)] = False
     """Gradient checkpointing. true: keep only the input of each block and recompute the block in the backward pass, for
     less memory and more time. offload: as true, with the inputs in host memory instead of GPU memory, which takes a
     little more time."""
@@ -289,7 +340,7 @@ class TrainingConfig(_Section):
     """Trackers that also receive the loss, learning rate and memory of every step, through Transformers. tensorboard:
     files in output.dir/checkpoints/runs (`pip install -e ".[tracking]"`). wandb, mlflow, trackio: as that
     package's own settings say (pip install the package)."""
-    resume: bool = False
+    resume: Flag = False
     """Resume from the last complete checkpoint in output.dir."""
 
     @property
@@ -311,7 +362,7 @@ class EvaluationConfig(_Section):
     num_generated: Whole = Field(default=32, ge=0)
     """Number of test examples for which the model generates an answer before and after training, to measure exact
     match, ROUGE-L and BLEU. It applies to data with answers (completion, chat, pairs). 0: none."""
-    harness: list[str] = []
+    harness: list[PathText] = []
     """Tasks of lm-evaluation-harness to run before and after training, as names or .yaml files
     (`pip install -e ".[harness]"`)."""
     harness_limit: Whole | None = Field(default=None, ge=1)
@@ -325,9 +376,9 @@ class MemoryConfig(_Section):
 
 
 class OutputConfig(_Section):
-    dir: str = "output"
+    dir: PathText = "output"
     """Folder for the results."""
-    overwrite: bool = False
+    overwrite: Flag = False
     """Replace the results of an earlier run in `dir`."""
 
 
@@ -345,7 +396,7 @@ class Config(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     memory: MemoryConfig = MemoryConfig()
     output: OutputConfig = OutputConfig()
-    plan: str | None = None
+    plan: PathText | None = None
     """Plan file (plan.json of an earlier run) to use instead of measuring again (null: measure)."""
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from sgm_finetune.base.config import ALTERNATIVES, Config, known_keys, sections
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import short_repr
-from sgm_finetune.base.untrusted import parse_yaml, read_yaml
+from sgm_finetune.base.untrusted import Written, parse_yaml, read_yaml
 
 
 def load_config(
@@ -29,7 +29,7 @@ def load_config(
     of the wrong type or out of range, and an override that is not `key=value`.
     """
     where = str(path) if path is not None else "defaults"
-    values = _read_yaml(Path(path)) if path is not None else {}
+    values = _read_yaml(Path(path).expanduser()) if path is not None else {}
     origin = dict.fromkeys(_leaf_keys(values), where)
     return parse_config(values, where, origin | set_overrides(values, overrides, where, announce))
 
@@ -55,12 +55,57 @@ def set_overrides(
 
 def _parse_override(override: str) -> tuple[str, Any]:
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    key, text = key.strip(), text.strip()
+    if not equals or not key:
         raise UserError(f"`{override}` is not key=value; write for example training.epochs=1")
-    try:
-        return key.strip(), parse_yaml(text) if text.strip() else None
-    except ValueError:
-        return key.strip(), text
+    declared = _declared(key)
+    if _is_nested(declared) or text[:1] in ("'", '"'):
+        try:
+            value = parse_yaml(text)
+        except ValueError:
+            value = Written(text)
+        if not _is_nested(declared) and not isinstance(value, str):
+            value = Written(text)
+    else:  # the whole text: `#` and `:` belong to it
+        value = Written(text)
+    return key, None if _is_null(value, declared) else value
+
+
+def _declared(dotted: str) -> Any:
+    """The type that a key declares; None for an unknown key."""
+    first, *rest = dotted.split(".")
+    model = sections(Config).get(first, Config)
+    if model is not Config:
+        if not rest:
+            return model
+        first, *rest = rest
+    field = model.model_fields.get(first)
+    if field is None:
+        return None
+    return str if rest else field.annotation  # data.columns.text
+
+
+def _is_nested(declared: Any) -> bool:
+    """Whether a key takes a list, a mapping or keys of its own."""
+    is_section = isinstance(declared, type) and issubclass(declared, BaseModel)
+    return is_section or typing.get_origin(declared) in (list, dict)
+
+
+def _is_null(value: Any, declared: Any) -> bool:
+    """Whether a value stands for null: written as null, for a key that may be null or a section."""
+    may_be_null = type(None) in typing.get_args(declared) or declared in sections(Config).values()
+    return value is None or (isinstance(value, Written) and value.is_null and may_be_null)
+
+
+def _read_nulls(values: dict[str, Any]) -> None:
+    """Writes None into the nested `values` of a file where null stands for a key that may be null."""
+    for key, value in values.items():
+        if isinstance(value, dict) and key in sections(Config):
+            values[key] = {
+                leaf: None if _is_null(inner, _declared(f"{key}.{leaf}")) else inner for leaf, inner in value.items()
+            }
+        elif _is_null(value, _declared(key)):
+            values[key] = None
 
 
 def _replace_alternatives(values: dict[str, Any], given: typing.Mapping[str, Any], where: str) -> list[str]:
@@ -125,15 +170,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = read_yaml(path)
     except FileNotFoundError:
-        raise UserError(f"No configuration file {path}; name one with --config, or create one with sgm init") from None
+        raise UserError(
+            f"No configuration file {path}; name another, leave --config out for the defaults, or create one with "
+            "sgm init"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except ValueError as error:
         raise UserError(f"{path} is not YAML: {error}") from None
-    if values is None:
+    if values is None or (isinstance(values, Written) and values.is_null):
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {short_repr(values, limit=60)}; write `key: value` lines")
+    _read_nulls(values)
     return values
 
 
@@ -198,7 +247,9 @@ def _describe_error(error: ValidationError, where: str, origin: typing.Mapping[s
     dotted = ".".join(location)
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if first["type"] == "value_error" and len(location) <= 1:  # a rule about several keys names them itself
+    if (
+        first["type"] == "value_error" and dotted not in known_keys() and len(location) <= 1
+    ):  # a rule about several keys names them itself
         return f"{where}: {message}"
     known = next((key for key in known_keys() if dotted == key or dotted.startswith(f"{key}.")), dotted)
     return f"{_origin(known, where, origin)}: `{known}` is {short_repr(first['input'], limit=60)}; {message}"

@@ -81,8 +81,22 @@ def parse_json(text: str, infinite: bool = False) -> Any:
     return found
 
 
+class Written(str):
+    """A YAML scalar without quotes, as it was written: the type of its key says what it means.
+
+    YAML 1.1 would read 1:30 as 90, 010 as 8, no as false and 2024-01-01 as a date.
+    """
+
+    @property
+    def is_null(self) -> bool:
+        return self in ("", "~", "null", "Null", "NULL")
+
+
 def parse_yaml(text: str) -> Any:
-    """The plain values in a YAML text. Raises ValueError for other types, repeated keys and too many aliased values."""
+    """The values in a YAML text: mappings, lists, and scalars as text (`Written` where they have no quotes).
+
+    Raises ValueError for other types, repeated keys and too many aliased values.
+    """
     if len(text) > MAX_YAML:
         raise ValueError(f"it is longer than {MAX_YAML:,} characters")
     try:
@@ -96,7 +110,14 @@ def parse_yaml(text: str) -> Any:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a repeated key, because its first value would be lost."""
+    """Reads scalars as text, and refuses a repeated key, because its first value would be lost."""
+
+    yaml_implicit_resolvers: ClassVar = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
+        return Written(value) if is_plain else value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]

@@ -31,7 +31,12 @@ app = typer.Typer(
     help="Fine-tune transformers on machines that are a little too small: measure, merge, train, evaluate, save.",
 )
 
-ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="YAML file; config.yaml lists its keys.")]
+ConfigPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", help="YAML file with keys and values.", show_default="config.yaml, or defaults without one"
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Keys to change, e.g. training.epochs=2 merge.side=none", metavar="key=value")
 ]
@@ -120,7 +125,7 @@ def doctor_command(as_json: AsJson = False) -> None:
 @app.command("data", rich_help_panel="Look first")
 def data_command(
     overrides: Overrides = None,
-    config: ConfigPath = Path("config.yaml"),
+    config: ConfigPath = None,
     examples: Annotated[int, typer.Option("--examples", "-n", min=0, help="Number of examples to show.")] = 3,
     as_json: AsJson = False,
 ) -> None:
@@ -128,7 +133,7 @@ def data_command(
 
     Example: sgm data data.train=chats.jsonl model.task=causal-lm data.max_length=1024
     """
-    settings = load_config(config, overrides or [], _announce(as_json))
+    settings = _read_config(config, overrides or [], as_json)
     from sgm_finetune.commands.requests import check_inputs
 
     check_inputs(settings)
@@ -222,17 +227,17 @@ def estimate_command(
         str | None, typer.Argument(help="YAML file, instead of --config; or a key=value.", metavar="config.yaml")
     ] = None,
     overrides: Overrides = None,
-    config: ConfigPath = Path("config.yaml"),
+    config: ConfigPath = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict the memory, disk and time of a run from its configuration and data, without loading weights.
 
-    Example: sgm estimate configs/smollm2-chat.yaml training.batch_size=8 memory.budget=2GiB
+    Example: sgm estimate data.name=rotten-tomatoes training.batch_size=8 memory.budget=2GiB
     """
     given = [*([config_file] if config_file else []), *(overrides or [])]
     if given and "=" not in given[0]:
         config = Path(given.pop(0))
-    settings = load_config(config, given, _announce(as_json))
+    settings = _read_config(config, given, as_json)
     from sgm_finetune.commands.requests import check_inputs
 
     check_inputs(settings, with_plan=True)
@@ -247,15 +252,15 @@ def estimate_command(
 @app.command("plan", rich_help_panel="Look first")
 def plan_command(
     overrides: Overrides = None,
-    config: ConfigPath = Path("config.yaml"),
+    config: ConfigPath = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write the plan to.")] = Path("plan.json"),
     as_json: AsJson = False,
 ) -> None:
     """Scan and probe, and write the plan: what is trained, what is shared, and why. Reuse it with plan=plan.json.
 
-    Example: sgm plan merge.threshold=0.9 --output plans/strict.json
+    Example: sgm plan data.name=rotten-tomatoes merge.threshold=0.9 --output plans/strict.json
     """
-    settings = load_config(config, overrides or [], _announce(as_json))
+    settings = _read_config(config, overrides or [], as_json)
     if output.exists() and not settings.output.overwrite:
         raise UserError(f"{output} exists; name another --output, or replace it with output.overwrite=true")
     from sgm_finetune.commands.requests import check_inputs
@@ -276,17 +281,17 @@ def plan_command(
 @app.command("finetune", rich_help_panel="Train")
 def finetune_command(
     overrides: Overrides = None,
-    config: ConfigPath = Path("config.yaml"),
+    config: ConfigPath = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything up to the first step, and write nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Scan, probe, plan, train, evaluate and save, as config.yaml says.
+    """Scan, probe, plan, train, evaluate and save, as the configuration says.
 
-    Example: sgm finetune --config config.yaml training.epochs=2 output.dir=runs/two-epochs
+    Example: sgm finetune data.name=rotten-tomatoes training.epochs=2 output.dir=runs/two-epochs
     """
-    settings = load_config(config, overrides or [], _announce(as_json))
+    settings = _read_config(config, overrides or [], as_json)
     from sgm_finetune.commands.requests import check_run
 
     check_run(settings)
@@ -302,9 +307,7 @@ def finetune_command(
 
 
 @app.command("evaluate", rich_help_panel="Train")
-def evaluate_command(
-    overrides: Overrides = None, config: ConfigPath = Path("config.yaml"), as_json: AsJson = False
-) -> None:
+def evaluate_command(overrides: Overrides = None, config: ConfigPath = None, as_json: AsJson = False) -> None:
     """Test output.dir/sgm_finetuned.pth on the test data, from that file and the base model alone.
 
     Example: sgm evaluate output.dir=runs/two-epochs
@@ -390,7 +393,7 @@ def compare_command(
 @app.command("generate", rich_help_panel="Use")
 def generate_command(
     overrides: Overrides = None,
-    config: ConfigPath = Path("config.yaml"),
+    config: ConfigPath = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A text to answer. Repeatable.")] = None,
     input: Annotated[
         Path | None,
@@ -428,7 +431,7 @@ def generate_command(
 @app.command("chat", rich_help_panel="Use")
 def chat_command(
     overrides: Overrides = None,
-    config: ConfigPath = Path("config.yaml"),
+    config: ConfigPath = None,
     compare: Compare = False,
     system: Annotated[str | None, typer.Option("--system", help="System message of the conversation.")] = None,
     max_new_tokens: MaxNewTokens = 512,
@@ -465,7 +468,7 @@ def export_command(
         ),
     ],
     overrides: Overrides = None,
-    config: ConfigPath = Path("config.yaml"),
+    config: ConfigPath = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder; OUTPUT.DIR/export/FORMAT if not given.")
     ] = None,
@@ -497,10 +500,23 @@ def export_command(
         print(json.dumps(report))
 
 
-def _config_of_result(config: Path, overrides: list[str] | None) -> Config:
-    """The configuration that says where a result is. Only its output.dir counts, so config.yaml need not exist."""
-    given = config if config.exists() or config != Path("config.yaml") else None
-    return load_config(given, overrides or [])
+def _read_config(named: Path | None, overrides: list[str], as_json: bool) -> Config:
+    """The configuration in the file that --config names, else in config.yaml, else the defaults; with `overrides`."""
+    announce = _announce(as_json)
+    if named is None and (named := _config_here()) is not None:
+        announce(f"read from {named}")
+    return load_config(named, overrides, announce)
+
+
+def _config_of_result(config: Path | None, overrides: list[str] | None) -> Config:
+    """The configuration that says where a result is: only its output.dir counts."""
+    return load_config(config or _config_here(), overrides or [])
+
+
+def _config_here() -> Path | None:
+    """config.yaml, if this folder has one."""
+    path = Path("config.yaml")
+    return path if path.exists() else None
 
 
 def _loading(what: str = "PyTorch and Transformers") -> AbstractContextManager[None]:

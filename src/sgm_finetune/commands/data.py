@@ -14,10 +14,10 @@ from rich.text import Text
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
-from sgm_finetune.commands.session import prepare_session
-from sgm_finetune.data.encoding import IGNORED
-from sgm_finetune.data.prepared import PreparedData
+from sgm_finetune.data.encoding import IGNORED, sequence_lengths
+from sgm_finetune.data.prepared import PreparedData, prepare_data
 from sgm_finetune.data.splits import SPLITS
+from sgm_finetune.results.harness import check_harness
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 LEARNT_MARKS = ("⟦", "⟧")
@@ -30,7 +30,8 @@ def preview(config: Config, console: Console, num_examples: int = 3) -> dict[str
     An example is {"text", "parts": [[text, learnt], ...], "tokens"}, with "label" or "target" when it has one. `learnt`
     is true for text that the loss counts.
     """
-    prepared = prepare_session(config, StepLog(console)).prepared
+    check_harness(config.evaluation.harness, config.model.task)
+    prepared = prepare_data(config, StepLog(console))
     dataset = prepared.train.dataset
     examples = [_describe_example(dataset[i], i, prepared, config) for i in range(min(num_examples, len(dataset)))]
     lengths = {split: _lengths(getattr(prepared, split).dataset) for split in SPLITS}
@@ -96,7 +97,7 @@ def _example_text(example: Mapping[str, Any], bright: bool) -> Text:
 
 
 def _lengths(dataset: Any) -> dict[str, float]:
-    lengths = [len(ids) for ids in dataset["input_ids"]]
+    lengths = sequence_lengths(dataset)
     return {
         "examples": len(lengths),
         "tokens": sum(lengths),

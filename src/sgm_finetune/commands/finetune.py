@@ -27,6 +27,7 @@ from sgm_finetune.commands.steps import (
     scan_weights,
     test,
 )
+from sgm_finetune.data.encoding import sequence_lengths
 from sgm_finetune.measure.probe import Probe
 from sgm_finetune.measure.scan_result import Scan
 from sgm_finetune.results.examples import changed_examples, fingerprint_of_test
@@ -165,7 +166,7 @@ def expected_pace(s: Session) -> Pace:
     """What the test of the untouched model says about the time of the validations and of the last test."""
     seconds, training = s.clock.seconds, s.config.training
     tokens = {
-        name: sum(map(len, getattr(s.prepared, name).dataset["input_ids"])) for name in ("train", "validation", "test")
+        name: sum(sequence_lengths(getattr(s.prepared, name).dataset)) for name in ("train", "validation", "test")
     }
     test = seconds.get("evaluate", 0.0)
     return Pace(

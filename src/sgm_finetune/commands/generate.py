@@ -21,7 +21,8 @@ from sgm_finetune.base.text import one_line
 from sgm_finetune.commands.requests import NOTHING_TO_ANSWER, GenerateRequest
 from sgm_finetune.data import columns
 from sgm_finetune.data.columns import Message
-from sgm_finetune.data.tables import read_file
+from sgm_finetune.data.tables import read_file, type_of
+from sgm_finetune.data.text_file import read_text
 from sgm_finetune.results.answers import Prompt, When, answer, generates_text
 from sgm_finetune.results.load import LoadedResult, find_base, load_trained, read_stored
 
@@ -86,7 +87,7 @@ def read_prompts(path: Path, config: Config) -> list[Prompt]:
     A text file has one prompt a line. Other files (CSV, JSON lines, Parquet ...) are read by the columns that the run
     was trained on, or by their roles' own names. If a conversation ends with an answer, that answer is left out.
     """
-    if str(path) == "-" or path.suffix == ".txt":
+    if str(path) == "-" or type_of(path, "--input") == "text":
         text = sys.stdin.read() if str(path) == "-" else _read_text(path)
         return [line for line in text.splitlines() if line.strip()]
     table = read_file(path, "--input")
@@ -128,8 +129,8 @@ def _question(turns: list[Message]) -> list[Message]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except OSError as error:
         raise UserError(f"--input {path} cannot be read: {one_line(error)}") from None
 
 

@@ -20,6 +20,7 @@ from sgm_finetune.base.reference import commented_yaml, json_schema
 from sgm_finetune.base.text import gib
 from sgm_finetune.data.columns import LAYOUTS, choose_layout
 from sgm_finetune.data.embedded import EMBEDDED as EMBEDDED_DATA
+from sgm_finetune.data.hints import columns_by_content
 from sgm_finetune.data.sources import check_settings, peek
 from sgm_finetune.data.tables import Table
 from sgm_finetune.model.folder import EMBEDDED as EMBEDDED_MODELS
@@ -161,24 +162,9 @@ def guess_task(table: Table, possible: Sequence[Task] = get_args(Task)) -> tuple
     for task in order:
         if task in possible and _layout_fits(table, task):
             return task, {}
-    lengths = {name: _mean_length(values[:]) for name, values in table.columns.items()}
-    texts = {name: length for name, length in lengths.items() if length is not None}
-    if "sequence-classification" in possible and texts:
-        text = max(texts, key=texts.__getitem__)
-        num_values = {
-            name: len({str(value) for value in values[:]}) for name, values in table.columns.items() if name != text
-        }
-        label = min(num_values, key=num_values.__getitem__, default=None)
-        if label is not None and num_values[label] <= max(2, len(table.columns[text]) // 2):
-            return "sequence-classification", {"text": text, "label": label}
+    if "sequence-classification" in possible and (found := columns_by_content(table)):
+        return "sequence-classification", found
     return possible[0], {}
-
-
-def _mean_length(values: Sequence[Any]) -> float | None:
-    """Mean number of characters of the values; None when there are none or one of them is not a text."""
-    if not values or not all(isinstance(value, str) for value in values):
-        return None
-    return sum(map(len, values)) / len(values)
 
 
 def _layout_fits(table: Table, task: Task) -> bool:

@@ -13,12 +13,12 @@ from torch.utils.data import Sampler
 
 from sgm_finetune.base.config import Config, Task
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.encoding import IGNORED
+from sgm_finetune.data.encoding import IGNORED, sequence_lengths
 
 
 def by_length(encoded: Dataset) -> list[int]:
     """The indices of a data set from the longest to the shortest sequence, so that batches need little padding."""
-    return longest_first([len(ids) for ids in encoded["input_ids"]])
+    return longest_first(sequence_lengths(encoded))
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:

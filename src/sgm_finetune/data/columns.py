@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sgm_finetune.base.config import Role, Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import short_repr
+from sgm_finetune.data.hints import describe_columns, propose_columns
 from sgm_finetune.data.tables import Table
 
 
@@ -24,6 +25,8 @@ class Layout:
     """Roles that a row may leave out."""
     columns: Mapping[Role, str] = field(default_factory=dict)
     """Default column of each role whose column does not have the role's name."""
+    is_named: bool = False
+    """Whether data.format names the layout."""
 
     def column(self, role: Role, chosen: Mapping[Role, str]) -> str:
         """The column of a role: the chosen one (`data.columns`), else the default."""
@@ -79,7 +82,7 @@ def choose_layout(table: Table, columns: Mapping[Role, str], task: Task, format:
             raise UserError(
                 f"data.columns: data.format={format} has no role `{stray}`; its roles are {', '.join(named.roles)}"
             )
-        return named
+        return replace(named, is_named=True)
     for layout in fitting:
         if all(layout.column(role, columns) in table.columns for role in layout.roles) and _has_format(
             layout, table, columns
@@ -116,12 +119,25 @@ def find_columns(table: Table, layout: Layout, columns: Mapping[Role, str]) -> d
             near = difflib.get_close_matches(name, there, n=1, cutoff=0.6)
             hint = f"; did you mean `{near[0]}`?" if near else ""
             raise UserError(f"data.columns: {table.name} has no column `{name}` for {role} {has}{hint}")
-        free = [column for column in there if column not in found.values() and column not in columns.values()]
-        example = (difflib.get_close_matches(role, free, n=1) or free or ["..."])[0]
-        raise UserError(f"{table.name} has no column `{name}` {has}; name it with data.columns='{{{role}: {example}}}'")
+        raise UserError(f"{table.name} has no column `{name}` {has}; {_remedy(table, layout, columns)}")
     if len(set(found.values())) < len(found):
         raise UserError(f"data.columns: `{'` and `'.join(found)}` name the same column `{found[layout.roles[0]]}`")
     return found
+
+
+def _remedy(table: Table, layout: Layout, columns: Mapping[Role, str]) -> str:
+    """What to give for a table that lacks a column of `layout`: what its columns look like."""
+    task: Task = next(task for task, layouts in LAYOUTS.items() if layout.name in {known.name for known in layouts})
+    found = propose_columns(table, task, layout.roles, columns, layout.is_named)
+    if found is None:
+        possible = (layout,) if layout.is_named else LAYOUTS[task]
+        roles = " or ".join(dict.fromkeys(", ".join(known.roles) for known in possible))
+        return f"say with data.columns which of them are {roles}"
+    likely, chosen = found
+    named: dict[Role, str] = {role: column for role, column in chosen.items() if role != column}
+    given = [f"model.task={likely}"] if likely != task else []
+    given += [describe_columns(named)] if named else []
+    return f"{'its columns look like' if likely != task else 'name it with'} {' '.join(given)}"
 
 
 def is_missing(value: Any) -> bool:

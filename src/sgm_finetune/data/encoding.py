@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +12,12 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import xxhash
+from datasets.table import InMemoryTable
 
 from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.chat import asked_text, needs_template, written_answers
+from sgm_finetune.data.token_lists import TokenLists
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +71,9 @@ def encode(split: datasets.Dataset, tokenizer: Any, task: Task, max_length: int)
         case "seq2seq-lm":
             encoded = _encode_sequence_pairs(split, tokenizer, max_length)
         case "causal-lm" if "completion" in split.column_names:
-            encoded = _encode_completions(split["prompt"][:], split["completion"][:], tokenizer, max_length)
+            encoded = _encode_completions(split["prompt"], split["completion"], tokenizer, max_length)
         case "causal-lm" if "messages" in split.column_names:
-            encoded = _encode_conversations(split["messages"][:], tokenizer, max_length)
+            encoded = _encode_conversations(split["messages"], tokenizer, max_length)
         case "causal-lm":
             encoded = _encode_running_text(split, tokenizer, max_length)
     if logger.isEnabledFor(logging.INFO):
@@ -126,29 +129,40 @@ def fingerprint(dataset: datasets.Dataset) -> str:
 
 def encoding_summary(encoded: Encoded) -> str:
     """One line with the numbers of sequences, tokens, truncated and dropped examples."""
-    num_tokens = sum(map(len, encoded.dataset["input_ids"]))
+    num_tokens = sum(sequence_lengths(encoded.dataset))
     return (
         f"{len(encoded.dataset):,} sequences, {num_tokens:,} tokens, "
         f"{encoded.num_truncated:,} examples truncated, {encoded.num_dropped:,} dropped"
     )
 
 
+def in_parts(column: Sequence[Any]) -> Iterator[Any]:
+    """The values of a column, which are loaded a part at a time."""
+    for start in range(0, len(column), TEXTS_PER_CALL):
+        yield from column[start : start + TEXTS_PER_CALL]
+
+
+def sequence_lengths(encoded: datasets.Dataset) -> list[int]:
+    """The number of tokens of each sequence of an encoded data set. Its tokens are not loaded."""
+    ids: Any = encoded.select_columns("input_ids").with_format("arrow")[:]
+    return [length for part in ids["input_ids"].chunks for length in part.value_lengths().to_pylist()]
+
+
 def _encode_classification(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
-    texts, pairs = split["text"][:], split["text_pair"][:] if "text_pair" in split.column_names else None
-    rows, num_long = _truncate(tokenizer, texts, max_length, pairs)
-    columns: dict[str, list] = {"input_ids": [row["input_ids"] for row in rows]}
+    pairs = split["text_pair"] if "text_pair" in split.column_names else None
+    columns, num_long = _truncate(tokenizer, split["text"], max_length, pairs)
     features = {**FEATURES, "labels": split.features["label"]}
-    if pairs is not None and all("token_type_ids" in row for row in rows):
-        columns["token_type_ids"] = [row["token_type_ids"] for row in rows]
+    if pairs is not None and "token_type_ids" in columns:
         features["token_type_ids"] = datasets.List(datasets.Value("int8"))
-    return Encoded(_dataset(columns, split["label"][:], features), num_truncated=num_long, num_dropped=0)
+    kept = {name: columns[name] for name in columns if name in features}
+    return Encoded(_dataset(kept, split["label"][:], features), num_truncated=num_long, num_dropped=0)
 
 
 def _encode_tagged(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
     if not tokenizer.is_fast:
         raise UserError("model.task=token-classification needs a tokenizer with tokenizer.json (a fast one)")
-    sequences, labels, num_truncated = [], [], 0
-    for words, tags in zip(split["tokens"][:], split["tags"][:], strict=True):
+    sequences, labels, num_truncated = TokenLists(), TokenLists(), 0
+    for words, tags in zip(in_parts(split["tokens"]), in_parts(split["tags"]), strict=True):
         encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length, verbose=False)
         owners = encoded.word_ids()
         first = [word is not None and word != before for word, before in zip(owners, [None, *owners], strict=False)]
@@ -168,19 +182,21 @@ def _encode_tagged(split: datasets.Dataset, tokenizer: Any, max_length: int) -> 
 def _encode_sequence_pairs(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
     """Source and target, each with the tokenizer's special tokens; a target ends with the end-of-sequence token."""
     eos = _end_of_sequence(tokenizer)
-    sources, num_long = _truncate(tokenizer, split["source"][:], max_length)
-    whole = [_with_end(ids, eos) for ids in _token_ids(tokenizer, split["target"][:], as_target=True)]
-    num_long += sum(len(ids) > max_length for ids in whole)
-    targets = [ids if len(ids) <= max_length else [*ids[: max_length - 1], eos] for ids in whole]
-    columns = {"input_ids": [row["input_ids"] for row in sources]}
+    sources, num_long = _truncate(tokenizer, split["source"], max_length)
+    targets = TokenLists()
+    for ids in _token_ids(tokenizer, split["target"], as_target=True):
+        ids = _with_end(ids, eos)
+        num_long += len(ids) > max_length
+        targets.append(ids if len(ids) <= max_length else [*ids[: max_length - 1], eos])
+    columns = {"input_ids": sources["input_ids"]}
     return Encoded(_dataset(columns, targets, TOKEN_FEATURES), num_truncated=num_long, num_dropped=0)
 
 
 def _encode_conversations(conversations: Sequence[list[dict]], tokenizer: Any, max_length: int) -> Encoded:
     if tokenizer.chat_template is None:
-        return _encode_without_template(conversations, tokenizer, max_length)
-    sequences, labels, num_truncated, num_dropped, num_divided, longest = [], [], 0, 0, 0, 0
-    for conversation in conversations:
+        return _encode_without_template(conversations[:], tokenizer, max_length)
+    sequences, labels, num_truncated, num_dropped, num_divided, longest = TokenLists(), TokenLists(), 0, 0, 0, 0
+    for conversation in in_parts(conversations):
         written = written_answers(conversation, tokenizer)
         num_divided += len(written) > 1
         for text, spans in written:
@@ -215,13 +231,15 @@ def _encode_without_template(conversations: Sequence[list[dict]], tokenizer: Any
 
 def _encode_running_text(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
     eos = _end_of_sequence(tokenizer)
-    stream: list[int] = []
-    for ids in _token_ids(tokenizer, split["text"][:]):
-        stream += _with_end(ids, eos)
-    blocks = [stream[start : start + max_length] for start in range(0, len(stream), max_length)]
-    if blocks and len(blocks[-1]) < 2:  # a single token predicts nothing
-        blocks.pop()
-    if not blocks:
+    stream = array("i")
+    for ids in _token_ids(tokenizer, split["text"]):
+        stream.extend(_with_end(ids, eos))
+    blocks = TokenLists()
+    for start in range(0, len(stream), max_length):
+        block = stream[start : start + max_length]
+        if len(block) > 1:  # a single token predicts nothing
+            blocks.append(block)
+    if not len(blocks):
         raise UserError(f"{len(split)} text(s) have {len(stream)} token(s); language modelling needs at least two")
     return Encoded(_dataset({"input_ids": blocks}, blocks, TOKEN_FEATURES), num_truncated=0, num_dropped=0)
 
@@ -233,8 +251,8 @@ def _encode_completions(prompts: Sequence[str], completions: Sequence[str], toke
     to the answer.
     """
     eos = _end_of_sequence(tokenizer)
-    whole = _token_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts, completions, strict=True)])
-    sequences, labels, longest_prompt, num_truncated = [], [], 0, 0
+    whole = _token_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts[:], completions[:], strict=True)])
+    sequences, labels, longest_prompt, num_truncated = TokenLists(), TokenLists(), 0, 0
     for prompt, ids in zip(_token_ids(tokenizer, prompts), whole, strict=True):
         ids = _with_end(ids, eos)
         num_prompt = _num_common(prompt, ids)
@@ -259,34 +277,46 @@ def _all_lost(num_examples: int, max_length: int, longest_prompt: int) -> UserEr
 
 def _truncate(
     tokenizer: Any, texts: Sequence[str], max_length: int, pairs: Sequence[str] | None = None
-) -> tuple[list[dict[str, list[int]]], int]:
-    """The tokens of each text or pair, truncated by the tokenizer's own rule; and the number of truncated ones."""
-    rows = list(_tokenise(tokenizer, texts, pairs))
-    long = [index for index, row in enumerate(rows) if len(row["input_ids"]) > max_length]
-    long_pairs = None if pairs is None else [pairs[index] for index in long]
-    truncated = _tokenise(tokenizer, [texts[i] for i in long], long_pairs, truncation=True, max_length=max_length)
-    for index, row in zip(long, truncated, strict=True):
-        rows[index] = row
-    return rows, len(long)
+) -> tuple[dict[str, TokenLists], int]:
+    """The tokens of each text or pair, truncated by the tokenizer's own rule; and the number of truncated ones.
+
+    `token_type_ids` are there when the tokenizer distinguishes the two texts.
+    """
+    columns: dict[str, TokenLists] = {"input_ids": TokenLists()}
+    num_long = 0
+    for start in range(0, len(texts), TEXTS_PER_CALL):
+        here = list(texts[start : start + TEXTS_PER_CALL])
+        beside = None if pairs is None else list(pairs[start : start + TEXTS_PER_CALL])
+        part = _tokenise_part(tokenizer, here, beside)
+        long = [index for index, ids in enumerate(part["input_ids"]) if len(ids) > max_length]
+        if long:
+            again = None if beside is None else [beside[index] for index in long]
+            texts_again = [here[index] for index in long]
+            truncated = _tokenise_part(tokenizer, texts_again, again, truncation=True, max_length=max_length)
+            for name, lists in truncated.items():
+                for index, ids in zip(long, lists, strict=True):
+                    part[name][index] = ids
+        num_long += len(long)
+        for name, lists in part.items():
+            columns.setdefault(name, TokenLists()).extend(lists)
+    return columns, num_long
 
 
 def _token_ids(tokenizer: Any, texts: Sequence[str], as_target: bool = False) -> Iterator[list[int]]:
     """The token ids of each text, with the special tokens that the tokenizer adds."""
-    return (row["input_ids"] for row in _tokenise(tokenizer, texts, as_target=as_target))
-
-
-def _tokenise(
-    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None = None, as_target: bool = False, **options: Any
-) -> Iterator[dict[str, list[int]]]:
-    """`input_ids` of each text or pair, and `token_type_ids` when the tokenizer distinguishes the two texts."""
     for start in range(0, len(texts), TEXTS_PER_CALL):
-        here = slice(start, start + TEXTS_PER_CALL)
-        given: dict[str, Any] = {"text_target" if as_target else "text": list(texts[here])}
-        if pairs is not None:
-            given["text_pair"] = list(pairs[here])
-        encoded = tokenizer(**given, return_attention_mask=False, verbose=False, **options)
-        for values in zip(*encoded.values(), strict=True):
-            yield dict(zip(encoded, values, strict=True))
+        part = list(texts[start : start + TEXTS_PER_CALL])
+        yield from _tokenise_part(tokenizer, part, as_target=as_target)["input_ids"]
+
+
+def _tokenise_part(
+    tokenizer: Any, texts: list[str], pairs: list[str] | None = None, as_target: bool = False, **options: Any
+) -> dict[str, list[list[int]]]:
+    """`input_ids` of each text or pair, and `token_type_ids` when the tokenizer distinguishes the two texts."""
+    given: dict[str, Any] = {"text_target" if as_target else "text": texts}
+    if pairs is not None:
+        given["text_pair"] = pairs
+    return dict(tokenizer(**given, return_attention_mask=False, verbose=False, **options))
 
 
 def _end_of_sequence(tokenizer: Any) -> int:
@@ -308,7 +338,14 @@ def _num_common(left: Sequence[int], right: Sequence[int]) -> int:
     return min(len(left), len(right))
 
 
-def _dataset(columns: Mapping[str, list], labels: Sequence[Any], features: Mapping[str, Any]) -> datasets.Dataset:
-    mask = [[1] * len(ids) for ids in columns["input_ids"]]
-    whole = {**columns, "attention_mask": mask, "labels": labels}
-    return datasets.Dataset.from_dict(whole, features=datasets.Features(features))
+def _dataset(
+    columns: Mapping[str, TokenLists], labels: Sequence[Any] | TokenLists, features: Mapping[str, Any]
+) -> datasets.Dataset:
+    """The data set of token sequences, with a mask of ones. No number becomes a Python object on the way."""
+    lists = {**columns, "attention_mask": columns["input_ids"].filled(1)}
+    described = datasets.Features({name: features[name] for name in (*lists, "labels")})
+    schema = described.arrow_schema
+    arrays = [values.arrow(schema.field(name).type.value_type) for name, values in lists.items()]
+    kind = schema.field("labels").type
+    arrays.append(labels.arrow(kind.value_type) if isinstance(labels, TokenLists) else pa.array(labels, kind))
+    return datasets.Dataset(InMemoryTable(pa.table(arrays, schema=schema)))

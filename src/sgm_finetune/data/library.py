@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from sgm_finetune.base.text import one_line
 from sgm_finetune.data.arrow import class_names, table_of
 from sgm_finetune.data.embedded import EMBEDDED
 from sgm_finetune.data.sources import HUB_SPLITS, Source, Split, check_hub_name
-from sgm_finetune.data.tables import Table, type_of
+from sgm_finetune.data.tables import Table, find_separator, type_of
+from sgm_finetune.data.text_file import packing_of
 
 
 def open_named(name: str) -> Source:
@@ -48,7 +50,7 @@ def _aliases(name: str, loaded: Any) -> dict[Split, str]:
 
 
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "csv": ("csv", {}),
+    "csv": ("csv", {"sep": ","}),
     "tsv": ("csv", {"sep": "\t"}),
     "json": ("json", {}),
     "jsonl": ("json", {}),
@@ -72,18 +74,24 @@ def open_stream(config: DataConfig, files: Mapping[Split, str]) -> Source:
     for split, stream in streams.items():
         wanted = counts[split] + (sum(absent.values()) if split == "train" else 0)
         name = f"{config.name or getattr(config, split)}, streamed"
-        try:
+        with _explained(name):
             taken = list(stream.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER).take(wanted + wanted // 20))
-        except Exception as error:  # a reader or the network raises any type
-            raise UserError(
-                f"{name}: {one_line(_root_cause(error))}; correct it, or set data.streaming=false"
-            ) from error
         if not taken:
             raise UserError(f"{name}: no rows")
         columns = dict.fromkeys(column for row in taken for column in row)
         rows = {column: [row.get(column) for row in taken] for column in columns}
         tables[split] = Table(name, rows, class_names(stream.features))
     return Source(f"{config.name or Path(str(config.train)).name}, streamed", tables, absent)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Raises UserError where a reader or the network raises anything."""
+    try:
+        yield
+    except Exception as error:
+        reason = one_line(_root_cause(error))
+        raise UserError(f"{name}: {reason}; correct it, or set data.streaming=false") from error
 
 
 def _stream_file(path: Path, key: str, config: DataConfig) -> datasets.IterableDataset:
@@ -93,7 +101,14 @@ def _stream_file(path: Path, key: str, config: DataConfig) -> datasets.IterableD
     if not path.stat().st_size:
         raise UserError(f"{key}={path} has no rows")
     builder, options = _BUILDERS[kind]
-    return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
+    if builder == "csv":
+        options = {**options, "sep": find_separator(path, options["sep"])}
+    if packing_of(path) == ".zst" and importlib.util.find_spec("zstandard") is None:
+        raise UserError(
+            f"{key}={path}: streaming .zst needs zstandard (pip install zstandard); set data.streaming=false"
+        )
+    with _explained(f"{key}={path}"):
+        return datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
 
 
 def _stream_name(name: str) -> dict[Split, datasets.IterableDataset]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,9 @@ from sgm_finetune.data.questions import has_answers
 from sgm_finetune.data.sources import is_on_hub
 from sgm_finetune.data.splits import DataSplits, load_splits
 from sgm_finetune.model.files import find_model_files
-from sgm_finetune.model.load import Head
+
+if TYPE_CHECKING:
+    from sgm_finetune.model.load import Head
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class PreparedData:
     @property
     def head(self) -> Head:
         """What the data ask of the model's head."""
+        from sgm_finetune.model.load import Head  # here: `sgm data` loads no model, and it takes seconds
+
         splits, padding = self.splits, self.tokenizer.pad_token_id
         return Head(splits.labels, splits.label_kind, padding)  # type: ignore[arg-type]  # one token's id
 

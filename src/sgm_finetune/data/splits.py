@@ -17,6 +17,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.rows import Rows, check_head, normalise, num_rows, take
 from sgm_finetune.data.sources import Source, Split, check_settings, open_files, open_source
 from sgm_finetune.data.tables import type_of
+from sgm_finetune.data.text_file import packing_of
 
 if TYPE_CHECKING:
     import datasets
@@ -94,12 +95,13 @@ def choose_rows(source: Source, config: DataConfig, task: Task) -> ChosenRows:
         order = _order(rows[split], config.seed, number)[:wanted]
         chosen[split] = take(rows[split], order if split == "train" else np.sort(order))
         sizes.append(f"{len(order):,} {split}" if len(order) == total else f"{len(order):,} of {total:,} {split}")
-    facts = [*sizes, *_facts(chosen, labels, kind), *dropped, *notes]
+    read = dict.fromkeys(table.note for table in source.tables.values() if table.note)
+    facts = [*sizes, *_facts(chosen, labels, kind), *dropped, *read, *notes]
     description = f"{source.name}: {', '.join(facts)}"
     return ChosenRows(chosen, labels, description, kind)
 
 
-WHOLE_BYTES = 16 * 2**20
+WHOLE_BYTES = 2 * 2**20
 """Files of more bytes in total are checked by their first rows only, before the libraries are loaded."""
 HEAD_ROWS = 200
 
@@ -116,10 +118,15 @@ def check_data(config: DataConfig, task: Task) -> None:
         return
     if any(type_of(path, "data.train", config.file_type) == "parquet" for path in paths):
         return
-    if sum(path.stat().st_size for path in paths) <= WHOLE_BYTES:
+    if sum(_unpacked_size(path) for path in paths) <= WHOLE_BYTES:
         choose_rows(open_files(config, files), config, task)
     else:
         check_head(open_files(config, files, HEAD_ROWS), config, task)
+
+
+def _unpacked_size(path: Path) -> int:
+    """Bytes of a file; a guess where it is packed."""
+    return path.stat().st_size * (1 if packing_of(path) is None else 10)
 
 
 def drop_duplicates(rows: dict[Split, Rows]) -> tuple[dict[Split, Rows], list[str]]:

@@ -6,17 +6,19 @@ The readers guess nothing: a malformed file raises UserError with its name and, 
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import one_line
+from sgm_finetune.data.text_file import CHUNK, PACKINGS, inner_suffix, open_text, packing_of, read_text
 
 Format = Literal["csv", "tsv", "json", "jsonl", "parquet", "text", "conll"]
 
@@ -46,6 +48,8 @@ class Table:
     """Class names of the columns with integers, or lists of integers, that stand for them (`datasets.ClassLabel`)."""
     is_running_text: bool = False
     """Whether the rows are passages of running text, in the single column `text`."""
+    note: str = ""
+    """How the file was read, where that is not what its name says."""
 
 
 def type_of(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> Format:
@@ -58,17 +62,22 @@ def type_of(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> 
     if not path.is_file():
         raise UserError(f"{key}={path} does not exist (looked in {Path.cwd()})")
     if format == "auto":
-        if path.suffix.lower() not in ENDINGS:
-            known = " ".join(ENDINGS)
-            raise UserError(f"{key}={path}: unknown extension `{path.suffix}` (known: {known}); set data.file_type")
-        return ENDINGS[path.suffix.lower()]
+        suffix = inner_suffix(path)
+        if suffix not in ENDINGS:
+            known, packed = " ".join(ENDINGS), " ".join(PACKINGS)
+            raise UserError(
+                f"{key}={path}: unknown extension `{suffix or path.suffix}` (known: {known}, and {packed} after them); "
+                "set data.file_type"
+            )
+        return ENDINGS[suffix]
     return format
 
 
 def read_file(path: Path, key: str, format: Format | Literal["auto"] = "auto", num_rows: int | None = None) -> Table:
-    """The table in a file, or its first `num_rows` rows if its format can be read in part (csv, tsv, jsonl).
+    """The table in a file, or its first `num_rows` rows if its format can be read in part (csv, tsv, json, jsonl).
 
-    `key` is the configuration key that names the file, for messages.
+    A packed file (.gz, .bz2, .xz, .zst) is unpacked while it is read. `key` is the configuration key that names the
+    file, for messages.
 
     Raises UserError for a missing, malformed or empty file.
     """
@@ -84,14 +93,13 @@ def read_file(path: Path, key: str, format: Format | Literal["auto"] = "auto", n
             case "parquet":
                 from sgm_finetune.data.arrow import read_parquet  # here: it takes seconds to load
 
+                if packing_of(path) is not None:
+                    raise UserError(f"{path} is a packed Parquet file; unpack it, because Parquet is packed within")
                 table = read_parquet(path)
             case "text":
-                table = running_text(path.name, [path.read_text(encoding="utf-8-sig")])
+                table = running_text(path.name, [read_text(path)])
             case "conll":
                 table = _read_conll(path)
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(f"{path} is not UTF-8: byte 0x{byte:02x} at {error.start}; save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from None
     if not table.columns or not len(next(iter(table.columns.values()))):
@@ -130,8 +138,37 @@ def passages(document: str, length: int) -> Iterator[str]:
         yield document[start:]
 
 
-def _read_separated(path: Path, delimiter: str, num_rows: int | None) -> Table:
-    with path.open(encoding="utf-8-sig", newline="") as lines, _unlimited_fields():
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+SAMPLE = 2**16
+"""Characters of a file that tell its separator."""
+
+
+def find_separator(path: Path, usual: str) -> str:
+    """What separates the fields of a file: `usual`, unless only another separator divides its first line.
+
+    Where several do, it is the first that gives every row as many fields. Raises as `open_text`.
+    """
+    with open_text(path, newline="") as file:
+        sample = file.read(SAMPLE)
+    lines = list(io.StringIO(sample, newline=""))
+    if len(sample) == SAMPLE:
+        lines = lines[:-1] or lines  # it may be cut
+    widths = {by: _widths(lines, by) for by in sorted(SEPARATORS, key=lambda by: by != usual)}
+    dividing = [by for by in widths if widths[by] and widths[by][0] > 1]
+    return next((by for by in dividing if len(set(widths[by])) == 1), dividing[0] if dividing else usual)
+
+
+def _widths(lines: Sequence[str], delimiter: str) -> list[int]:
+    """The number of fields of each row, as far as the rows can be read."""
+    widths = []
+    with _unlimited_fields(), suppress(csv.Error):  # a quoted field that goes on after the sample
+        widths.extend(len(row) for row in csv.reader(lines, delimiter=delimiter, strict=True) if row)
+    return widths
+
+
+def _read_separated(path: Path, usual: str, num_rows: int | None) -> Table:
+    delimiter = find_separator(path, usual)
+    with open_text(path, newline="") as lines, _unlimited_fields():
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
@@ -153,7 +190,8 @@ def _read_separated(path: Path, delimiter: str, num_rows: int | None) -> Table:
             raise UserError(
                 f"{path} line {reader.line_num}: {one_line(error)}; write a double quote inside a quoted field twice"
             ) from None
-    return Table(path.name, dict(zip(header, columns, strict=True)))
+    note = "" if delimiter == usual else f"separated by {SEPARATORS[delimiter]}"
+    return Table(path.name, dict(zip(header, columns, strict=True)), note=note)
 
 
 @contextmanager
@@ -168,30 +206,85 @@ def _unlimited_fields() -> Iterator[None]:
 
 def _read_json(path: Path, num_rows: int | None) -> Table:
     """The table in one JSON list of objects, or in one object a line, for both extensions."""
-    with path.open(encoding="utf-8-sig") as lines:
-        text = "".join(itertools.islice(lines, num_rows))
-        if text.lstrip().startswith("["):
-            text += lines.read()
-    try:
-        if text.lstrip().startswith("["):
-            where, rows = "row", list(enumerate(json.loads(text), start=1))
+    columns: dict[str, list] = {}
+    count = 0
+    with open_text(path) as file:
+        for where, row in itertools.islice(_json_rows(path, file), num_rows):
+            if not isinstance(row, dict):
+                raise UserError(f"{path} {where} is not a JSON object; write {{'text': ..., 'label': ...}}")
+            for name, value in row.items():
+                if name not in columns:
+                    columns[name] = [None] * count
+                columns[name].append(value)
+            count += 1
+            if len(row) < len(columns):
+                for name, column in columns.items():
+                    if name not in row:
+                        column.append(None)
+    return Table(path.name, columns)
+
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_HALF = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
+"""Perhaps half of a surrogate pair."""
+
+
+def _json_rows(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
+    """The place and the value of each row: an element of one list, or a line."""
+    skipped, first = 0, file.readline(CHUNK)
+    while first and not first.strip():
+        skipped, first = skipped + first.endswith("\n"), file.readline(CHUNK)
+    is_list = first.lstrip().startswith("[")
+    for where, row, text in (_json_elements if is_list else _json_lines)(path, first, file, skipped):
+        if _HALF.search(text) and not _is_text(row):
+            raise UserError(f"{path} {where} has half of a surrogate pair (\\ud8..), which is not a character")
+        yield where, row
+
+
+def _json_elements(path: Path, buffer: str, file: IO[str], lines_before: int) -> Iterator[tuple[str, Any, str]]:
+    """Place, value and text of each element of a list. The list may stand on one line and be as long as the file."""
+    decoder, at, number, is_whole = json.JSONDecoder(), buffer.index("[") + 1, 0, False
+    while True:
+        try:
+            found = _next_element(decoder, buffer, at, first=not number)
+            if not is_whole and (found is None or found[1] >= len(buffer)):
+                found = "more"  # the element or what follows the list may go on after the buffer
+        except json.JSONDecodeError as error:
+            if is_whole:
+                line = lines_before + error.lineno
+                raise UserError(f"{path} line {line} is not JSON: {error.msg}") from None
+            found = "more"
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read as JSON: {one_line(error)}") from None
+        if found == "more":
+            lines_before += buffer.count("\n", 0, at)
+            read = file.read(max(CHUNK, len(buffer) - at))
+            buffer, at, is_whole = buffer[at:] + read, 0, not read
+        elif found is None:
+            return
         else:
-            where, rows = "line", list(_json_lines(path, text))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {error.lineno} is not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {one_line(error)}") from None
-    half = re.search(r"\\ud[89a-f]", text, re.IGNORECASE) is not None  # perhaps half of a surrogate pair
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{path} {where} {number} is not a JSON object; write {{'text': ..., 'label': ...}}")
-        if half and not _is_text(row):
-            raise UserError(f"{path} {where} {number} has half of a surrogate pair (\\ud8..), which is not a character")
-    names = list(dict.fromkeys(name for _, row in rows for name in row))
-    return Table(path.name, {name: [row.get(name) for _, row in rows] for name in names})
+            number += 1
+            begin, at = at, found[1]
+            yield f"row {number}", found[0], buffer[begin:at]
 
 
-def _is_text(row: dict[str, Any]) -> bool:
+def _next_element(decoder: json.JSONDecoder, text: str, at: int, first: bool) -> tuple[Any, int] | None:
+    """The element of a list that follows `at`, and where it ends; None at the end of the list."""
+    at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+    following = text[at : at + 1]
+    if following == "]":
+        rest = _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+        if rest < len(text):
+            raise json.JSONDecodeError("Extra data", text, rest)
+        return None
+    if not first:
+        if following != ",":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        at = _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
+    return decoder.raw_decode(text, at)
+
+
+def _is_text(row: Any) -> bool:
     """Whether every text in the row can be written in UTF-8."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
@@ -200,11 +293,13 @@ def _is_text(row: dict[str, Any]) -> bool:
     return True
 
 
-def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _json_lines(path: Path, first: str, file: IO[str], lines_before: int) -> Iterator[tuple[str, Any, str]]:
+    """Place, value and text of each line. `first` may be the beginning of a long line."""
+    lines = itertools.chain([first if first.endswith("\n") else first + file.readline()], file)
+    for number, line in enumerate(lines, start=lines_before + 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield f"line {number}", json.loads(line), line
             except (ValueError, RecursionError) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
                 raise UserError(
@@ -220,7 +315,7 @@ def _read_conll(path: Path) -> Table:
     """
     sentences: list[list[tuple[str, str]]] = [[]]
     width = 0
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         fields = line.strip().split("\t") if "\t" in line else line.split()
         if not line.strip() or fields[0] == "-DOCSTART-":
             sentences.append([])
