@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ class Head:
     """What one label is: a class, a set of classes, or a number. None: unknown, or the task has no labels."""
     pad_token_id: int | None = None
     """The tokenizer's; None keeps the one in config.json."""
+    is_new: bool = False
+    """Whether the head that the files hold is for other classes, so that its rows are not read."""
 
     @property
     def fits_labels(self) -> bool:
@@ -54,10 +57,11 @@ def load_model(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The base model in eval mode, quantised as `config` says, and the names of its modules that its files lack.
 
-    These modules are a new head: one that the files do not have, or have in another size. Its weights come from torch's
-    global random state. The dtype "auto" is the stored one; with quantisation it is bfloat16 where the processor
-    multiplies bfloat16, else float32. Only layers inside numbered blocks are quantised. Backward passes through the
-    model are correct (`ready_for_backward`). Raises UserError when the weights cannot be read or do not fit the model.
+    These modules are a new head: one that the files do not have, or have for other classes (`head.is_new`) or in
+    another size. Its weights come from torch's global random state. The dtype "auto" is the stored one; with
+    quantisation it is bfloat16 where the processor multiplies bfloat16, else float32. Only layers inside numbered
+    blocks are quantised. Backward passes through the model are correct (`ready_for_backward`). Raises UserError when
+    the weights cannot be read or do not fit the model.
     """
     device = device or device_for()
     settings: dict[str, Any] = {"device_map": {"": device}, "attn_implementation": _attention()}
@@ -88,6 +92,11 @@ def load_model(
             if tensor.is_floating_point():
                 tensor.data = tensor.data.clone()
     absent = {*outcome["missing_keys"], *(key for key, *_ in outcome["mismatched_keys"])}
+    if head.is_new:
+        stored = [name for name in _class_parameters(config, described) if name not in absent]
+        for module in dict.fromkeys(name.rpartition(".")[0] for name in stored):
+            model.get_submodule(module).reset_parameters()
+        absent |= set(stored)
     return model.eval(), _new_modules(model, absent, config.name)
 
 
@@ -158,6 +167,18 @@ def check_checkpointing(model: PreTrainedModel) -> None:
         raise UserError(
             f"{type(model).__name__} does not support training.checkpointing; use training.checkpointing=false"
         )
+
+
+def _class_parameters(config: ModelConfig, described: PreTrainedConfig) -> list[str]:
+    """Names of the parameters with a row for each class: their shapes change with the number of classes."""
+    shapes: list[dict[str, torch.Size]] = []
+    for more in (0, 1):
+        other = copy.deepcopy(described)
+        other.num_labels = len(described.id2label or {}) + more
+        with torch.device("meta"):
+            model = auto_class(config.task).from_config(other, trust_remote_code=config.trust_remote_code)
+        shapes.append({name: parameter.shape for name, parameter in model.named_parameters()})
+    return [name for name, shape in shapes[0].items() if shape != shapes[1].get(name)]
 
 
 def _outside_blocks(model: nn.Module) -> list[str]:
