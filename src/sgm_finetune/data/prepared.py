@@ -15,7 +15,7 @@ from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.device import has_gpu
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import collator
-from sgm_finetune.data.encoding import Encoded, encode, pack
+from sgm_finetune.data.encoding import Encoded, encode, largest_id, pack
 from sgm_finetune.data.questions import has_answers
 from sgm_finetune.data.sources import is_on_hub
 from sgm_finetune.data.splits import DataSplits, load_splits, with_classes
@@ -57,6 +57,7 @@ def prepare_data(config: Config, log: StepLog, trained: Head | None = None) -> P
         name: encode(getattr(splits, name), files.tokenizer, config.model.task, config.data.max_length)
         for name in ("train", "validation", "test")
     }
+    _check_ids(encoded, files, config)
     if config.data.packing:
         if not has_answers(encoded["train"].dataset, config.model.task) or config.model.task != "causal-lm":
             raise UserError("data.packing=true is for completion and chat data; running text is packed without it")
@@ -82,6 +83,17 @@ def _choose_head(
     chosen = choose_head(splits.labels, read_model_config(config.model, files.folder), config.model.task)
     splits = with_classes(splits, chosen.labels, chosen.rows)
     return splits, Head(chosen.labels, splits.label_kind, padding, chosen.is_new), chosen.line
+
+
+def _check_ids(encoded: Mapping[str, Encoded], files: ModelFiles, config: Config) -> None:
+    """Raises UserError for a token id beyond the model's embeddings."""
+    limits: dict[str, int | None] = {"input_ids": files.num_embeddings}
+    if config.model.task == "seq2seq-lm":
+        described = read_model_config(config.model, files.folder)
+        limits["labels"] = getattr(described, "decoder_vocab_size", None) or files.num_embeddings
+    for column, limit in limits.items():
+        largest = max(largest_id(part.dataset, column) for part in encoded.values())
+        files.check_ids(largest, "The data", limit)
 
 
 def _encoding_notes(encoded: Mapping[str, Encoded], max_length: int) -> list[str]:
