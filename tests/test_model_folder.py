@@ -67,3 +67,42 @@ def test_an_installed_package_with_the_file_is_used_as_it_is(tmp_path, monkeypat
     file.write_bytes(b"GGUF")
     monkeypatch.syspath_prepend(tmp_path)
     assert packaged_file(PackageFile("pico-weights-here", "1.0", "pico_weights_here/pico.gguf", 4, "", "")) == file
+
+
+def test_a_relative_folder_becomes_absolute(llama_folder, monkeypatch):
+    monkeypatch.chdir(llama_folder.parent)
+    assert local_folder(llama_folder.name) == llama_folder
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
+def test_an_adapter_beside_a_models_weights_is_refused_by_its_file(weights, tmp_path):
+    for name in ("config.json", "adapter_config.json", weights, "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=rf"{tmp_path}/adapter_config.json is an adapter in a model's folder"):
+        local_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("beside", [(), ("config.json",), ("adapter_model.safetensors",), ("adapter_model.bin",)])
+@pytest.mark.parametrize(
+    ("described", "said"),
+    [('{"base_model_name_or_path": "owner/name"}', r" \('owner/name'\)"), ("{}", ""), ("not JSON", ""), ("[]", "")],
+)
+def test_a_folder_with_an_adapter_alone_is_told_from_a_model(beside, described, said, tmp_path):
+    for name in beside:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "adapter_config.json").write_text(described)
+    with pytest.raises(UserError, match=f"holds an adapter and no model; model.name needs its base model{said}, or"):
+        local_folder(str(tmp_path))
+
+
+def test_a_scan_refuses_an_adapter_beside_the_weights(llama_folder, tmp_path):
+    import shutil
+
+    from sgm_finetune.commands.requests import ScanRequest
+    from sgm_finetune.measure.scan import scan
+
+    folder = shutil.copytree(llama_folder, tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    for read in (scan, lambda path: ScanRequest(str(path)).check()):
+        with pytest.raises(UserError, match="an adapter in a model's folder"):
+            read(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from io import StringIO
 
 import pytest
@@ -85,3 +86,49 @@ def test_the_command_prints_json_alone_and_leaves_nothing(tmp_path, reviews, cap
     assert {example["label"] for example in found["examples"]} <= {"good", "bad"}
     assert found["num_truncated"] == {"train": 0, "validation": 0, "test": 0}
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("label", "names", "counts"),
+    [
+        ("ab", ("a", "b"), (7, 7)),
+        ((["x", "y"], ["y"]), ("x", "y"), (7, 14)),
+        (([1, 1, 0], [1, 0, 0]), ("0", "1", "2"), (14, 7, 0)),
+        ((True, False), ("False", "True"), (7, 7)),
+    ],
+)
+def test_the_classes_are_named_with_their_numbers(label, names, counts, tmp_path):
+    model = f"model.name={save_pico('bert', tmp_path / 'model')}"
+    path = tmp_path / "r.jsonl"
+    rows = [{"text": f"the film {'good ' * n}", "label": label[n % 2]} for n in range(14)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, words = shown([model, f"data.train={path}", "data.max_length=32"])
+    assert [sum(found["classes"][name].values()) for name in names] == list(counts)
+    assert list(found["classes"]) == list(names)
+    assert "examples of each class" in words
+    for name in names:
+        assert re.search(rf"^ {name} +{found['classes'][name]['train']} ", words, re.M)
+
+
+def test_the_words_of_each_tag_are_counted(tmp_path):
+    model = f"model.name={save_pico('bert', tmp_path / 'model')}"
+    path = tmp_path / "r.jsonl"
+    rows = [{"tokens": ["the", "film", *["good"] * n], "tags": ["O", "B-X", *["O"] * n]} for n in range(14)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, words = shown([model, "model.task=token-classification", f"data.train={path}", "data.max_length=32"])
+    assert sum(found["classes"]["B-X"].values()) == 14
+    assert sum(found["classes"]["O"].values()) == 14 + sum(range(14))
+    assert "words of each class" in words
+
+
+def test_of_many_classes_the_most_frequent_and_the_rarest_are_shown(tmp_path):
+    model = f"model.name={save_pico('bert', tmp_path / 'model')}"
+    path = tmp_path / "r.jsonl"
+    names = ["often"] * 60 + [f"class {n // 3}" for n in range(300)]
+    rows = [{"text": f"{n} film", "label": name} for n, name in enumerate(names)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, words = shown([model, f"data.train={path}", "data.max_length=32"])
+    assert len(found["classes"]) == 101
+    assert "... 77 more ..." in words
+    assert words.count("class ") < 30
+    assert " often " in words

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import ValidationError
 
 
@@ -61,6 +63,16 @@ def short_repr(value: object, limit: int = 40) -> str:
     """
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def listed(names: Sequence[str], limit: int = 8) -> str:
+    """The first `limit` names, each cut to 40 characters, and how many there are if these are not all.
+
+    >>> listed(["a", "b"]), listed(["a", "b", "c"], limit=2)
+    ('a, b', 'a, b, ... (3)')
+    """
+    shown = ", ".join(name if len(name) <= 40 else name[:37] + "..." for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown}, ... ({len(names):,})"
 
 
 def first_mistake(error: ValidationError) -> str:

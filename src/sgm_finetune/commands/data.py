@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,19 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.data.encoding import IGNORED, sequence_lengths
 from sgm_finetune.data.prepared import PreparedData, prepare_data
-from sgm_finetune.data.splits import SPLITS
+from sgm_finetune.data.splits import SPLITS, DataSplits
 from sgm_finetune.results.harness import check_harness
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 LEARNT_MARKS = ("⟦", "⟧")
 """Marks around what the loss counts, for output without brightness."""
+SHOWN_CLASSES = 24
+"""Of more classes, as many are shown."""
 
 
 def preview(config: Config, console: Console, num_examples: int = 3) -> dict[str, Any]:
-    """Prints the first training examples and the length quantiles of every split, and returns the same as data.
+    """Prints the first training examples, the classes with their numbers and the length quantiles of every split, and
+    returns the same as data.
 
     An example is {"text", "parts": [[text, learnt], ...], "tokens"}, with "label" or "target" when it has one. `learnt`
     is true for text that the loss counts.
@@ -39,11 +42,17 @@ def preview(config: Config, console: Console, num_examples: int = 3) -> dict[str
     for number, example in enumerate(examples, start=1):
         console.print(Rule(f"training example {number} of {len(dataset):,} · {example['tokens']} tokens", align="left"))
         console.print(_example_text(example, bright), highlight=False, soft_wrap=not console.is_terminal)
+    classes = _class_counts(prepared.splits)
+    if classes:
+        counted = "words" if config.model.task == "token-classification" else "examples"
+        console.print(Rule(f"{counted} of each class", align="left"))
+        console.print(_class_table(classes))
     console.print(Rule("tokens per example", align="left"))
     console.print(_length_table(lengths, config.data.max_length))
     return {
         "data": prepared.splits.description,
         "examples": examples,
+        "classes": classes,
         "tokens": lengths,
         "num_truncated": {split: getattr(prepared, split).num_truncated for split in SPLITS},
         "num_dropped": {split: getattr(prepared, split).num_dropped for split in SPLITS},
@@ -94,6 +103,41 @@ def _example_text(example: Mapping[str, Any], bright: bool) -> Text:
         if key in example:
             text.append(f"\n→ {example[key]}", style="bold" if bright else "")
     return text
+
+
+def _class_counts(splits: DataSplits) -> dict[str, dict[str, int]]:
+    """Class -> split -> the number of its examples or words; {} without classes."""
+    size = len(splits.labels)
+    if not size:
+        return {}
+    counts = []
+    for name in SPLITS:
+        dataset = getattr(splits, name)
+        if "tags" in dataset.column_names:
+            found = np.bincount(list(chain.from_iterable(dataset["tags"][:])), minlength=size)
+        elif splits.label_kind == "classes":
+            found = np.asarray(dataset["label"][:]).sum(0)
+        else:
+            found = np.bincount(dataset["label"][:], minlength=size)
+        counts.append(found.astype(int).tolist())
+    return {label: dict(zip(SPLITS, row, strict=True)) for label, *row in zip(splits.labels, *counts, strict=True)}
+
+
+def _class_table(classes: Mapping[str, Mapping[str, int]]) -> Table:
+    """All classes, or of many the most frequent and the rarest."""
+    names = list(classes)
+    if len(names) > SHOWN_CLASSES:
+        ordered = sorted(names, key=lambda name: -classes[name]["train"])
+        hidden = len(names) - SHOWN_CLASSES
+        names = [*ordered[: SHOWN_CLASSES // 2], f"... {hidden:,} more ...", *ordered[-(SHOWN_CLASSES // 2) :]]
+    table = Table(box=None)
+    table.add_column("class", overflow="ellipsis", no_wrap=True, max_width=40)
+    for split in SPLITS:
+        table.add_column(split, justify="right")
+    for name in names:
+        numbers = classes.get(name)
+        table.add_row(Text(name), *(f"{numbers[split]:,}" if numbers is not None else "" for split in SPLITS))
+    return table
 
 
 def _lengths(dataset: Any) -> dict[str, float]:

@@ -23,7 +23,7 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     log = step_log(console)
     stored = read_stored(config, overrides, log)
     _check_harness_files(stored, config.evaluation.harness)
-    s = prepare_session(stored.config, log)
+    s = prepare_session(stored.config, log, stored.head)
     labels = s.prepared.splits.labels
     if labels != stored.labels:
         raise UserError(

@@ -207,6 +207,7 @@ def _metrics(s: Session, start: Start, adapted: Adapted, state: TrainerState, af
         "data": s.prepared.splits.description,
         "test_fingerprint": fingerprint_of_test(s.prepared.splits),
         "labels": list(s.prepared.splits.labels),
+        "head_is_new": s.prepared.head.is_new,
         "before": start.before,
         "after": after.metrics,
         **adapted.to_dict(),
@@ -239,7 +240,14 @@ def _write_results(
     write_json(output / "history.json", state.log_history)
     save_adapter(adapted.model, prepared.tokenizer, output / "adapter")
     save_pth(
-        output / PTH, adapted.model, start.plan, s.config, splits.labels, splits.label_kind, splits.train.column_names
+        output / PTH,
+        adapted.model,
+        start.plan,
+        s.config,
+        splits.labels,
+        splits.label_kind,
+        splits.train.column_names,
+        prepared.head.is_new,
     )
     write_json(output / "metrics.json", metrics)
     write_text(output / "report.html", render_report(load_run(output)))

@@ -20,7 +20,7 @@ from sgm_finetune.data.splits import check_data
 from sgm_finetune.data.tables import type_of
 from sgm_finetune.measure.plan_file import read_plan
 from sgm_finetune.method.decibels import Estimator
-from sgm_finetune.model.folder import check_name
+from sgm_finetune.model.folder import check_name, refuse_adapter
 from sgm_finetune.results.claim import as_it_began, claim_output
 from sgm_finetune.results.export.hub import check_push
 from sgm_finetune.results.export.target import ExportFormat, GgufType, check_folder, check_packages
@@ -113,7 +113,9 @@ class ScanRequest:
             raise UserError(
                 f"{self.model} holds results of a scan, and {option} needs the weights; give the model itself"
             )
-        if not Path(self.model).expanduser().exists():
+        if (path := Path(self.model).expanduser()).is_dir():
+            refuse_adapter(path)
+        elif not path.exists():
             check_name(self.model)
 
 

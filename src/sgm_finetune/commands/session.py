@@ -20,6 +20,7 @@ from sgm_finetune.base.text import gib, mib
 from sgm_finetune.data.prepared import PreparedData, prepare_data
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.method.plan import Plan
+from sgm_finetune.model.load import Head
 from sgm_finetune.results.claim import as_it_began, claim_output
 from sgm_finetune.results.folder import check_same_data
 from sgm_finetune.results.harness import check_harness
@@ -69,14 +70,17 @@ def step_log(console: Console) -> StepLog:
     return StepLog(console if processes().is_main_process else Console(quiet=True))
 
 
-def prepare_session(config: Config, log: StepLog) -> Session:
-    """A session with its data prepared. Raises UserError for what can be checked without the model's weights."""
-    return Session(config, config, _checked_data(config, log), log)
+def prepare_session(config: Config, log: StepLog, trained: Head | None = None) -> Session:
+    """A session with its data prepared, for a `trained` head if there is one.
+
+    Raises UserError for what can be checked without the model's weights.
+    """
+    return Session(config, config, _checked_data(config, log, trained), log)
 
 
-def _checked_data(config: Config, log: StepLog) -> PreparedData:
+def _checked_data(config: Config, log: StepLog, trained: Head | None = None) -> PreparedData:
     check_harness(config.evaluation.harness, config.model.task)
-    return prepare_data(config, log)
+    return prepare_data(config, log, trained)
 
 
 @contextmanager

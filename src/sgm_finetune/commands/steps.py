@@ -167,7 +167,7 @@ def apply(s: Session, base: Base, plan: Plan) -> Adapted:
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_factors, num_plain = adapter_parameters(plan)
     adapted = Adapted(model, num_trainable, num_trainable - num_factors + num_plain)
-    s.log.line("apply", _describe_parameters(adapted, num_factors, num_plain))
+    s.log.line("apply", _describe_parameters(adapted, num_factors, num_plain, bool(base.new_modules)))
     prepare_fast_adapters(s, model)
     if s.config.training.shard:
         reduce_factors_only(model)
@@ -192,9 +192,9 @@ def _some(names: Sequence[str]) -> str:
     return f"{names[0]}" if len(names) == 1 else f"{len(names)} matrices ({names[0]}, ...)"
 
 
-def _describe_parameters(adapted: Adapted, num_factors: int, num_plain: int) -> str:
+def _describe_parameters(adapted: Adapted, num_factors: int, num_plain: int, head_is_new: bool) -> str:
     total = adapted.num_trainable
-    head = f" (and {total - num_factors:,} of a new head)" if total > num_factors else ""
+    head = f" (and {total - num_factors:,} of {'a new' if head_is_new else 'the'} head)" if total > num_factors else ""
     line = f"PEFT LoRA: {num_factors:,} trainable adapter parameters{head}"
     if num_plain > num_factors:
         line += f"; without sharing {num_plain:,}"

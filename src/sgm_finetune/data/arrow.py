@@ -60,6 +60,12 @@ def dataset_of(rows: dict[str, list]) -> datasets.Dataset:
     return datasets.Dataset(InMemoryTable(pa.Table.from_pydict(rows, features.arrow_schema)))  # from_dict is slow
 
 
+def with_column(dataset: datasets.Dataset, name: str, values: list) -> datasets.Dataset:
+    """The data set with other values in one column, of the same type."""
+    changed = dataset.remove_columns(name).add_column(name, values, feature=dataset.features[name])  # type: ignore[call-arg]
+    return changed.select_columns(dataset.column_names)
+
+
 def _feature(role: str, values: list) -> datasets.Value | datasets.List:
     if role != "label":
         return datasets.Value("string")

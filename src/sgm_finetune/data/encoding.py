@@ -127,6 +127,15 @@ def fingerprint(dataset: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
+def largest_id(dataset: datasets.Dataset, column: str) -> int:
+    """The largest token id in a column of an encoded data set; -1 in an empty one."""
+    largest, tables = -1, dataset.select_columns(column).with_format("arrow").iter(TEXTS_PER_CALL)
+    for table in tables:
+        ids = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)  # type: ignore[union-attr]
+        largest = max(largest, int(ids.max(initial=-1)))
+    return largest
+
+
 def encoding_summary(encoded: Encoded) -> str:
     """One line with the numbers of sequences, tokens, truncated and dropped examples."""
     num_tokens = sum(sequence_lengths(encoded.dataset))

@@ -5,15 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgm_finetune.base.config import LabelKind
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.text import short_repr
+from sgm_finetune.base.text import listed, short_repr
 from sgm_finetune.data.columns import is_missing
+from sgm_finetune.data.label_vectors import only_single_ids, read_vectors, vector_width, with_lists
 from sgm_finetune.data.sources import Split
 from sgm_finetune.data.tables import Table
+
+_TRUTHS = {"false": 0, "true": 1, "0": 0, "1": 1, "0.0": 0, "1.0": 1}
+_SPELLINGS = (("False", "True"), ("false", "true"), ("FALSE", "TRUE"), ("0", "1"))
+"""Names of the two classes false and true."""
 
 
 class LabelReader:
@@ -22,26 +28,63 @@ class LabelReader:
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
         self.kind: LabelKind | None = None
+        self.width: int | None = None
+        """The number of classes where a label is a vector of 0 and 1."""
+        self.notes: list[str] = []
+        """What a person should know about the classes."""
 
     def read(self, table: Table, column: str, split: Split, asked: str) -> list:
         """The label of each row: an id, a vector of 0 and 1, or a number. `asked` is `data.label_kind`."""
+        table, is_first = with_lists(table, column, asked), self.kind is None
         self.kind = self.kind or infer_label_kind(table, column, asked)
         match self.kind:
             case "number":
                 return read_numbers(table, column)
             case "classes":
-                sets = read_label_sets(table, column)
-                self.names = self.names or class_names(table, column, list(itertools.chain(*sets)), len(sets))
-                return label_vectors(table, split, sets, self.names)
+                if is_first and (width := vector_width(table, column)):
+                    self.width, self.names = width, tuple(map(str, range(width)))
+                    self.notes.append(f"`{column}` is a 0 or 1 for each of {width} classes")
+                if self.width is not None:
+                    return read_vectors(table, column, self.width)
+                return self._read_sets(table, column, split)
             case "class":
                 labels = read_labels(table, column)
-                self.names = self.names or class_names(table, column, labels)
+                if is_first:
+                    labels = self._merge_truths(labels, column)
+                    self._name(table, column, labels)
+                elif any(set(self.names) == set(spelling) for spelling in _SPELLINGS):
+                    known = {_TRUTHS[name.casefold()]: name for name in self.names}
+                    labels = [known.get(_TRUTHS.get(label.casefold(), -1), label) for label in labels]
                 return label_ids(table, split, labels, self.names)
 
     def tag_ids(self, table: Table, column: str, split: Split, tags: list[list[str]]) -> list[list[int]]:
         """The ids of the tags of each row."""
-        self.names = self.names or class_names(table, column, list(itertools.chain(*tags)))
+        if not self.names:
+            self._name(table, column, list(itertools.chain(*tags)))
         return [label_ids(table, split, row, self.names) for row in tags]
+
+    def _read_sets(self, table: Table, column: str, split: Split) -> list[list[float]]:
+        sets = read_label_sets(table, column)
+        if not self.names:
+            self._name(table, column, list(itertools.chain(*sets)), len(sets))
+            if only_single_ids(table, column):
+                self.notes.append(f"the lists of one 0 or 1 in `{column}` are read as class ids")
+        return label_vectors(table, split, sets, self.names)
+
+    def _name(self, table: Table, column: str, labels: Sequence[str], num_rows: int | None = None) -> None:
+        self.names = class_names(table, column, labels, num_rows)
+        if column not in table.class_names:
+            self.notes += class_doubts(self.names)
+
+    def _merge_truths(self, labels: list[str], column: str) -> list[str]:
+        """The labels of the training data, with one spelling of true and one of false."""
+        written = list(dict.fromkeys(labels))
+        if not all(name.casefold() in _TRUTHS for name in written) or any(set(written) <= set(p) for p in _SPELLINGS):
+            return labels
+        has_words = any(name.isalpha() for name in written)
+        spelling = _SPELLINGS[0] if has_words else _SPELLINGS[-1]
+        self.notes.append(f"{listed(written)} in `{column}` are read as {spelling[0]} and {spelling[1]}")
+        return [spelling[_TRUTHS[label.casefold()]] for label in labels]
 
 
 def is_unlabelled(table: Table, column: str) -> bool:
@@ -71,11 +114,11 @@ def infer_label_kind(table: Table, column: str, asked: str) -> LabelKind:
     """
     if asked != "auto":
         return asked  # type: ignore[return-value]
-    if column in table.class_names:
-        return "class"
     values = [value for value in table.columns[column][:] if not is_missing(value)]
     if any(isinstance(value, list) for value in values):
         return "classes"
+    if column in table.class_names:
+        return "class"
     names = [str(value).strip() for value in values]
     if values and all(map(_is_number, names)) and not all(map(_is_integer, names)):
         if all(float(name).is_integer() for name in names):
@@ -121,21 +164,25 @@ def read_numbers(table: Table, column: str) -> list[float]:
 
 
 def read_label_sets(table: Table, column: str) -> list[list[str]]:
-    """The class names of each row, from a list or a text with commas; a row may have none.
+    """The class names of each row, from a list; a row may have none.
 
     Raises UserError with the row of an invalid value.
     """
     known = table.class_names.get(column)
     sets = []
     for row, value in enumerate(table.columns[column][:], start=1):
-        if isinstance(value, str):
-            value = [name for name in value.split(",") if name.strip()]
+        if isinstance(value, str) and not value.strip():
+            value = []
         if not isinstance(value, list):
             what = "is missing" if is_missing(value) else f"is {short_repr(value)}, not a list"
             raise UserError(f"{table.name}, row {row}: `{column}` {what}; write a list of names, [] for none")
         names = [_name(name, known) for name in value]
         if not all(isinstance(name, str | int) and str(name).strip() for name in names):
-            raise UserError(f"{table.name}, row {row}: `{column}` holds {short_repr(value)}; write a list of names")
+            are_numbers = all(isinstance(name, int | float) for name in names)
+            more = ", or a 0 or 1 for every class" if are_numbers else ""
+            raise UserError(
+                f"{table.name}, row {row}: `{column}` holds {short_repr(value)}; write a list of names{more}"
+            )
         sets.append([str(name).strip() for name in names])
     return sets
 
@@ -158,6 +205,23 @@ def class_names(table: Table, column: str, labels: Sequence[str], num_rows: int 
             "is it the label? Name the label with data.columns; for numbers to predict, set data.label_kind=number"
         )
     return tuple(names)
+
+
+def class_doubts(names: Sequence[str]) -> list[str]:
+    """Notes about classes that a person may have meant as one.
+
+    >>> class_doubts(["neg", "Pos", "pos"]), class_doubts(["0", "1", "pos"])
+    (['classes that differ only in case: Pos, pos'], ['both numbers and words are classes: 0, 1, pos'])
+    """
+    notes = []
+    folded = Counter(name.casefold() for name in names)
+    if alike := sorted((name for name in names if folded[name.casefold()] > 1), key=str.casefold):
+        notes.append(f"classes that differ only in case: {listed(alike)}")
+    numbers = [name for name in names if _is_integer(name)]
+    if numbers and len(numbers) < len(names):
+        words = [name for name in names if not _is_integer(name)]
+        notes.append(f"both numbers and words are classes: {listed([*numbers[:3], *words[:3]])}")
+    return notes
 
 
 def label_ids(table: Table, split: str, labels: Sequence[str], names: Sequence[str]) -> list[int]:

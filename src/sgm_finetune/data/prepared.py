@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,14 +15,13 @@ from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.device import has_gpu
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import collator
-from sgm_finetune.data.encoding import Encoded, encode, pack
+from sgm_finetune.data.encoding import Encoded, encode, largest_id, pack
 from sgm_finetune.data.questions import has_answers
 from sgm_finetune.data.sources import is_on_hub
-from sgm_finetune.data.splits import DataSplits, load_splits
-from sgm_finetune.model.files import find_model_files
-
-if TYPE_CHECKING:
-    from sgm_finetune.model.load import Head
+from sgm_finetune.data.splits import DataSplits, load_splits, with_classes
+from sgm_finetune.model.architecture import read_model_config
+from sgm_finetune.model.classes import Head, choose_head, matching_rows
+from sgm_finetune.model.files import ModelFiles, find_model_files
 
 
 @dataclass(frozen=True)
@@ -37,37 +36,63 @@ class PreparedData:
     validation: Encoded
     test: Encoded
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
-
-    @property
-    def head(self) -> Head:
-        """What the data ask of the model's head."""
-        from sgm_finetune.model.load import Head  # here: `sgm data` loads no model, and it takes seconds
-
-        splits, padding = self.splits, self.tokenizer.pad_token_id
-        return Head(splits.labels, splits.label_kind, padding)  # type: ignore[arg-type]  # one token's id
+    head: Head
+    """What the data ask of the model's head."""
 
 
-def prepare_data(config: Config, log: StepLog) -> PreparedData:
+def prepare_data(config: Config, log: StepLog, trained: Head | None = None) -> PreparedData:
     """Reads, splits and encodes the data, and prints what it found.
 
-    Checks everything that needs no weights: files, columns, labels, lengths, the tokenizer. Raises UserError.
+    The classes of the data become those of the head: of the `trained` one if it has all of them, else of the model's
+    own (`model/classes.py`). Checks everything that needs no weights: files, columns, labels, lengths, the tokenizer.
+    Raises UserError.
     """
     if is_on_hub(config.data):
         log.line("data", f"looking for {config.data.name} on the hub")
     splits = load_splits(config.data, config.model.task)
     files = find_model_files(config.model, log, config.data.max_length)
+    splits, head, about_head = _choose_head(splits, config, files, trained)
     encoded = {
         name: encode(getattr(splits, name), files.tokenizer, config.model.task, config.data.max_length)
         for name in ("train", "validation", "test")
     }
+    _check_ids(encoded, files, config)
     if config.data.packing:
         if not has_answers(encoded["train"].dataset, config.model.task) or config.model.task != "causal-lm":
             raise UserError("data.packing=true is for completion and chat data; running text is packed without it")
         encoded["train"] = pack(encoded["train"], config.data.max_length)
     log.line("data", " · ".join([splits.description, *_encoding_notes(encoded, config.data.max_length)]))
+    if about_head is not None:
+        log.line("head", about_head)
     multiple = 8 if has_gpu() else None  # tensor cores want multiples of 8; a CPU would only compute more padding
     collate = collator(files.tokenizer, config.model.task, multiple)
-    return PreparedData(files.folder, files.tokenizer, splits, **encoded, collate=collate)
+    return PreparedData(files.folder, files.tokenizer, splits, **encoded, collate=collate, head=head)
+
+
+def _choose_head(
+    splits: DataSplits, config: Config, files: ModelFiles, trained: Head | None
+) -> tuple[DataSplits, Head, str | None]:
+    """The splits with the classes of the head, the head, and a line about it."""
+    padding: Any = files.tokenizer.pad_token_id  # one token's id
+    if trained is not None:
+        is_other = bool(splits.labels) != bool(trained.labels)
+        rows = None if is_other else matching_rows(splits.labels, trained.labels)
+        splits = splits if rows is None else with_classes(splits, trained.labels, rows)
+        return splits, replace(trained, pad_token_id=padding), None
+    chosen = choose_head(splits.labels, read_model_config(config.model, files.folder), config.model.task)
+    splits = with_classes(splits, chosen.labels, chosen.rows)
+    return splits, Head(chosen.labels, splits.label_kind, padding, chosen.is_new), chosen.line
+
+
+def _check_ids(encoded: Mapping[str, Encoded], files: ModelFiles, config: Config) -> None:
+    """Raises UserError for a token id beyond the model's embeddings."""
+    limits: dict[str, int | None] = {"input_ids": files.num_embeddings}
+    if config.model.task == "seq2seq-lm":
+        described = read_model_config(config.model, files.folder)
+        limits["labels"] = getattr(described, "decoder_vocab_size", None) or files.num_embeddings
+    for column, limit in limits.items():
+        largest = max(largest_id(part.dataset, column) for part in encoded.values())
+        files.check_ids(largest, "The data", limit)
 
 
 def _encoding_notes(encoded: Mapping[str, Encoded], max_length: int) -> list[str]:

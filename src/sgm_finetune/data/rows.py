@@ -52,7 +52,7 @@ def normalise(
         notes.append(f"format {layout.name} ({', '.join(f'`{name}`' for name in there.values())})")
     if num_empty:
         notes.append(f"{num_empty:,} empty texts dropped")
-    return rows, labels.names, labels.kind, notes
+    return rows, labels.names, labels.kind, [*notes, *labels.notes]
 
 
 def check_head(source: Source, config: DataConfig, task: Task) -> None:

@@ -6,9 +6,9 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -64,6 +64,32 @@ def split_source(source: Source, config: DataConfig, task: Task) -> DataSplits:
     chosen = choose_rows(source, config, task)
     train, validation, test = (dataset_of(chosen.rows[split]) for split in SPLITS)
     return DataSplits(train, validation, test, chosen.labels, chosen.description, chosen.label_kind)
+
+
+def with_classes(splits: DataSplits, names: Sequence[str], rows: Sequence[int]) -> DataSplits:
+    """`splits` with the classes `names`; `rows` is the new id of each class of the data."""
+    if tuple(rows) == tuple(range(len(names))):
+        return replace(splits, labels=tuple(names))
+    from sgm_finetune.data.arrow import with_column
+
+    role = "tags" if "tags" in splits.train.column_names else "label"
+
+    def changed(value: Any) -> Any:
+        if role == "tags":
+            return [rows[tag] for tag in value]
+        if splits.label_kind == "class":
+            return rows[value]
+        vector = [0.0] * len(names)
+        for row, here in zip(rows, value, strict=True):
+            vector[row] = here
+        return vector
+
+    parts = {
+        name: with_column(part, role, [changed(value) for value in part[role][:]])
+        for name in SPLITS
+        for part in [getattr(splits, name)]
+    }
+    return replace(splits, labels=tuple(names), **parts)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from sgm_finetune.measure.scan_result import Control, MatrixScan, Scan
 from sgm_finetune.method.decibels import Estimator
 from sgm_finetune.method.singular_values import SingularValues, batched_singular_values, exact_bfloat16_products
 from sgm_finetune.method.snr import SnrStatistics, signal_to_noise
-from sgm_finetune.model.folder import local_folder
+from sgm_finetune.model.folder import local_folder, refuse_adapter
 from sgm_finetune.model.names import kind_of, layer_of, module_of
 from sgm_finetune.model.weights.stored import StoredMatrix, stored_matrices
 
@@ -98,7 +98,11 @@ def matrix_names(model: str | Path, estimator: Estimator = "mp") -> list[str]:
 
 def _choose(model: str | Path, names: Collection[str] | None, split_fused: bool) -> list[StoredMatrix]:
     """The matrices to scan, by layer number. Raises UserError before the first is read."""
-    path = model if Path(model).expanduser().exists() else local_folder(str(model))
+    path = Path(model).expanduser()
+    if not path.exists():
+        path = local_folder(str(model))
+    elif path.is_dir():
+        refuse_adapter(path)
     stored = {matrix.name: matrix for matrix in stored_matrices(path, split_fused=split_fused)}
     if not stored:
         raise UserError(f"{model} has no two-dimensional weight; nothing to scan")

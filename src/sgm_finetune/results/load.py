@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,23 @@ class StoredResult:
     def labels(self) -> tuple[str, ...]:
         return tuple(self.content["labels"])
 
+    @property
+    def label_kind(self) -> LabelKind | None:
+        """What one label is; None without labels. An older file does not say it of a number, which has no names."""
+        is_number = self.config.model.task == "sequence-classification" and not self.labels
+        return self.content.get("label_kind") or ("number" if is_number else None)
+
+    @property
+    def head(self) -> Head:
+        """The head that was trained."""
+        return Head(self.labels, self.label_kind, is_new=self.content.get("head_is_new", False))
+
 
 @dataclass(frozen=True)
 class Result(StoredResult):
     """A trained adapter, and the files of its base model. No weights of the base are loaded yet."""
 
     base: ModelFiles
-    label_kind: LabelKind | None
     roles: tuple[str, ...]
     """Roles of the columns that it was trained on (text, label, messages ...); () where an older file does not say."""
 
@@ -64,7 +74,7 @@ class Result(StoredResult):
 
     @property
     def head(self) -> Head:
-        return Head(self.labels, self.label_kind, self.tokenizer.pad_token_id)  # type: ignore[arg-type]  # one token
+        return replace(super().head, pad_token_id=self.tokenizer.pad_token_id)  # type: ignore[arg-type]  # one token
 
     @property
     def base_config(self) -> dict[str, Any]:
@@ -102,12 +112,8 @@ def find_base(stored: StoredResult, log: StepLog) -> Result:
 
     Raises UserError where the base model is not available.
     """
-    content, model = stored.content, stored.config.model
-    base = find_model_files(unquantised(model), log)
-    kind = content.get("label_kind")
-    if kind is None and model.task == "sequence-classification" and not stored.labels:
-        kind = "number"  # only a number has no names
-    return Result(**vars(stored), base=base, label_kind=kind, roles=tuple(content.get("roles", ())))
+    base = find_model_files(unquantised(stored.config.model), log)
+    return Result(**vars(stored), base=base, roles=tuple(stored.content.get("roles", ())))
 
 
 def read_result(config: Config, overrides: Sequence[str], log: StepLog) -> Result:

@@ -32,11 +32,13 @@ def save_pth(
     labels: Sequence[str],
     label_kind: LabelKind | None,
     roles: Sequence[str] = (),
+    head_is_new: bool = False,
 ) -> None:
     """Writes one file of tensors and plain data: all that `sgm evaluate` needs beside the base model.
 
     Its keys are format, adapter (name -> tensor; a shared factor is stored once), peft_config, plan and config; and
-    for the data labels, label_kind and roles (text, label, messages ...).
+    for the data labels, label_kind, roles (text, label, messages ...) and head_is_new (whether the rows that the base's
+    files hold were for other classes).
     """
     state = _on_cpu(get_peft_model_state_dict(model))
     content = {
@@ -48,6 +50,7 @@ def save_pth(
         "labels": list(labels),
         "label_kind": label_kind,
         "roles": list(roles),
+        "head_is_new": head_is_new,
     }
     with whole_file(path) as scratch:
         torch.save(content, scratch)
@@ -101,6 +104,7 @@ class _Content(BaseModel):
     labels: list[str]
     label_kind: LabelKind | None = None
     roles: list[str] = []
+    head_is_new: bool = False
 
 
 def load_pth(path: Path) -> dict[str, Any]:

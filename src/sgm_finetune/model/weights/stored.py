@@ -142,6 +142,18 @@ def stored_tensors(model: str | Path) -> dict[str, StoredTensor]:
     return _tensors(model, files)
 
 
+def embedding_rows(model: str | Path) -> int | None:
+    """The number of rows of the input embedding in a local model's .safetensors files; None where they do not tell."""
+    try:
+        files = weight_files(model)
+        tensors = _read_headers(files, _headers) if files[0].suffix == ".safetensors" else {}
+    except UserError:
+        return None
+    found = [t for name, t in tensors.items() if _INPUT_EMBEDDING.search(name) and t.dtype in FLOATS]
+    rows = {tensor.shape[0] for tensor in found if len(tensor.shape) == 2}
+    return rows.pop() if len(rows) == 1 else None
+
+
 def _tensors(model: str | Path, files: list[Path]) -> dict[str, StoredTensor]:
     tensors = _read_headers(files, _headers)
     if Path(model).expanduser().is_dir():

@@ -13,6 +13,7 @@ from sgm_finetune.measure.plan_summary import describe_plan
 from sgm_finetune.results.export.target import ExportFormat, hub_model
 from sgm_finetune.results.load import Result
 from sgm_finetune.results.metric_names import METRICS, Metric
+from sgm_finetune.results.report.usage import head_arguments
 
 _PIPELINES = {
     "causal-lm": "text-generation",
@@ -108,7 +109,7 @@ def _usage(result: Result, to: ExportFormat, files: Mapping[str, str]) -> str:
     auto = _AUTO[result.config.model.task]
     base = base_name(result.config.model.name)
     is_classifier = result.config.model.task.endswith("classification")
-    num_labels = f", num_labels={len(result.labels) or 1}" if is_classifier else ""
+    head = head_arguments(result.labels, result.head.is_new) if is_classifier else ""
     match to:
         case "adapter":
             lines = [
@@ -116,7 +117,7 @@ def _usage(result: Result, to: ExportFormat, files: Mapping[str, str]) -> str:
                 "from peft import PeftModel",
                 f"from transformers import AutoTokenizer, {auto}",
                 "",
-                f'base = {auto}.from_pretrained("{base}"{num_labels})',
+                f'base = {auto}.from_pretrained("{base}"{head})',
                 'model = PeftModel.from_pretrained(base, "this-folder")',
                 'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
                 "```",

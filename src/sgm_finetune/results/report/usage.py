@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,8 @@ def commands(config: Config, folder: Path) -> list[Command]:
     ]
 
 
+_NAMED_CLASSES = 30
+"""More classes than these are not named in the lines to copy."""
 _AUTO_CLASSES: dict[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
@@ -47,13 +49,25 @@ _AUTO_CLASSES: dict[Task, str] = {
 }
 
 
+def head_arguments(labels: Sequence[str], head_is_new: bool) -> str:
+    """Returns the arguments that give the base model its head of classes, as Python text.
+
+    >>> head_arguments(["bad", "good"], head_is_new=False), head_arguments([], head_is_new=True)
+    (", id2label={0: 'bad', 1: 'good'}", ', num_labels=1, ignore_mismatched_sizes=True')
+    """
+    named = 0 < len(labels) <= _NAMED_CLASSES
+    given = f", id2label={dict(enumerate(labels))}" if named else f", num_labels={len(labels) or 1}"
+    return f"{given}, ignore_mismatched_sizes=True" if head_is_new else given
+
+
 def python_snippet(config: Config, metrics: Mapping[str, Any], folder: Path) -> str:
     """Returns Python lines that load the adapter with PEFT alone, on the base in full precision."""
     model = config.model
     adapter = json.dumps(os.path.join(os.path.abspath(folder), "adapter"), ensure_ascii=False)
     auto, arguments = _AUTO_CLASSES[model.task], ""
     if model.task in ("sequence-classification", "token-classification"):
-        arguments = f", num_labels={len(metrics['labels']) or 1}, pad_token_id=tokenizer.pad_token_id"
+        arguments = head_arguments(metrics["labels"], metrics.get("head_is_new", False))
+        arguments += ", pad_token_id=tokenizer.pad_token_id"
     if model.revision is not None:
         arguments += f", revision={json.dumps(model.revision)}"
     name = json.dumps(model.name, ensure_ascii=False)

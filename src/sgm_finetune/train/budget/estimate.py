@@ -24,7 +24,7 @@ from sgm_finetune.data.batches import num_steps
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.measure.make_plan import check_rank
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.model.load import Head, check_checkpointing, skeleton
+from sgm_finetune.model.load import check_checkpointing, skeleton
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.names import layer_of
 from sgm_finetune.model.stand_ins import stored_bytes
@@ -63,9 +63,7 @@ def estimate(
     release_memory()
     process_bytes = 0 if has_gpu() else held_memory() + LIBRARIES_LATER
     try:
-        splits, padding = prepared.splits, prepared.tokenizer.pad_token_id
-        head = Head(splits.labels, splits.label_kind, padding)  # type: ignore[arg-type]  # one token's id
-        model = skeleton(config.model, prepared.folder, head)
+        model = skeleton(config.model, prepared.folder, prepared.head)
         return _Estimator(config, prepared, model, process_bytes, {} if cache is None else cache).run(plan)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise PredictionError(
