@@ -251,18 +251,21 @@ def _measure_batch(
 
 
 @contextmanager
-def following(model: nn.Module, sketch_size: int, seed: int) -> Iterator[Callable[[], int]]:
+def following(
+    model: nn.Module, sketch_size: int, seed: int
+) -> Iterator[Callable[[Callable[[Iterable[str]], Iterable[str]]], int]]:
     """The probe's hooks for one batch, on a model on device "meta", so that `train/budget/footprint.py` can follow it.
 
-    Gives a function that returns the bytes of the sketches and test matrices.
+    Gives a function that returns the bytes of the sketches and test matrices. Its argument maps the names of the
+    weights that got a sketch to those that would get one, if only part of the model was computed.
     """
     matrices = adaptable(model)
     recorder = _Recorder(matrices, sketch_size, seed)
     recorder.reads.begin_batch()
 
-    def num_bytes() -> int:
-        tensors = [*(t for pair in recorder.sums.values() for t in pair), *recorder.omegas.values()]
-        return sum(t.numel() * t.element_size() for t in tensors)
+    def num_bytes(expand: Callable[[Iterable[str]], Iterable[str]]) -> int:
+        sketches = sum(4 * sketch_size * sum(matrices[name].shape) for name in expand(recorder.sums))
+        return sketches + sum(t.numel() * t.element_size() for t in recorder.omegas.values())
 
     with _frozen(model, matrices), _hooks(recorder):
         yield num_bytes

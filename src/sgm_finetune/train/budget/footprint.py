@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,12 +32,42 @@ def saved_elsewhere() -> saved_tensors_hooks:
     )
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What one piece of a computation needs. Its bytes count from what was alive when it began."""
+
+    kept: int = 0
+    """Bytes alive at its end."""
+    peak: int = 0
+    wide: int = 0
+    """Bytes of `kept` that are wide (see `Footprint`)."""
+    wide_at_peak: int = 0
+    flops: int = 0
+    traffic: int = 0
+
+
+def joined(pieces: Iterable[Piece]) -> Piece:
+    """The pieces of a computation, one after the other, as one piece.
+
+    >>> joined([Piece(kept=2, peak=5), Piece(kept=-1, peak=4), Piece(peak=1)])
+    Piece(kept=1, peak=6, wide=0, wide_at_peak=0, flops=0, traffic=0)
+    """
+    kept = peak = wide = wide_at_peak = flops = traffic = 0
+    for piece in pieces:
+        if kept + piece.peak > peak:
+            peak, wide_at_peak = kept + piece.peak, wide + piece.wide_at_peak
+        kept, wide = kept + piece.kept, wide + piece.wide
+        flops, traffic = flops + piece.flops, traffic + piece.traffic
+    return Piece(kept, peak, wide, wide_at_peak, flops, traffic)
+
+
 class Footprint(TorchDispatchMode):
     """A context manager that follows the tensors made within it.
 
     `peak`: most bytes of such tensors that were alive at one time. `now`: bytes alive now. `wide_at_peak`: bytes at the
     peak of tensors whose last dimension is `width`. `flops`: floating-point operations of matrix products. `traffic`:
-    bytes that all operations read and wrote. Tensors in `known` do not count.
+    bytes that all operations read and wrote. Tensors in `known` do not count. `cut` divides the computation into pieces;
+    both peaks are those of the current piece.
 
     Tensors without numbers cannot be read: a number that the code asks for is 1 (so a mask hides nothing), and a
     boolean index selects `num_selected` rows.
@@ -53,6 +84,7 @@ class Footprint(TorchDispatchMode):
         self.now = self.peak = self.flops = self.traffic = 0
         self.num_selected, self.width = num_selected, width
         self.wide = self.wide_at_peak = 0
+        self._begun = (0, 0, 0, 0)
         # a storage without numbers has no address; its object identifies it as long as it lives
         self._alive: dict[int, Any] = {s._cdata: s for s in (tensor.untyped_storage() for tensor in known)}
 
@@ -81,6 +113,17 @@ class Footprint(TorchDispatchMode):
                 within = int(_WORKSPACES[func] * args[0].numel() * args[0].element_size())
                 self._note(within, within if args[0].shape[-1] == self.width else 0)
         return made
+
+    def cut(self) -> Piece:
+        """Ends the current piece and returns it; the next one begins."""
+        now, wide, flops, traffic = self._begun
+        piece = Piece(
+            self.now - now, self.peak - now, self.wide - wide, self.wide_at_peak - wide,
+            self.flops - flops, self.traffic - traffic,
+        )  # fmt: skip
+        self._begun = (self.now, self.wide, self.flops, self.traffic)
+        self.peak, self.wide_at_peak = self.now, self.wide
+        return piece
 
     def _note(self, more: int = 0, more_wide: int = 0) -> None:
         if self.now + more > self.peak:

@@ -6,9 +6,10 @@ have.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,15 @@ from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.data.questions import answer_limit, has_answers, questions
 from sgm_finetune.measure.probe import following, readers_of_same_activations
 from sgm_finetune.measure.probe_batches import probe_batches, probe_pieces
-from sgm_finetune.train.budget.footprint import Footprint, saved_elsewhere
+from sgm_finetune.model.matrices import adaptable
+from sgm_finetune.train.budget.footprint import Footprint, Piece, saved_elsewhere
+from sgm_finetune.train.budget.repeats import Block, NotAlikeError, Repeats, block_lists, repeating
 from sgm_finetune.train.fast.prepare import prepare_base
 from sgm_finetune.train.losses import summed_loss
 
 _NUM_EPOCHS = 3
 """Epochs whose batches are looked at for the largest one."""
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -58,16 +62,23 @@ class Follower:
         self.lengths = {name: [len(ids) for ids in dataset["input_ids"]] for name, dataset in splits.items()}
         """Split -> number of tokens of each example."""
         first, _ = self._longest_batch("train", min(2, len(prepared.train.dataset)))
-        with Footprint(num_selected=len(first["input_ids"])):
+        self._blocks: dict[nn.Module, list[list[Block]]] = {}
+        self.may_repeat = self._can_repeat(first)
+        blocks = self._block_lists(model) if self.may_repeat else []
+        with Footprint(num_selected=len(first["input_ids"])) as footprint, repeating(model, footprint, blocks):
             self.head_loss = prepare_base(config, model, (), first).head_loss
 
     def test(self, split: str, model: nn.Module) -> Work:
         """The loss of the longest batch of `split`, without gradients."""
         batch, predicted = self._longest_batch(split, self.config.training.eval_batch_size)
-        with self._footprint(model, predicted) as footprint, torch.no_grad():
+
+        def run(_: Repeats) -> None:
             model.eval()
-            self._loss(model, batch)
-        return _work(footprint, batch["input_ids"].numel())
+            with torch.no_grad():
+                self._loss(model, batch)
+
+        needed, _ = self._follow(model, predicted, run)
+        return _work(needed, batch["input_ids"].numel())
 
     def answer(self, model: nn.Module) -> Work:
         """The answers to the first test questions: a forward pass over the prompts, and a cache that grows by the
@@ -85,14 +96,16 @@ class Follower:
             inputs["decoder_input_ids"] = torch.zeros(size, limit, dtype=torch.long, device="meta")
         elif self.head_loss is not None:
             inputs["logits_to_keep"] = 1
-        with self._footprint(model, 1) as footprint, torch.no_grad():
+
+        def run(_: Repeats) -> Any:
             model.eval()
-            outputs = model(**inputs)
-            cache = footprint.now
-            del outputs
-        grown = cache if task == "seq2seq-lm" else cache * (prompt + limit) // prompt
+            with torch.no_grad():
+                return model(**inputs)  # its cache counts
+
+        needed, _ = self._follow(model, 1, run)
+        grown = needed.kept if task == "seq2seq-lm" else needed.kept * (prompt + limit) // prompt
         # a layer copies its keys and values whenever they grow
-        return _work(footprint, size * (prompt + limit), peak=max(footprint.peak, 2 * grown))
+        return _work(needed, size * (prompt + limit), peak=max(needed.peak, 2 * grown))
 
     def probe(self) -> tuple[Work, int]:
         """The gradients of the largest piece of a probe batch, and the bytes of the sketches of both halves. The
@@ -100,32 +113,80 @@ class Follower:
         batches = probe_batches(self.config, self.prepared)
         pieces = [piece for batch in batches for piece, _ in probe_pieces(self.config, batch)]
         batch, predicted = self._without_numbers(max(pieces, key=lambda piece: piece["input_ids"].numel()))
-        with following(self.model, self.config.probe.sketch_size, self.config.probe.seed) as sketch_bytes:
-            with self._footprint(self.model, predicted) as footprint:
+
+        def run(repeats: Repeats) -> int:
+            with following(self.model, self.config.probe.sketch_size, self.config.probe.seed) as sketch_bytes:
                 self._loss(self.model, batch).backward()
-            num_bytes = sketch_bytes()
-        return _work(footprint, batch["input_ids"].numel()), 2 * num_bytes
+                return sketch_bytes(repeats.expand)
+
+        needed, num_bytes = self._follow(self.model, predicted, run)
+        return _work(needed, batch["input_ids"].numel()), 2 * num_bytes
 
     def step(self, model: nn.Module) -> Work:
         """The forward and backward pass of the largest micro-batch, beside the gradients of earlier ones."""
         batch, predicted = self._largest_micro_batch()
         offload = self.config.training.checkpointing == "offload"
-        with self._footprint(model, predicted) as footprint, saved_elsewhere() if offload else nullcontext():
+        own = self.head_loss is None and self.config.model.task in ("causal-lm", "sequence-classification")
+
+        def run(_: Repeats) -> None:
             model.train()
-            own = self.head_loss is None and self.config.model.task in ("causal-lm", "sequence-classification")
-            loss = model(**batch).loss if own else self._loss(model, batch)
-            loss.backward()
-            del loss
-        earlier_gradients = footprint.now if self.num_micro_batches > 1 else 0
-        for parameter in model.parameters():
-            parameter.grad = None
-        return _work(footprint, batch["input_ids"].numel(), peak=footprint.peak + earlier_gradients)
+            with saved_elsewhere() if offload else nullcontext():
+                loss = model(**batch).loss if own else self._loss(model, batch)
+                loss.backward()
+
+        needed, _ = self._follow(model, predicted, run)
+        earlier_gradients = needed.kept if self.num_micro_batches > 1 else 0
+        return _work(needed, batch["input_ids"].numel(), peak=needed.peak + earlier_gradients)
 
     def readers(self) -> list[list[str]]:
         """Names of all matrices of the model, those that read the same activations together."""
         batch, _ = self._longest_batch("train", 1)
-        with Footprint(num_selected=1), torch.no_grad():
-            return readers_of_same_activations(self.model, lambda: self._loss(self.model, batch))
+
+        def run(repeats: Repeats) -> list[list[str]]:
+            with torch.no_grad():
+                groups = readers_of_same_activations(self.model, lambda: self._loss(self.model, batch))
+            return repeats.group(groups, adaptable(self.model))
+
+        return self._follow(self.model, 1, run)[1]
+
+    def _block_lists(self, model: nn.Module) -> list[list[Block]]:
+        if model not in self._blocks:
+            self._blocks[model] = block_lists(model)
+        return self._blocks[model]
+
+    def _can_repeat(self, batch: dict[str, Tensor]) -> bool:
+        """Whether the model runs without some of the blocks that are alike."""
+        footprint, blocks = Footprint(num_selected=len(batch["input_ids"])), self._block_lists(self.model)
+        try:
+            with footprint, repeating(self.model, footprint, blocks) as repeats, torch.no_grad():
+                self.model(**batch)
+                repeats.total()
+        except Exception:  # whatever the model's code raises, the whole model may run
+            return False
+        return True
+
+    def _follow(self, model: nn.Module, predicted: int, run: Callable[[Repeats], _T]) -> tuple[Piece, _T]:
+        """What `run` needs when it computes `model`, and what it returns, which counts as alive at its end.
+
+        Of blocks that are alike few are computed, or all if they differ after all.
+        """
+        if self.may_repeat:
+            try:
+                return self._follow_with(model, predicted, run, self._block_lists(model))
+            except NotAlikeError:
+                pass
+        return self._follow_with(model, predicted, run, [])
+
+    def _follow_with(
+        self, model: nn.Module, predicted: int, run: Callable[[Repeats], _T], blocks: list[list[Block]]
+    ) -> tuple[Piece, _T]:
+        try:
+            with self._footprint(model, predicted) as footprint, repeating(model, footprint, blocks) as repeats:
+                result = run(repeats)
+                return repeats.total(), result
+        finally:
+            for parameter in model.parameters():
+                parameter.grad = None
 
     def _longest_batch(self, split: str, size: int) -> tuple[dict[str, Tensor], int]:
         """The `size` longest examples of a split, and the number of their predictions."""
@@ -167,6 +228,5 @@ class Follower:
         return summed_loss(model(**inputs).logits, labels, task)[0]
 
 
-def _work(footprint: Footprint, num_tokens: int, peak: int | None = None) -> Work:
-    peak = footprint.peak if peak is None else peak
-    return Work(peak, footprint.wide_at_peak, footprint.flops, footprint.traffic, num_tokens)
+def _work(needed: Piece, num_tokens: int, peak: int | None = None) -> Work:
+    return Work(needed.peak if peak is None else peak, needed.wide_at_peak, needed.flops, needed.traffic, num_tokens)
