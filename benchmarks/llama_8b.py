@@ -1,4 +1,4 @@
-"""The model of the GPU's benchmarks: a Llama of 8B with random weights in NF4, made where it is measured; and its floor."""
+"""The model of the GPU's benchmarks: a Llama of 8B with random weights in NF4, and the floor of its step."""
 
 from __future__ import annotations
 

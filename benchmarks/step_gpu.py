@@ -69,6 +69,7 @@ RUNS = ["1:on", "1:off", "2:on", "2:off", "2:offload", "8:on", "8:off"]
 _WARM = 2
 """Steps of each way before the measured ones: kernels are compiled and chosen, memory is allocated."""
 
+
 def sharing_weights(model: Any, own_plain_weights: bool) -> Any:
     """A copy of the modules that shares the weights (`own_plain_weights`: only the quantised ones)."""
     kept = [p for p in model.parameters() if not (own_plain_weights and p.is_floating_point())]
@@ -401,7 +402,13 @@ def main() -> None:
         return
     started = time.perf_counter()
     shape, length = (PICO, PICO_LENGTH) if asked.pico else (LLAMA_8B, LENGTH)
-    packages = ("torch", "transformers", "peft", "bitsandbytes", *(("liger-kernel", "triton") if DEVICE == "cuda" else ()))
+    packages = (
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        *(("liger-kernel", "triton") if DEVICE == "cuda" else ()),
+    )
     card = {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU", **ceilings()}
     record(asked.out, **card, shape=shape, versions=versions(packages))
     if DEVICE == "cuda":

@@ -3,10 +3,10 @@
     make gpu-pack                            into gpu-pack/, and says the size of every file
     make gpu-pack ARGS="--only tools"        one of its folders
 
-The machine is assumed to have torch, Transformers, PEFT, Accelerate, Triton and the usual scientific packages (`IMAGE`).
+The machine is assumed to have torch, Accelerate, Triton and the usual scientific packages (`IMAGE`).
 The folders can be brought one after the other; each is smaller than 60 MB:
 
-    tools      SGM's own requirements, Liger's kernels, TRL; bitsandbytes with its CUDA 13.0 library alone; the tasks' data
+    tools      SGM's requirements, Liger's kernels, TRL; bitsandbytes with its CUDA 13.0 library alone; the tasks' data
     unsloth    Unsloth and what it needs, in versions of its own
     model-1    the first half of SmolLM2-135M, in the very bytes of its GGUF file
     model-2    the second half
@@ -47,8 +47,8 @@ TOOLS = (
 """A name alone is taken in the version of requirements/lock.txt."""
 UNSLOTH = (
     "unsloth==2026.10.9", "unsloth-zoo==2026.10.9", "transformers==5.17.0", "trl==1.15.0", "datasets==4.8.5",
-    "cut-cross-entropy", "diffusers", "docstring-parser", "hf-transfer", "importlib-metadata", "json5", "msgspec", "nest-asyncio",
-    "structlog", "torchao", "typeguard", "tyro",
+    "cut-cross-entropy", "diffusers", "docstring-parser", "hf-transfer", "importlib-metadata", "json5", "lazy-importer",
+    "msgspec", "nest-asyncio", "structlog", "torchao", "typeguard", "tyro",
 )  # fmt: skip
 IMAGE = {
     "absl-py", "accelerate", "certifi", "click", "einops", "fsspec", "hf-xet", "httpx", "huggingface-hub", "joblib",
@@ -189,7 +189,9 @@ def halve(file: Path, folders: list[Path]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pack", type=Path, default=ROOT / "gpu-pack")
-    parser.add_argument("--only", nargs="+", choices=["tools", "unsloth", "model"], default=["tools", "unsloth", "model"])
+    parser.add_argument(
+        "--only", nargs="+", choices=["tools", "unsloth", "model"], default=["tools", "unsloth", "model"]
+    )
     options = parser.parse_args()
     pack: Path = options.pack
     if "tools" in options.only:

@@ -1,4 +1,4 @@
-"""The results file of one item: a JSON object that grows while the item runs, so that a time limit takes nothing away."""
+"""The results file of one item: a JSON object that grows while the item runs, so that a time limit loses nothing."""
 
 from __future__ import annotations
 

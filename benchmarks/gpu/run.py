@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from items import ITEMS, Item  # noqa: E402
 from record import read, update  # noqa: E402
+from unpack import unpack  # noqa: E402
 
-PICO_SECONDS = 120
+PICO_SECONDS = 300
 """Time limit of an item with --pico."""
 _KEPT = 6000
 """Characters of an item's output that its results file keeps, from the end."""
@@ -104,8 +105,12 @@ def run_all(items: list[Item], options: argparse.Namespace, pack: Path | None) -
             print(f"{item.name}: not begun, the time is over", flush=True)
             continue
         limit = min(left, PICO_SECONDS if options.pico else item.seconds)
-        found = installed(pack, item.packs) if pack is not None else {}
-        ended = run(item, options.results, options.pico, limit, surroundings(found))
+        try:
+            found = unpack(pack, item.packs) if pack is not None else {}
+            ended = run(item, options.results, options.pico, limit, surroundings(found))
+        except (OSError, subprocess.CalledProcessError) as error:  # the pack cannot be installed
+            ended = "failed"
+            update(options.results / f"{item.name}.json", status=ended, wall_seconds=0.0, output=str(error))
         failed |= ended == "failed"
         taken = read(options.results / f"{item.name}.json")
         print(f"{item.name}: {ended} after {taken['wall_seconds']} s", flush=True)
@@ -121,13 +126,6 @@ def surroundings(found: dict[str, str]) -> dict[str, str]:
     paths += [found.get("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     return os.environ | quiet | found | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-
-
-def installed(pack: Path, names: tuple[str, ...]) -> dict[str, str]:
-    """What the pack's folders add to an item's environment; they are installed the first time that they are needed."""
-    from unpack import unpack
-
-    return unpack(pack, names)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Measures `sgm scan` on an 8B checkpoint, which it writes first: seconds, matrices, and the process' peak memory.
 
-    python benchmarks/gpu/scan_8b.py --out gpu-results/scan.json
+python benchmarks/gpu/scan_8b.py --out gpu-results/scan.json
 """
 
 from __future__ import annotations
