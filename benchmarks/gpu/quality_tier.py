@@ -130,14 +130,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=methods_in_order())
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=12, help="runs that share the GPU")
-    parser.add_argument("--pico", action="store_true", help="one task of seconds, the methods of the claims")
+    parser.add_argument("--pico", action="store_true", help="one task of seconds, two methods")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as shared:
         os.environ[MEASUREMENTS] = shared
         tasks, chosen = options.tasks, options.methods
         if options.pico:
             TASKS["pico"] = pico_task(Path(shared))
-            tasks, chosen = ["pico"], ["LoRA", "SGM"]
+            tasks, chosen = ["pico"], ["untouched", "SGM"]
         for task in (TASKS[name] for name in tasks):  # what is missing shows here, and is converted once
             local_folder(task.model, announce=print)
             task.configuration(Path(shared))
