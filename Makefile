@@ -7,8 +7,10 @@ BIN := $(VENV)/bin
 # --use-pep517: the pip of Debian 12 (23.0) otherwise fails to build seqeval, which has no wheel
 INSTALL ?= $(BIN)/python -m pip install --disable-pip-version-check --use-pep517
 ARGS ?=
+# what waits for a GPU runs in the environment if there is one, else in the Python that the machine has
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-all test-oldest check docs format lock clean help
+.PHONY: demo test test-all test-oldest check docs format lock gpu gpu-pack gpu-publish clean help
 
 help:
 	@echo "make demo   install, fine-tune the embedded model with config.yaml, evaluate it"
@@ -16,6 +18,7 @@ help:
 	@echo "make test-oldest  the default tests with the oldest versions that pyproject.toml accepts, in an environment of their own"
 	@echo "make docs   write the reference pages, build the documentation's site into site/"
 	@echo "make check  formatting, lint, types, direction of imports"
+	@echo "make gpu    what waits for a GPU, most valuable first (ARGS=--list shows it, ARGS=--pico tries it on a CPU)"
 
 demo: $(VENV)/installed
 	@if [ -d output ] && [ -n "$$(ls -A output)" ] && [ -z "$(ARGS)" ]; then \
@@ -46,6 +49,16 @@ docs: $(VENV)/installed-docs
 	$(BIN)/python -m typer sgm_finetune.commands.cli utils docs --name sgm --output docs/reference/cli.md
 	$(BIN)/python docs/layout.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
+
+# Installs nothing: docs/gpu.md
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu/run.py $(ARGS)
+
+gpu-pack: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu/pack.py $(ARGS)
+
+gpu-publish: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu/publish.py $(ARGS)
 
 format: $(VENV)/installed-check
 	$(BIN)/ruff format .

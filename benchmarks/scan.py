@@ -52,11 +52,13 @@ EMBEDDING = (128256, 4096)
 
 
 def spiked_matrix(rows: int, cols: int, rank: int, strength: float, draw: torch.Generator) -> torch.Tensor:
-    """Gaussian noise with `rank` spikes of 1 to 3 times `strength` noise edges, bfloat16."""
-    noise = torch.randn(rows, cols, generator=draw)
-    left, right = torch.randn(rows, rank, generator=draw), torch.randn(rank, cols, generator=draw)
+    """Gaussian noise with `rank` spikes of 1 to 3 times `strength` noise edges, bfloat16, on the device of `draw`."""
+    on = draw.device
+    noise = torch.randn(rows, cols, generator=draw, device=on)
+    left = torch.randn(rows, rank, generator=draw, device=on)
+    right = torch.randn(rank, cols, generator=draw, device=on)
     edge = rows**0.5 + cols**0.5
-    sizes = strength * edge * torch.linspace(1, 3, rank) / (rows * cols) ** 0.5
+    sizes = strength * edge * torch.linspace(1, 3, rank, device=on) / (rows * cols) ** 0.5
     return ((noise + (left * sizes) @ right) * 0.02).bfloat16()
 
 

@@ -6,7 +6,8 @@
 
 The model is a Llama of 8B (random weights, drawn on the GPU) in NF4 with nested scales, with LoRA of rank 16 on every
 linear layer. All ways run in one process and share the quantised weights; they take turns, step by step. The script
-prints the table of docs/speed.md and appends to benchmarks/results/step_gpu.json.
+prints its table and appends to benchmarks/results/step_gpu.json, or writes to --out (`make gpu`). On a CPU, where only
+--pico is sensible, Liger's kernels are left out and no memory is measured.
 
     PEFT QLoRA          as PEFT documents it: prepare_model_for_kbit_training (norms, embeddings, head in float32),
                         bfloat16 by autocast; fused AdamW, as in all ways but "SGM"
@@ -17,6 +18,9 @@ prints the table of docs/speed.md and appends to benchmarks/results/step_gpu.jso
     fast, compiled      the blocks by torch.compile instead of Liger
     SGM                 "fast, Liger" with spectral descent; q, k, v and gate, up share A: what sgm trains
     SGM, compiled       the same, the blocks by torch.compile instead of Liger
+    SGM, bitsandbytes' kernels  SGM, its 4-bit weights dequantised by bitsandbytes' three kernels instead of one of ours
+    SGM, recorded       SGM, forward and backward recorded as one CUDA graph (gpu/recorded_step.py, an experiment)
+    SGM, reduced overhead   SGM, the blocks by torch.compile(mode="reduce-overhead") instead of Liger (an experiment)
     frozen              the base alone, forward and backward to its embeddings, with Liger and the loss in parts
 """
 
@@ -35,11 +39,14 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from recording import RESULTS, append_run
+from gpu.record import update
+from gpu.recorded_step import RecordedStep, packed_loss
+from llama_8b import DEVICE, LLAMA_8B, PICO, build, floor
+from recording import RESULTS, append_run, versions
 from step import mean_loss, share_readers
-from torch import nn
 
 WAYS = (
     "PEFT QLoRA",
@@ -50,53 +57,17 @@ WAYS = (
     "fast, compiled",
     "SGM",
     "SGM, compiled",
+    "SGM, bitsandbytes' kernels",
+    "SGM, recorded",
+    "SGM, reduced overhead",
     "frozen",
 )
-RANK, LENGTH = 16, 2048
+RANK, LENGTH, PICO_LENGTH = 16, 2048, 32
+WITHOUT_LIGER = ("PEFT QLoRA", "PEFT, bfloat16", "fast", "compiled", "reduced overhead")
+"""Ends of the names of ways without Liger's kernels."""
 RUNS = ["1:on", "1:off", "2:on", "2:off", "2:offload", "8:on", "8:off"]
 _WARM = 2
 """Steps of each way before the measured ones: kernels are compiled and chosen, memory is allocated."""
-NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a weight in NF4 with nested scales."""
-LLAMA_8B = {
-    "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}, "tie_word_embeddings": False,
-    "attention_bias": False, "use_cache": False,
-}  # fmt: skip
-
-
-def build(blocks: int) -> Any:
-    """The quantised base; its random weights are drawn and packed on the GPU, one after the other."""
-    import bitsandbytes as bnb
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    torch.manual_seed(0)
-    config = LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": blocks})
-    with torch.device("meta"):
-        model: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and ".layers." in name:
-            weight = torch.randn(module.out_features, module.in_features, dtype=torch.bfloat16, device="cuda") * 0.02
-            packed: Any = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
-                device="meta",
-            )  # fmt: skip
-            packed.weight = bnb.nn.Params4bit(
-                weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=packed
-            ).to("cuda")
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, packed)
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            made = torch.ones if parameter.dim() == 1 else torch.randn
-            filled = made(parameter.shape, dtype=torch.bfloat16, device="cuda") * (1 if parameter.dim() == 1 else 0.02)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, nn.Parameter(filled, requires_grad=False))
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).cuda()
-    model.is_loaded_in_4bit = True
-    return model.requires_grad_(False)
 
 
 def sharing_weights(model: Any, own_plain_weights: bool) -> Any:
@@ -123,12 +94,13 @@ class Way:
         self.module, self.rotary = modeling_llama, modeling_llama.apply_rotary_pos_emb  # Liger replaces it for all ways
         self.autocast = way == "PEFT QLoRA"
         self.in_parts = None
+        self.recorded: RecordedStep | None = None
         peft = way.startswith("PEFT")
         if way == "PEFT QLoRA":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        if way in ("PEFT, Liger", "fast, Liger", "SGM", "frozen"):
+        if DEVICE == "cuda" and not way.endswith(WITHOUT_LIGER):
             before = self.rotary
             apply_liger_kernel(model, {"fused_linear_cross_entropy": peft})
             self.rotary, modeling_llama.apply_rotary_pos_emb = modeling_llama.apply_rotary_pos_emb, before
@@ -152,10 +124,13 @@ class Way:
                 if way.startswith("SGM")
                 else torch.optim.AdamW(trained, lr=1e-4, fused=True)
             )
-        if way.endswith("compiled"):
+        if way.endswith(("compiled", "reduced overhead")):
             torch._dynamo.config.recompile_limit = 64  # all ways and kinds of blocks share code objects
+            settings: dict[str, Any] = {"mode": "reduce-overhead"} if way.endswith("reduced overhead") else {}
+            if DEVICE == "cpu":
+                settings = {"backend": "eager"}  # others need a C++ compiler
             for layer in self.base.model.layers:
-                layer.compile()
+                layer.compile(**settings)
         self.model = model.train()
         self.checkpointing = "off"
 
@@ -165,7 +140,7 @@ class Way:
 
         def note(tensors: Iterable[Any]) -> None:
             for tensor in tensors:
-                if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                if isinstance(tensor, torch.Tensor) and tensor.device.type == DEVICE:
                     storage = tensor.untyped_storage()
                     found[storage.data_ptr()] = storage.nbytes()
 
@@ -177,43 +152,77 @@ class Way:
                 note((inner.absmax, inner.code) if inner is not None else ())
         for state in self.optimizer.state.values() if self.optimizer is not None else ():
             note(state.values())
-        return sum(found.values())
+        return sum(found.values()) + (self.recorded.bytes if self.recorded is not None else 0)
 
     def checkpoint(self, kind: str) -> None:
         """Sets checkpointing: on, off, or offload, with which the host keeps the blocks' inputs."""
         if self.checkpointing != kind:
+            self.recorded = None
             if self.checkpointing != "off":
                 self.base.activation_checkpointing_disable()
             if kind != "off":
-                self.base.activation_checkpointing_enable({"use_reentrant": False}, offload=kind == "offload")
+                # a graph's recording cannot read the state of random numbers, of which there are none
+                settings = {"use_reentrant": False, "preserve_rng_state": not self.way.endswith("recorded")}
+                self.base.activation_checkpointing_enable(settings, offload=kind == "offload")
             self.checkpointing = kind
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         self.module.apply_rotary_pos_emb = self.rotary
+        if self.way.endswith("recorded"):
+            return packed_loss(self.base.base_model, self.base.lm_head, ids)
         inputs: dict[str, Any] = {"input_ids": ids}
         if self.way == "frozen":
             inputs = {"inputs_embeds": self.base.get_input_embeddings()(ids).requires_grad_()}
-        with torch.autocast("cuda", torch.bfloat16) if self.autocast else contextlib.nullcontext():
+        with torch.autocast(DEVICE, torch.bfloat16) if self.autocast else contextlib.nullcontext():
             return mean_loss(self.model, inputs, ids, self.in_parts)
 
-    def step(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward_and_backward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.way.endswith("recorded"):
+            if self.recorded is None or self.recorded.ids.shape != ids.shape:
+                self.recorded = None  # frees the memory of the graph before
+                trained = [p for p in self.model.parameters() if p.requires_grad]
+                self.recorded = RecordedStep(self.loss, trained, ids)
+            return self.recorded(ids)
+        if self.way.endswith("reduced overhead"):
+            torch.compiler.cudagraph_mark_step_begin()
         loss = self.loss(ids)
         loss.backward()
+        return loss.detach()
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        with three_kernels() if self.way.endswith("bitsandbytes' kernels") else contextlib.nullcontext():
+            loss = self.forward_and_backward(ids)
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return loss.detach()
+        return loss
+
+
+def three_kernels() -> Any:
+    """Makes the fast step dequantise 4-bit weights by bitsandbytes' kernels inside the context."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    def dequantize(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+        return dequantize_4bit(weight, state).to(dtype)
+
+    return patch("sgm_finetune.train.fast.adapter_forward._dequantize_function", lambda on_gpu: dequantize)
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def time_step(way: Way, ids: torch.Tensor) -> dict:
-    """Seconds, loss and MiB of one step, without the memory of the other ways."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    """Seconds, loss and bytes of one step, without the memory of the other ways."""
+    synchronize()
     resident = way.resident()
+    before = torch.cuda.memory_allocated()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     loss = way.step(ids)
-    torch.cuda.synchronize()
+    synchronize()
     seconds = time.perf_counter() - started
     grown = torch.cuda.max_memory_allocated() - before
     return {"seconds": seconds, "loss": float(loss), "peak": resident + grown, "resident": resident}
@@ -221,6 +230,8 @@ def time_step(way: Way, ids: torch.Tensor) -> dict:
 
 def synchronisations(way: Way, ids: torch.Tensor) -> int:
     """How often a step makes the CPU wait for the GPU."""
+    if DEVICE == "cpu":
+        return 0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -233,6 +244,8 @@ def synchronisations(way: Way, ids: torch.Tensor) -> int:
 
 def kernels(way: Way, ids: torch.Tensor) -> dict[str, float]:
     """Seconds of a step's kernels, without the gaps between them, and the number of kernels."""
+    if DEVICE == "cpu":
+        return {}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         way.step(ids)
         torch.cuda.synchronize()
@@ -241,9 +254,13 @@ def kernels(way: Way, ids: torch.Tensor) -> dict[str, float]:
     return {"kernel_seconds": round(seconds, 4), "num_kernels": sum(event.count for event in ran)}
 
 
-def measure(ways: list[Way], batch: int, checkpointing: str, repeats: int) -> list[dict]:
-    draw = torch.Generator().manual_seed(batch)
-    ids = torch.randint(0, LLAMA_8B["vocab_size"], (batch, LENGTH), generator=draw).cuda()  # type: ignore
+def random_ids(vocabulary: int, batch: int, length: int, seed: int) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (batch, length), generator=draw).to(DEVICE)
+
+
+def measure(ways: list[Way], ids: torch.Tensor, checkpointing: str, repeats: int) -> list[dict]:
+    batch, length = ids.shape
     found: dict[str, list[dict]] = {}
     failed: dict[str, str] = {}
     for turn in range(_WARM + repeats):
@@ -261,19 +278,20 @@ def measure(ways: list[Way], batch: int, checkpointing: str, repeats: int) -> li
                 traceback.print_exc()
                 failed[way.way] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             if way.way in failed:
+                way.recorded = None
                 if way.optimizer is not None:
                     way.optimizer.zero_grad()
                 gc.collect()
                 torch.cuda.empty_cache()
     rows = []
     for way in ways:
-        row: dict[str, Any] = {"way": way.way, "batch": batch, "length": LENGTH, "checkpointing": checkpointing}
+        row: dict[str, Any] = {"way": way.way, "batch": batch, "length": length, "checkpointing": checkpointing}
         if way.way in failed:
             row["failed"] = failed[way.way]
         else:
             steps = found[way.way]
             row |= {
-                "tokens_per_second": round(batch * LENGTH / statistics.median(s["seconds"] for s in steps), 1),
+                "tokens_per_second": round(batch * length / statistics.median(s["seconds"] for s in steps), 1),
                 "seconds": [round(s["seconds"], 4) for s in steps],
                 "peak_gib": round(max(s["peak"] for s in steps) / 2**30, 3),
                 "resident_gib": round(steps[-1]["resident"] / 2**30, 3),
@@ -313,9 +331,8 @@ def same(one: dict, other: dict) -> bool:
     return (one["batch"], one["checkpointing"]) == (other["batch"], other["checkpointing"])
 
 
-def gradient_differences(ways: list[Way]) -> dict[str, float]:
+def gradient_differences(ways: list[Way], ids: torch.Tensor) -> dict[str, float]:
     """‖g − g'‖/‖g'‖ over all adapters; g' is PEFT's gradient in bfloat16, at the same factors away from their start."""
-    ids = torch.randint(0, LLAMA_8B["vocab_size"], (1, 512), generator=torch.Generator().manual_seed(5)).cuda()  # type: ignore
     found: dict[str, dict[str, torch.Tensor]] = {}
     for way in ways:
         if way.way == "frozen" or way.way.startswith("SGM"):
@@ -326,7 +343,7 @@ def gradient_differences(ways: list[Way]) -> dict[str, float]:
         kept = {n: p.detach().clone() for n, p in factors.items()}
         with torch.no_grad():
             for p in factors.values():
-                p.copy_(torch.randn(p.shape, device="cuda") * 0.02)
+                p.copy_(torch.randn(p.shape, device=DEVICE) * 0.02)
         way.loss(ids).backward()
         found[way.way] = {n: p.grad for n, p in factors.items()}  # type: ignore
         with torch.no_grad():
@@ -345,47 +362,28 @@ def _distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> f
 
 
 def ceilings() -> dict[str, float]:
-    """Rates of this card: bfloat16 products of 8192² matrices, and copies (bytes read plus bytes written)."""
+    """Rates of this card: bfloat16 products of 8192² matrices, and copies (bytes read plus bytes written).
+
+    On a CPU smaller ones, which only show that this works.
+    """
+    size, entries = (8192, 2**29) if DEVICE == "cuda" else (128, 2**16)
 
     def seconds(act: Callable[[], Any], repeats: int = 10) -> float:
         for _ in range(3):
             act()
-        torch.cuda.synchronize()
+        synchronize()
         started = time.perf_counter()
         for _ in range(repeats):
             act()
-        torch.cuda.synchronize()
+        synchronize()
         return (time.perf_counter() - started) / repeats
 
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    source = torch.randn(2**29, device="cuda")
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    source = torch.randn(entries, device=DEVICE)
     target = torch.empty_like(source)
     return {
-        "bfloat16_tflops": round(2 * 8192**3 / seconds(lambda: a @ b) / 1e12, 1),
-        "copy_tb_per_second": round(2 * 4 * 2**29 / seconds(lambda: target.copy_(source)) / 1e12, 2),
-    }
-
-
-def floor(batch: int, checkpointing: bool) -> dict[str, float]:
-    """The products of the frozen model's step, in 10¹² operations, and the least memory in GiB.
-
-    Weights are in NF4 with nested scales, embeddings and head in bfloat16; of the activations, it counts what any
-    method must keep of a block, in bfloat16.
-    """
-    h, f, layers, vocab = 4096, 14_336, LLAMA_8B["num_hidden_layers"], LLAMA_8B["vocab_size"]
-    kv, tokens = 1024, batch * LENGTH
-    block = 2 * h * h + 2 * h * kv + 3 * h * f
-    forward = 2 * tokens * (layers * block + vocab * h) + layers * 2 * tokens * LENGTH * h  # type: ignore  # causal
-    backward = 2 * tokens * (layers * block + vocab * h) + 2.5 * layers * 2 * tokens * LENGTH * h  # type: ignore
-    again = 2 * tokens * layers * block + layers * 2 * tokens * LENGTH * h if checkpointing else 0  # type: ignore
-    weights = layers * block * NESTED + 2 * 2 * vocab * h  # type: ignore
-    # inputs of both norms and of q, k, v, of gate, up; q, k, v; attention's output; gate, up and their product
-    kept = 2 * (6 * h + 2 * kv + 3 * f)
-    activations = layers * tokens * 2 * h + tokens * kept if checkpointing else layers * tokens * kept  # type: ignore
-    return {
-        "tera_operations": round((forward + backward + again) / 1e12, 2),
-        "weights_gib": round(weights / 2**30, 3),
-        "activations_gib": round(activations / 2**30, 3),
+        "bfloat16_tflops": round(2 * size**3 / seconds(lambda: a @ b) / 1e12, 4),
+        "copy_tb_per_second": round(2 * 4 * entries / seconds(lambda: target.copy_(source)) / 1e12, 4),
     }
 
 
@@ -395,41 +393,55 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=RUNS, help="batch:checkpointing (on, off; offload: SGM alone)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--table", action="store_true", help="print the table of the last recorded run")
-    parser.add_argument("--blocks", type=int, default=32, help="number of blocks; fewer for a quick test")
-    parser.add_argument("--also", type=Path, help="a second file for the rows, written one by one")
+    parser.add_argument("--pico", action="store_true", help="a model of seconds, also on a CPU")
+    parser.add_argument("--out", type=Path, help="write there, row by row, instead of to benchmarks/results")
     asked = parser.parse_args()
     if asked.table:
         last = json.loads((RESULTS / "step_gpu.json").read_text(encoding="utf-8"))[-1]
         print(table(last["rows"], last["bfloat16_tflops"]))
         return
     started = time.perf_counter()
-    card = {"device": torch.cuda.get_device_name(), **ceilings()}
-    print(json.dumps(card), flush=True)
-    torch.cuda.empty_cache()
-    base = build(asked.blocks)
+    shape, length = (PICO, PICO_LENGTH) if asked.pico else (LLAMA_8B, LENGTH)
+    packages = (
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        *(("liger-kernel", "triton") if DEVICE == "cuda" else ()),
+    )
+    card = {"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU", **ceilings()}
+    record(asked.out, **card, shape=shape, versions=versions(packages))
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    base = build(shape)
     print(f"built in {time.perf_counter() - started:.0f} s", flush=True)
     ways = [Way(way, base) for way in asked.ways]
     gc.collect()
     gc.freeze()  # otherwise it traverses all ways' modules during a step
     print(f"ready in {time.perf_counter() - started:.0f} s", flush=True)
-    differences = gradient_differences(ways)
-    print(json.dumps(differences), flush=True)
     rows: list[dict] = []
     for run in asked.runs:
         batch, checkpointing = int(run.partition(":")[0]), run.partition(":")[2]
-        chosen = [way for way in ways if checkpointing != "offload" or way.way.startswith("SGM")]
-        new = measure(chosen, batch, checkpointing, asked.repeats)
+        chosen = [way for way in ways if checkpointing != "offload" or way.way == "SGM"]
+        new = measure(chosen, random_ids(shape["vocab_size"], batch, length, batch), checkpointing, asked.repeats)
         for row in new:
-            row["floor"] = floor(batch, checkpointing != "off")
+            row["floor"] = floor(batch, length, checkpointing != "off", shape)
         rows += new
         print(table(new, card["bfloat16_tflops"]), f"\n{time.perf_counter() - started:.0f} s", flush=True)
-        if asked.also:
-            asked.also.write_text(json.dumps({"card": card, "differences": differences, "rows": rows}, indent=1))
-    command = f"python benchmarks/step_gpu.py --repeats {asked.repeats} --runs {' '.join(asked.runs)}"
-    if tuple(asked.ways) != WAYS:
-        command += f" --ways {shlex.join(asked.ways)}"
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "liger-kernel", "triton")
-    append_run("step_gpu", command, started, rows, packages, **card, gradient_differences=differences)
+        record(asked.out, rows=rows)
+    differences = gradient_differences(ways, random_ids(shape["vocab_size"], 1, min(512, length), 5))
+    print(json.dumps(differences), flush=True)
+    record(asked.out, gradient_differences=differences)
+    if asked.out is None:
+        command = f"python benchmarks/step_gpu.py --repeats {asked.repeats} --runs {' '.join(asked.runs)}"
+        if tuple(asked.ways) != WAYS:
+            command += f" --ways {shlex.join(asked.ways)}"
+        append_run("step_gpu", command, started, rows, packages, **card, gradient_differences=differences)
+
+
+def record(out: Path | None, **entries: Any) -> None:
+    if out is not None:
+        update(out, **entries)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
     targets = labels[:, 1:]
     counted = targets != IGNORED
     rows = hidden[:, :-1][counted]
-    return _LinearCrossEntropy.apply(rows, weight, targets[counted]), len(rows)  # type: ignore[return-value]
+    return cross_entropy_in_parts(rows, weight, targets[counted]), len(rows)
+
+
+def cross_entropy_in_parts(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The summed loss in nats of hidden states (n, d) and their next labels (n,), none of them ignored."""
+    return _LinearCrossEntropy.apply(rows, weight, targets)  # type: ignore[return-value]
 
 
 class HeadLoss:
