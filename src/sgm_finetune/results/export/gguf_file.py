@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
+from sgm_finetune.results.export.answers import result_stops
 from sgm_finetune.results.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from sgm_finetune.results.export.merge import MergedTensor, checked_finite
 from sgm_finetune.results.export.target import GgufType
@@ -54,7 +55,7 @@ def check_exportable(result: Result, config: PreTrainedConfig) -> Vocabulary:
             f"--to gguf does not support sliding windows, and this {kind} has one of {config.sliding_window} tokens; "
             "take --to merged"
         )
-    return read_vocabulary(result.tokenizer, config.vocab_size)
+    return read_vocabulary(result.tokenizer, config.vocab_size, result_stops(result, config))
 
 
 @dataclass(frozen=True)
