@@ -23,6 +23,7 @@ from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.claim import as_it_began, claim_output
 from sgm_finetune.results.folder import check_same_data
 from sgm_finetune.results.harness import check_harness
+from sgm_finetune.results.stops import turn_remark
 from sgm_finetune.train.arguments import check_machine
 from sgm_finetune.train.budget.estimate import PredictionError, estimate
 from sgm_finetune.train.budget.fit import check_fits, fit
@@ -76,7 +77,10 @@ def prepare_session(config: Config, log: StepLog) -> Session:
 
 def _checked_data(config: Config, log: StepLog) -> PreparedData:
     check_harness(config.evaluation.harness, config.model.task)
-    return prepare_data(config, log)
+    prepared = prepare_data(config, log)
+    if "messages" in prepared.splits.train.column_names and (remark := turn_remark(prepared.tokenizer)):
+        log.line("", remark)
+    return prepared
 
 
 @contextmanager

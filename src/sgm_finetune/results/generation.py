@@ -82,6 +82,7 @@ def continue_ids(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
                     **{**GREEDY, "use_cache": True, "max_new_tokens": limit, **options},
+                    return_dict_in_generate=False,
                     eos_token_id=list(stops.tokens),
                     pad_token_id=tokenizer.pad_token_id,
                 )

@@ -91,6 +91,22 @@ def turn_end(tokenizer: Any) -> tuple[int | None, str]:
     return ends[content], tail[:at].strip()
 
 
+def turn_remark(tokenizer: Any) -> str | None:
+    """What a person should know about a chat template that ends the assistant's turn with no token of its own."""
+    token, text = turn_end(tokenizer)
+    if token is not None or not tokenizer.chat_template:
+        return None
+    if text:
+        return (
+            f"the chat template ends an answer with the text {text!r} and not with one token: SGM stops there, and "
+            "other programs must be told to"
+        )
+    return (
+        "the chat template writes nothing after an answer, so the model does not learn where to stop; let it end the "
+        "assistant's turn with eos_token"
+    )
+
+
 def _render(tokenizer: Any, conversation: Sequence[Mapping[str, str]], ask: bool = False) -> str | None:
     try:
         return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=ask))

@@ -74,7 +74,7 @@ def own_answers(result: Result, model: Any) -> OwnAnswers | None:
 def plain_answers(model: Any, own: OwnAnswers, generation_config: Any = None) -> list[list[int]]:
     """What Transformers' `generate()` answers by itself, greedily: where it stops, only its configuration says."""
     settings = copy.deepcopy(generation_config or model.generation_config)
-    settings.update(**GREEDY, max_new_tokens=own.limit)
+    settings.update(**GREEDY, max_new_tokens=own.limit, stop_strings=None)  # these need a tokenizer
     found = []
     for prompt in own.prompts:
         ids = torch.tensor([prompt], device=model.device)
