@@ -90,7 +90,7 @@ def written(folder: Path, to: str) -> dict[str, Any]:
 
     from sgm_finetune.base.config_file import load_config
     from sgm_finetune.base.console import StepLog
-    from sgm_finetune.results.export.answers import result_stops
+    from sgm_finetune.results.export.answer_check import result_stops
     from sgm_finetune.results.export.gguf_file import write_gguf
     from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
     from sgm_finetune.results.export.merge import merged_tensors

@@ -14,14 +14,13 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from sgm_finetune.base.config import Config
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
 from sgm_finetune.commands.export import ExportRequest, export_result
 from sgm_finetune.commands.finetune import finetune
 from sgm_finetune.results.answers import answer
-from sgm_finetune.results.export.answers import OwnAnswers, compare_answers
+from sgm_finetune.results.export.answer_check import OwnAnswers, compare_answers
 from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
 from sgm_finetune.results.generation import continue_ids, continue_prompts
 from sgm_finetune.results.kept_prompts import KeptPrompts, load_prompts
@@ -186,8 +185,8 @@ def test_an_answer_ends_with_its_turn_and_does_not_show_the_end(ending, written)
     assert continue_prompts(model, prompts, tokenizer, "causal-lm", stops, 40, batch_size=2) == ["world", "world"]
 
     shown: list[str] = []
-    result = SimpleNamespace(config=Config(), tokenizer=tokenizer, model=model, roles=("prompt",))
-    result.config.model.__dict__["task"] = "causal-lm"
+    config = load_config(None, ["model.task=causal-lm"])
+    result = SimpleNamespace(config=config, tokenizer=tokenizer, model=model, roles=("prompt",))
     (found,) = answer(result, ["hello"], Sampling(40), show=shown.append)  # type: ignore[arg-type]
     assert "".join(shown).strip() == found["answer"] == "world"
 
@@ -272,15 +271,17 @@ def test_answers_are_compared_with_their_ends():
 
 
 def test_kept_prompts_are_checked_before_a_model_reads_them(tmp_path):
-    assert load_prompts(tmp_path, 100) is None
+    assert load_prompts(tmp_path, 100, 9) is None
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps({"format": "sgm-prompts/1", "prompts": [[1, 99]], "max_new_tokens": 3}))
-    assert load_prompts(tmp_path, 100) == KeptPrompts([[1, 99]], 3)
+    assert load_prompts(tmp_path, 100, 2) == KeptPrompts([[1, 99]], 3)
     with pytest.raises(UserError, match="it has the token 99, and the model has 99"):
-        load_prompts(tmp_path, 99)
+        load_prompts(tmp_path, 99, 2)
+    with pytest.raises(UserError, match=r"a prompt has 2 tokens, and data\.max_length is 1"):
+        load_prompts(tmp_path, 100, 1)
     path.write_text('{"format": "sgm-prompts/1", "prompts": "abc", "max_new_tokens": 3}')
     with pytest.raises(UserError, match="`prompts`"):
-        load_prompts(tmp_path, 99)
+        load_prompts(tmp_path, 99, 9)
 
 
 # whole runs
@@ -343,7 +344,7 @@ def test_an_export_that_runs_on_after_the_end_is_not_kept(tmp_path, monkeypatch)
 def _first_tokens(where: list[str]) -> list[int]:
     """The first token of each answer of the run."""
     from sgm_finetune.base.console import StepLog
-    from sgm_finetune.results.export.answers import own_answers
+    from sgm_finetune.results.export.answer_check import own_answers
     from sgm_finetune.results.load import attach_adapter, load_unquantised, read_result
 
     result = read_result(load_config(None, where), [], StepLog(Console(file=StringIO())))

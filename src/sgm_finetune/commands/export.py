@@ -21,7 +21,7 @@ from sgm_finetune.commands.requests import ExportRequest
 from sgm_finetune.results.answers import generates_text
 from sgm_finetune.results.export import gguf_file
 from sgm_finetune.results.export.adapter import write_adapter
-from sgm_finetune.results.export.answers import result_stops
+from sgm_finetune.results.export.answer_check import result_stops
 from sgm_finetune.results.export.card import model_card
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, ChatFormat, find_format, modelfile
 from sgm_finetune.results.export.check import (

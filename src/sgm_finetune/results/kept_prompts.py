@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -33,7 +33,7 @@ class KeptPrompts:
 class _Content(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
     format: str = Field(pattern="^sgm-prompts/1$")
-    prompts: list[list[int]] = Field(max_length=64)
+    prompts: list[Annotated[list[int], Field(min_length=1)]] = Field(max_length=64)
     max_new_tokens: int = Field(ge=1, le=2**20)
 
 
@@ -45,14 +45,17 @@ def save_prompts(encoded: Dataset, task: Task, folder: Path) -> None:
     content = {
         "format": "sgm-prompts/1",
         "max_new_tokens": answer_limit(asked),
-        "prompts": [question.prompt for question in asked],
+        "prompts": [question.prompt for question in asked if question.prompt],
     }
     write_text(folder / PROMPTS, json.dumps(content) + "\n")
 
 
-def load_prompts(folder: Path, vocabulary: int) -> KeptPrompts | None:
-    """The prompts of the run in `folder`; None where it kept none. Raises UserError for a file that no run writes, and
-    for ids of other tokens than the first `vocabulary`."""
+def load_prompts(folder: Path, vocabulary: int, longest: int) -> KeptPrompts | None:
+    """The prompts of the run in `folder`; None where it kept none.
+
+    Raises UserError for a file that the run did not write: with ids of other tokens than the first `vocabulary`, or
+    more than `longest` in a prompt.
+    """
     path = folder / PROMPTS
     if not path.is_file():
         return None
@@ -61,6 +64,8 @@ def load_prompts(folder: Path, vocabulary: int) -> KeptPrompts | None:
         beyond = [id for prompt in content.prompts for id in prompt if not 0 <= id < vocabulary]
         if beyond:
             raise ValueError(f"it has the token {beyond[0]}, and the model has {vocabulary}")
+        if most := max((len(prompt) for prompt in content.prompts if len(prompt) > longest), default=0):
+            raise ValueError(f"a prompt has {most:,} tokens, and data.max_length is {longest:,}")
     except (OSError, ValueError) as error:
         refuse(
             path, "file of prompts", ValueError(first_mistake(error)) if isinstance(error, ValidationError) else error

@@ -172,7 +172,7 @@ def stopping_tokenizer(tokenizer: Any, stops: Stops) -> Any:
     This is a copy whose end-of-sequence token ends the answers that were learnt. It is the tokenizer itself where that
     is so already, or where the copy would tokenise or write a conversation in another way.
     """
-    if not stops.tokens or stops.tokens[0] == tokenizer.eos_token_id:
+    if not stops.tokens or stops.tokens[0] == tokenizer.eos_token_id or stops.tokens[0] >= len(tokenizer):
         return tokenizer
     changed = copy.deepcopy(tokenizer)
     changed.eos_token = tokenizer.convert_ids_to_tokens(stops.tokens[0])

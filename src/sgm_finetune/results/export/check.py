@@ -28,7 +28,13 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.memory import memory_within_reach, release_memory
 from sgm_finetune.base.text import gib
 from sgm_finetune.model.architecture import auto_class
-from sgm_finetune.results.export.answers import AnswerCheck, OwnAnswers, compare_answers, own_answers, plain_answers
+from sgm_finetune.results.export.answer_check import (
+    AnswerCheck,
+    OwnAnswers,
+    compare_answers,
+    own_answers,
+    plain_answers,
+)
 from sgm_finetune.results.load import Result, attach_adapter, load_unquantised
 
 TOLERANCES = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2, "q8_0": 5e-2}

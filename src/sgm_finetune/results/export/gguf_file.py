@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
-from sgm_finetune.results.export.answers import result_stops
+from sgm_finetune.results.export.answer_check import result_stops
 from sgm_finetune.results.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from sgm_finetune.results.export.merge import MergedTensor, checked_finite
 from sgm_finetune.results.export.target import GgufType

@@ -14,7 +14,7 @@ import torch
 
 from sgm_finetune.results.answers import is_chat_model
 from sgm_finetune.results.generation import continue_ids
-from sgm_finetune.results.kept_prompts import KeptPrompts, load_prompts
+from sgm_finetune.results.kept_prompts import load_prompts
 from sgm_finetune.results.load import Result
 from sgm_finetune.results.sampling import GREEDY
 from sgm_finetune.results.stops import Stops, find_stops, stored_generation
@@ -62,7 +62,8 @@ def result_stops(result: Result, config: Any) -> Stops:
 
 def own_answers(result: Result, model: Any) -> OwnAnswers | None:
     """The answers of the unquantised base with the adapter; None for a result without test prompts."""
-    kept: KeptPrompts | None = load_prompts(result.path.parent, model.get_input_embeddings().weight.shape[0])
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    kept = load_prompts(result.path.parent, vocabulary, result.config.data.max_length)
     if kept is None:
         return None
     stops, limit = result_stops(result, model.config), min(kept.limit, LONGEST)
