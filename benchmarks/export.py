@@ -90,6 +90,7 @@ def written(folder: Path, to: str) -> dict[str, Any]:
 
     from sgm_finetune.base.config_file import load_config
     from sgm_finetune.base.console import StepLog
+    from sgm_finetune.results.export.answer_check import result_stops
     from sgm_finetune.results.export.gguf_file import write_gguf
     from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
     from sgm_finetune.results.export.merge import merged_tensors
@@ -112,7 +113,8 @@ def written(folder: Path, to: str) -> dict[str, Any]:
     if to == "merged":
         write_shards(tensors, target, SHARD_BYTES)
     else:
-        words = read_vocabulary(result.tokenizer, skeleton.config.vocab_size)
+        stops = result_stops(result, skeleton.config)
+        words = read_vocabulary(result.tokenizer, skeleton.config.vocab_size, stops)
         write_gguf(tensors, skeleton.config, words, "q8_0", target / "model.gguf")
     seconds = time.perf_counter() - started
     done.set()

@@ -34,9 +34,11 @@ from sgm_finetune.model.tokenizer import load_tokenizer
 from sgm_finetune.model.weights.stored import stored_matrices
 from sgm_finetune.results.claim import as_it_began
 from sgm_finetune.results.folder import recall_start
+from sgm_finetune.results.kept_prompts import load_prompts
 from sgm_finetune.results.load import attach_untrained
 from sgm_finetune.results.pth import load_pth, lora_config, stored_config
 from sgm_finetune.results.report.run_files import load_run
+from sgm_finetune.results.stops import GENERATION_CONFIG, find_stops, save_tokenizer, stored_generation
 from sgm_finetune.train.checkpoints import CONTENTS, is_whole, seal
 
 
@@ -181,6 +183,12 @@ def read_overrides(path: Path) -> None:
     load_config(None, path.read_text(encoding="utf-8", errors="replace").split("\n"))
 
 
+def read_generation(path: Path) -> None:
+    generation, tokenizer = stored_generation(path.parent, None), make_tokenizer()
+    find_stops(tokenizer, generation)
+    save_tokenizer(tokenizer, path.parent / "copy", generation, is_chat=False)
+
+
 def readers() -> dict[str, Reader]:
     folder = finished_run()
     model, out = folder / "model", folder / "out"
@@ -224,6 +232,11 @@ def readers() -> dict[str, Reader]:
                                  tokenizer),
         "tokenizer_config.json": Reader("tokenizer_config.json", json.loads(tokenizer["tokenizer_config.json"]),
                                         read_tokenizer, as_json, tokenizer),
+        GENERATION_CONFIG: Reader(
+            GENERATION_CONFIG, {"eos_token_id": [2, 1], "stop_strings": ["#"], "top_k": 5}, read_generation, as_json),
+        "prompts.json": Reader(
+            "prompts.json", {"format": "sgm-prompts/1", "prompts": [[1, 2], [3]], "max_new_tokens": 3},
+            lambda path: load_prompts(path.parent, 8, 4), as_json),
         ".csv": Reader("data.csv", as_csv(), read_data),
         ".json": Reader("data.json", rows(), read_data, as_json),
         ".jsonl": Reader("data.jsonl", b"\n".join(map(as_json, rows())), read_data),

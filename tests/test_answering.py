@@ -27,9 +27,10 @@ from sgm_finetune.commands.chat import COMMANDS, chat
 from sgm_finetune.commands.cli import main
 from sgm_finetune.commands.finetune import finetune
 from sgm_finetune.commands.generate import GenerateRequest, generate, read_prompts
-from sgm_finetune.results.answers import Sampling, answer, answer_ends, prompt_ids
+from sgm_finetune.results.answers import Sampling, answer, prompt_ids
 from sgm_finetune.results.generation import continue_prompts
 from sgm_finetune.results.load import load_trained, read_result
+from sgm_finetune.results.stops import Stops, model_stops
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} <eos> {% endfor %}"
@@ -114,7 +115,7 @@ def test_a_chat_model_answers_by_its_template_and_ends_its_turn(talker):
     assert result.roles == ("messages",)
     assert answer(result, ["the great story"], Sampling()) == [{"answer": "good film"}]
     assert prompt_ids(result, "the great story") != prompt_ids(result, "the great story", raw=True)
-    assert answer_ends(result) == [result.tokenizer.eos_token_id]
+    assert model_stops(result.model, result.tokenizer) == Stops((result.tokenizer.eos_token_id,))
 
 
 def test_an_answer_that_is_shown_in_pieces_is_the_same_answer(talker):
@@ -128,7 +129,7 @@ def test_the_output_layer_reads_one_piece_of_memory():
     model, read = make_model("causal-lm"), []
     model.lm_head.register_forward_hook(lambda module, given, made: read.append(given[0]))
     prompts = [[5, 6, 7], [8, 9]]
-    continue_prompts(model, prompts, make_tokenizer(), "causal-lm", [], limit=2, batch_size=2)
+    continue_prompts(model, prompts, make_tokenizer(), "causal-lm", Stops(), limit=2, batch_size=2)
     assert [tuple(hidden.shape[:2]) for hidden in read] == [(2, 1), (2, 1)]
     assert all(hidden.is_contiguous() for hidden in read)
     assert not model.lm_head._forward_pre_hooks

@@ -22,6 +22,7 @@ from sgm_finetune.results.metrics import (
     regression_metrics,
     tagging_metrics,
 )
+from sgm_finetune.results.stops import Stops
 from sgm_finetune.train.losses import TestSet, check_packing, summed_loss
 
 CASES = [
@@ -124,13 +125,15 @@ def test_prompts_are_padded_whatever_the_tokenizer_leaves_out(tmp_path):
     """An empty prompt is answered, and so are others by a tokenizer that gives no mask or has no padding token."""
     model, _ = load_model(ModelConfig(task="causal-lm", dtype="float32"), save_pico("llama", tmp_path / "llama"))
     prompts, plain = [[3, 4, 5], [6]], make_tokenizer()
-    expected = continue_prompts(model, prompts, plain, "causal-lm", [2], limit=4, batch_size=2)
-    assert len(continue_prompts(model, [[]], plain, "causal-lm", [2], limit=4)) == 1
+    expected = continue_prompts(model, prompts, plain, "causal-lm", Stops((2,)), limit=4, batch_size=2)
+    assert len(continue_prompts(model, [[]], plain, "causal-lm", Stops((2,)), limit=4)) == 1
     without_mask, without_padding = make_tokenizer(), make_tokenizer()
     without_mask.model_input_names = ["input_ids"]
     without_padding.pad_token = None
-    assert continue_prompts(model, prompts, without_mask, "causal-lm", [2], limit=4, batch_size=2) == expected
-    assert continue_prompts(model, prompts, without_padding, "causal-lm", [2], limit=4, batch_size=1) == expected
+    assert continue_prompts(model, prompts, without_mask, "causal-lm", Stops((2,)), limit=4, batch_size=2) == expected
+    assert (
+        continue_prompts(model, prompts, without_padding, "causal-lm", Stops((2,)), limit=4, batch_size=1) == expected
+    )
 
 
 def packed(*examples: list[int]) -> Dataset:

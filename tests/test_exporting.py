@@ -36,6 +36,7 @@ from sgm_finetune.results.export.shards import write_shards
 from sgm_finetune.results.export.target import check_packages
 from sgm_finetune.results.load import attach_adapter, load_unquantised, read_result
 from sgm_finetune.results.pth import save_pth
+from sgm_finetune.results.stops import Stops
 from sgm_finetune.train.adapters.apply import apply_plan
 
 ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -421,11 +422,11 @@ def test_a_tokenizer_that_llama_cpp_splits_differently_is_refused(data, tmp_path
 
 
 def test_the_pre_tokenizer_s_name_is_found_in_the_tokenizer():
-    assert read_vocabulary(bpe_tokenizer(), 448).pre == "smollm"
-    assert read_vocabulary(bpe_tokenizer(divides_digits=False), 448).pre == "gpt-2"
-    assert read_vocabulary(bpe_tokenizer(byte_fallback=True), 448).model == "llama"
+    assert read_vocabulary(bpe_tokenizer(), 448, Stops((2,))).pre == "smollm"
+    assert read_vocabulary(bpe_tokenizer(divides_digits=False), 448, Stops((2,))).pre == "gpt-2"
+    assert read_vocabulary(bpe_tokenizer(byte_fallback=True), 448, Stops((2,))).model == "llama"
     with pytest.raises(UserError, match=r"does not support this tokenizer \(WordLevel"):
-        read_vocabulary(make_tokenizer(), 32)
+        read_vocabulary(make_tokenizer(), 32, Stops())
 
 
 def test_reordered_rows_are_a_permutation_of_each_head():
@@ -500,7 +501,7 @@ def test_a_template_without_a_counterpart_is_left_to_ollama():
 def test_a_modelfile_stops_where_an_answer_ends():
     found = find_format(renderer(TEMPLATES["Llama 3"]))
     assert found is not None
-    written = modelfile("m.gguf", found, "<s>", [found.stop(), "</s>", found.stop()])
+    written = modelfile("m.gguf", found, "<s>", ["<|eot_id|>", "</s>", "<|eot_id|>"])
     assert written.splitlines()[-2:] == ['PARAMETER stop "<|eot_id|>"', 'PARAMETER stop "</s>"']
     assert 'TEMPLATE """{{ range' in written  # the runtime writes <s> itself
 

@@ -14,10 +14,10 @@ from rich.text import Text
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
+from sgm_finetune.commands.checked_data import checked_data
 from sgm_finetune.data.encoding import IGNORED, sequence_lengths
-from sgm_finetune.data.prepared import PreparedData, prepare_data
+from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.data.splits import SPLITS, DataSplits
-from sgm_finetune.results.harness import check_harness
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 LEARNT_MARKS = ("⟦", "⟧")
@@ -33,8 +33,7 @@ def preview(config: Config, console: Console, num_examples: int = 3) -> dict[str
     An example is {"text", "parts": [[text, learnt], ...], "tokens"}, with "label" or "target" when it has one. `learnt`
     is true for text that the loss counts.
     """
-    check_harness(config.evaluation.harness, config.model.task)
-    prepared = prepare_data(config, StepLog(console))
+    prepared = checked_data(config, StepLog(console))
     dataset = prepared.train.dataset
     examples = [_describe_example(dataset[i], i, prepared, config) for i in range(min(num_examples, len(dataset)))]
     lengths = {split: _lengths(getattr(prepared, split).dataset) for split in SPLITS}

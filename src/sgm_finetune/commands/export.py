@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
@@ -17,10 +17,11 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import disk_free, whole_folder, write_json, write_text
 from sgm_finetune.base.memory import peak_memory, release_memory
 from sgm_finetune.base.text import mib
-from sgm_finetune.base.untrusted import require_json_object
 from sgm_finetune.commands.requests import ExportRequest
+from sgm_finetune.results.answers import generates_text
 from sgm_finetune.results.export import gguf_file
 from sgm_finetune.results.export.adapter import write_adapter
+from sgm_finetune.results.export.answer_check import result_stops
 from sgm_finetune.results.export.card import model_card
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, ChatFormat, find_format, modelfile
 from sgm_finetune.results.export.check import (
@@ -73,6 +74,11 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
                 f"{found.difference:.2g} (at most {found.tolerance:g} is allowed), and it holds "
                 f"{_percent(found.arrived)} of the update; nothing was kept. Try a wider type, or --to adapter"
             )
+        if found.answers is not None and found.answers.runs_on is not None:
+            raise UserError(
+                f"The export as {export.kind} does not stop where an answer ends: {found.by} goes on after "
+                f"{found.answers.runs_on}; nothing was kept. Take --to merged, and convert that folder"
+            )
         report = {
             "format": request.to,
             "stored_in": export.stored_in,
@@ -85,6 +91,8 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
         write_text(scratch / "README.md", model_card(result, request.to, report, files))
         write_json(scratch / REPORT, report)
     log.line("check", _describe_check(found))
+    for remark in _answer_remarks(result, found, expected):
+        log.line("", remark)
     log.line("saved", f"{folder} ({report['bytes'] / 2**20:,.1f} MiB, {report['seconds']:.0f} s)")
     if request.push_to_hub is not None:
         report["address"] = push(folder, request.push_to_hub)
@@ -104,6 +112,21 @@ def _describe_check(found: LogitCheck) -> str:
         f"loaded by {found.by}: logits differ by {found.difference:.1e} (at most {found.tolerance:g}), same top token "
         f"at {found.top_agreement:.0%} of {found.num_positions} positions · {effect}"
     )
+
+
+def _answer_remarks(result: Result, found: LogitCheck, expected: ReferenceLogits) -> list[str]:
+    """What the check says about answers, in lines of their own."""
+    if found.answers is None or expected.own is None:
+        has_answers = generates_text(result.config.model.task) and "text" not in result.roles
+        return ["answers not compared: this result kept no test prompts (it is of an older run)"] if has_answers else []
+    remarks = [found.answers.describe()]
+    if texts := expected.own.stops.texts:
+        named = ", ".join(repr(text) for text in texts)
+        remarks.append(
+            f"the chat template ends an answer with the text {named}, and no token of its own: a program must be told "
+            f"to stop there (in Transformers: generate(..., stop_strings=[{named}], tokenizer=tokenizer))"
+        )
+    return remarks
 
 
 def _check_room(folder: Path, needed: int) -> None:
@@ -186,7 +209,7 @@ def _prepare_gguf(result: Result, request: ExportRequest, log: StepLog) -> _Prep
             gguf_file.write_gguf(tensors, skeleton.config, vocabulary, kind, folder / name, progress)
         chat_format = _find_chat_format(result)
         bos = str(result.tokenizer.bos_token) if vocabulary.adds["bos"] else None
-        write_text(folder / "Modelfile", modelfile(name, chat_format, bos, _stop_texts(result, chat_format)))
+        write_text(folder / "Modelfile", modelfile(name, chat_format, bos, _stop_texts(result, skeleton.config)))
         log.line("", _describe_template(result, chat_format))
         return {"gguf": name}
 
@@ -241,16 +264,11 @@ def _find_chat_format(result: Result) -> ChatFormat | None:
     )
 
 
-def _stop_texts(result: Result, chat_format: ChatFormat | None) -> list[str]:
-    """The texts that end an answer: the chat format's own, then the end-of-text tokens."""
-    tokenizer = result.tokenizer
-    path = result.folder / "generation_config.json"
-    ids: Any = require_json_object(path).get("eos_token_id") if path.is_file() else None
-    ids = ids if isinstance(ids, list) else [ids]
-    known = [number for number in ids if isinstance(number, int) and 0 <= number < len(tokenizer)]  # type: ignore[arg-type]
-    tokens = [str(tokenizer.convert_ids_to_tokens(number)) for number in known]
-    eos = tokenizer.eos_token
-    return [*([chat_format.stop()] if chat_format else []), *([str(eos)] if eos else []), *tokens]
+def _stop_texts(result: Result, config: PreTrainedConfig) -> list[str]:
+    """The texts that end an answer, those of tokens included."""
+    tokenizer, stops = result.tokenizer, result_stops(result, config)
+    known = [number for number in stops.tokens if number < len(tokenizer)]  # type: ignore[arg-type]
+    return [*(str(tokenizer.convert_ids_to_tokens(number)) for number in known), *stops.texts]
 
 
 def _describe_template(result: Result, chat_format: ChatFormat | None) -> str:

@@ -30,15 +30,18 @@ from sgm_finetune.commands.steps import (
 from sgm_finetune.data.encoding import sequence_lengths
 from sgm_finetune.measure.probe import Probe
 from sgm_finetune.measure.scan_result import Scan
+from sgm_finetune.results.answers import generates_text
 from sgm_finetune.results.examples import changed_examples, fingerprint_of_test
 from sgm_finetune.results.files import PTH, save_adapter
 from sgm_finetune.results.folder import Start, begin, recall_start
+from sgm_finetune.results.kept_prompts import save_prompts
 from sgm_finetune.results.pth import save_pth
 from sgm_finetune.results.report.histogram import Histogram
 from sgm_finetune.results.report.measured_histograms import histograms_of
 from sgm_finetune.results.report.page import render_report
 from sgm_finetune.results.report.pictures import Pictures, save_pictures, similarity_tables
 from sgm_finetune.results.report.run_files import load_run
+from sgm_finetune.results.stops import save_tokenizer, stored_generation
 from sgm_finetune.results.verdict import improved, shortfall
 from sgm_finetune.train.adapters.apply import check_plan, check_starts
 from sgm_finetune.train.arguments import training_arguments
@@ -238,7 +241,14 @@ def _write_results(
     )
     write_json(output / "examples.json", examples)
     write_json(output / "history.json", state.log_history)
-    save_adapter(adapted.model, prepared.tokenizer, output / "adapter")
+    task, is_chat = s.config.model.task, "messages" in splits.train.column_names
+    generation = stored_generation(prepared.folder, adapted.model.config) if generates_text(task) else None
+    save_adapter(
+        adapted.model,
+        output / "adapter",
+        lambda folder: save_tokenizer(prepared.tokenizer, folder, generation, is_chat),
+    )
+    save_prompts(prepared.test.dataset, task, output)
     save_pth(
         output / PTH,
         adapted.model,

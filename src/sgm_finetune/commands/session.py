@@ -17,13 +17,13 @@ from sgm_finetune.base.files import disk_free, lock_folder
 from sgm_finetune.base.memory import memory_within_reach, release_memory
 from sgm_finetune.base.processes import on_main, processes
 from sgm_finetune.base.text import gib, mib
-from sgm_finetune.data.prepared import PreparedData, prepare_data
+from sgm_finetune.commands.checked_data import checked_data
+from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.model.load import Head
 from sgm_finetune.results.claim import as_it_began, claim_output
 from sgm_finetune.results.folder import check_same_data
-from sgm_finetune.results.harness import check_harness
 from sgm_finetune.train.arguments import check_machine
 from sgm_finetune.train.budget.estimate import PredictionError, estimate
 from sgm_finetune.train.budget.fit import check_fits, fit
@@ -75,12 +75,7 @@ def prepare_session(config: Config, log: StepLog, trained: Head | None = None) -
 
     Raises UserError for what can be checked without the model's weights.
     """
-    return Session(config, config, _checked_data(config, log, trained), log)
-
-
-def _checked_data(config: Config, log: StepLog, trained: Head | None = None) -> PreparedData:
-    check_harness(config.evaluation.harness, config.model.task)
-    return prepare_data(config, log, trained)
+    return Session(config, config, checked_data(config, log, trained), log)
 
 
 @contextmanager
@@ -104,7 +99,7 @@ def open_session(config: Config, console: Console, dry_run: bool = False) -> Ite
         check_machine(config)
         check_launch(config, processes().num_processes, checkpoint)
         given_plan = _given_plan(config, output, checkpoint)
-        prepared = _checked_data(config, log)
+        prepared = checked_data(config, log)
         if checkpoint is not None:
             check_same_data(prepared, output)
         s = Session(

@@ -11,12 +11,13 @@ from transformers import TextStreamer, set_seed
 
 from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.chat import asked_text, written_answers
+from sgm_finetune.data.chat import asked_text
 from sgm_finetune.data.columns import Message
 from sgm_finetune.model.architecture import num_positions
 from sgm_finetune.results.generation import continue_prompts
 from sgm_finetune.results.load import LoadedResult, Result
 from sgm_finetune.results.sampling import Sampling
+from sgm_finetune.results.stops import Stops, model_stops
 
 When = Literal["before", "after"]
 """Before: the base model without its adapter. After: the trained model."""
@@ -51,11 +52,12 @@ def answer(
         result.base.check_ids(max(map(max, filter(None, encoded)), default=-1), "The prompt")
         limit = _token_limit(result, encoded, sampling.max_new_tokens)
         options: dict[str, Any] = sampling.options()
+        stops = model_stops(model, tokenizer)
         if show is not None:
-            options["streamer"] = _Streamer(tokenizer, show)
+            options["streamer"] = _Streamer(tokenizer, stops, show)
         set_seed(sampling.seed)
         size = 1 if show is not None else config.training.eval_batch_size
-        texts = continue_prompts(model, encoded, tokenizer, task, answer_ends(result), limit, size, progress, **options)
+        texts = continue_prompts(model, encoded, tokenizer, task, stops, limit, size, progress, **options)
         return [{"answer": text} for text in texts]
 
 
@@ -84,19 +86,6 @@ def is_chat_model(result: Result) -> bool:
     return "messages" in result.roles if result.roles else result.tokenizer.chat_template is not None
 
 
-def answer_ends(result: Result) -> list[int]:
-    """Ids of the tokens that end an answer: the end of the sequence, and of the assistant's turn in a chat template."""
-    tokenizer: Any = result.tokenizer
-    ends: set[int] = set()
-    if tokenizer.chat_template is not None:
-        asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        for text, spans in written_answers(asked, tokenizer):
-            begin, end = spans[-1]
-            ids = tokenizer(text[begin:end], add_special_tokens=False)["input_ids"]
-            ends |= {ids[-1]} & set(tokenizer.all_special_ids)  # type: ignore[index]
-    return sorted(ends | {tokenizer.eos_token_id} - {None})  # type: ignore[arg-type]
-
-
 def _token_limit(result: LoadedResult, encoded: Sequence[Sequence[int]], wanted: int) -> int:
     """The most new tokens: `wanted`, or as many as the model's positions allow behind the longest prompt."""
     positions = num_positions(result.model.config)
@@ -112,14 +101,26 @@ def _token_limit(result: LoadedResult, encoded: Sequence[Sequence[int]], wanted:
 
 
 class _Streamer(TextStreamer):
-    """Passes each piece of an answer to `show` as it is generated."""
+    """Passes each piece of an answer to `show` as it is generated, without what ends the answer."""
 
-    def __init__(self, tokenizer: Any, show: Callable[[str], None]):
+    def __init__(self, tokenizer: Any, stops: Stops, show: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-        self._show = show
+        self._stops, self._show = stops, show
+        self._text, self._num_shown = "", 0
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.next_tokens_are_prompt or int(value.reshape(-1)[0]) not in self._stops.tokens:
+            super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._show(text)
+        """Holds back as many characters as may be the beginning of a text that ends the answer."""
+        self._text += text
+        cut = self._stops.cut(self._text)
+        held = 0 if stream_end or cut != self._text else max(map(len, self._stops.texts), default=1) - 1
+        end = max(self._num_shown, len(cut) - held)
+        if end > self._num_shown or stream_end:
+            self._show(cut[self._num_shown : end])
+        self._num_shown = end
 
 
 def _classify(result: LoadedResult, prompt: Prompt) -> dict[str, Any]:

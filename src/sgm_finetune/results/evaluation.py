@@ -21,6 +21,7 @@ from sgm_finetune.results.metrics import (
     regression_metrics,
     tagging_metrics,
 )
+from sgm_finetune.results.stops import model_stops
 from sgm_finetune.train.losses import Losses, Progress, TestSet, sum_losses
 
 SHOWN_SAMPLES = 8
@@ -69,8 +70,10 @@ def evaluate_answers(
         return {}
     asked = questions(test_set.encoded, range(number), test_set.task)
     answers = generate_answers(model, asked, tokenizer, test_set.task, test_set.batch_size, progress)
+    stops = model_stops(model, tokenizer)
     texts = [
-        [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in (q.prompt, q.answer)] for q in asked
+        [str(tokenizer.decode(q.prompt, skip_special_tokens=True)).strip(), stops.text(q.answer, tokenizer)]
+        for q in asked
     ]
     samples = [
         {"prompt": prompt, "reference": reference, "answer": answer}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,11 @@ from sgm_finetune.base.files import write_text, writing
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 PTH = "sgm_finetuned.pth"
 RESULTS = (
     PTH, "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html", "environment.json",
-    "history.json", "examples.json", "pictures.json", "checkpoints", "export",
+    "history.json", "examples.json", "pictures.json", "prompts.json", "checkpoints", "export",
 )  # fmt: skip
 """Everything that a run, or `sgm export`, writes into the output folder; `output.overwrite=true` replaces all of it."""
 
@@ -37,8 +37,9 @@ def write_config(path: Path, config: Config) -> None:
     write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
-def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a standard PEFT LoRA folder (adapter_config.json, adapter_model.safetensors) with the tokenizer's files.
+def save_adapter(model: PeftModel, folder: Path, write_tokenizer: Callable[[Path], None]) -> None:
+    """Writes a standard PEFT LoRA folder (adapter_config.json, adapter_model.safetensors) with what `write_tokenizer`
+    writes.
 
     Shared factors are written once per member, so that an unmodified `PeftModel.from_pretrained` loads it.
     """
@@ -48,7 +49,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
             for left in (scratch, old):
                 shutil.rmtree(left, ignore_errors=True)
             model.save_pretrained(str(scratch))
-            tokenizer.save_pretrained(scratch)
+            write_tokenizer(scratch)
             if folder.exists():
                 folder.rename(old)
             scratch.rename(folder)

@@ -12,6 +12,8 @@ from torch import nn
 from sgm_finetune.base.config import Task
 from sgm_finetune.data.batches import longest_first
 from sgm_finetune.data.questions import Question, answer_limit
+from sgm_finetune.results.sampling import GREEDY
+from sgm_finetune.results.stops import Stops, model_stops
 
 
 def generate_answers(
@@ -24,12 +26,11 @@ def generate_answers(
 ) -> list[str]:
     """The model's greedy answer to each question, as long as the longest answer in the data and half as long again.
 
-    An answer ends with a token that ends one in the data: a turn's end, or the end of the sequence.
+    An answer ends where the model's own end (`results/stops.py`).
     """
-    special = set(tokenizer.all_special_ids)
-    ends = {q.answer[-1] for q in asked if q.answer[-1] in special} | {tokenizer.eos_token_id} - {None}
     prompts, limit = [question.prompt for question in asked], answer_limit(asked)
-    return continue_prompts(model, prompts, tokenizer, task, sorted(ends), limit, batch_size, progress)
+    stops = model_stops(model, tokenizer)
+    return continue_prompts(model, prompts, tokenizer, task, stops, limit, batch_size, progress)
 
 
 def continue_prompts(
@@ -37,21 +38,39 @@ def continue_prompts(
     prompts: Sequence[Sequence[int]],
     tokenizer: Any,
     task: Task,
-    ends: Sequence[int],
+    stops: Stops,
     limit: int,
     batch_size: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
     **options: Any,
 ) -> list[str]:
-    """Generates a text after each prompt of token ids, up to one of the tokens `ends` or `limit` tokens.
+    """The text that follows each prompt (`continue_ids`), without what ends it, special tokens and white space around
+    it."""
+    found = continue_ids(model, prompts, tokenizer, task, stops, limit, batch_size, progress, **options)
+    return [stops.text(ids, tokenizer) for ids in found]
 
-    Decoding is greedy unless `options` of Transformers' `generate` say otherwise. The longest prompts come first,
-    `batch_size` at a time. The texts have no special tokens and no white space around them. The model's mode is
-    restored.
+
+def continue_ids(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    task: Task,
+    stops: Stops,
+    limit: int,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
+) -> list[list[int]]:
+    """Generates the token ids that follow each prompt of token ids, up to what ends an answer or `limit` tokens.
+
+    Decoding is greedy unless `options` of Transformers' `generate` say otherwise, and follows everything else in the
+    model's `generation_config`. The longest prompts come first, `batch_size` at a time. The model's mode is restored.
     """
     device, is_decoder = next(model.parameters()).device, task == "causal-lm"
     order = longest_first([len(prompt) for prompt in prompts])
-    answers: dict[int, str] = {}
+    answers: dict[int, list[int]] = {}
+    if stops.texts:
+        options |= {"stop_strings": list(stops.texts), "tokenizer": tokenizer}
     was_training = model.training
     model.eval()
     try:
@@ -62,13 +81,14 @@ def continue_prompts(
                 generated = model.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
-                    **{"do_sample": False, "use_cache": True, "num_beams": 1, "max_new_tokens": limit, **options},
-                    eos_token_id=list(ends),
+                    **{**GREEDY, "use_cache": True, "max_new_tokens": limit, **options},
+                    return_dict_in_generate=False,
+                    eos_token_id=list(stops.tokens),
                     pad_token_id=tokenizer.pad_token_id,
                 )
-            start = ids.shape[1] if is_decoder else 0  # a decoder repeats its prompt
+            start = ids.shape[1] if is_decoder else 1  # the prompt, or the token that starts a decoder
             for index, row in zip(chosen, generated[:, start:].tolist(), strict=True):
-                answers[index] = tokenizer.decode(row, skip_special_tokens=True).strip()
+                answers[index] = stops.kept(row)
             progress(len(answers), len(order))
     finally:
         model.train(was_training)

@@ -16,6 +16,7 @@ import yaml
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
 from sgm_finetune.base.text import first_line
+from sgm_finetune.results.stops import model_stops, stopping_at
 
 
 def check_harness(tasks: Sequence[str], task: str) -> None:
@@ -70,7 +71,8 @@ def harness_metrics(
     was_training = model.training
     model.eval()
     try:
-        with redirect_stderr(io.StringIO()):  # hides lm-eval's own progress bars
+        # hides lm-eval's own progress bars
+        with redirect_stderr(io.StringIO()), stopping_at(model, model_stops(model, tokenizer)):
             wrapped = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             found = evaluate(wrapped, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0)
     finally:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+"""Arguments of Transformers' `generate` for the likeliest token always."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -20,5 +23,5 @@ class Sampling:
     def options(self) -> dict[str, Any]:
         """Arguments of Transformers' `generate`."""
         if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            return dict(GREEDY)
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}

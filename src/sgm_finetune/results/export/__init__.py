@@ -7,7 +7,8 @@
     gguf_vocabulary   its tokenizer, as GGUF stores it
     chat_format       the Modelfile for Ollama, with the chat template in Go's language
     check             loads an export again and compares its logits with the reference's
-    llama_cpp_logits  the program that asks llama.cpp for them, in a process of its own
+    answer_check      compares the answers that it gives, their ends included
+    ask_llama_cpp     the program that asks llama.cpp for both, in a process of its own
     card              the model card
     hub               the upload
 

@@ -9,12 +9,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from sgm_finetune.results.export.shards import save_result_tokenizer
 from sgm_finetune.results.load import Result
 from sgm_finetune.results.pth import lora_config
 
 
 def write_adapter(result: Result, skeleton: PreTrainedModel, base: str, folder: Path) -> None:
-    """Writes adapter_config.json, which names the base model `base`, adapter_model.safetensors and the tokenizer.
+    """Writes adapter_config.json, which names the base model `base`, adapter_model.safetensors, the tokenizer
+    and generation_config.json.
 
     A shared factor is written once for each member of its group, as PEFT does.
     """
@@ -28,4 +30,4 @@ def write_adapter(result: Result, skeleton: PreTrainedModel, base: str, folder: 
     settings.inference_mode = True
     made_for = {"base_model_class": type(skeleton).__name__, "parent_library": type(skeleton).__module__}
     settings.save_pretrained(str(folder), auto_mapping_dict=made_for if settings.task_type is None else None)
-    result.tokenizer.save_pretrained(folder)
+    save_result_tokenizer(result, skeleton, folder)

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from sgm_finetune.measure.plan_file import parse_plan
 from sgm_finetune.measure.plan_summary import describe_plan
+from sgm_finetune.results.answers import generates_text
 from sgm_finetune.results.export.target import ExportFormat, hub_model
 from sgm_finetune.results.load import Result
 from sgm_finetune.results.metric_names import METRICS, Metric
@@ -86,6 +87,11 @@ def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -
         f"the update at {comparison['num_positions']} positions: they differ by {comparison['difference']:.1e} "
         f"(relative norm), and the top token is the same at {comparison['top_agreement']:.0%} of the positions."
     )
+    if answers := comparison.get("answers"):
+        text.append(
+            f"Of {answers['num_compared']} prompts of the test data, the export answered {answers['num_equal']} token "
+            "by token as the trained model does, and ended its answers there too."
+        )
     return "\n".join(text)
 
 
@@ -108,6 +114,7 @@ def _number(value: float | None, metric: Metric) -> str:
 def _usage(result: Result, to: ExportFormat, files: Mapping[str, str]) -> str:
     auto = _AUTO[result.config.model.task]
     base = base_name(result.config.model.name)
+    generates = generates_text(result.config.model.task)
     is_classifier = result.config.model.task.endswith("classification")
     head = head_arguments(result.labels, result.head.is_new) if is_classifier else ""
     match to:
@@ -115,11 +122,19 @@ def _usage(result: Result, to: ExportFormat, files: Mapping[str, str]) -> str:
             lines = [
                 "```python",
                 "from peft import PeftModel",
-                f"from transformers import AutoTokenizer, {auto}",
+                f"from transformers import AutoTokenizer, {auto}{', GenerationConfig' if generates else ''}",
                 "",
                 f'base = {auto}.from_pretrained("{base}"{head})',
                 'model = PeftModel.from_pretrained(base, "this-folder")',
                 'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
+                *(
+                    [
+                        "# where an answer ends: model.generate(..., generation_config=settings)",
+                        'settings = GenerationConfig.from_pretrained("this-folder")',
+                    ]
+                    if generates
+                    else []
+                ),
                 "```",
             ]
         case "merged":

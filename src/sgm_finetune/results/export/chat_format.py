@@ -64,10 +64,6 @@ class ChatFormat:
         inner = "{{ ".join(branches)
         return f"{self.begin}{{{{ range .Messages }}}}{{{{ {inner}{{{{ end }}}}{{{{ end }}}}{self.prompt}"
 
-    def stop(self) -> str:
-        """Returns the text that ends an answer."""
-        return self.roles["assistant"][1].strip()
-
 
 def find_format(render: Render) -> ChatFormat | None:
     """Returns the format that agrees with `render` on all CONVERSATIONS, or None if there is none."""

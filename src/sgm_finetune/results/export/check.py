@@ -1,7 +1,7 @@
 """Checks that an export computes what was trained.
 
-The check compares the export's logits with those of the unquantised base with the adapter. One model is in memory at a
-time: SGM keeps the reference's logits and frees its model.
+The check compares the export's logits, and its answers to a few test prompts, with those of the unquantised base with
+the adapter. One model is in memory at a time: SGM keeps what the reference computed and frees its model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,20 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from sgm_finetune.base.device import device_for
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.memory import memory_within_reach, release_memory
 from sgm_finetune.base.text import gib
 from sgm_finetune.model.architecture import auto_class
+from sgm_finetune.results.export.answer_check import (
+    AnswerCheck,
+    OwnAnswers,
+    compare_answers,
+    own_answers,
+    plain_answers,
+)
 from sgm_finetune.results.load import Result, attach_adapter, load_unquantised
 
 TOLERANCES = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2, "q8_0": 5e-2}
@@ -71,6 +78,8 @@ class LogitCheck:
     """dtype of the reference's computation."""
     by: str
     """Program that loaded the export."""
+    answers: AnswerCheck | None = None
+    """None: the task has no answers, or the run kept no test prompts."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,10 +103,12 @@ class ReferenceLogits:
     base: Tensor
     """z₀: logits of the base alone, float32."""
     computed_in: str
+    own: OwnAnswers | None = None
+    """The answers of the base with the adapter."""
 
 
 def compute_reference(result: Result, num_parameters: int) -> ReferenceLogits:
-    """Returns the logits of the unquantised base with and without the adapter.
+    """Returns the logits of the unquantised base with and without the adapter, and the answers with it.
 
     Computes in float32 if that fits into memory, else in bfloat16. Raises UserError if neither fits.
     """
@@ -105,11 +116,12 @@ def compute_reference(result: Result, num_parameters: int) -> ReferenceLogits:
     ids = sample_ids(result)
     model = attach_adapter(load_unquantised(result, dtype), result.content, result.path)
     trained = compute_logits(model, ids)
+    own = own_answers(result, model)
     with model.disable_adapter():
         base = compute_logits(model, ids)
     del model
     free_models()
-    return ReferenceLogits(ids, trained, base, dtype)
+    return ReferenceLogits(ids, trained, base, dtype, own)
 
 
 def _computing_dtype(num_parameters: int) -> str:
@@ -171,9 +183,12 @@ def check_adapter(result: Result, folder: Path, expected: ReferenceLogits) -> Lo
     base = load_unquantised(result, expected.computed_in)
     model = PeftModel.from_pretrained(base, str(folder))
     found = compute_logits(model, expected.ids)
+    answers = None
+    if expected.own is not None:
+        answers = plain_answers(model, expected.own, GenerationConfig.from_pretrained(folder))
     del base, model
     free_models()
-    return compare_logits(found, expected, "float32", "PEFT")
+    return _with_answers(result, compare_logits(found, expected, "float32", "PEFT"), answers, expected)
 
 
 def check_merged(result: Result, folder: Path, expected: ReferenceLogits, stored_in: str) -> LogitCheck:
@@ -189,9 +204,10 @@ def check_merged(result: Result, folder: Path, expected: ReferenceLogits, stored
     if missing:
         raise UserError(f"The merged model lacks `{missing[0]}`; nothing was kept. Take --to adapter")
     found = compute_logits(model, expected.ids)
+    answers = None if expected.own is None else plain_answers(model, expected.own)
     del model
     free_models()
-    return compare_logits(found, expected, stored_in, "Transformers")
+    return _with_answers(result, compare_logits(found, expected, stored_in, "Transformers"), answers, expected)
 
 
 def check_gguf(result: Result, file: Path, expected: ReferenceLogits, stored_in: str) -> LogitCheck:
@@ -206,21 +222,34 @@ def check_gguf(result: Result, file: Path, expected: ReferenceLogits, stored_in:
             file.parent, gguf_file=file.name, dtype=torch.float32, device_map={"": device_for()}
         )
         found = compute_logits(model, expected.ids)
+        answers = None if expected.own is None else plain_answers(model, expected.own)
         del model
         free_models()
-        return compare_logits(found, expected, stored_in, "Transformers")
-    found = _llama_cpp_logits(result, file, expected.ids)
-    return compare_logits(found, expected, stored_in, "llama.cpp")
+        return _with_answers(result, compare_logits(found, expected, stored_in, "Transformers"), answers, expected)
+    found, answers = _ask_llama_cpp(result, file, expected)
+    return _with_answers(result, compare_logits(found, expected, stored_in, "llama.cpp"), answers, expected)
 
 
-def _llama_cpp_logits(result: Result, file: Path, ids: Tensor) -> Tensor:
-    """Runs llama.cpp in a process of its own, compares its tokens with the tokenizer's, and returns its logits."""
+def _with_answers(
+    result: Result, check: LogitCheck, answers: Sequence[Sequence[int]] | None, expected: ReferenceLogits
+) -> LogitCheck:
+    if answers is None or expected.own is None:
+        return check
+    return replace(check, answers=compare_answers(answers, expected.own, result.tokenizer))
+
+
+def _ask_llama_cpp(result: Result, file: Path, expected: ReferenceLogits) -> tuple[Tensor, list[list[int]] | None]:
+    """Runs llama.cpp in a process of its own, compares its tokens with the tokenizer's, and returns its logits and
+    answers."""
+    own = expected.own
+    asked = {} if own is None else {"prompts": own.prompts, "max_new_tokens": own.limit}
     chat = chat_text(result)
     texts = [*_TEXTS, *_TOKENS, *([chat] if chat else [])]
     with tempfile.TemporaryDirectory() as folder:
         request, results = Path(folder) / "request.json", Path(folder) / "results.npz"
-        request.write_text(json.dumps({"model": str(file), "ids": ids.tolist(), "texts": texts}), encoding="utf-8")
-        command = [sys.executable, str(Path(__file__).with_name("llama_cpp_logits.py")), str(request), str(results)]
+        content = {"model": str(file), "ids": expected.ids.tolist(), "texts": texts, **asked}
+        request.write_text(json.dumps(content), encoding="utf-8")
+        command = [sys.executable, str(Path(__file__).with_name("ask_llama_cpp.py")), str(request), str(results)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -228,7 +257,8 @@ def _llama_cpp_logits(result: Result, file: Path, ids: Tensor) -> Tensor:
         with np.load(results) as found:
             for number, text in enumerate(texts):
                 check_tokens(result, text, [found[f"{number}.0"].tolist(), found[f"{number}.1"].tolist()])
-            return torch.from_numpy(found["logits"])
+            answers = None if own is None else [found[f"answer.{n}"].tolist() for n in range(len(own.prompts))]
+            return torch.from_numpy(found["logits"]), answers
 
 
 def check_tokens(result: Result, text: str, found: Sequence[list[int]]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.results.export.answer_check import result_stops
 from sgm_finetune.results.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from sgm_finetune.results.export.merge import MergedTensor, checked_finite
 from sgm_finetune.results.export.target import GgufType
@@ -50,7 +51,7 @@ def check_exportable(result: Result, config: PreTrainedConfig) -> Vocabulary:
             f"--to gguf does not support sliding windows, and this {kind} has one of {config.sliding_window} tokens; "
             "take --to merged"
         )
-    return read_vocabulary(result.tokenizer, config.vocab_size)
+    return read_vocabulary(result.tokenizer, config.vocab_size, result_stops(result, config))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.results.stops import Stops, stopping_tokenizer
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -43,7 +45,9 @@ class Vocabulary:
     adds: dict[str, bool]
     """For bos and eos: whether the tokenizer adds it to a text."""
     ids: dict[str, int]
-    """Ids of bos, eos, unk and pad, where the tokenizer has them."""
+    """Ids of bos, unk and pad, where the tokenizer has them; and of the tokens that end an answer (`_end_ids`)."""
+    ends: list[int]
+    """Ids of all tokens that end an answer."""
     add_space: bool | None
     """For llama: whether the tokenizer puts a space before a text."""
 
@@ -65,9 +69,11 @@ class Vocabulary:
         special.add_special_token = dict(self.adds)
         special.special_token_ids = dict(self.ids)
         special.add_to_gguf(writer, quiet=True)
+        if len(self.ends) > 1:
+            writer.add_array("tokenizer.ggml.eos_token_ids", self.ends)  # Ollama's own readers stop at each
 
 
-def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
+def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, stops: Stops) -> Vocabulary:
     """Returns the vocabulary, filled up with unused tokens to `size`, the number of rows of the embedding.
 
     Raises UserError for a tokenizer that SGM cannot write as GGUF.
@@ -96,12 +102,27 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
         "bos": bool(sample) and sample[0] == ids.get("bos"),
         "eos": bool(sample) and sample[-1] == ids.get("eos") and len(sample) > 1,
     }
+    ends = [number for number in stops.tokens if number < size]
+    ids |= _end_ids(tokenizer, stops, ends, adds["eos"])
     if not byte_fallback:
-        return Vocabulary(tokenizer, "gpt2", _pre_tokenizer_name(rule, kind), tokens, types, None, adds, ids, None)
+        pre = _pre_tokenizer_name(rule, kind)
+        return Vocabulary(tokenizer, "gpt2", pre, tokens, types, None, adds, ids, ends, None)
     if "unk" in ids:
         types[ids["unk"]] = TokenType.UNKNOWN
     scores = _merge_scores(rule, tokens)
-    return Vocabulary(tokenizer, "llama", "default", tokens, types, scores, adds, ids, _adds_space(rule))
+    return Vocabulary(tokenizer, "llama", "default", tokens, types, scores, adds, ids, ends, _adds_space(rule))
+
+
+def _end_ids(tokenizer: PreTrainedTokenizerBase, stops: Stops, ends: Sequence[int], adds_eos: bool) -> dict[str, int]:
+    """Returns the ids under eos, eot (end of turn) and eom (end of message): llama.cpp stops at each of the three.
+
+    The end of a sequence is the token that ends the answers that were learnt, except where the tokenizer puts its own
+    behind every text or the chat template writes it.
+    """
+    known = tokenizer if adds_eos else stopping_tokenizer(tokenizer, stops)
+    first: list[Any] = [] if known.eos_token_id is None else [known.eos_token_id]
+    names: tuple[str, ...] = ("eos", "eot", "eom")
+    return dict(zip(names, dict.fromkeys([*first, *ends]), strict=False))
 
 
 def _tokens_and_types(

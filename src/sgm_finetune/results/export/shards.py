@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from sgm_finetune.base.files import write_json
+from sgm_finetune.results.answers import generates_text, is_chat_model
 from sgm_finetune.results.export.merge import MergedTensor
 from sgm_finetune.results.load import Result
+from sgm_finetune.results.stops import GENERATION_CONFIG, save_tokenizer, stored_generation
 
 SHARD_BYTES = 2**29
 """Largest size of one file in bytes. One file is in memory at a time."""
-_COPIED = ("generation_config.json", "*.model", "vocab.json", "vocab.txt", "merges.txt", "LICENSE*")
+_COPIED = (GENERATION_CONFIG, "*.model", "vocab.json", "vocab.txt", "merges.txt", "LICENSE*")
 """Files that are copied from the base's folder."""
 
 
@@ -49,12 +51,20 @@ def write_shards(
 
 
 def write_config_files(result: Result, skeleton: PreTrainedModel, folder: Path) -> None:
-    """Writes config.json, the tokenizer with its chat template, and the other useful files of the base's folder."""
+    """Writes config.json, the tokenizer with its chat template, generation_config.json, and the other useful files of
+    the base's folder."""
     write_json(folder / "config.json", merged_config(result, skeleton))
     for pattern in (*_COPIED, *(["*.py"] if result.config.model.trust_remote_code else [])):
         for file in result.folder.glob(pattern):
             shutil.copy(file, folder / file.name)
-    result.tokenizer.save_pretrained(folder)
+    save_result_tokenizer(result, skeleton, folder)
+
+
+def save_result_tokenizer(result: Result, skeleton: PreTrainedModel, folder: Path) -> None:
+    """Writes the tokenizer, and for a model that generates generation_config.json."""
+    generates = generates_text(result.config.model.task)
+    generation = stored_generation(result.folder, skeleton.config) if generates else None
+    save_tokenizer(result.tokenizer, folder, generation, is_chat_model(result))
 
 
 def merged_config(result: Result, skeleton: PreTrainedModel) -> dict[str, Any]:

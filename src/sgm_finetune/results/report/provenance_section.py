@@ -22,6 +22,7 @@ FILES = {
     "history.json": "the numbers of every step",
     "examples.json": "predictions before and after",
     "pictures.json": "the numbers behind the pictures",
+    "prompts.json": "test prompts that an export answers",
     "environment.json": "machine, versions, command, seeds",
     "checkpoints": "checkpoints of the training",
     "export": "exported models",

@@ -1,8 +1,9 @@
-"""Computes a GGUF file's logits with llama.cpp, in a process of its own, so that a crash in native code ends only that.
+"""Asks llama.cpp about a GGUF file, in a process of its own, so that a crash in native code ends only that.
 
 Runs as a program with two arguments: a JSON file {"model", "ids", "texts"}, and an .npz file for the results. The
 results are `logits`, (sequences, length, vocabulary) in float32, and the tokens of text number N: `N.0` without and
-`N.1` with special tokens around it.
+`N.1` with special tokens around it. The file may also have {"prompts", "max_new_tokens"}; `answer.N` then has the
+likeliest tokens after prompt number N, up to the first at which llama.cpp itself stops.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def main(request_file: Path, results: Path) -> None:
     model = llama_cpp.llama_model_load_from_file(request["model"].encode(), parameters)
     if not model:
         sys.exit("llama.cpp cannot load the file")
-    length = max(len(row) for row in request["ids"])
+    prompts, limit = request.get("prompts", []), request.get("max_new_tokens", 0)
+    length = max(*map(len, request["ids"]), *(len(row) + limit for row in prompts))
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = max(64, length)
     settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
@@ -39,6 +41,9 @@ def main(request_file: Path, results: Path) -> None:
     vocabulary: Any = llama_cpp.llama_model_get_vocab(model)
     width = llama_cpp.llama_vocab_n_tokens(vocabulary)
     found: dict[str, Any] = {"logits": np.stack([_logits(llama_cpp, context, row, width) for row in request["ids"]])}
+    for number, row in enumerate(prompts):
+        answer = _answer(llama_cpp, context, vocabulary, row, limit)
+        found[f"answer.{number}"] = np.array(answer, dtype=np.int64)
     for number, text in enumerate(request["texts"]):
         for add_special in (False, True):
             tokens = _tokens(llama_cpp, vocabulary, text.encode(), add_special)
@@ -46,13 +51,32 @@ def main(request_file: Path, results: Path) -> None:
     np.savez(results, **found)
 
 
+def _answer(llama_cpp: Any, context: Any, vocabulary: Any, prompt: list[int], limit: int) -> list[int]:
+    """The likeliest tokens after the prompt, with the one at which llama.cpp stops."""
+    width, answer = llama_cpp.llama_vocab_n_tokens(vocabulary), []
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    read, position = prompt, 0
+    while len(answer) < limit:
+        likeliest = int(_decode(llama_cpp, context, read, position, width)[-1].argmax())
+        answer.append(likeliest)
+        if llama_cpp.llama_vocab_is_eog(vocabulary, likeliest):
+            break
+        read, position = [likeliest], position + len(read)
+    return answer
+
+
 def _logits(llama_cpp: Any, context: Any, row: list[int], width: int) -> np.ndarray:
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    return _decode(llama_cpp, context, row, 0, width)
+
+
+def _decode(llama_cpp: Any, context: Any, row: list[int], begin: int, width: int) -> np.ndarray:
+    """The logits at the positions of `row`, which follows `begin` tokens that the context holds."""
     batch = llama_cpp.llama_batch_init(len(row), 0, 1)
     batch.n_tokens = len(row)
     for position, token in enumerate(row):
         batch.token[position] = token
-        batch.pos[position] = position
+        batch.pos[position] = begin + position
         batch.n_seq_id[position] = 1
         batch.seq_id[position][0] = 0
         batch.logits[position] = True
