@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 Task = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq-lm"]
 Role = Literal[
     "text", "text_pair", "label", "prompt", "completion", "messages", "instruction", "input", "output", "source",
-    "target", "tokens", "tags",
+    "target", "tokens", "tags", "system", "tools", "history",
 ]  # fmt: skip
 LabelKind = Literal["class", "classes", "number"]
 Quantization = Literal["none", "nf4", "int8"]

@@ -18,7 +18,7 @@ from sgm_finetune.data.batches import collator
 from sgm_finetune.data.encoding import Encoded, encode, pack
 from sgm_finetune.data.questions import has_answers
 from sgm_finetune.data.sources import is_on_hub
-from sgm_finetune.data.splits import DataSplits, load_splits
+from sgm_finetune.data.splits import SPLITS, DataSplits, load_splits
 from sgm_finetune.model.files import find_model_files
 from sgm_finetune.model.load import Head
 
@@ -53,17 +53,28 @@ def prepare_data(config: Config, log: StepLog) -> PreparedData:
     splits = load_splits(config.data, config.model.task)
     files = find_model_files(config.model, log, config.data.max_length)
     encoded = {
-        name: encode(getattr(splits, name), files.tokenizer, config.model.task, config.data.max_length)
-        for name in ("train", "validation", "test")
+        name: encode(
+            getattr(splits, name), files.tokenizer, config.model.task, config.data.max_length, splits.origins.get(name)
+        )
+        for name in SPLITS
     }
     if config.data.packing:
         if not has_answers(encoded["train"].dataset, config.model.task) or config.model.task != "causal-lm":
             raise UserError("data.packing=true is for completion and chat data; running text is packed without it")
         encoded["train"] = pack(encoded["train"], config.data.max_length)
     log.line("data", " · ".join([splits.description, *_encoding_notes(encoded, config.data.max_length)]))
+    if unread := not_read(splits, encoded["train"]):
+        log.line("data", f"not read: {', '.join(unread)}")
+    for token, count in encoded["train"].doubled.items():
+        log.line("data", f"{token} stands twice in a row in {count:,} training sequences; remove it from the texts")
     multiple = 8 if has_gpu() else None  # tensor cores want multiples of 8; a CPU would only compute more padding
     collate = collator(files.tokenizer, config.model.task, multiple)
     return PreparedData(files.folder, files.tokenizer, splits, **encoded, collate=collate)
+
+
+def not_read(splits: DataSplits, train: Encoded) -> list[str]:
+    """The columns, and the fields of messages, that the model does not see."""
+    return list(dict.fromkeys([*splits.unread, *train.unread]))
 
 
 def _encoding_notes(encoded: Mapping[str, Encoded], max_length: int) -> list[str]:

@@ -46,6 +46,8 @@ class Table:
     """Class names of the columns with integers, or lists of integers, that stand for them (`datasets.ClassLabel`)."""
     is_running_text: bool = False
     """Whether the rows are passages of running text, in the single column `text`."""
+    fills_nulls: bool = False
+    """Whether nested values have fixed types (Arrow), so that a key that only other rows have is there with None."""
 
 
 def type_of(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> Format:
