@@ -237,9 +237,7 @@ def _write_results(
     write_json(output / "examples.json", examples)
     write_json(output / "history.json", state.log_history)
     save_adapter(adapted.model, prepared.tokenizer, output / "adapter")
-    save_pth(
-        output / PTH, adapted.model, start.plan, s.config, splits.labels, splits.label_kind, splits.train.column_names
-    )
+    save_pth(output / PTH, adapted.model, start.plan, s.config, splits.labels, splits.label_kind, splits.roles)
     write_json(output / "metrics.json", metrics)
     write_text(output / "report.html", render_report(load_run(output)))
 

@@ -42,6 +42,8 @@ def written_answers(conversation: list[Message], tokenizer: Any, tools: Tools = 
     before its answer.
     """
     turns = [n for n, message in enumerate(conversation) if is_learnt(message)]
+    if turns[0] == 0:
+        raise UserError("The conversation begins with the assistant; begin it with a question, or remove the row")
     messages, whole = _accepted(conversation[: turns[-1] + 1], tokenizer, tools)
     if _MARKS.search(tokenizer.get_chat_template(tools=tools)):
         return [(whole, _marked(messages, conversation, tokenizer, tools))]
@@ -84,6 +86,8 @@ def _marked(messages: list[Message], conversation: list[Message], tokenizer: Any
     """What the template marks as generated: one mark for each turn, or the turns are all learnt."""
     text, spans = _render_marked(messages, tokenizer, tools)
     turns = [said for said in conversation[: len(messages)] if said["role"] == "assistant"]
+    if not spans:
+        raise UserError("This model's chat template marks nothing as generated in this conversation; remove it")
     if len(spans) == len(turns):
         return [
             (min(_behind_empty_reasoning(text, begin, said, header=100), end - 1), end)
@@ -98,14 +102,26 @@ def _marked(messages: list[Message], conversation: list[Message], tokenizer: Any
     )
 
 
-def asked_text(conversation: list[Message], tokenizer: Any, tools: Tools = None) -> str:
+def asked_text(conversation: list[Message], tokenizer: Any, tools: Tools = None, reasons: bool = True) -> str:
     """The text that the model reads before it answers.
 
-    The chat template writes the conversation. Without a template, a single question becomes an Alpaca instruction.
-    Raises UserError for a longer conversation without a template, and when the template refuses it.
+    The chat template writes the conversation. With reasons=False the text has the empty reasoning with which the
+    template begins an answer without one: a model that was trained on such answers goes on from there. Without a
+    template, a single question becomes an Alpaca instruction. Raises UserError for a longer conversation without a
+    template, and when the template refuses it.
     """
     if tokenizer.chat_template is not None:
-        return _accepted(conversation, tokenizer, tools, ask=True)[1]
+        messages, asked = _accepted(conversation, tokenizer, tools, ask=True)
+        if reasons:
+            return asked
+        answer = {"role": "assistant", "content": "answer"}
+        try:
+            answered = _render([*messages, answer], tokenizer, tools)
+        except UserError:  # the conversation ends with the beginning of an answer
+            return asked
+        return (
+            answered[: _behind_empty_reasoning(answered, len(asked), answer)] if answered.startswith(asked) else asked
+        )
     if tools or [message["role"] for message in conversation] != ["user"]:
         raise UserError(needs_template(len(conversation)))
     return f"{ALPACA}{conversation[0]['content']}\n\n### Response:\n"

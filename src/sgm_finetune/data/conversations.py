@@ -34,7 +34,9 @@ CALLERS = ("function_call", "tool_call", "tool_calls")
 KNOWN_SPEAKERS = ("system", "user", "assistant", "tool")
 _READ_HERE = ("role", "from", "content", "value", "weight", "tool_calls", "function_call")
 _ANSWERS_IN: dict[str, Role] = {"alpaca": "output", "completion": "completion"}
-_SPOKEN = ("role", "content", "reasoning_content", "tool_calls", "function_call")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of the field for what the assistant thinks; Transformers gives a template the name that it reads."""
+_SPOKEN = ("role", "content", *_REASONING, "tool_calls", "function_call")
 
 
 def read_conversations(
@@ -108,6 +110,15 @@ def is_learnt(message: Message) -> bool:
 def _answers(message: Message) -> bool:
     """Whether the loss counts the message and it says something."""
     return is_learnt(message) and bool(str(message.get("content") or "").strip() or message.get("tool_calls"))
+
+
+def has_reasoning(messages: Sequence[Message]) -> bool:
+    """Whether the assistant reasons before it answers: in a field of its own, or in its content."""
+    return any(
+        said["role"] == "assistant"
+        and (any(key in said for key in _REASONING) or "</think>" in said.get("content", ""))
+        for said in messages
+    )
 
 
 def spoken(messages: Sequence[Message]) -> list[Message]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from sgm_finetune.base.config import DataConfig, LabelKind, Task
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.conversations import spoken
+from sgm_finetune.data.conversations import has_reasoning, spoken
 from sgm_finetune.data.rows import Origin, Rows, check_head, normalise, num_rows, take
 from sgm_finetune.data.sources import Source, Split, check_settings, open_files, open_source
 from sgm_finetune.data.tables import type_of
@@ -49,6 +49,12 @@ class DataSplits:
     """The table of each row, and its number there, for messages."""
     unread: tuple[str, ...] = ()
     """Columns that nothing reads."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What a model is trained on: the columns, and `reasoning` where an answer has some."""
+        reasons = "messages" in self.train.column_names and any(map(has_reasoning, self.train["messages"][:]))
+        return (*self.train.column_names, *(("reasoning",) if reasons else ()))
 
 
 def load_splits(config: DataConfig, task: Task) -> DataSplits:

@@ -81,14 +81,16 @@ def prompt_ids(result: Result, prompt: Prompt, raw: bool = False) -> list[int]:
     """Token ids of the prompt as the model was trained to read it.
 
     A conversation is written by the chat template, and so is a text if the model was trained on conversations: it
-    becomes one question. `raw` tokenizes the text as it is.
+    becomes one question. The empty reasoning that a template writes belongs to it if those conversations had none.
+    `raw` tokenizes the text as it is.
     """
     tokenizer: Any = result.tokenizer
     given: Any = prompt if isinstance(prompt, dict) else {"messages": prompt}
     if isinstance(prompt, str):
         given = {"messages": [{"role": "user", "content": prompt}]}
     if not raw and (not isinstance(prompt, str) or is_chat_model(result)):
-        text = asked_text(given["messages"], tokenizer, given.get("tools"))
+        reasons = not is_chat_model(result) or "reasoning" in result.roles
+        text = asked_text(given["messages"], tokenizer, given.get("tools"), reasons)
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return single_ends(tokenizer(prompt, verbose=False)["input_ids"], tokenizer)
 
