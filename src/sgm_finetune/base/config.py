@@ -123,9 +123,9 @@ class DataConfig(_Section):
     file_type: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "text", "conll"] = "auto"
     """Type of the files. auto: inferred from the file name extension."""
     format: Literal["auto", "text", "completion", "chat", "sharegpt", "alpaca"] = "auto"
-    """Format of the rows for causal-lm. text: running text. completion: prompt and completion. chat: messages with role
-    and content. sharegpt: messages with from and value. alpaca: instruction, input, output. auto: inferred from the
-    column names and printed."""
+    """Format of the rows for causal-lm. text: running text. completion: prompt and completion, as texts or as lists of
+    messages. chat: messages with role and content. sharegpt: messages with from and value. alpaca: instruction, input,
+    output. auto: inferred from the column names and printed."""
     columns: dict[Role, str] = {}
     """Column of each role, for example {text: review, label: stars}. By default, a role's column has the role's
     name."""

@@ -28,7 +28,7 @@ from sgm_finetune.results.load import LoadedResult, find_base, load_trained, rea
 WIDE = 100
 """Columns of a terminal from which two answers stand side by side."""
 ROLES: dict[Task, tuple[Role, ...]] = {
-    "causal-lm": ("messages", "instruction", "prompt", "text"),
+    "causal-lm": ("messages", "prompt", "instruction", "text"),
     "seq2seq-lm": ("source", "text"),
     "sequence-classification": ("text",),
     "token-classification": ("tokens", "text"),
