@@ -6,20 +6,24 @@ import json
 import re
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sgm_finetune.base.config import DataConfig
+from sgm_finetune.base.config import Config, DataConfig, ModelConfig
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands.generate import read_prompts
 from sgm_finetune.data.chat import asked_text
 from sgm_finetune.data.encoding import IGNORED, Encoded, encode
 from sgm_finetune.data.prepared import not_read
+from sgm_finetune.data.questions import questions
 from sgm_finetune.data.sources import open_source
 from sgm_finetune.data.splits import DataSplits, load_splits, split_source
 from sgm_finetune.data.tables import Table
+from sgm_finetune.results.answers import encode_prompts, prompt_ids
 
 PLAIN = (
     "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '</s>\n' }}{% endfor %}"
@@ -539,3 +543,43 @@ def test_a_tokenizer_without_offsets_learns_the_same(tmp_path):
                 [tokenizer.decode([label for label in row["labels"] if label != IGNORED]) for row in found.dataset]
             )
         assert learnt[0] == learnt[1]
+
+
+CHAIN = [
+    said("user", "q"), said("assistant", None, tool_calls=[call("f", {})]), said("tool", "4"), said("assistant", "a"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("template", "row"),
+    [
+        (TOOLS, {"tools": [TOOL], "system": "s", "messages": [said("user", "q"), said("assistant", "a")]}),
+        (TOOLS, {"messages": [said("user", "q"), said("assistant", None, tool_calls=[call("f", {"a": None})])]}),
+        (TOOLS, {"messages": CHAIN}),
+        (ARGUMENTS_AS_TEXT, {"messages": CHAIN}),
+        (PLAIN, {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}),
+        (PLAIN, {"instruction": "q", "input": "i", "output": "a", "system": "s", "history": [["q1", "a1"]]}),
+        (PLAIN, {"prompt": [said("user", "q")], "completion": [said("assistant", "a")]}),
+        (PLAIN, {"messages": [said("user", [{"type": "text", "text": "q"}]), said("assistant", "a</s>")]}),
+        (THINKING, {"messages": [said("user", "q"), said("assistant", "a")]}),
+        (THINKING, {"messages": [said("user", "q"), said("assistant", "a", reasoning="r")]}),
+        (STRICT, {"messages": [said("user", "<s>q"), said("assistant", "a")]}),
+    ],
+)  # fmt: skip
+def test_a_prompt_from_a_file_is_the_question_of_the_test(tmp_path, template, row):
+    tokenizer, path = tokenizer_of(template), write(tmp_path / "r.jsonl", row)
+    splits, found = encoded(path, tokenizer)
+    (asked,) = questions(found.dataset, [0], "causal-lm")
+    config = Config(model=ModelConfig(task="causal-lm"))
+    result = SimpleNamespace(tokenizer=tokenizer, config=config, roles=splits.roles)
+    (prompt,) = read_prompts(path, config)
+    assert tokenizer.decode(prompt_ids(result, prompt)) == tokenizer.decode(asked.prompt)
+    assert prompt_ids(result, prompt) == asked.prompt
+
+
+def test_the_prompt_that_a_template_refuses_is_numbered():
+    result = SimpleNamespace(
+        tokenizer=tokenizer_of(STRICT), config=Config(model=ModelConfig(task="causal-lm")), roles=("messages",)
+    )
+    with pytest.raises(UserError, match=r"^Prompt 2: the model's chat template refuses this .*: no system here"):
+        encode_prompts(result, ["q", [said("system", "s"), said("user", "q")]])
