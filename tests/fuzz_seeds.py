@@ -23,6 +23,7 @@ from safetensors.torch import save
 
 from sgm_finetune.base.config import Config, ModelConfig
 from sgm_finetune.base.config_file import load_config
+from sgm_finetune.data.encoding import encode
 from sgm_finetune.data.splits import load_splits
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.measure.scan_formats import load_scan
@@ -95,6 +96,51 @@ def rows() -> list[dict[str, str]]:
     return [{"text": f"{words[n % 6]} {words[n // 6 % 6]}", "label": "ab"[n % 2]} for n in range(36)]
 
 
+CHAT_TEMPLATE = (
+    "{{ tools | tojson if tools else '' }}{% for m in messages %}[{{ m.role }}]{{ m.reasoning_content }}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}<eos>\n"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def chats() -> list[dict[str, Any]]:
+    """Conversations with everything that a row and a message may have."""
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"town": 3}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    return [
+        {"system": "good", "tools": [tool], "messages": [
+            {"role": "user", "content": [{"type": "text", "text": f"film {n}"}], "name": "a"},
+            {"role": "assistant", "content": "bad", "weight": 0, "reasoning_content": "plot"},
+            {"role": "user", "content": "cast"}, {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "fine", "tool_call_id": "c1"}, {"role": "assistant", "content": f"good {n}"},
+        ]}
+        for n in range(6)
+    ]  # fmt: skip
+
+
+def sharegpt() -> list[dict[str, Any]]:
+    called = '{"name": "f", "arguments": "{\\"town\\": 3}"}'
+    turns = [("human", "film"), ("function_call", called), ("observation", "fine"), ("gpt", "good")]
+    return [
+        {"system": "good", "tools": '[{"name": "f", "parameters": {}}]', "source": "web",
+         "conversations": [{"from": who, "value": f"{what}{n if who == 'human' else ''}"} for who, what in turns]}
+        for n in range(6)
+    ]  # fmt: skip
+
+
+def alpaca() -> list[dict[str, Any]]:
+    return [
+        {"instruction": f"film {n}", "input": "plot", "output": "good", "system": "fine", "history": [["cast", "bad"]]}
+        for n in range(6)
+    ]
+
+
+def chats_in_two_columns() -> list[dict[str, Any]]:
+    return [
+        {"prompt": row["messages"][:-1], "completion": row["messages"][-1:], "tools": row["tools"]} for row in chats()
+    ]
+
+
 def as_csv() -> bytes:
     held = io.StringIO()
     writer = csv.DictWriter(held, ["text", "label"])
@@ -130,6 +176,14 @@ def as_gguf() -> bytes:
 def read_data(path: Path, task: str = "sequence-classification") -> None:
     config = load_config(None, [f"data.train={path}", f"model.task={task}"])
     load_splits(config.data, config.model.task)
+
+
+def read_chats(path: Path) -> None:
+    """Reads conversations and writes them with a template, as far as the tokens."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    splits = load_splits(load_config(None, [f"data.train={path}", "model.task=causal-lm"]).data, "causal-lm")
+    encode(splits.train, tokenizer, "causal-lm", 256, splits.origins["train"])
 
 
 def read_weights(path: Path) -> None:
@@ -242,6 +296,10 @@ def readers() -> dict[str, Reader]:
         ".jsonl": Reader("data.jsonl", b"\n".join(map(as_json, rows())), read_data),
         ".parquet": Reader("data.parquet", as_parquet(), read_data),
         ".conll": Reader("data.conll", as_conll(), lambda path: read_data(path, "token-classification")),
+        "chats": Reader("data.json", chats(), read_chats, as_json),
+        "ShareGPT": Reader("data.json", sharegpt(), read_chats, as_json),
+        "Alpaca": Reader("data.json", alpaca(), read_chats, as_json),
+        "chats as prompt and completion": Reader("data.json", chats_in_two_columns(), read_chats, as_json),
         "progress.json": Reader("checkpoints/progress.json",
                                 json.loads((out / "checkpoints" / "progress.json").read_text()), read_progress,
                                 as_json, {"config.yaml": (out / "config.yaml").read_bytes()}),

@@ -214,7 +214,9 @@ def test_a_template_in_which_answers_cannot_be_found_is_refused(chat_tokenizer) 
 
 def test_a_template_that_refuses_is_quoted(chat_tokenizer) -> None:
     chat_tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
-    with pytest.raises(UserError, match="chat template refuses a conversation: no system role here"):
+    with pytest.raises(
+        UserError, match=r"^Example 1: the model's chat template refuses this conversation: no system role here"
+    ):
         encode(conversations(said("w1", "w2")), chat_tokenizer, "causal-lm", max_length=64)
 
 

@@ -15,7 +15,7 @@ from sgm_finetune.base.untrusted import Written
 Task = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq-lm"]
 Role = Literal[
     "text", "text_pair", "label", "prompt", "completion", "messages", "instruction", "input", "output", "source",
-    "target", "tokens", "tags",
+    "target", "tokens", "tags", "system", "tools", "history",
 ]  # fmt: skip
 LabelKind = Literal["class", "classes", "number"]
 Quantization = Literal["none", "nf4", "int8"]
@@ -174,9 +174,9 @@ class DataConfig(_Section):
     file_type: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "text", "conll"] = "auto"
     """Type of the files. auto: inferred from the file name extension."""
     format: Literal["auto", "text", "completion", "chat", "sharegpt", "alpaca"] = "auto"
-    """Format of the rows for causal-lm. text: running text. completion: prompt and completion. chat: messages with role
-    and content. sharegpt: messages with from and value. alpaca: instruction, input, output. auto: inferred from the
-    column names and printed."""
+    """Format of the rows for causal-lm. text: running text. completion: prompt and completion, as texts or as lists of
+    messages. chat: messages with role and content. sharegpt: messages with from and value. alpaca: instruction, input,
+    output. auto: inferred from the column names and printed."""
     columns: dict[Role, Text] = {}
     """Column of each role, for example {text: review, label: stars}. By default, a role's column has the role's
     name."""

@@ -15,7 +15,7 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog, print_line
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.generate import side_by_side
-from sgm_finetune.data.columns import Message
+from sgm_finetune.data.conversations import Message
 from sgm_finetune.results.answers import When, answer
 from sgm_finetune.results.load import LoadedResult, find_base, load_trained, read_stored
 from sgm_finetune.results.sampling import Sampling

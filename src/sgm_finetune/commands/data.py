@@ -16,7 +16,7 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.commands.checked_data import checked_data
 from sgm_finetune.data.encoding import IGNORED, sequence_lengths
-from sgm_finetune.data.prepared import PreparedData
+from sgm_finetune.data.prepared import PreparedData, not_read
 from sgm_finetune.data.splits import SPLITS, DataSplits
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -27,8 +27,8 @@ SHOWN_CLASSES = 24
 
 
 def preview(config: Config, console: Console, num_examples: int = 3) -> dict[str, Any]:
-    """Prints the first training examples, the classes with their numbers and the length quantiles of every split, and
-    returns the same as data.
+    """Prints the first training examples, the classes with their numbers, the length quantiles of every split and what
+    the model does not see, and returns the same as data.
 
     An example is {"text", "parts": [[text, learnt], ...], "tokens"}, with "label" or "target" when it has one. `learnt`
     is true for text that the loss counts.
@@ -50,6 +50,8 @@ def preview(config: Config, console: Console, num_examples: int = 3) -> dict[str
     console.print(_length_table(lengths, config.data.max_length))
     return {
         "data": prepared.splits.description,
+        "not_read": not_read(prepared.splits, prepared.train),
+        "doubled_tokens": dict(prepared.train.doubled),
         "examples": examples,
         "classes": classes,
         "tokens": lengths,

@@ -256,7 +256,7 @@ def _write_results(
         s.config,
         splits.labels,
         splits.label_kind,
-        splits.train.column_names,
+        splits.roles,
         prepared.head.is_new,
     )
     write_json(output / "metrics.json", metrics)

@@ -20,10 +20,10 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import one_line
 from sgm_finetune.commands.requests import NOTHING_TO_ANSWER, GenerateRequest
 from sgm_finetune.data import columns
-from sgm_finetune.data.columns import Message
+from sgm_finetune.data.conversations import read_questions
 from sgm_finetune.data.tables import read_file, type_of
 from sgm_finetune.data.text_file import read_text
-from sgm_finetune.results.answers import Prompt, When, answer, generates_text
+from sgm_finetune.results.answers import Prompt, When, answer, encode_prompts, generates_text
 from sgm_finetune.results.load import LoadedResult, find_base, load_trained, read_stored
 
 WIDE = 100
@@ -51,7 +51,10 @@ def generate(
     prompts: list[Prompt] = [*request.texts, *from_file]
     if not prompts:
         raise UserError(NOTHING_TO_ANSWER)
-    result = load_trained(find_base(stored, log), log)
+    found = find_base(stored, log)
+    if generates_text(found.config.model.task):
+        encode_prompts(found, prompts, request.raw)  # a template refuses a prompt before the model is loaded
+    result = load_trained(found, log)
     is_one_text = len(prompts) == 1 and generates_text(result.config.model.task)
     if is_one_text and not request.compare and console.is_terminal:
         return [{"prompt": prompts[0], **_stream_answer(result, prompts[0], request, console)}]
@@ -92,6 +95,8 @@ def read_prompts(path: Path, config: Config) -> list[Prompt]:
         return [line for line in text.splitlines() if line.strip()]
     table = read_file(path, "--input")
     task, chosen = config.model.task, config.data.columns
+    if task == "causal-lm" and (chats := read_questions(table, chosen)) is not None:
+        return list(chats)
     names = {role: chosen.get(role, role) for role in ROLES[task]}
     role = next((role for role, name in names.items() if name in table.columns), None)
     if role is None:
@@ -99,13 +104,6 @@ def read_prompts(path: Path, config: Config) -> list[Prompt]:
             f"{table.name} has none of the columns {', '.join(names.values())}; it has {', '.join(table.columns)}"
         )
     name = names[role]
-    if role == "messages":
-        return [_question(turns) for turns in columns.read_conversations(table, name, answered=False)]
-    if role == "instruction":
-        inputs = table.columns.get(chosen.get("input", "input"))
-        texts = columns.read_texts(table, name, may_be_empty=False)
-        given = [""] * len(texts) if inputs is None else columns.read_inputs(table, chosen.get("input", "input"))
-        return [_question(turns) for turns in columns.alpaca_conversations(texts, given, [""] * len(texts))]
     if role == "tokens":
         return [[str(word) for word in words] for words in table.columns[name]]
     texts = columns.read_texts(table, name, may_be_empty=False)
@@ -113,18 +111,6 @@ def read_prompts(path: Path, config: Config) -> list[Prompt]:
     if task == "sequence-classification" and pair in table.columns:
         return list(zip(texts, columns.read_texts(table, pair, may_be_empty=False), strict=True))
     return list(texts)
-
-
-def _question(turns: list[Message]) -> list[Message]:
-    """The conversation without the answers at its end.
-
-    >>> _question([{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}])
-    [{'role': 'user', 'content': '1 + 1?'}]
-    """
-    end = len(turns)
-    while end > 0 and turns[end - 1]["role"] == "assistant":
-        end -= 1
-    return turns[:end] if end > 0 else turns
 
 
 def _read_text(path: Path) -> str:
@@ -176,10 +162,12 @@ def _shorten(prompt: Prompt) -> str:
     >>> _shorten([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}])
     '1 + 1?'
     """
+    if isinstance(prompt, dict):
+        return _shorten(prompt["messages"])
     if isinstance(prompt, tuple):
         text = " · ".join(prompt)
     elif isinstance(prompt, list):
-        text = prompt[-1]["content"] if isinstance(prompt[-1], dict) else " ".join(map(str, prompt))
+        text = prompt[-1].get("content", "") if isinstance(prompt[-1], dict) else " ".join(map(str, prompt))
     else:
         text = prompt
     line = " ".join(text.split())

@@ -16,7 +16,7 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.requests import HOST, check_page
-from sgm_finetune.data.columns import Message
+from sgm_finetune.data.conversations import Message
 from sgm_finetune.results.answers import (
     Prompt,
     When,

@@ -18,7 +18,8 @@ from sgm_finetune.data.tables import Table
 
 def table_of(name: str, dataset: datasets.Dataset) -> Table:
     """The table of a `datasets.Dataset`. It reads a column when the column is used."""
-    return Table(name, {column: dataset[column] for column in dataset.column_names}, class_names(dataset.features))
+    columns = {column: dataset[column] for column in dataset.column_names}
+    return Table(name, columns, class_names(dataset.features), fills_nulls=True)
 
 
 def class_names(features: Mapping[str, Any] | None) -> dict[str, Sequence[str]]:
@@ -46,7 +47,8 @@ def read_parquet(path: Path) -> Table:
 
 
 _FEATURES = {
-    "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
+    "messages": datasets.List(datasets.Json()),  # messages have different keys; a struct would fill them in
+    "tools": datasets.Json(),
     "tokens": datasets.List(datasets.Value("string")),
     "tags": datasets.List(datasets.Value("int64")),
 }

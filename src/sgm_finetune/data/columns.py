@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,10 +35,10 @@ class Layout:
 
 LAYOUTS: dict[Task, tuple[Layout, ...]] = {
     "causal-lm": (
-        Layout("chat", ("messages",)),
-        Layout("sharegpt", ("messages",), columns={"messages": "conversations"}),
-        Layout("alpaca", ("instruction", "output"), ("input",)),
-        Layout("completion", ("prompt", "completion")),
+        Layout("chat", ("messages",), ("system", "tools")),
+        Layout("sharegpt", ("messages",), ("system", "tools"), columns={"messages": "conversations"}),
+        Layout("alpaca", ("instruction", "output"), ("input", "system", "history", "tools")),
+        Layout("completion", ("prompt", "completion"), ("system", "tools")),
         Layout("text", ("text",)),
     ),
     "sequence-classification": (Layout("labelled", ("text", "label"), ("text_pair",)),),
@@ -46,10 +46,6 @@ LAYOUTS: dict[Task, tuple[Layout, ...]] = {
     "seq2seq-lm": (Layout("pairs", ("source", "target")),),
 }
 """The layouts of each task, in the order in which SGM tries them."""
-
-SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "model": "assistant"}
-"""Other names for the roles in a conversation."""
-KNOWN_SPEAKERS = ("system", "user", "assistant", "tool")
 
 
 def choose_layout(table: Table, columns: Mapping[Role, str], task: Task, format: str = "auto") -> Layout:
@@ -59,7 +55,8 @@ def choose_layout(table: Table, columns: Mapping[Role, str], task: Task, format:
     when `columns` or `format` does not go with the task.
     """
     layouts = LAYOUTS[task]
-    known: list[Role] = list(dict.fromkeys(role for layout in layouts for role in (*layout.roles, *layout.optional)))
+    needed: list[Role] = [role for layout in layouts for role in layout.roles]
+    known: list[Role] = list(dict.fromkeys([*needed, *(role for layout in layouts for role in layout.optional)]))
     for role in columns:
         if role not in known:
             raise UserError(f"data.columns: model.task={task} has no role `{role}`; its roles are {', '.join(known)}")
@@ -92,12 +89,12 @@ def choose_layout(table: Table, columns: Mapping[Role, str], task: Task, format:
 
 
 def _has_format(layout: Layout, table: Table, columns: Mapping[Role, str]) -> bool:
-    """Whether the messages have the keys of this layout, which tell chat and ShareGPT apart. True for other layouts."""
-    if "messages" not in layout.roles:
+    """Whether the messages are not ShareGPT's, for the layout chat. True for other layouts."""
+    if layout.name != "chat":
         return True
     rows = table.columns[layout.column("messages", columns)][:]
     first = next((row[0] for row in rows if isinstance(row, list) and row and isinstance(row[0], dict)), None)
-    return first is None or (("from" in first) == (layout.name == "sharegpt"))
+    return first is None or "from" not in first
 
 
 def find_columns(table: Table, layout: Layout, columns: Mapping[Role, str]) -> dict[Role, str]:
@@ -160,59 +157,3 @@ def read_texts(table: Table, column: str, may_be_empty: bool) -> list[str]:
 def read_inputs(table: Table, column: str) -> list[str]:
     """The texts of an optional column; a missing value is an empty text."""
     return ["" if is_missing(text) else str(text) for text in table.columns[column][:]]
-
-
-Message = dict[str, str]
-"""One message of a conversation: its `role` and `content`."""
-
-
-def read_conversations(table: Table, column: str, answered: bool = True) -> list[list[Message]]:
-    """The conversations in a column, from lists of {role, content} or ShareGPT's {from, value}.
-
-    Raises UserError with the row of an invalid conversation and, with answered=True, of one without an answer.
-    """
-    conversations = []
-    for row, turns in enumerate(table.columns[column][:], start=1):
-        where = f"{table.name}, row {row}: `{column}`"
-        if not isinstance(turns, list) or not turns:
-            raise UserError(
-                f"{where} is {short_repr(turns)}, not a list of messages; write [{{'role': ..., 'content': ...}}]"
-            )
-        messages = [_message(turn, where, number) for number, turn in enumerate(turns, start=1)]
-        if answered and all(message["role"] != "assistant" or not message["content"].strip() for message in messages):
-            raise UserError(
-                f"{where} has no answer by the assistant, so there is nothing to learn; correct or remove the row"
-            )
-        conversations.append(messages)
-    return conversations
-
-
-def _message(turn: Any, where: str, number: int) -> Message:
-    if not isinstance(turn, dict):
-        raise UserError(f"{where}, message {number} is {short_repr(turn)}; write {{'role': ..., 'content': ...}}")
-    role, content = (turn.get(a, turn.get(b)) for a, b in (("role", "from"), ("content", "value")))
-    role = SPEAKERS.get(str(role), role)
-    if role not in KNOWN_SPEAKERS:
-        raise UserError(
-            f"{where}, message {number} has the role {short_repr(role)}; known roles: {', '.join(KNOWN_SPEAKERS)}"
-        )
-    if not isinstance(content, str):
-        raise UserError(f"{where}, message {number} has the content {short_repr(content)}, which is not a text")
-    return {"role": str(role), "content": content}
-
-
-def alpaca_conversations(
-    instruction: Sequence[str], input: Sequence[str], output: Sequence[str]
-) -> list[list[Message]]:
-    """Alpaca rows as conversations of one question and one answer.
-
-    >>> alpaca_conversations(["Add."], ["1 + 1"], ["2"])[0][0]
-    {'role': 'user', 'content': 'Add.\\n\\n1 + 1'}
-    """
-    return [
-        [
-            {"role": "user", "content": f"{what}\n\n{given}" if given.strip() else what},
-            {"role": "assistant", "content": answer},
-        ]
-        for what, given, answer in zip(instruction, input, output, strict=True)
-    ]

@@ -6,7 +6,7 @@ import bisect
 import logging
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -16,8 +16,11 @@ from datasets.table import InMemoryTable
 
 from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.chat import asked_text, needs_template, written_answers
+from sgm_finetune.data.chat import CHECKED_ELSEWHERE, UnreadFields, asked_text, needs_template, written_answers
+from sgm_finetune.data.conversations import Message
+from sgm_finetune.data.rows import Origin
 from sgm_finetune.data.token_lists import TokenLists
+from sgm_finetune.data.tokens import doubled_tokens, learnt_tokens, num_common, single_ends
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +49,15 @@ class Encoded:
     ones follow."""
     num_packed: int = 0
     """Examples that `pack` put into the sequences."""
+    unread: tuple[str, ...] = ()
+    """Fields of messages that the chat template does not write."""
+    doubled: Mapping[str, int] = field(default_factory=dict)
+    """Special token -> the number of sequences in which it stands twice in a row."""
 
 
-def encode(split: datasets.Dataset, tokenizer: Any, task: Task, max_length: int) -> Encoded:
+def encode(
+    split: datasets.Dataset, tokenizer: Any, task: Task, max_length: int, origins: Sequence[Origin] | None = None
+) -> Encoded:
     """`split` as token sequences of at most `max_length` tokens, in memory. The result is deterministic.
 
     - Sequence classification: one sequence for each text or pair of texts.
@@ -61,7 +70,9 @@ def encode(split: datasets.Dataset, tokenizer: Any, task: Task, max_length: int)
       the end of its turns.
 
     Longer classification inputs and sources are truncated by the tokenizer's own rule; longer completion and chat
-    examples are truncated at the end. Raises UserError when no example has anything to learn within `max_length`.
+    examples are truncated at the end. A sequence begins with one beginning-of-sequence token and ends with one
+    end-of-sequence token, also where the text has its own. Raises UserError when no example has anything to learn
+    within `max_length`, and for a conversation that the chat template refuses; `origins` names its row.
     """
     match task:
         case "sequence-classification":
@@ -73,9 +84,11 @@ def encode(split: datasets.Dataset, tokenizer: Any, task: Task, max_length: int)
         case "causal-lm" if "completion" in split.column_names:
             encoded = _encode_completions(split["prompt"], split["completion"], tokenizer, max_length)
         case "causal-lm" if "messages" in split.column_names:
-            encoded = _encode_conversations(split["messages"], tokenizer, max_length)
+            encoded = _encode_conversations(split, tokenizer, max_length, origins)
         case "causal-lm":
             encoded = _encode_running_text(split, tokenizer, max_length)
+    if task in ("causal-lm", "seq2seq-lm"):
+        encoded = replace(encoded, doubled=doubled_tokens(encoded.dataset, tokenizer))
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", encoding_summary(encoded))
     return encoded
@@ -201,20 +214,25 @@ def _encode_sequence_pairs(split: datasets.Dataset, tokenizer: Any, max_length: 
     return Encoded(_dataset(columns, targets, TOKEN_FEATURES), num_truncated=num_long, num_dropped=0)
 
 
-def _encode_conversations(conversations: Sequence[list[dict]], tokenizer: Any, max_length: int) -> Encoded:
+def _encode_conversations(
+    split: datasets.Dataset, tokenizer: Any, max_length: int, origins: Sequence[Origin] | None
+) -> Encoded:
+    conversations = split["messages"][:]
+    tools = split["tools"][:] if "tools" in split.column_names else [None] * len(conversations)
     if tokenizer.chat_template is None:
-        return _encode_without_template(conversations[:], tokenizer, max_length)
+        return _encode_without_template(conversations, tools, tokenizer, max_length, origins)
     sequences, labels, num_truncated, num_dropped, num_divided, longest = TokenLists(), TokenLists(), 0, 0, 0, 0
-    for conversation in in_parts(conversations):
-        written = written_answers(conversation, tokenizer)
+    fields = UnreadFields(tokenizer)
+    for number, (conversation, offered) in enumerate(zip(conversations, tools, strict=True)):
+        try:
+            written = written_answers(conversation, tokenizer, offered)
+            fields.look_at(conversation, offered)
+        except UserError as error:
+            raise _in_row(error, origins, number) from None
         num_divided += len(written) > 1
         for text, spans in written:
-            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-            row = [
-                token if any(left < end and begin < right for begin, end in spans) else IGNORED
-                for token, (left, right) in zip(ids, offsets, strict=True)
-            ]
+            ids, learnt = learnt_tokens(text, spans, tokenizer)
+            row = [token if counts else IGNORED for token, counts in zip(ids, learnt, strict=True)]
             answer = next((at for at, label in enumerate(row) if label != IGNORED), len(row))
             longest = max(longest, answer)
             if max(answer, 1) >= max_length:  # the first token of a sequence is never predicted
@@ -226,16 +244,37 @@ def _encode_conversations(conversations: Sequence[list[dict]], tokenizer: Any, m
     if not sequences:
         raise _all_lost(num_dropped, max_length, longest)
     dataset = _dataset({"input_ids": sequences}, labels, TOKEN_FEATURES)
-    return Encoded(dataset, num_truncated, num_dropped, num_divided)
+    return Encoded(dataset, num_truncated, num_dropped, num_divided, unread=fields.unread())
 
 
-def _encode_without_template(conversations: Sequence[list[dict]], tokenizer: Any, max_length: int) -> Encoded:
+def _in_row(error: UserError, origins: Sequence[Origin] | None, index: int) -> UserError:
+    """The error with the name of the example's row before it."""
+    table, number = origins[index] if origins is not None else ("example", index + 1)
+    place = f"{table}, row {number}" if origins is not None else f"Example {number}"
+    text = str(error)
+    return UserError(f"{place}: {text[:1].lower()}{text[1:]}")
+
+
+def _encode_without_template(
+    conversations: Sequence[list[Message]],
+    tools: Sequence[list[dict] | None],
+    tokenizer: Any,
+    max_length: int,
+    origins: Sequence[Origin] | None,
+) -> Encoded:
     """Single questions as Alpaca instructions. Raises UserError for a longer conversation, which needs a template."""
-    for row, turns in enumerate(conversations, start=1):
-        if [message["role"] for message in turns] != ["user", "assistant"]:
-            raise UserError(f"Example {row}: {needs_template(len(turns))}")
+    for number, (turns, offered) in enumerate(zip(conversations, tools, strict=True)):
+        is_plain = [(message["role"], "tool_calls" in message) for message in turns] == [
+            ("user", False),
+            ("assistant", False),
+        ]
+        if offered or not is_plain:
+            raise _in_row(UserError(needs_template(len(turns))), origins, number)
     prompts = [asked_text(turns[:1], tokenizer) for turns in conversations]
-    return _encode_completions(prompts, [answer["content"] for _, answer in conversations], tokenizer, max_length)
+    answers = [answer["content"] for _, answer in conversations]
+    encoded = _encode_completions(prompts, answers, tokenizer, max_length)
+    others = dict.fromkeys(key for turns in conversations for said in turns for key in said)
+    return replace(encoded, unread=tuple(key for key in others if key not in CHECKED_ELSEWHERE))
 
 
 def _encode_running_text(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
@@ -264,7 +303,7 @@ def _encode_completions(prompts: Sequence[str], completions: Sequence[str], toke
     sequences, labels, longest_prompt, num_truncated = TokenLists(), TokenLists(), 0, 0
     for prompt, ids in zip(_token_ids(tokenizer, prompts), whole, strict=True):
         ids = _with_end(ids, eos)
-        num_prompt = _num_common(prompt, ids)
+        num_prompt = num_common(prompt, ids)
         longest_prompt = max(longest_prompt, num_prompt)
         if max(num_prompt, 1) >= max_length:  # the first token of a sequence is never predicted
             continue
@@ -306,16 +345,19 @@ def _truncate(
                 for index, ids in zip(long, lists, strict=True):
                     part[name][index] = ids
         num_long += len(long)
+        if pairs is None:
+            part = {"input_ids": [single_ends(ids, tokenizer) for ids in part["input_ids"]]}
         for name, lists in part.items():
             columns.setdefault(name, TokenLists()).extend(lists)
     return columns, num_long
 
 
 def _token_ids(tokenizer: Any, texts: Sequence[str], as_target: bool = False) -> Iterator[list[int]]:
-    """The token ids of each text, with the special tokens that the tokenizer adds."""
+    """The token ids of each text, with the special tokens that the tokenizer adds: each once, also if a text has it."""
     for start in range(0, len(texts), TEXTS_PER_CALL):
         part = list(texts[start : start + TEXTS_PER_CALL])
-        yield from _tokenise_part(tokenizer, part, as_target=as_target)["input_ids"]
+        for ids in _tokenise_part(tokenizer, part, as_target=as_target)["input_ids"]:
+            yield single_ends(ids, tokenizer)
 
 
 def _tokenise_part(
@@ -337,14 +379,6 @@ def _end_of_sequence(tokenizer: Any) -> int:
 def _with_end(ids: list[int], eos: int) -> list[int]:
     """`ids`, ending with the end-of-sequence token."""
     return ids if ids and ids[-1] == eos else [*ids, eos]
-
-
-def _num_common(left: Sequence[int], right: Sequence[int]) -> int:
-    """The length of the common beginning of two sequences."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
 
 
 def _dataset(

@@ -80,7 +80,7 @@ def open_stream(config: DataConfig, files: Mapping[Split, str]) -> Source:
             raise UserError(f"{name}: no rows")
         columns = dict.fromkeys(column for row in taken for column in row)
         rows = {column: [row.get(column) for row in taken] for column in columns}
-        tables[split] = Table(name, rows, class_names(stream.features))
+        tables[split] = Table(name, rows, class_names(stream.features), fills_nulls=True)
     return Source(f"{config.name or Path(str(config.train)).name}, streamed", tables, absent)
 
 

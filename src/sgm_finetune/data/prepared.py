@@ -18,7 +18,7 @@ from sgm_finetune.data.batches import collator
 from sgm_finetune.data.encoding import Encoded, encode, largest_id, pack
 from sgm_finetune.data.questions import has_answers
 from sgm_finetune.data.sources import is_on_hub
-from sgm_finetune.data.splits import DataSplits, load_splits, with_classes
+from sgm_finetune.data.splits import SPLITS, DataSplits, load_splits, with_classes
 from sgm_finetune.model.architecture import read_model_config
 from sgm_finetune.model.classes import Head, choose_head, matching_rows
 from sgm_finetune.model.files import ModelFiles, find_model_files
@@ -53,8 +53,10 @@ def prepare_data(config: Config, log: StepLog, trained: Head | None = None) -> P
     files = find_model_files(config.model, log, config.data.max_length)
     splits, head, about_head = _choose_head(splits, config, files, trained)
     encoded = {
-        name: encode(getattr(splits, name), files.tokenizer, config.model.task, config.data.max_length)
-        for name in ("train", "validation", "test")
+        name: encode(
+            getattr(splits, name), files.tokenizer, config.model.task, config.data.max_length, splits.origins.get(name)
+        )
+        for name in SPLITS
     }
     _check_ids(encoded, files, config)
     if config.data.packing:
@@ -64,6 +66,10 @@ def prepare_data(config: Config, log: StepLog, trained: Head | None = None) -> P
     log.line("data", " · ".join([splits.description, *_encoding_notes(encoded, config.data.max_length)]))
     if about_head is not None:
         log.line("head", about_head)
+    if unread := not_read(splits, encoded["train"]):
+        log.line("data", f"not read: {', '.join(unread)}")
+    for token, count in encoded["train"].doubled.items():
+        log.line("data", f"{token} stands twice in a row in {count:,} training sequences; remove it from the texts")
     multiple = 8 if has_gpu() else None  # tensor cores want multiples of 8; a CPU would only compute more padding
     collate = collator(files.tokenizer, config.model.task, multiple)
     return PreparedData(files.folder, files.tokenizer, splits, **encoded, collate=collate, head=head)
@@ -93,6 +99,11 @@ def _check_ids(encoded: Mapping[str, Encoded], files: ModelFiles, config: Config
     for column, limit in limits.items():
         largest = max(largest_id(part.dataset, column) for part in encoded.values())
         files.check_ids(largest, "The data", limit)
+
+
+def not_read(splits: DataSplits, train: Encoded) -> list[str]:
+    """The columns, and the fields of messages, that the model does not see."""
+    return list(dict.fromkeys([*splits.unread, *train.unread]))
 
 
 def _encoding_notes(encoded: Mapping[str, Encoded], max_length: int) -> list[str]:

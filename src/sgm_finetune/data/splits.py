@@ -6,7 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ import numpy as np
 
 from sgm_finetune.base.config import DataConfig, LabelKind, Task
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.rows import Rows, check_head, normalise, num_rows, take
+from sgm_finetune.data.conversations import has_reasoning, spoken
+from sgm_finetune.data.rows import Origin, Rows, check_head, normalise, num_rows, take
 from sgm_finetune.data.sources import Source, Split, check_settings, open_files, open_source
 from sgm_finetune.data.tables import type_of
 from sgm_finetune.data.text_file import packing_of
@@ -45,6 +46,16 @@ class DataSplits:
     """One line: source, sizes, dropped duplicates, labels or format."""
     label_kind: LabelKind | None = None
     """Kind of label in sequence classification: an id (class), a vector of 0 and 1 (classes) or a number."""
+    origins: dict[Split, list[Origin]] = field(default_factory=dict)
+    """The table of each row, and its number there, for messages."""
+    unread: tuple[str, ...] = ()
+    """Columns that nothing reads."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What a model is trained on: the columns, and `reasoning` where an answer has some."""
+        reasons = "messages" in self.train.column_names and any(map(has_reasoning, self.train["messages"][:]))
+        return (*self.train.column_names, *(("reasoning",) if reasons else ()))
 
 
 def load_splits(config: DataConfig, task: Task) -> DataSplits:
@@ -62,8 +73,11 @@ def split_source(source: Source, config: DataConfig, task: Task) -> DataSplits:
     from sgm_finetune.data.arrow import dataset_of  # here: it takes seconds to load
 
     chosen = choose_rows(source, config, task)
+    origins: dict[Split, list[Origin]] = {split: chosen.rows[split].pop("row") for split in SPLITS}
     train, validation, test = (dataset_of(chosen.rows[split]) for split in SPLITS)
-    return DataSplits(train, validation, test, chosen.labels, chosen.description, chosen.label_kind)
+    return DataSplits(
+        train, validation, test, chosen.labels, chosen.description, chosen.label_kind, origins, chosen.unread
+    )
 
 
 def with_classes(splits: DataSplits, names: Sequence[str], rows: Sequence[int]) -> DataSplits:
@@ -100,12 +114,14 @@ class ChosenRows:
     labels: tuple[str, ...]
     description: str
     label_kind: LabelKind | None
+    unread: tuple[str, ...]
 
 
 def choose_rows(source: Source, config: DataConfig, task: Task) -> ChosenRows:
     """The rows of each split: checked, without duplicates, chosen and ordered. Raises UserError as `load_splits`."""
-    rows, labels, kind, notes = normalise(source, config, task)
-    rows, dropped = drop_duplicates(rows)
+    found = normalise(source, config, task)
+    labels, kind = found.labels, found.label_kind
+    rows, dropped = drop_duplicates(found.rows)
     rows = _split_off(source, rows, config)
     for index, label in enumerate(labels if kind == "class" else ()):
         here = sum(split["label"].count(index) for split in rows.values())
@@ -122,9 +138,9 @@ def choose_rows(source: Source, config: DataConfig, task: Task) -> ChosenRows:
         chosen[split] = take(rows[split], order if split == "train" else np.sort(order))
         sizes.append(f"{len(order):,} {split}" if len(order) == total else f"{len(order):,} of {total:,} {split}")
     read = dict.fromkeys(table.note for table in source.tables.values() if table.note)
-    facts = [*sizes, *_facts(chosen, labels, kind), *dropped, *read, *notes]
+    facts = [*sizes, *_facts(chosen, labels, kind), *dropped, *read, *found.notes]
     description = f"{source.name}: {', '.join(facts)}"
-    return ChosenRows(chosen, labels, description, kind)
+    return ChosenRows(chosen, labels, description, kind, tuple(found.unread))
 
 
 WHOLE_BYTES = 2 * 2**20
@@ -243,12 +259,16 @@ def _why_empty(source: Source, split: Split, total: int) -> str:
 
 def _keys(rows: Rows) -> list[str]:
     """A key for each row: all its texts, without differences in case and white space."""
-    texts = zip(*(values for role, values in rows.items() if role not in ("label", "tags")), strict=True)
+    texts = zip(*(values for role, values in rows.items() if role not in ("label", "tags", "row")), strict=True)
     return ["\0".join(" ".join(_text(value).casefold().split()) for value in parts) for parts in texts]
 
 
-def _text(value: str | list) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _text(value: str | list | None) -> str:
+    if isinstance(value, str):
+        return value
+    if value and isinstance(value[0], dict) and "role" in value[0]:
+        value = spoken(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _order(rows: Rows, seed: int, purpose: int) -> np.ndarray:

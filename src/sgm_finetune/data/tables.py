@@ -50,6 +50,8 @@ class Table:
     """Whether the rows are passages of running text, in the single column `text`."""
     note: str = ""
     """How the file was read, where that is not what its name says."""
+    fills_nulls: bool = False
+    """Whether nested values have fixed types (Arrow), so that a key that only other rows have is there with None."""
 
 
 def type_of(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> Format:

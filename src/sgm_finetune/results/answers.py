@@ -12,7 +12,8 @@ from transformers import TextStreamer, set_seed
 from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.chat import asked_text
-from sgm_finetune.data.columns import Message
+from sgm_finetune.data.conversations import Message
+from sgm_finetune.data.tokens import single_ends
 from sgm_finetune.model.architecture import num_positions
 from sgm_finetune.results.generation import continue_prompts
 from sgm_finetune.results.load import LoadedResult, Result
@@ -21,8 +22,8 @@ from sgm_finetune.results.stops import Stops, model_stops
 
 When = Literal["before", "after"]
 """Before: the base model without its adapter. After: the trained model."""
-Prompt = str | tuple[str, str] | list[Message] | list[str]
-"""A text; two texts; a conversation; or the words of a sentence."""
+Prompt = str | tuple[str, str] | list[Message] | list[str] | dict[str, Any]
+"""A text; two texts; a conversation; the words of a sentence; or a conversation with tools: {"messages", "tools"}."""
 
 
 def answer(
@@ -48,7 +49,7 @@ def answer(
             return [_classify(result, prompt) for prompt in _with_progress(prompts, progress)]
         if task == "token-classification":
             return [_tag(result, prompt) for prompt in _with_progress(prompts, progress)]
-        encoded = [prompt_ids(result, prompt, raw) for prompt in prompts]
+        encoded = encode_prompts(result, prompts, raw)
         result.base.check_ids(max(map(max, filter(None, encoded)), default=-1), "The prompt")
         limit = _token_limit(result, encoded, sampling.max_new_tokens)
         options: dict[str, Any] = sampling.options()
@@ -66,17 +67,35 @@ def generates_text(task: Task) -> bool:
     return task in ("causal-lm", "seq2seq-lm")
 
 
+def encode_prompts(result: Result, prompts: Sequence[Prompt], raw: bool = False) -> list[list[int]]:
+    """`prompt_ids` of each prompt. Raises UserError with the number of a prompt that the chat template refuses."""
+    found = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            found.append(prompt_ids(result, prompt, raw))
+        except UserError as error:
+            if len(prompts) == 1:
+                raise
+            raise UserError(f"Prompt {number}: {str(error)[:1].lower()}{str(error)[1:]}") from None
+    return found
+
+
 def prompt_ids(result: Result, prompt: Prompt, raw: bool = False) -> list[int]:
     """Token ids of the prompt as the model was trained to read it.
 
     A conversation is written by the chat template, and so is a text if the model was trained on conversations: it
-    becomes one question. `raw` tokenizes the text as it is.
+    becomes one question. The empty reasoning that a template writes belongs to it if those conversations had none.
+    `raw` tokenizes the text as it is.
     """
     tokenizer: Any = result.tokenizer
-    conversation: Any = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if not raw and (isinstance(prompt, list) or is_chat_model(result)):
-        return tokenizer(asked_text(conversation, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
-    return tokenizer(prompt, verbose=False)["input_ids"]
+    given: Any = prompt if isinstance(prompt, dict) else {"messages": prompt}
+    if isinstance(prompt, str):
+        given = {"messages": [{"role": "user", "content": prompt}]}
+    if not raw and (not isinstance(prompt, str) or is_chat_model(result)):
+        reasons = not is_chat_model(result) or "reasoning" in result.roles
+        text = asked_text(given["messages"], tokenizer, given.get("tools"), reasons)
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return single_ends(tokenizer(prompt, verbose=False)["input_ids"], tokenizer)
 
 
 def is_chat_model(result: Result) -> bool:
@@ -124,7 +143,7 @@ class _Streamer(TextStreamer):
 
 
 def _classify(result: LoadedResult, prompt: Prompt) -> dict[str, Any]:
-    if isinstance(prompt, list):
+    if isinstance(prompt, list | dict):
         raise UserError("model.task=sequence-classification takes texts, not conversations")
     pair = prompt if isinstance(prompt, tuple) else (prompt,)
     tokenizer: Any = result.tokenizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sgm_finetune.data.columns import Message
+from sgm_finetune.data.conversations import Message
 
 Render = Callable[[Sequence[Message], bool], str]
 """(messages, whether the text ends by asking for an answer) -> text, as the tokenizer's chat template writes it."""
