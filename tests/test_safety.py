@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sgm_finetune.base.config_file import load_config
-from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.errors import Interrupted, UserError
 from sgm_finetune.base.files import lock_folder, whole_file
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands import session
@@ -235,7 +235,7 @@ def test_a_signal_at_a_step_that_validates_lets_it_validate(settings, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(SGMTrainer, "training_step", ended)
-        with pytest.raises(pipeline.Interrupted, match="after step 3 of 6"):
+        with pytest.raises(Interrupted, match="after step 3 of 6"):
             finetune(settings)
     last = last_whole_checkpoint(tmp_path / "out" / "checkpoints")
     assert last is not None
@@ -298,7 +298,7 @@ def test_a_terminal_that_closes_leaves_a_checkpoint(settings, tmp_path):
     time.sleep(1.0)
     process.send_signal(signal.SIGHUP)
     _, printed = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + signal.SIGHUP
     assert "SIGHUP: finishing this step and saving a checkpoint" in printed
     assert "continue with training.resume=true" in printed
     assert last_whole_checkpoint(tmp_path / "out" / "checkpoints") is not None

@@ -13,7 +13,7 @@ from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import first_mistake
 from sgm_finetune.base.untrusted import refuse, require_json_object
-from sgm_finetune.results.files import PTH, RESULTS
+from sgm_finetune.results.files import PTH, RESULTS, check_links
 from sgm_finetune.train.budget.reuse import reuse_fit
 from sgm_finetune.train.checkpoints import best_checkpoint, is_whole, last_whole_checkpoint
 
@@ -63,6 +63,7 @@ def claim_output(config: Config, output: Path) -> Path | None:
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"output.dir={output} is a file; name a folder")
+    check_links(output)
     present = [name for name in RESULTS if (output / name).exists()]
     if config.training.resume:
         checkpoint = last_whole_checkpoint(output / "checkpoints")

@@ -8,12 +8,11 @@ checkpoints deleted. So a run that is killed at any moment still has its last wh
 from __future__ import annotations
 
 import hashlib
-import shutil
 from pathlib import Path
 
 import xxhash
 
-from sgm_finetune.base.files import sync, write_json
+from sgm_finetune.base.files import remove, sync, write_json
 from sgm_finetune.base.untrusted import read_json, read_json_object
 
 CONTENTS = "contents.json"
@@ -61,7 +60,7 @@ def discard_after(checkpoint: Path) -> None:
     """Deletes the checkpoints after `checkpoint`, which never became whole."""
     numbered = _checkpoints_by_step(checkpoint.parent)
     for folder in numbered[numbered.index(checkpoint) + 1 :]:
-        shutil.rmtree(folder)
+        remove(folder)
 
 
 def _checkpoints_by_step(checkpoints: Path) -> list[Path]:

@@ -6,7 +6,7 @@ also trains under the plain `Trainer` or TRL's `SFTTrainer`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,8 @@ class TrainingJob:
     """Computes a language model's loss without all of its logits."""
     resume_from: Path | None = None
     """The checkpoint to continue from."""
+    check_output: Callable[[], None] = lambda: None
+    """Called after each step: raises UserError if the output folder is no longer this run's."""
     pace: Pace | None = None
     """With it, the training says after its second step how long the rest of the run takes."""
 
@@ -230,7 +232,7 @@ def train(job: TrainingJob, console: Console) -> Trained:
 def _trainer(job: TrainingJob, callbacks: Sequence[TrainerCallback]) -> SGMTrainer:
     """The trainer of `job`, with the optimizer that its configuration names."""
     training = job.config.training
-    first: list[TrainerCallback] = [NonFiniteLoss(), WholeCheckpoints()]
+    first: list[TrainerCallback] = [NonFiniteLoss(), WholeCheckpoints(job.check_output)]
     if training.early_stopping_patience:
         first.append(EarlyStoppingCallback(training.early_stopping_patience))
     optimizer = None
