@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import Interrupted, UserError
-from sgm_finetune.base.files import lock_folder, whole_file
+from sgm_finetune.base.files import lock_folder, remove, whole_file
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands import session
 from sgm_finetune.commands.cli import main
@@ -280,6 +281,30 @@ def test_a_run_resumes_only_with_the_same_examples_and_a_whole_best_checkpoint(s
     seal(last)
     (earlier / "adapter_model.safetensors").write_bytes(b"")
     assert f"{earlier}, the best checkpoint of the run to resume, is damaged" in refused(resumed, tmp_path, capfd)
+    shutil.rmtree(earlier)
+    assert f"{earlier}, the best checkpoint of the run to resume, is gone" in refused(resumed, tmp_path, capfd)
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"), [("checkpoint-2", "is gone"), ("checkpoint-2/adapter_model.safetensors", "is damaged")]
+)
+def test_a_best_checkpoint_that_is_lost_in_training_gives_no_other_weights(lost, says, settings, tmp_path, monkeypatch):
+    """Trainer warns only, and keeps the weights of the last step."""
+    step, evaluate = SGMTrainer.training_step, SGMTrainer.evaluate
+
+    def worse_and_worse(self, *arguments, **options):
+        return evaluate(self, *arguments, **options) | {"eval_loss": float(self.state.global_step)}
+
+    def losing(self, *arguments, **options):
+        if self.state.global_step == 5:
+            remove(tmp_path / "out" / "checkpoints" / lost)
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(SGMTrainer, "evaluate", worse_and_worse)
+    monkeypatch.setattr(SGMTrainer, "training_step", losing)
+    with pytest.raises(UserError, match=f"checkpoint-2, the best checkpoint of this run, {says}"):
+        finetune([*settings, "training.eval_steps=2", "training.max_steps=6", "training.learning_rate=1e-3"])
+    assert not (tmp_path / "out" / "sgm_finetuned.pth").exists()
 
 
 @pytest.mark.slow

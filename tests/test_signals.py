@@ -38,10 +38,10 @@ MOMENTS: dict[str, tuple[list[str], dict[str, str]]] = {
         "before": "import sgm_finetune.commands.scan", "during": "begin sgm_finetune.measure.scan:scan",
         "after": "begin sgm_finetune.measure.scan_formats:json_format",
     }),
-    "estimate": (["estimate", "CONFIG", "--json"], {
+    "estimate": (["estimate", "CONFIG"], {
         "before": "import sgm_finetune.commands.estimate",
         "during": "begin sgm_finetune.train.budget.estimate:estimate",
-        "after": "begin sgm_finetune.train.budget.needs:Estimate.to_dict",
+        "after": "end sgm_finetune.train.budget.estimate:estimate",
     }),
     "plan": (["plan", "CONFIG", "-o", "plan.json"], {
         "before": "import sgm_finetune.commands.plan", "during": "begin sgm_finetune.measure.probe:probe",

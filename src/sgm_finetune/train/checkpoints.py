@@ -12,6 +12,7 @@ from pathlib import Path
 
 import xxhash
 
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import remove, sync, write_json
 from sgm_finetune.base.untrusted import read_json, read_json_object
 
@@ -54,6 +55,21 @@ def best_checkpoint(checkpoint: Path) -> Path | None:
     run's folder may have been moved."""
     best = read_json_object(checkpoint / TRAINER_STATE).get("best_model_checkpoint")
     return checkpoint.parent / Path(best).name if best else None
+
+
+def check_best(checkpoint: Path) -> None:
+    """Raises UserError if a run cannot be resumed from `checkpoint` because its best checkpoint is lost.
+
+    A best checkpoint may be absent if there are later checkpoints, although harmed ones: a better one took its place,
+    and the resumed run computes that again.
+    """
+    best = best_checkpoint(checkpoint)
+    if best is None or is_whole(best):
+        return
+    if best.exists():
+        raise UserError(f"{best}, the best checkpoint of the run to resume, is damaged; start a new run")
+    if checkpoint == _checkpoints_by_step(checkpoint.parent)[-1]:
+        raise UserError(f"{best}, the best checkpoint of the run to resume, is gone; start a new run")
 
 
 def discard_after(checkpoint: Path) -> None:

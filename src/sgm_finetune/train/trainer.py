@@ -43,7 +43,7 @@ from sgm_finetune.train.callbacks import (
     TrainingBar,
     WholeCheckpoints,
 )
-from sgm_finetune.train.checkpoints import TRAINER_STATE, best_checkpoint
+from sgm_finetune.train.checkpoints import TRAINER_STATE, best_checkpoint, is_whole
 from sgm_finetune.train.fast.head_loss import HeadLoss
 from sgm_finetune.train.losses import Collator, TestSet, sum_losses, summed_loss
 
@@ -218,15 +218,23 @@ def train(job: TrainingJob, console: Console) -> Trained:
         state = TrainerState.load_from_json(str(job.resume_from / TRAINER_STATE))
         if _has_ended(state, job.arguments.max_steps, training.early_stopping_patience):
             trainer.state = state  # Trainer would take one more step before it looks
-            trainer._load_from_checkpoint(str(best_checkpoint(job.resume_from) or job.resume_from))
+            best = best_checkpoint(job.resume_from)
+            _require_whole(best)
+            trainer._load_from_checkpoint(str(best or job.resume_from))
             return Trained(state, None, trainer)
     remedy = "; make room and continue with training.resume=true: earlier checkpoints are whole"
     with interruption, writing(Path(str(job.arguments.output_dir)), remedy):
         trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
-    best = trainer.state.best_model_checkpoint
-    if interruption.signal_name is None and best and not Path(best).is_dir():  # Trainer would go on without it
-        raise UserError(f"{best}, the best checkpoint of this run, is gone, and its weights with it; start a new run")
+    if interruption.signal_name is None and (best := trainer.state.best_model_checkpoint):
+        _require_whole(Path(best))
     return Trained(trainer.state, interruption.signal_name, trainer)
+
+
+def _require_whole(best: Path | None) -> None:
+    """Raises UserError if the best checkpoint is lost: Trainer would go on with the weights of the last step."""
+    if best is not None and not is_whole(best):
+        what = "is damaged" if best.is_dir() else "is gone, and its weights with it"
+        raise UserError(f"{best}, the best checkpoint of this run, {what}; start a new run")
 
 
 def _trainer(job: TrainingJob, callbacks: Sequence[TrainerCallback]) -> SGMTrainer:
