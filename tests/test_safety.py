@@ -99,6 +99,51 @@ def test_a_file_that_does_not_fit_is_not_there(write, tmp_path):
         assert list(disk.iterdir()) == []
 
 
+def test_a_file_of_torch_that_does_not_fit_is_one_line_whatever_part_does_not(tmp_path):
+    """torch has an exception for a record, one for the directory behind the records, and one for the last flush."""
+    resource = pytest.importorskip("resource")
+    path, content = tmp_path / "file.pth", {f"t{i}": torch.randn(64, 64) for i in range(4)}
+    with whole_file(path) as scratch:
+        torch.save(content, scratch)
+    size = path.stat().st_size
+    path.unlink()
+    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in [*range(0, size, 1021), size - 1]:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, whole[1]))
+            with pytest.raises(UserError, match=r"^Cannot write .*file\.pth: "), whole_file(path) as scratch:
+                torch.save(content, scratch)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [0, 2**15, 2**16])
+def test_a_disk_that_fills_up_while_the_result_is_written_ends_with_one_line(
+    kept, settings, tmp_path, capfd, monkeypatch
+):
+    """`kept` bytes are left when the .pth file begins. With room again, the run is resumed and ends."""
+    settings = [*settings, "training.max_steps=2"]
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        monkeypatch.setattr(session, "disk_free", lambda folder: 2**40)
+        output, fill, save = disk / "out", disk / "other", pipeline.save_pth
+
+        def crowded(*arguments):
+            free = os.statvfs(disk)
+            fill.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - kept)))
+            save(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "save_pth", crowded)
+            line = refused([*settings, f"output.dir={output}"], tmp_path, capfd)
+        assert line.startswith(f"Cannot write {output / 'sgm_finetuned.pth'}: ")
+        assert not [path for path in output.iterdir() if path.name.startswith(".") or path.suffix == ".pth"]
+        fill.unlink()
+        finetune([*settings, f"output.dir={output}", "training.resume=true"])
+        assert (output / "metrics.json").is_file()
+
+
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(settings, tmp_path, capfd, monkeypatch):
     (tmp_path / "file").write_text("mine")
     line = refused([*settings, f"output.dir={tmp_path / 'file' / 'out'}"], tmp_path, capfd)

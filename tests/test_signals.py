@@ -143,7 +143,7 @@ def test_a_signal_ends_a_command_with_one_line(name, moment, number, llama_folde
     assert [line.partition(" after ")[0] for line in said] == [LINES[number]]
     left = [path for path in files_of(tmp_path) if path.name.endswith((".partial", ".old", ".lock"))]
     assert left == []
-    for unfinished in ("new.yaml", "scan.json", "plan.json", "page.html", "out/metrics.json", "result/export/merged"):
+    for unfinished in ("new.yaml", "scan.json", "plan.json", "page.html", "out/report.html", "result/export/merged"):
         assert not (tmp_path / unfinished).exists()
 
 

@@ -43,7 +43,7 @@ def _disk_error(error: Exception, path: Path) -> str | None:
     text = str(error)
     if found := re.search(r"([^:()]+) \(os error \d+\)", text):  # safetensors
         return found[1].strip()
-    if any(words in text for words in ("PytorchStreamWriter", "file write failed", "unexpected pos")):
+    if any(words in text for words in ("PytorchStreamWriter", "file write failed", "unexpected pos", "iostream error")):
         # torch gives no reason
         return f"the disk is full ({mib(disk_free(path.parent))} free)"
     return None
