@@ -19,10 +19,11 @@ ANOTHER_ORDER = 1e-4
 """Tolerance for float32 sums in another order, over 20 steps."""
 
 
-def forkserver(*modules: str) -> Any:
-    """Starts processes that have already imported `modules`."""
+def forkserver() -> Any:
+    """Starts processes that have already imported what commands import. A test process has one such server."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(modules))
+    modules = ("commands.finetune", "commands.export", "commands.scan", "results.report.page")
+    context.set_forkserver_preload([f"sgm_finetune.{module}" for module in modules])
     return context
 
 

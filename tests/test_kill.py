@@ -22,7 +22,7 @@ STEPS, EVERY = 18, 3
 
 @pytest.fixture(scope="module")
 def processes():
-    return forkserver("sgm_finetune.commands.finetune")
+    return forkserver()
 
 
 @pytest.fixture

@@ -51,8 +51,7 @@ WRITERS: dict[str, Writer] = {
 
 @pytest.fixture(scope="module")
 def processes():
-    return forkserver("sgm_finetune.commands.export", "sgm_finetune.commands.scan", "sgm_finetune.commands.finetune",
-                      "sgm_finetune.results.report.page")  # fmt: skip
+    return forkserver()
 
 
 @pytest.fixture(scope="module")
