@@ -29,13 +29,18 @@ def writing(path: Path, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and error.filename and Path(error.filename) != path:
+        if isinstance(error, FileNotFoundError) and error.filename and not _is_near(path, Path(error.filename)):
             raise
         raise UserError(f"Cannot write {path}: {error.strerror or error}{remedy}") from None
     except Exception as error:
         if (reason := _disk_error(error, path)) is None:
             raise
         raise UserError(f"Cannot write {path}: {reason}{remedy}") from None
+
+
+def _is_near(path: Path, missing: Path) -> bool:
+    """Whether it is `path` that cannot be written if `missing` does not exist: a folder above, or a file beside it."""
+    return path.is_relative_to(missing) or missing.is_relative_to(path.parent)
 
 
 def _disk_error(error: Exception, path: Path) -> str | None:

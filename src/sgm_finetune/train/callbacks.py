@@ -72,8 +72,11 @@ class StepMeter(TrainerCallback):
 
     def __init__(self) -> None:
         self.began: tuple[float, int] | None = None
+        self.has_begun = False
+        """Whether this process has begun a step, and so has read the checkpoint that it resumes from."""
 
     def on_step_begin(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        self.has_begun = True
         if self.began is None:
             self.began = time.perf_counter(), state.num_input_tokens_seen
 

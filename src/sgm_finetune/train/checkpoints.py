@@ -14,7 +14,7 @@ import xxhash
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import remove, sync, write_json
-from sgm_finetune.base.untrusted import read_json, read_json_object
+from sgm_finetune.base.untrusted import read_json, refuse, require_json_object
 
 CONTENTS = "contents.json"
 """The list of a checkpoint's files, their sizes in bytes and their XXH3-128 hashes. Written last."""
@@ -53,7 +53,9 @@ def last_whole_checkpoint(checkpoints: Path) -> Path | None:
 def best_checkpoint(checkpoint: Path) -> Path | None:
     """The best checkpoint so far according to `checkpoint`, or None. It is looked for beside `checkpoint`, since the
     run's folder may have been moved."""
-    best = read_json_object(checkpoint / TRAINER_STATE).get("best_model_checkpoint")
+    best = require_json_object(checkpoint / TRAINER_STATE).get("best_model_checkpoint")
+    if not isinstance(best, str | None):
+        refuse(checkpoint / TRAINER_STATE, "state of a training", ValueError("best_model_checkpoint is not a text"))
     return checkpoint.parent / Path(best).name if best else None
 
 
