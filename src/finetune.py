@@ -2,7 +2,7 @@
 
 import sys
 
-from sgm_finetune.commands.cli import main
+from sgm_finetune.__main__ import main
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder's evaluate.py must not stand for the `evaluate` library

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -15,6 +17,25 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 ANOTHER_ORDER = 1e-4
 """Tolerance for float32 sums in another order, over 20 steps."""
+
+
+def forkserver() -> Any:
+    """Starts processes that have already imported what commands import. A test process has one such server."""
+    context = multiprocessing.get_context("forkserver")
+    modules = ("commands.finetune", "commands.export", "commands.scan", "results.report.page")
+    context.set_forkserver_preload([f"sgm_finetune.{module}" for module in modules])
+    return context
+
+
+def run_command(arguments: list[str]) -> None:
+    """The command in a process of `forkserver`, which prints nothing."""
+    from sgm_finetune.commands.cli import main
+
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    torch.set_num_threads(1)
+    main(arguments)
 
 
 def training_log(output: Path) -> list[dict]:

@@ -43,6 +43,17 @@ def test_the_file_that_init_writes_is_the_configuration_that_was_asked_for(tmp_p
     assert json.loads(schema.read_text()) == json_schema()
 
 
+def test_a_cache_that_cannot_be_written_does_not_stop_init(tmp_path, reviews, llama_folder, monkeypatch):
+    """The schema in the cache only helps editors."""
+    (tmp_path / "file").write_text("")
+    for place in ("/proc/nowhere/cache", str(tmp_path / "file" / "cache")):
+        monkeypatch.setenv("SGM_CACHE", place)
+        path = tmp_path / "mine.yaml"
+        assert run(str(path), "--yes", "--force", "--model", str(llama_folder), "--data", str(reviews)) == 0
+        assert load_config(path).data.train == str(reviews)
+        assert "$schema" not in path.read_text()
+
+
 def test_init_does_not_replace_a_file(tmp_path, capfd):
     path = tmp_path / "config.yaml"
     path.write_text("mine")

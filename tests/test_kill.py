@@ -4,7 +4,6 @@ and ends with the same bits as an undisturbed run."""
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import time
@@ -13,29 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from processes import forkserver, run_command
 from safetensors.torch import load_file
 
-from sgm_finetune.commands.cli import main
 from sgm_finetune.train.checkpoints import CONTENTS, is_whole, last_whole_checkpoint, seal
 
 STEPS, EVERY = 18, 3
 
 
-def run(arguments: list[str], quiet: bool = True) -> None:
-    if quiet:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-    torch.set_num_threads(1)
-    main(arguments)
-
-
 @pytest.fixture(scope="module")
 def processes():
-    """Starts a process that has already imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sgm_finetune.commands.finetune"])
-    return context
+    return forkserver()
 
 
 @pytest.fixture
@@ -116,7 +103,7 @@ def kill_until(kills: int, processes: Any, arguments: list[str], tmp_path: Path,
     chooser = random.Random(seed)
     whole = tmp_path / "whole"
     started = time.monotonic()
-    process = processes.Process(target=run, args=([*arguments, f"output.dir={whole}"],))
+    process = processes.Process(target=run_command, args=([*arguments, f"output.dir={whole}"],))
     process.start()
     finished(process)
     seconds = time.monotonic() - started
@@ -128,7 +115,7 @@ def kill_until(kills: int, processes: Any, arguments: list[str], tmp_path: Path,
             last = last_whole_checkpoint(output / "checkpoints")
             again = ["training.resume=true"] if last is not None else []
             resumed += bool(again)
-            process = processes.Process(target=run, args=([*arguments, f"output.dir={output}", *again],))
+            process = processes.Process(target=run_command, args=([*arguments, f"output.dir={output}", *again],))
             process.start()
             where = wait(process, output, chooser, seconds) if done < kills else ""
             if done < kills and process.is_alive():
@@ -193,7 +180,7 @@ def test_a_checkpoint_with_a_harmed_file_is_not_whole(harm, tmp_path):
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(processes, arguments, tmp_path):
     output = tmp_path / "out"
-    process = processes.Process(target=run, args=([*arguments, f"output.dir={output}"],))
+    process = processes.Process(target=run_command, args=([*arguments, f"output.dir={output}"],))
     process.start()
     while not (output / "checkpoints" / "progress.json").exists():
         assert process.is_alive()
@@ -201,7 +188,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(processes
     process.kill()
     process.join()
     assert last_whole_checkpoint(output / "checkpoints") is None
-    process = processes.Process(target=run, args=([*arguments, f"output.dir={output}"],))
+    process = processes.Process(target=run_command, args=([*arguments, f"output.dir={output}"],))
     process.start()
     finished(process)
     assert (output / "metrics.json").exists()

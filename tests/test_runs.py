@@ -342,7 +342,7 @@ def test_an_encoder_merges_learns_and_evaluates_to_the_same_digits(bert_folder, 
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGTERM, 130), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
     ids=["SIGTERM", "SIGINT"],
 )
 def test_interrupted_and_resumed_is_uninterrupted(number, status, settings, tmp_path, command):

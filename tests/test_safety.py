@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from sgm_finetune.base.config_file import load_config
-from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import lock_folder, whole_file
+from sgm_finetune.base.errors import Interrupted, UserError
+from sgm_finetune.base.files import lock_folder, remove, whole_file
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands import session
 from sgm_finetune.commands.cli import main
@@ -96,6 +97,51 @@ def test_a_file_that_does_not_fit_is_not_there(write, tmp_path):
         with pytest.raises(UserError, match=r"Cannot write .*file.bin: "), whole_file(disk / "file.bin") as scratch:
             write(scratch)
         assert list(disk.iterdir()) == []
+
+
+def test_a_file_of_torch_that_does_not_fit_is_one_line_whatever_part_does_not(tmp_path):
+    """torch has an exception for a record, one for the directory behind the records, and one for the last flush."""
+    resource = pytest.importorskip("resource")
+    path, content = tmp_path / "file.pth", {f"t{i}": torch.randn(64, 64) for i in range(4)}
+    with whole_file(path) as scratch:
+        torch.save(content, scratch)
+    size = path.stat().st_size
+    path.unlink()
+    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in [*range(0, size, 1021), size - 1]:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, whole[1]))
+            with pytest.raises(UserError, match=r"^Cannot write .*file\.pth: "), whole_file(path) as scratch:
+                torch.save(content, scratch)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [0, 2**15, 2**16])
+def test_a_disk_that_fills_up_while_the_result_is_written_ends_with_one_line(
+    kept, settings, tmp_path, capfd, monkeypatch
+):
+    """`kept` bytes are left when the .pth file begins. With room again, the run is resumed and ends."""
+    settings = [*settings, "training.max_steps=2"]
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        monkeypatch.setattr(session, "disk_free", lambda folder: 2**40)
+        output, fill, save = disk / "out", disk / "other", pipeline.save_pth
+
+        def crowded(*arguments):
+            free = os.statvfs(disk)
+            fill.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - kept)))
+            save(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "save_pth", crowded)
+            line = refused([*settings, f"output.dir={output}"], tmp_path, capfd)
+        assert line.startswith(f"Cannot write {output / 'sgm_finetuned.pth'}: ")
+        assert not [path for path in output.iterdir() if path.name.startswith(".") or path.suffix == ".pth"]
+        fill.unlink()
+        finetune([*settings, f"output.dir={output}", "training.resume=true"])
+        assert (output / "metrics.json").is_file()
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(settings, tmp_path, capfd, monkeypatch):
@@ -235,7 +281,7 @@ def test_a_signal_at_a_step_that_validates_lets_it_validate(settings, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(SGMTrainer, "training_step", ended)
-        with pytest.raises(pipeline.Interrupted, match="after step 3 of 6"):
+        with pytest.raises(Interrupted, match="after step 3 of 6"):
             finetune(settings)
     last = last_whole_checkpoint(tmp_path / "out" / "checkpoints")
     assert last is not None
@@ -280,6 +326,30 @@ def test_a_run_resumes_only_with_the_same_examples_and_a_whole_best_checkpoint(s
     seal(last)
     (earlier / "adapter_model.safetensors").write_bytes(b"")
     assert f"{earlier}, the best checkpoint of the run to resume, is damaged" in refused(resumed, tmp_path, capfd)
+    shutil.rmtree(earlier)
+    assert f"{earlier}, the best checkpoint of the run to resume, is gone" in refused(resumed, tmp_path, capfd)
+
+
+@pytest.mark.parametrize(
+    ("lost", "says"), [("checkpoint-2", "is gone"), ("checkpoint-2/adapter_model.safetensors", "is damaged")]
+)
+def test_a_best_checkpoint_that_is_lost_in_training_gives_no_other_weights(lost, says, settings, tmp_path, monkeypatch):
+    """Trainer warns only, and keeps the weights of the last step."""
+    step, evaluate = SGMTrainer.training_step, SGMTrainer.evaluate
+
+    def worse_and_worse(self, *arguments, **options):
+        return evaluate(self, *arguments, **options) | {"eval_loss": float(self.state.global_step)}
+
+    def losing(self, *arguments, **options):
+        if self.state.global_step == 5:
+            remove(tmp_path / "out" / "checkpoints" / lost)
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(SGMTrainer, "evaluate", worse_and_worse)
+    monkeypatch.setattr(SGMTrainer, "training_step", losing)
+    with pytest.raises(UserError, match=f"checkpoint-2, the best checkpoint of this run, {says}"):
+        finetune([*settings, "training.eval_steps=2", "training.max_steps=6", "training.learning_rate=1e-3"])
+    assert not (tmp_path / "out" / "sgm_finetuned.pth").exists()
 
 
 @pytest.mark.slow
@@ -298,7 +368,7 @@ def test_a_terminal_that_closes_leaves_a_checkpoint(settings, tmp_path):
     time.sleep(1.0)
     process.send_signal(signal.SIGHUP)
     _, printed = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + signal.SIGHUP
     assert "SIGHUP: finishing this step and saving a checkpoint" in printed
     assert "continue with training.resume=true" in printed
     assert last_whole_checkpoint(tmp_path / "out" / "checkpoints") is not None

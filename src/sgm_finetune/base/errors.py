@@ -1,4 +1,8 @@
-"""The exception for every problem that the user can fix."""
+"""The exceptions that end a command with one line: a problem that the user can fix, and a signal."""
+
+from __future__ import annotations
+
+import signal
 
 
 class UserError(Exception):
@@ -6,6 +10,25 @@ class UserError(Exception):
 
     The command prints it without a traceback and exits with status 2.
     """
+
+
+class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
+    """A signal stopped the work, and what was done is kept. The message is one line: how far it came, and how to go on.
+
+    The command prints it and exits with 128 plus the number of the signal.
+    """
+
+    def __init__(self, line: str, number: int = signal.SIGINT):
+        super().__init__(line)
+        self.signal = signal.Signals(number)
+
+
+class Terminated(BaseException):
+    """A signal other than Ctrl-C's, which Python raises as KeyboardInterrupt. It ends the command wherever it is."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.signal = signal.Signals(number)
 
 
 def in_one_line(text: str) -> str:

@@ -141,15 +141,8 @@ def read_torch(path: Path, mmap: bool = False) -> Any:
     """
     import torch  # here, so that reading a configuration does not load torch
 
-    with path.open("rb") as file:
-        is_archive = file.read(4) == b"PK\x03\x04"
     try:
-        if is_archive:
-            _check_archive(path)
-        else:
-            with path.open("rb") as file:  # magic number, protocol, system, content
-                for _ in range(4):
-                    Rehearsal(file, path.stat().st_size).load()
+        is_archive = rehearse_torch(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_archive)
     except OSError:
         raise
@@ -159,6 +152,22 @@ def read_torch(path: Path, mmap: bool = False) -> Any:
         raise ValueError(first_line(error)) from None
     check_bounded(content, leaf=_check_tensor)
     return content
+
+
+def rehearse_torch(path: Path) -> bool:
+    """Whether a file of `torch.save` is an archive, as files are that torch writes today.
+
+    Goes through its pickle with stand-ins for every name. Raises an exception of pickle, zipfile or Python's own for a
+    file that is not one, or that would take more memory than it has bytes.
+    """
+    with path.open("rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            _check_archive(path)
+            return True
+        file.seek(0)
+        for _ in range(4):  # magic number, protocol, system, content
+            Rehearsal(file, path.stat().st_size).load()
+    return False
 
 
 def check_bounded(value: Any, limit: int = MAX_VALUES, leaf: Callable[[Any], None] = lambda value: None) -> None:

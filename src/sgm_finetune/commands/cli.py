@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import typer
 from sgm_finetune.base.config import Config, Quantization, Task
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.commands.exit_status import fail, run_and_exit
+from sgm_finetune.commands.exit_status import run_and_exit
 
 app = typer.Typer(
     add_completion=True,
@@ -210,13 +211,10 @@ def scan_command(
     )
     request.check()
     with _loading("PyTorch"):
-        from sgm_finetune.commands.scan import ScanInterrupted, run_scan
+        from sgm_finetune.commands.scan import run_scan
 
     console = _console(as_json or (output is None and format is not None), result=output is None)
-    try:
-        scanned = run_scan(request, console)
-    except ScanInterrupted as stop:
-        fail(str(stop), 130)
+    scanned = run_scan(request, console)
     if as_json:
         print(json.dumps(scanned.to_dict(), allow_nan=False))
 
@@ -296,12 +294,9 @@ def finetune_command(
 
     check_run(settings)
     with _loading():
-        from sgm_finetune.commands.finetune import Interrupted, finetune
+        from sgm_finetune.commands.finetune import finetune
 
-    try:
-        metrics = finetune(settings, _console(as_json), dry_run)
-    except Interrupted as stop:
-        fail(str(stop), 130)
+    metrics = finetune(settings, _console(as_json), dry_run)
     if as_json:
         print(json.dumps(metrics))
 
@@ -571,6 +566,18 @@ def _configure_libraries(verbose: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def run(arguments: list[str] | None = None) -> None:
+    """Runs `sgm` with `arguments` (None: those of the process). Raises what ends it early."""
+    try:
+        status = app(args=arguments, standalone_mode=False)
+    except typer.TyperException as error:
+        raise UserError(f"{error.format_message()} (sgm --help lists what there is)") from None
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    if status == 128 + signal.SIGINT:  # typer makes a number of Ctrl-C, and returns it
+        raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Runs `sgm` with `arguments` (None: those of the process) and exits with its status."""
-    run_and_exit(lambda: app(args=arguments, standalone_mode=False))
+    run_and_exit(lambda: run(arguments))

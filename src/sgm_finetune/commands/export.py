@@ -34,7 +34,7 @@ from sgm_finetune.results.export.check import (
 )
 from sgm_finetune.results.export.hub import push
 from sgm_finetune.results.export.merge import MergedTensor, merged_tensors
-from sgm_finetune.results.export.shards import SHARD_BYTES, write_config_files, write_shards
+from sgm_finetune.results.export.shards import SHARD_BYTES, check_own_files, write_config_files, write_shards
 from sgm_finetune.results.export.target import REPORT, ExportFormat, hub_model
 from sgm_finetune.results.load import Result, base_skeleton, dtype_name, read_result
 
@@ -53,6 +53,7 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
     log = StepLog(console)
     request.check(config)
     result = read_result(config, overrides, log)
+    check_own_files(result.folder)
     folder = request.folder(config)
     if request.push_to_hub is not None and request.to == "adapter" and hub_model(result.config.model.name) is None:
         raise UserError(

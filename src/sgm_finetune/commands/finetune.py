@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import TrainerState, TrainingArguments
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.environment import environment
+from sgm_finetune.base.errors import Interrupted
 from sgm_finetune.base.files import write_json, write_text
 from sgm_finetune.base.memory import peak_memory, release_memory
 from sgm_finetune.base.processes import processes
@@ -52,10 +54,6 @@ from sgm_finetune.train.launch import gather_factors
 from sgm_finetune.train.trainer import Trained, TrainingJob, train
 
 _STEPS = ("scan", "probe", "train", "evaluate")
-
-
-class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
-    """A signal stopped the training; a checkpoint holds everything up to then."""
 
 
 def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[str, Any]:
@@ -148,6 +146,7 @@ def train_adapters(s: Session, base: Base, adapted: Adapted, start: Start, argum
         head_loss=base.head_loss,
         resume_from=s.checkpoint,
         pace=expected_pace(s),
+        check_output=s.check_output,
     )
     with s.clock.time("train"):
         trained = train(job, s.log.console)
@@ -156,7 +155,8 @@ def train_adapters(s: Session, base: Base, adapted: Adapted, start: Start, argum
     if trained.stopped_by is not None:
         raise Interrupted(
             f"Stopped by {trained.stopped_by} after step {state.global_step} of {state.max_steps}; "
-            "continue with training.resume=true"
+            "continue with training.resume=true",
+            getattr(signal, trained.stopped_by, signal.SIGINT),
         )
     line = f"{state.global_step} steps in {s.clock.seconds['train']:.0f} s"
     if state.best_metric is not None:
@@ -231,6 +231,7 @@ def _metrics(s: Session, start: Start, adapted: Adapted, state: TrainerState, af
 def _write_results(
     s: Session, start: Start, adapted: Adapted, state: TrainerState, after: Tested, metrics: dict[str, Any]
 ) -> None:
+    s.check_output()
     output, prepared, splits = s.output, s.prepared, s.prepared.splits
     examples = changed_examples(
         splits,

@@ -85,10 +85,19 @@ def write_first_config(
     config = parse_config(values, "sgm init")
     shown_data = {f"data.{key}" for key in (*values["data"], "max_length")}
     shown = [key for key in ALWAYS_SHOWN if key in shown_data or not key.startswith("data.")]
-    schema = cache_dir() / "config.schema.json"  # of the installed version
-    write_json(schema, json_schema())
-    write_text(path, commented_yaml(config, shown, schema=str(schema)))
+    write_text(path, commented_yaml(config, shown, schema=_write_schema()))
     return config
+
+
+def _write_schema() -> str | None:
+    """The path of the installed version's JSON Schema, with which editors complete keys; None where the cache cannot be
+    written: the configuration needs no schema."""
+    path = cache_dir() / "config.schema.json"
+    try:
+        write_json(path, json_schema())
+    except UserError:
+        return None
+    return str(path)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sgm_finetune.base.console import StepLog
-from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.errors import Interrupted, Terminated, UserError
 from sgm_finetune.base.files import write_text
 from sgm_finetune.commands.requests import ScanFormat, ScanRequest
 from sgm_finetune.measure.scan import matrix_names, measured_singular_values, scan
@@ -31,14 +31,11 @@ from sgm_finetune.results.report.scan_table import (
 )
 
 
-class ScanInterrupted(Exception):  # noqa: N818 - the user's wish, not an error
-    """The user stopped the scan; the cache keeps the matrices that it finished."""
-
-
 def run_scan(request: ScanRequest, console: Console) -> Scan:
     """Scans the model or reads its results, shows a table on `console`, and writes the output or prints it on stdout.
 
-    Without `output` and `format` it prints nothing on stdout. Raises UserError, and ScanInterrupted.
+    Without `output` and `format` it prints nothing on stdout. Raises UserError, and
+    Interrupted when a signal stopped the scan: the cache keeps the matrices that it finished.
     """
     request.check()
     model, estimator, from_file = request.model, request.estimator or "mp", request.is_result_file
@@ -99,11 +96,13 @@ def _scan_with_bar(request: ScanRequest, estimator: Estimator, log: StepLog) -> 
             # results come in order, so the cache may hold many before the first call of `show`
             num_matrices = len(matrix_names(request.model, estimator))
             return scan(request.model, estimator=estimator, control=request.control, fresh=request.fresh, progress=show)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated) as stop:
             so_far = ""
             if num_matrices:
                 so_far = f" after {num_done} of {num_matrices} matrices; the same command resumes there"
-            raise ScanInterrupted(f"Interrupted{so_far}") from None
+            if isinstance(stop, Terminated):
+                raise Interrupted(f"Ended by {stop.signal.name}{so_far}", stop.signal) from None
+            raise Interrupted(f"Interrupted{so_far}") from None
 
 
 def _format_scan(scan: Scan, format: ScanFormat | None, top_fraction: float | None) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import Clock, StepLog
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import disk_free, lock_folder
+from sgm_finetune.base.files import HeldFolder, disk_free, lock_folder
 from sgm_finetune.base.memory import memory_within_reach, release_memory
 from sgm_finetune.base.processes import on_main, processes
 from sgm_finetune.base.text import gib, mib
@@ -52,17 +52,29 @@ class Session:
     started: float = field(default_factory=time.perf_counter)
     lock: ExitStack = field(default_factory=ExitStack)
     """Holds the output folder against other runs, once `hold_output` was called."""
-    holds_output: bool = False
+    held: HeldFolder | None = None
+    """The output folder, once it is locked; None on processes other than the first."""
 
     @property
     def output(self) -> Path:
         return Path(self.config.output.dir)
 
     def hold_output(self) -> None:
-        """Locks the output folder until the session ends; the first process does it for all of them."""
-        if not self.holds_output and processes().is_main_process:
-            self.lock.enter_context(lock_folder(self.output))
-        self.holds_output = True
+        """Locks the output folder until the session ends; the first process does it for all of them.
+
+        Raises UserError if another run has it, has finished there since this one began, or has removed it.
+        """
+        if not processes().is_main_process:
+            return
+        if self.held is None:
+            self.held = self.lock.enter_context(lock_folder(self.output))
+        self.held.check()
+        claim_output(self.config, self.output)  # again: it was not locked before it was made
+
+    def check_output(self) -> None:
+        """Raises UserError if the output folder that this process holds was removed or replaced."""
+        if self.held is not None:
+            self.held.check()
 
 
 def step_log(console: Console) -> StepLog:
@@ -89,9 +101,9 @@ def open_session(config: Config, console: Console, dry_run: bool = False) -> Ite
     config = apply_launcher(config)
     output = Path(config.output.dir)
     with ExitStack() as lock:
-        holds_output = output.is_dir() and not dry_run
-        if holds_output and processes().is_main_process:
-            lock.enter_context(lock_folder(output))
+        held = None
+        if output.is_dir() and not dry_run and processes().is_main_process:
+            held = lock.enter_context(lock_folder(output))
         asked = config
         if config.training.resume:
             config = as_it_began(config, output)
@@ -104,7 +116,7 @@ def open_session(config: Config, console: Console, dry_run: bool = False) -> Ite
             check_same_data(prepared, output)
         s = Session(
             config, asked, prepared, log, given_plan, checkpoint,
-            started=started, lock=lock, holds_output=holds_output,
+            started=started, lock=lock, held=held,
         )  # fmt: skip
         fit_to_memory(s)
         yield s

@@ -13,9 +13,9 @@ from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import first_mistake
 from sgm_finetune.base.untrusted import refuse, require_json_object
-from sgm_finetune.results.files import PTH, RESULTS
+from sgm_finetune.results.files import PTH, RESULTS, check_links
 from sgm_finetune.train.budget.reuse import reuse_fit
-from sgm_finetune.train.checkpoints import best_checkpoint, is_whole, last_whole_checkpoint
+from sgm_finetune.train.checkpoints import check_best, last_whole_checkpoint
 
 PROGRESS = Path("checkpoints") / "progress.json"
 
@@ -63,6 +63,7 @@ def claim_output(config: Config, output: Path) -> Path | None:
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"output.dir={output} is a file; name a folder")
+    check_links(output)
     present = [name for name in RESULTS if (output / name).exists()]
     if config.training.resume:
         checkpoint = last_whole_checkpoint(output / "checkpoints")
@@ -72,9 +73,7 @@ def claim_output(config: Config, output: Path) -> Path | None:
             raise UserError(
                 f"{output} lacks the plan or the progress of the run to resume; start without training.resume"
             )
-        best = best_checkpoint(checkpoint)  # if it is gone, a later and better one had taken its place
-        if best is not None and best.is_dir() and not is_whole(best):
-            raise UserError(f"{best}, the best checkpoint of the run to resume, is damaged; start a new run")
+        check_best(checkpoint)
         _check_same_run(config, output)
         _check_writable(output)
         return checkpoint

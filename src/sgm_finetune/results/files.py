@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ import yaml
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import write_text, writing
+from sgm_finetune.base.files import remove, whole_folder, write_text
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,26 +43,50 @@ def save_adapter(model: PeftModel, folder: Path, write_tokenizer: Callable[[Path
 
     Shared factors are written once per member, so that an unmodified `PeftModel.from_pretrained` loads it.
     """
-    scratch, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
-    try:
-        with writing(folder):
-            for left in (scratch, old):
-                shutil.rmtree(left, ignore_errors=True)
-            model.save_pretrained(str(scratch))
-            write_tokenizer(scratch)
-            if folder.exists():
-                folder.rename(old)
-            scratch.rename(folder)
-    finally:
-        for left in (scratch, old):
-            shutil.rmtree(left, ignore_errors=True)
+    with whole_folder(folder) as scratch:
+        model.save_pretrained(str(scratch))
+        write_tokenizer(scratch)
 
 
 def clear_results(folder: Path) -> None:
-    """Removes what an earlier run wrote, and nothing else."""
-    for name in RESULTS:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    """Removes what an earlier run wrote, and nothing else. A folder behind a link is emptied, and the link stays.
+
+    Raises UserError before anything is removed if a link cannot be followed (see check_links).
+    """
+    check_links(folder)
+    for path in (folder / name for name in RESULTS):
+        for found in path.iterdir() if path.is_symlink() and path.is_dir() else [path]:
+            remove(found)
+
+
+def check_links(folder: Path) -> None:
+    """Raises UserError if a result in `folder` is a link that leads nowhere, or to a folder that SGM did not fill:
+    somebody else may have made the link, and SGM replaces what it leads to."""
+    for path in (folder / name for name in RESULTS if (folder / name).is_symlink()):
+        if not path.exists():
+            raise UserError(f"{path} is a link to {path.readlink()}, which does not exist; make that folder")
+        if not path.is_dir():
+            continue  # a new file takes the place of a link to a file
+        for found in path.iterdir():
+            if not _is_own(path.name, found):
+                raise UserError(
+                    f"{path} is a link to a folder with {found.name} in it, which SGM did not write and would remove; "
+                    "let the link lead to an empty folder"
+                )
+        if path.name == "adapter" and (os.path.ismount(path) or not os.access(path.resolve().parent, os.W_OK)):
+            raise UserError(
+                f"{path} is a link to {path.resolve()}, which cannot be replaced as a whole; let the link lead to a "
+                "folder in a folder that you may write to"
+            )
+
+
+def _is_own(result: str, found: Path) -> bool:
+    """Whether SGM may have written `found` into the folder `result`."""
+    match result:
+        case "checkpoints":
+            return any(found.match(pattern) for pattern in ("checkpoint-*", "progress.json", ".progress.json.partial"))
+        case "adapter":
+            return found.is_file() and (found.parent / "adapter_config.json").is_file()
+        case "export":
+            return found.match(".*.partial") or found.match(".*.old") or (found / "export.json").is_file()
+    return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,11 +31,20 @@ KEPT = 2
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Lists a checkpoint's files when all processes have written theirs, then deletes older checkpoints."""
+    """Lists a checkpoint's files when all processes have written theirs, then deletes older checkpoints.
+
+    Calls `check_output` after each step, before a checkpoint is written.
+    """
+
+    def __init__(self, check_output: Callable[[], None] = lambda: None):
+        self.check_output = check_output
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if best := state.best_model_checkpoint:  # the run's folder may have been moved
             state.best_model_checkpoint = str(Path(str(args.output_dir)) / Path(best).name)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.check_output()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if torch.distributed.is_initialized():
@@ -62,8 +72,11 @@ class StepMeter(TrainerCallback):
 
     def __init__(self) -> None:
         self.began: tuple[float, int] | None = None
+        self.has_begun = False
+        """Whether this process has begun a step, and so has read the checkpoint that it resumes from."""
 
     def on_step_begin(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        self.has_begun = True
         if self.began is None:
             self.began = time.perf_counter(), state.num_input_tokens_seen
 
@@ -187,6 +200,9 @@ class Interruption(TrainerCallback):
         if self.signal_name is not None:
             if signal.Signals(number).name == "SIGHUP":  # shells send it twice
                 return
+            previous = self._previous[number]  # the command's own, which ends it
+            if callable(previous):
+                previous(number, frame)
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
         if not torch.distributed.is_initialized():  # otherwise this step may never end, if another process has died

@@ -8,13 +8,13 @@ checkpoints deleted. So a run that is killed at any moment still has its last wh
 from __future__ import annotations
 
 import hashlib
-import shutil
 from pathlib import Path
 
 import xxhash
 
-from sgm_finetune.base.files import sync, write_json
-from sgm_finetune.base.untrusted import read_json, read_json_object
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.files import remove, sync, write_json
+from sgm_finetune.base.untrusted import read_json, refuse, require_json_object
 
 CONTENTS = "contents.json"
 """The list of a checkpoint's files, their sizes in bytes and their XXH3-128 hashes. Written last."""
@@ -53,15 +53,32 @@ def last_whole_checkpoint(checkpoints: Path) -> Path | None:
 def best_checkpoint(checkpoint: Path) -> Path | None:
     """The best checkpoint so far according to `checkpoint`, or None. It is looked for beside `checkpoint`, since the
     run's folder may have been moved."""
-    best = read_json_object(checkpoint / TRAINER_STATE).get("best_model_checkpoint")
+    best = require_json_object(checkpoint / TRAINER_STATE).get("best_model_checkpoint")
+    if not isinstance(best, str | None):
+        refuse(checkpoint / TRAINER_STATE, "state of a training", ValueError("best_model_checkpoint is not a text"))
     return checkpoint.parent / Path(best).name if best else None
+
+
+def check_best(checkpoint: Path) -> None:
+    """Raises UserError if a run cannot be resumed from `checkpoint` because its best checkpoint is lost.
+
+    A best checkpoint may be absent if there are later checkpoints, although harmed ones: a better one took its place,
+    and the resumed run computes that again.
+    """
+    best = best_checkpoint(checkpoint)
+    if best is None or is_whole(best):
+        return
+    if best.exists():
+        raise UserError(f"{best}, the best checkpoint of the run to resume, is damaged; start a new run")
+    if checkpoint == _checkpoints_by_step(checkpoint.parent)[-1]:
+        raise UserError(f"{best}, the best checkpoint of the run to resume, is gone; start a new run")
 
 
 def discard_after(checkpoint: Path) -> None:
     """Deletes the checkpoints after `checkpoint`, which never became whole."""
     numbered = _checkpoints_by_step(checkpoint.parent)
     for folder in numbered[numbered.index(checkpoint) + 1 :]:
-        shutil.rmtree(folder)
+        remove(folder)
 
 
 def _checkpoints_by_step(checkpoints: Path) -> list[Path]:

@@ -6,10 +6,13 @@ also trains under the plain `Trainer` or TRL's `SFTTrainer`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from datasets import Dataset
@@ -29,6 +32,7 @@ from sgm_finetune.base.config import Config, Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import writing
 from sgm_finetune.base.processes import sum_over_processes
+from sgm_finetune.base.untrusted import refuse, rehearse_torch, require_json_object
 from sgm_finetune.data.batches import LengthGroupedSampler, by_length
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.train.adapters.apply import tie
@@ -43,7 +47,7 @@ from sgm_finetune.train.callbacks import (
     TrainingBar,
     WholeCheckpoints,
 )
-from sgm_finetune.train.checkpoints import TRAINER_STATE, best_checkpoint
+from sgm_finetune.train.checkpoints import TRAINER_STATE, best_checkpoint, is_whole
 from sgm_finetune.train.fast.head_loss import HeadLoss
 from sgm_finetune.train.losses import Collator, TestSet, sum_losses, summed_loss
 
@@ -70,9 +74,9 @@ class SGMTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.head_loss = head_loss
-        self._epoch, self._meter = SamplerEpoch(), StepMeter()
+        self._epoch, self.meter = SamplerEpoch(), StepMeter()
         self.add_callback(self._epoch)
-        self.add_callback(self._meter)
+        self.add_callback(self.meter)
         self.plan, self.global_batch_size = plan, global_batch_size
         self.task: Task | None = task
         if task == "sequence-classification":
@@ -132,7 +136,7 @@ class SGMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds tokens per second and peak memory to the logged loss of a step (docs/report.md)."""
         if "loss" in logs:
-            logs |= self._meter.read(self.state)
+            logs |= self.meter.read(self.state)
         super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -187,6 +191,8 @@ class TrainingJob:
     """Computes a language model's loss without all of its logits."""
     resume_from: Path | None = None
     """The checkpoint to continue from."""
+    check_output: Callable[[], None] = lambda: None
+    """Called after each step: raises UserError if the output folder is no longer this run's."""
     pace: Pace | None = None
     """With it, the training says after its second step how long the rest of the run takes."""
 
@@ -213,24 +219,64 @@ def train(job: TrainingJob, console: Console) -> Trained:
     time_left = [TimeLeft(job.pace, console)] if job.pace is not None else []
     trainer = _trainer(job, [interruption, TrainingBar(console), *time_left])
     if job.resume_from is not None and not trainer.is_deepspeed_enabled:
-        state = TrainerState.load_from_json(str(job.resume_from / TRAINER_STATE))
-        if _has_ended(state, job.arguments.max_steps, training.early_stopping_patience):
-            trainer.state = state  # Trainer would take one more step before it looks
-            trainer._load_from_checkpoint(str(best_checkpoint(job.resume_from) or job.resume_from))
-            return Trained(state, None, trainer)
+        with _reading(job.resume_from, trainer):
+            state = _read_state(job.resume_from / TRAINER_STATE)
+            if _has_ended(state, job.arguments.max_steps, training.early_stopping_patience):
+                trainer.state = state  # Trainer would take one more step before it looks
+                best = best_checkpoint(job.resume_from)
+                _require_whole(best)
+                trainer._load_from_checkpoint(str(best or job.resume_from))
+                return Trained(state, None, trainer)
     remedy = "; make room and continue with training.resume=true: earlier checkpoints are whole"
-    with interruption, writing(Path(str(job.arguments.output_dir)), remedy):
+    output = Path(str(job.arguments.output_dir))
+    with interruption, writing(output, remedy), _reading(job.resume_from, trainer):
         trainer.train(resume_from_checkpoint=str(job.resume_from) if job.resume_from else None)
-    best = trainer.state.best_model_checkpoint
-    if interruption.signal_name is None and best and not Path(best).is_dir():  # Trainer would go on without it
-        raise UserError(f"{best}, the best checkpoint of this run, is gone, and its weights with it; start a new run")
+    if interruption.signal_name is None and (best := trainer.state.best_model_checkpoint):
+        _require_whole(Path(best))
     return Trained(trainer.state, interruption.signal_name, trainer)
+
+
+@contextmanager
+def _reading(checkpoint: Path | None, trainer: SGMTrainer) -> Iterator[None]:
+    """Raises UserError if a file of `checkpoint` is not what a run writes: somebody else may have made it. From the
+    first step on, exceptions have another cause and pass."""
+    try:
+        for path in sorted(checkpoint.glob("*.pt")) if checkpoint is not None else []:
+            rehearse_torch(path)  # Trainer reads it with weights_only, which runs no code but may allocate anything
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, EOFError, UnpicklingError, BadZipFile) as error:
+        if checkpoint is None or trainer.meter.has_begun:
+            raise
+        refuse(checkpoint, "checkpoint that can be resumed", error)
+
+
+def _read_state(path: Path) -> TrainerState:
+    """The state of a training. Raises TypeError for keys or types that Trainer does not write, where Trainer would
+    fail at some later step."""
+    values, default = require_json_object(path), TrainerState()
+    optional = {"epoch": 0.0, "best_metric": 0.0, "best_global_step": 0, "num_train_epochs": 0}
+    for key, value in values.items():
+        expected = optional.get(key, getattr(default, key, None))
+        kinds = (int, float) if isinstance(expected, int | float) else (type(expected),)
+        if expected is not None and not isinstance(value, kinds) and not (key in optional and value is None):
+            raise TypeError(f"`{key}` in {path.name} is {str(value)[:40]!r}")
+    state = TrainerState(**values)
+    if not all(isinstance(entry, dict) for entry in state.log_history):
+        raise TypeError(f"`log_history` in {path.name} holds more than objects")
+    return state
+
+
+def _require_whole(best: Path | None) -> None:
+    """Raises UserError if the best checkpoint is lost: Trainer would go on with the weights of the last step."""
+    if best is not None and not is_whole(best):
+        what = "is damaged" if best.is_dir() else "is gone, and its weights with it"
+        raise UserError(f"{best}, the best checkpoint of this run, {what}; start a new run")
 
 
 def _trainer(job: TrainingJob, callbacks: Sequence[TrainerCallback]) -> SGMTrainer:
     """The trainer of `job`, with the optimizer that its configuration names."""
     training = job.config.training
-    first: list[TrainerCallback] = [NonFiniteLoss(), WholeCheckpoints()]
+    first: list[TrainerCallback] = [NonFiniteLoss(), WholeCheckpoints(job.check_output)]
     if training.early_stopping_patience:
         first.append(EarlyStoppingCallback(training.early_stopping_patience))
     optimizer = None

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_json
 from sgm_finetune.results.answers import generates_text, is_chat_model
 from sgm_finetune.results.export.merge import MergedTensor
@@ -22,6 +23,28 @@ SHARD_BYTES = 2**29
 """Largest size of one file in bytes. One file is in memory at a time."""
 _COPIED = (GENERATION_CONFIG, "*.model", "vocab.json", "vocab.txt", "merges.txt", "LICENSE*")
 """Files that are copied from the base's folder."""
+_REACH_EXPORT = ("*.json", "*.txt", "*.jinja", "*.model", "*.py", "LICENSE*", "additional_chat_templates")
+"""Files of the base's folder that are copied, or read and written again."""
+
+
+def check_own_files(folder: Path) -> None:
+    """Raises UserError if a file of a model's folder that an export copies is a link to somewhere else.
+
+    Tokenizer, templates, configuration and licence reach the export, which may be published. The hub's cache consists
+    of links to files of its own.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    inside = [folder.resolve(), Path(HF_HUB_CACHE).resolve()]
+    if folder.parent.name == "snapshots":
+        inside.append(folder.parent.parent.resolve())
+    for path in sorted(path for pattern in _REACH_EXPORT for path in folder.rglob(pattern)):
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in inside):
+            raise UserError(
+                f"{path} is a link to {target}, outside of the model's folder, and the export would hold what is "
+                "there; put a copy of the file in its place if it belongs to the model"
+            )
 
 
 def write_shards(
