@@ -1,5 +1,7 @@
 """The exception for every problem that the user can fix."""
 
+from sgm_finetune.base.text import printable
+
 
 class UserError(Exception):
     """A problem that the user can fix. The message is one line: what is wrong, the value, the remedy.
@@ -11,11 +13,10 @@ class UserError(Exception):
 def in_one_line(text: str) -> str:
     """`text` on one printable line of at most 1,000 characters.
 
-    Single spaces replace white space; escape codes replace control characters, which a terminal would obey.
+    Single spaces replace white space; escape codes replace characters that a terminal would obey.
 
     >>> in_one_line("a\\x1b[31m\\n  b")
     'a\\\\x1b[31m b'
     """
-    line = " ".join(text.split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    line = printable(" ".join(text.split()))
     return line if len(line) <= 1000 else line[:997] + "..."

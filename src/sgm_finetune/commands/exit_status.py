@@ -12,14 +12,16 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 import typer
 
 from sgm_finetune.base.errors import UserError, in_one_line
+from sgm_finetune.base.text import printable
 
 
 class Terminated(BaseException):
@@ -32,6 +34,7 @@ class Terminated(BaseException):
 
 def run_and_exit(command: Callable[[], object]) -> NoReturn:
     """Runs `command` and exits with its status. Unexpected exceptions pass through, with their traceback."""
+    sys.excepthook = _print_traceback
     try:
         with _signals_as_exceptions():
             command()
@@ -76,11 +79,14 @@ def _print_error(line: str) -> None:
     if not sys.stderr.isatty():
         print(line, file=sys.stderr, flush=True)
         return
-    from rich.console import Console
+    from sgm_finetune.base.console import PrintableConsole, print_line
 
-    from sgm_finetune.base.console import print_line
+    print_line(PrintableConsole(stderr=True), line)
 
-    print_line(Console(stderr=True), line)
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints what Python prints, printable: the message may quote a file."""
+    print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
