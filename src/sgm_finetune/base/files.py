@@ -29,7 +29,8 @@ def writing(path: Path, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and error.filename and Path(error.filename) != path:
+        named = Path(error.filename) if isinstance(error, FileNotFoundError) and error.filename else path
+        if named not in (path, *path.parents):  # a file that the block reads
             raise
         raise UserError(f"Cannot write {path}: {error.strerror or error}{remedy}") from None
     except Exception as error:

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import typer
 
-from sgm_finetune.base.errors import UserError, in_one_line
+from sgm_finetune.base.errors import UserError, in_one_line, is_out_of_memory
 from sgm_finetune.base.text import printable
 
 
@@ -48,16 +48,12 @@ def run_and_exit(command: Callable[[], object]) -> NoReturn:
         fail("Interrupted", 130)
     except BrokenPipeError:
         os._exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise
-        fail(f"{str(error.filename)[:60]}... is no path: {error.strerror}", 2)
-    except MemoryError as error:
-        fail(_describe_out_of_memory(error), 2)
-    except RuntimeError as error:
-        if _is_out_of_memory(error):
+    except Exception as error:
+        if is_out_of_memory(error):
             fail(_describe_out_of_memory(error), 2)
-        if not _lost_a_process(error):
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            fail(f"{str(error.filename)[:60]}... is no path: {error.strerror}", 2)
+        if not isinstance(error, RuntimeError) or not _lost_a_process(error):
             raise
         line = (
             f"process {os.environ['RANK']}: another process of this run has ended (if it said nothing, the system may "
@@ -108,11 +104,6 @@ def _signals_as_exceptions() -> Iterator[None]:
     finally:
         for number in caught:
             signal.signal(number, signal.SIG_DFL)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch's GPU or host allocator ran out of memory."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _describe_out_of_memory(error: BaseException) -> str:
