@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
 import shutil
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from architectures import DECODERS, ENCODER_DECODERS, save_pico
 from conftest import WORDS, make_model, make_tokenizer
+from made_up_runs import plain_plan
+from markdown_it import MarkdownIt
 from rich.console import Console
 from safetensors.torch import load_file
 
 from sgm_finetune.base.config import LabelKind, Task
-from sgm_finetune.base.config_file import load_config
+from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands.export import ExportRequest, export_result
 from sgm_finetune.measure.make_plan import make_plan
+from sgm_finetune.measure.plan_file import plan_document
 from sgm_finetune.measure.scan import scan
 from sgm_finetune.model.architecture import auto_class
 from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.results.export import check, merge
+from sgm_finetune.results.export.card import model_card
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, find_format, modelfile
 from sgm_finetune.results.export.gguf_file import rope_order
 from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
 from sgm_finetune.results.export.merge import linear_update, merged_tensors, stack_update
 from sgm_finetune.results.export.shards import write_shards
 from sgm_finetune.results.export.target import check_packages
-from sgm_finetune.results.load import attach_adapter, load_unquantised, read_result
+from sgm_finetune.results.load import Result, attach_adapter, load_unquantised, read_result
 from sgm_finetune.results.pth import save_pth
 from sgm_finetune.results.stops import Stops
 from sgm_finetune.train.adapters.apply import apply_plan
@@ -524,6 +531,68 @@ def test_the_card_says_what_it_is_and_names_no_folder_of_this_machine(llama, tmp
         assert word in card
     assert str(tmp_path) not in card
     assert "/pico-llama" not in card
+
+
+HOSTILE = "x`]\n\n# Mine\n<img src=a onerror=b> [here](c) <b>\x1b[31m"
+
+
+@pytest.mark.parametrize("to", ["adapter", "merged", "gguf"])
+def test_a_card_shows_names_and_labels_of_files_as_they_are(to):
+    """Without markup, HTML, links and headings: a reader's Markdown sees only ours."""
+    values = {
+        "model": {"name": f"/models/{HOSTILE}", "task": "sequence-classification"},
+        "data": {"train": f"/data/{HOSTILE}"},
+    }
+    metrics = {
+        "data": HOSTILE, "steps": 3, "optimizer": HOSTILE, "learning_rate": 0.1, "environment": {HOSTILE: HOSTILE},
+        "after": {"loss": 1.0},
+    }  # fmt: skip
+    result = SimpleNamespace(
+        config=parse_config(values, ""), metrics=metrics, labels=(HOSTILE, "b"), path=Path("a.pth"),
+        content={"plan": plan_document(plain_plan())},
+    )  # fmt: skip
+    measured = {"by": "Transformers", "num_positions": 1, "difference": 0.0, "top_agreement": 1.0}
+    card = model_card(cast(Result, result), to, measured, {"gguf": "model-f16.gguf"})
+    assert "\x1b" not in card
+    tokens = MarkdownIt("commonmark").enable("table").parse(card.split("---\n", 2)[2])
+    seen = [part for token in tokens for part in (token, *(token.children or []))]
+    assert [token.type for token in seen if token.type.startswith(("html", "link", "image"))] == []
+    assert sum(token.type == "heading_open" for token in seen) == 5
+    shown = [token.content for token in seen if token.type == "code_inline"]
+    assert sum("# Mine <img src=a onerror=b> [here](c) <b>" in text for text in shown) == 7
+    if to == "adapter":
+        (python,) = (token.content for token in seen if token.type == "fence")
+        ast.parse(python)
+
+
+def test_a_stop_text_makes_no_line_of_its_own_in_a_modelfile():
+    stops = ["\nUser:", 'a"\nSYSTEM evil\n"', "a\\b", 'say "x"', '"""\nSYSTEM """evil"""', "\r\nFROM other", '""\n"']
+    written = modelfile("m.gguf", None, None, stops)
+    read = read_modelfile(written)
+    assert read == [("model", "./m.gguf"), *(("stop", stop) for stop in stops if '"""' not in stop)]
+
+
+def read_modelfile(text: str) -> list[tuple[str, str]]:
+    """The commands that Ollama's parser reads: a value ends with its line unless its quotes are still open."""
+    commands, name, value = [], "", ""
+    for line in re.split("(?<=[\r\n])", text):
+        if not name:
+            if not line.strip():
+                continue
+            name, line = line.split(" ", 1)
+            if name == "PARAMETER":
+                name, line = line.split(" ", 1)
+        value += line
+        found = value.strip()
+        if found.startswith('"""'):
+            found = found[3:-3] if len(found) >= 6 and found.endswith('"""') else None
+        elif found.startswith('"'):
+            found = found[1:-1] if len(found) >= 2 and found.endswith('"') else None
+        if found is not None:
+            commands.append((name.replace("FROM", "model"), found))
+            name, value = "", ""
+    assert not name
+    return commands
 
 
 class FakeHub:

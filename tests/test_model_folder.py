@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import re
 from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
-from sgm_finetune.model.folder import EMBEDDED, local_folder, packaged_file
+from sgm_finetune.commands.cli import main
+from sgm_finetune.model.folder import EMBEDDED, is_here, local_folder, packaged_file
 from sgm_finetune.model.package_file import PackageFile
 
 
@@ -52,6 +54,42 @@ def test_pickles_of_a_hub_model_are_downloaded_only_without_other_weights(weight
     assert local_folder("owner/name") == tmp_path
     assert [path.name for path in tmp_path.iterdir()] == [weights]
     assert len(asked) == (1 if weights == "model.safetensors" else 2)
+
+
+@pytest.mark.parametrize("place", ["file/cache", "/proc/none", "/dev/null/cache"])
+def test_a_cache_in_a_place_that_cannot_be_is_one_line_before_anything_is_fetched(place, tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SGM_CACHE", str(tmp_path / place))
+    monkeypatch.setattr("sgm_finetune.model.folder.packaged_file", lambda *given: pytest.fail("fetched"))
+    for arguments in (["scan", "smollm2-135m-instruct"], ["estimate", "model.name=smollm2-135m-instruct"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        said = capfd.readouterr().err
+        assert caught.value.code == 2
+        assert said.startswith(f"Cannot write {tmp_path / place}/models: ")
+        assert said.endswith("choose another place with SGM_CACHE\n")
+        assert said.count("\n") == 1
+    assert is_here("smollm2-135m-instruct") in (True, False)
+
+
+@pytest.mark.parametrize("place", ["file/cache", "/proc/none"])
+def test_a_scan_needs_no_cache(place, llama_folder, tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SGM_CACHE", str(tmp_path / place))
+    with pytest.raises(SystemExit) as caught:
+        main(["scan", str(llama_folder)])
+    assert caught.value.code == 0, capfd.readouterr().err
+
+
+def test_a_cache_that_may_not_be_looked_into_is_one_line(tmp_path, monkeypatch):
+    def refused(path, *given, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setenv("SGM_CACHE", str(tmp_path))
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(UserError, match="Permission denied; choose another place with SGM_CACHE"):
+        local_folder("smollm2-135m-instruct")
+    assert is_here("smollm2-135m-instruct") in (True, False)
 
 
 def test_an_embedded_model_without_its_package_names_the_install_command(monkeypatch):

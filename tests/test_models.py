@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import make_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands.exit_status import run_and_exit
 from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.folder import local_folder
 from sgm_finetune.model.load import Head, load_model, skeleton
@@ -87,6 +91,53 @@ def test_a_4_bit_model_computes_in_the_dtype_that_the_processor_multiplies(
     for model in (load_model(config, llama_folder)[0], skeleton(config, llama_folder)):
         assert model.dtype == expected
         assert model.model.norm.weight.dtype == expected
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"num_key_value_heads": 0},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": -2},
+        {"head_dim": -8},
+        {"hidden_size": -64},
+        {"intermediate_size": "wide"},
+        {"vocab_size": -1},
+        {"hidden_act": "none such"},
+        {"rope_parameters": {"rope_type": "none such", "rope_theta": 1.0}},
+    ],
+    ids=str,
+)
+def test_numbers_that_no_model_has_are_one_line(numbers, llama_folder, tmp_path):
+    shutil.copytree(llama_folder, tmp_path / "model")
+    values = json.loads((llama_folder / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values | numbers))
+    config = ModelConfig(name=str(tmp_path / "model"), task="causal-lm")
+    for act in (load_model, skeleton):
+        with pytest.raises(UserError) as caught:
+            act(config, tmp_path / "model")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory"), ImportError("a.so: failed to map segment")],
+    ids=repr,
+)
+def test_too_little_memory_is_not_blamed_on_the_model(error, llama_folder, monkeypatch, capfd):
+    def fail(*given, **options):
+        raise RuntimeError("Failed to import transformers.models.llama") from error
+
+    config = ModelConfig(name=str(llama_folder), task="causal-lm")
+    for part, act in ((AutoConfig, "from_pretrained"), (AutoModelForCausalLM, "from_config")):
+        monkeypatch.setattr(part, act, fail)
+        with pytest.raises(SystemExit) as caught:
+            run_and_exit(lambda: skeleton(config, llama_folder))
+        said = capfd.readouterr().err
+        assert caught.value.code == 2
+        assert said.startswith("The memory is not enough")
+        assert "config.json" not in said
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from io import StringIO
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from rich.console import Console
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands.data import preview
 from sgm_finetune.commands.evaluate import evaluate
 from sgm_finetune.measure.plan_file import load_plan
+from sgm_finetune.model.folder import own_code
 
 CODE = '''
 import torch
@@ -98,6 +101,50 @@ def test_a_models_own_code_is_not_run_unless_asked_for(own, murmur):
     (murmur / "modeling_murmur.py").write_text("raise SystemExit('this ran')")
     with pytest.raises(UserError, match=r"its own Python code, which does not run .* model\.trust_remote_code=true"):
         pipeline.finetune(load_config(None, own), Console(file=StringIO()))
+
+
+TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+print("the tokenizer's code ran")
+class Own(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_the_code_of_a_tokenizer_alone_is_announced_before_it_runs(llama_folder, reviews, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(llama_folder, folder)
+    (folder / "own.py").write_text(TOKENIZER)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": [None, "own.Own"]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    given = [f"model.name={folder}", f"data.train={reviews}", "model.trust_remote_code=true"]
+    preview(load_config(None, given), Console(width=400), 0)
+    before, ran, _ = capsys.readouterr().out.partition("the tokenizer's code ran")
+    assert f"runs the Python code in {folder}, as model.trust_remote_code=true allows" in before
+    assert ran
+
+
+@pytest.mark.parametrize(
+    ("files", "places"),
+    [
+        ({"config.json": {}}, []),
+        ({"config.json": {"auto_map": {"AutoConfig": "a.B", "AutoModel": "a.C"}}}, ["{folder}"]),
+        ({"tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["a.B", None]}}}, ["{folder}"]),
+        ({"tokenizer_config.json": {"auto_map": ["a.B", None]}}, ["{folder}"]),
+        (
+            {"config.json": {"auto_map": {"AutoConfig": "who/where--a.B", "AutoModel": "a.C"}}},
+            ["who/where", "{folder}"],
+        ),
+        ({"custom_generate/generate.py": {}}, ["{folder}"]),
+    ],
+    ids=str,
+)
+def test_code_is_found_wherever_transformers_looks_for_it(files, places, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    assert own_code(tmp_path) == [place.format(folder=tmp_path) for place in places]
 
 
 def test_a_model_that_nobody_thought_of_goes_the_whole_way(own, tmp_path):

@@ -4,17 +4,50 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.segment import Segment
+from rich.text import Span, Text
+
+from sgm_finetune.base.text import printable
 
 _NARROWEST = 20
 """Columns beside its head that a line keeps in however narrow a terminal."""
+
+
+class PrintableConsole(Console):
+    """A console on which text never commands the terminal: only rich's own styles and movements do.
+
+    Every command prints on one, so that no name, datum or answer needs care where it is printed.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        if isinstance(renderable, Text):  # before its lines are broken, since an escape code is longer
+            renderable = _printable_text(renderable)
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
+def _printable_text(text: Text) -> Text:
+    """`text` with escape codes, and its styles where they were.
+
+    >>> _printable_text(Text.assemble("a\\x1b", ("b", "bold"))).spans
+    [Span(5, 6, 'bold')]
+    """
+    shown = printable(text.plain)
+    if shown == text.plain:
+        return text
+    places = [0]
+    for character in text.plain:
+        places.append(places[-1] + len(printable(character)))
+    cleaned = text.blank_copy(shown)
+    cleaned.spans = [Span(places[span.start], places[min(span.end, len(text))], span.style) for span in text.spans]
+    return cleaned
 
 
 def print_line(console: Console, line: str, head: str | Text = "", style: str = "") -> None:
@@ -59,7 +92,7 @@ def loading(what: str = "PyTorch and Transformers", quiet: bool = False) -> Iter
     Says nothing where stderr is no terminal, since a file of errors would keep the line, and on processes other than
     the first.
     """
-    console = Console(stderr=True)
+    console = PrintableConsole(stderr=True)
     if quiet or not console.is_terminal or os.environ.get("RANK", "0") != "0":
         yield
         return

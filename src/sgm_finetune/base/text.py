@@ -1,10 +1,27 @@
-"""Short texts that several rooms print: sizes, values and error messages, each on one line."""
+"""Short texts that several rooms print: sizes, values and error messages, each on one line; and text made printable."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+# Controls except tab and line feed, other ends of lines, changes of the writing direction, halves of surrogate pairs.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """`text` with an escape code for each character that a terminal obeys or cannot print; tabs and lines stay.
+
+    Every text from outside goes through here on its way to a terminal: names, data, errors, a model's answers.
+
+    >>> printable("a\\x1b[31m\\tb\\n")
+    'a\\\\x1b[31m\\tb\\n'
+    """
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def gib(num_bytes: float) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -22,6 +23,7 @@ import typer
 from sgm_finetune.base.config import Config, Quantization, Task
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.text import printable
 from sgm_finetune.commands.exit_status import run_and_exit
 
 app = typer.Typer(
@@ -523,9 +525,9 @@ def _loading(what: str = "PyTorch and Transformers") -> AbstractContextManager[N
 
 def _console(to_stderr: bool, result: bool = False) -> Any:
     """The console on which a command prints what it does, or its result, which --quiet lets through."""
-    from rich.console import Console
+    from sgm_finetune.base.console import PrintableConsole
 
-    return Console(stderr=to_stderr, quiet=_OPTIONS["quiet"] and not result)
+    return PrintableConsole(stderr=to_stderr, quiet=_OPTIONS["quiet"] and not result)
 
 
 def _announce(to_stderr: bool) -> Callable[[str], None]:
@@ -542,6 +544,13 @@ def _print_saved(console: Any, what: object) -> None:
     StepLog(console).line("saved", str(what))
 
 
+class _PrintableRecord(logging.LogRecord):
+    """A message of a library, which may quote a file. The library's own colours are left out."""
+
+    def getMessage(self) -> str:  # noqa: N802 - logging's name
+        return printable(re.sub(r"\x1b\[[\d;]*m", "", super().getMessage()))
+
+
 def _configure_libraries(verbose: bool) -> None:
     """Sets environment variables before torch is loaded, and silences other libraries unless `verbose`.
 
@@ -549,6 +558,7 @@ def _configure_libraries(verbose: bool) -> None:
     work (docs/LOG.md, 2026-11-23). oneDNN keeps 64 compiled products instead of 1,024, a set for each length of a
     batch, and is as fast (2026-11-26).
     """
+    logging.setLogRecordFactory(_PrintableRecord)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

@@ -13,16 +13,19 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
-from sgm_finetune.base.errors import Interrupted, Terminated, UserError, in_one_line
+from sgm_finetune.base.errors import Interrupted, Terminated, UserError, in_one_line, is_out_of_memory
+from sgm_finetune.base.text import printable
 
 
 def run_and_exit(command: Callable[[], object]) -> NoReturn:
     """Runs `command` and exits with its status. Unexpected exceptions pass through, with their traceback."""
+    sys.excepthook = _print_traceback
     try:
         with _signals_as_exceptions():
             command()
@@ -36,16 +39,12 @@ def run_and_exit(command: Callable[[], object]) -> NoReturn:
         fail("Interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:
         os._exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise
-        fail(f"{str(error.filename)[:60]}... is no path: {error.strerror}", 2)
-    except MemoryError as error:
-        fail(_describe_out_of_memory(error), 2)
-    except RuntimeError as error:
-        if _is_out_of_memory(error):
+    except Exception as error:
+        if is_out_of_memory(error):
             fail(_describe_out_of_memory(error), 2)
-        if not _lost_a_process(error):
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            fail(f"{str(error.filename)[:60]}... is no path: {error.strerror}", 2)
+        if not isinstance(error, RuntimeError) or not _lost_a_process(error):
             raise
         line = (
             f"process {os.environ['RANK']}: another process of this run has ended (if it said nothing, the system may "
@@ -85,11 +84,14 @@ def _print_error(line: str) -> None:
     if not sys.stderr.isatty():
         print(line, file=sys.stderr, flush=True)
         return
-    from rich.console import Console
+    from sgm_finetune.base.console import PrintableConsole, print_line
 
-    from sgm_finetune.base.console import print_line
+    print_line(PrintableConsole(stderr=True), line)
 
-    print_line(Console(stderr=True), line)
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints what Python prints, printable: the message may quote a file."""
+    print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -122,11 +124,6 @@ def _signal_behind(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, KeyboardInterrupt | Terminated):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch's GPU or host allocator ran out of memory."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _describe_out_of_memory(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from sgm_finetune.base.config import ModelConfig, Task
-from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.errors import UserError, is_out_of_memory
 from sgm_finetune.base.text import first_line
 from sgm_finetune.base.untrusted import MAX_LAYERS, check_shards, read_json_object
 
@@ -106,9 +106,9 @@ def read_model_config(config: ModelConfig, folder: Path) -> PreTrainedConfig:
         if isinstance(layers, int) and layers > MAX_LAYERS:
             raise ValueError(f"{layers:,} layers")
         return described
-    except UserError:
-        raise
     except Exception as error:  # Transformers raises many types here
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
         raise UserError(
             f"{folder / 'config.json'} cannot be used: {first_line(error)}; download the model again"
         ) from None

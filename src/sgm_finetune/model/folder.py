@@ -13,6 +13,7 @@ from pathlib import Path
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.files import writing
 from sgm_finetune.base.hub import explain_hub_error
 from sgm_finetune.base.install import install_line
 from sgm_finetune.base.text import short_repr
@@ -130,12 +131,16 @@ def _embedded_folder(name: str, announce: Callable[[str], None]) -> Path:
             raise UserError(f"model.name={name} needs the package {package}; {install_line('demo')}")
         return folder
     folder = cache_dir() / "models" / f"{name}-{embedded.version}"
-    if not (folder / "config.json").is_file():
+    with writing(folder.parent, "; choose another place with SGM_CACHE"):
+        is_converted = (folder / "config.json").is_file()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    if not is_converted:
         if importlib.util.find_spec("gguf") is None:
             raise UserError(f"model.name={name} is a GGUF file, which needs the package gguf; {install_line('demo')}")
         source = packaged_file(embedded, announce)
         announce(f"Converting {source.name} into {folder} (once)")
-        _convert_gguf(source, folder)
+        with writing(folder, "; free some space, or choose another place with SGM_CACHE"):
+            _convert_gguf(source, folder)
     return folder
 
 
@@ -144,9 +149,14 @@ def is_here(name: str) -> bool:
     embedded = EMBEDDED[name]
     if isinstance(embedded, str):
         return _installed(embedded) is not None
-    converted = cache_dir() / "models" / f"{name}-{embedded.version}" / "config.json"
-    fetched = cache_dir() / "models" / Path(embedded.path).name
-    return converted.is_file() or fetched.is_file() or _installed(embedded.path) is not None
+    if _installed(embedded.path) is not None:
+        return True
+    cache = cache_dir() / "models"
+    kept = (cache / f"{name}-{embedded.version}" / "config.json", cache / Path(embedded.path).name)
+    try:
+        return any(path.is_file() for path in kept)
+    except OSError:  # the cache may not be looked into
+        return False
 
 
 def packaged_file(wanted: PackageFile, announce: Callable[[str], None] = lambda line: None) -> Path:
@@ -171,7 +181,6 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with _library_bars():
@@ -210,6 +219,24 @@ def _library_bars() -> Iterator[None]:
 
 
 def announce_own_code(config: ModelConfig, folder: Path, log: StepLog) -> None:
-    """Logs that the model's own Python code will run, if it will."""
-    if config.trust_remote_code and "auto_map" in require_json_object(folder / "config.json"):
-        log.line("model", f"runs the Python code in {folder}, as model.trust_remote_code=true allows")
+    """Logs that Python code which belongs to the model will run, and where it is, if it will."""
+    if config.trust_remote_code and (places := own_code(folder)):
+        log.line("model", f"runs the Python code in {', '.join(places)}, as model.trust_remote_code=true allows")
+
+
+def own_code(folder: Path) -> list[str]:
+    """Where the code is that Transformers runs for a model in `folder` if it may: the folder, other repositories.
+
+    `auto_map` names classes of the model and of its tokenizer, as `file.Class` or `owner/name--file.Class`. A function
+    that generates has its own place.
+    """
+    places = [str(folder)] if (folder / "custom_generate" / "generate.py").is_file() else []
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        auto_map = require_json_object(path).get("auto_map", ()) if path.is_file() else ()
+        classes = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+        for names in classes:
+            for name in names if isinstance(names, list | tuple) else [names]:
+                if name is not None:
+                    repository, dashes, _ = str(name).partition("--")
+                    places.append(repository if dashes else str(folder))
+    return list(dict.fromkeys(places))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from sgm_finetune.base.config import LabelKind, ModelConfig
 from sgm_finetune.base.device import device_for, has_gpu, multiplies_bfloat16
-from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.errors import UserError, is_out_of_memory
 from sgm_finetune.base.text import first_line
 from sgm_finetune.model.architecture import auto_class, read_model_config
 from sgm_finetune.model.classes import Head
@@ -51,7 +52,7 @@ def load_model(
     if head.fits_labels:
         settings["ignore_mismatched_sizes"] = True  # the stored head may be for other labels
     auto, trusted = auto_class(config.task), config.trust_remote_code
-    try:
+    with _building(config):
         if quantised:
             with torch.device("meta"):
                 skeleton = auto.from_config(described, trust_remote_code=trusted)
@@ -64,8 +65,6 @@ def load_model(
             output_loading_info=True,
             **settings,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise UserError(f"model.name={config.name} cannot be loaded: {first_line(error)}") from None
     ready_for_backward(model)
     if quantised and device.type == "cpu":
         # embeddings and norms are views of the mapped file: without a copy, all of it stays in memory
@@ -79,6 +78,20 @@ def load_model(
             model.get_submodule(module).reset_parameters()
         absent |= set(stored)
     return model.eval(), _new_modules(model, absent, config.name)
+
+
+@contextmanager
+def _building(config: ModelConfig) -> Iterator[None]:
+    """Turns what Transformers raises for a model that it cannot build or load into a UserError.
+
+    Numbers in config.json that no model has, such as 0 heads, raise any type: it divides, allocates and slices by them.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        raise UserError(f"model.name={config.name} cannot be loaded: {first_line(error)}") from None
 
 
 def _dtype(config: ModelConfig) -> torch.dtype | None:
@@ -127,9 +140,10 @@ def skeleton(
     stored = getattr(described, "dtype", None) or torch.float32
     dtype = _dtype(config) or stored
     with torch.device("meta"):
-        model = auto_class(config.task).from_config(
-            described, dtype=dtype, attn_implementation=_attention(), trust_remote_code=config.trust_remote_code
-        )
+        with _building(config):
+            model = auto_class(config.task).from_config(
+                described, dtype=dtype, attn_implementation=_attention(), trust_remote_code=config.trust_remote_code
+            )
         if getattr(model.config.get_text_config(), "_attn_implementation", None) == "sdpa":
             model.set_attn_implementation(FUSED_ATTENTION)
         if quantised:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from sgm_finetune.base.text import printable
 from sgm_finetune.measure.plan_file import parse_plan
 from sgm_finetune.measure.plan_summary import describe_plan
 from sgm_finetune.results.answers import generates_text
@@ -34,6 +37,7 @@ def model_card(result: Result, to: ExportFormat, comparison: Mapping[str, Any], 
     """Returns the text of README.md. `comparison` is what the check measured; `files` maps roles (`gguf`) to names."""
     config, metrics = result.config, result.metrics
     hub_id = hub_model(config.model.name)
+    model, trained_on = _names(result)
     data = ModelCardData(
         base_model=hub_id,
         library_name={"adapter": "peft", "merged": "transformers", "gguf": "gguf"}[to],
@@ -42,11 +46,11 @@ def model_card(result: Result, to: ExportFormat, comparison: Mapping[str, Any], 
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {title(result)}",
-        f"`{base_name(config.model.name)}`, fine-tuned for the task `{config.model.task}` with sgm-finetune by "
+        f"# {model}, trained on {trained_on}",
+        f"{model}, fine-tuned for the task `{config.model.task}` with sgm-finetune by "
         "spectral gradient merging: LoRA in which some matrices share a factor.",
         _contents(result, to, comparison),
-        f"## Data\n\n{metrics.get('data') or base_name(config.data.name or config.data.train or 'unknown')}",
+        f"## Data\n\n{code(str(metrics['data'])) if metrics.get('data') else trained_on}",
         _scores(metrics),
         f"## How to use it\n\n{_usage(result, to, files)}",
         _describe_training(result),
@@ -63,10 +67,26 @@ def base_name(path: str) -> str:
     return path if hub_model(path) else path.rstrip("/").rpartition("/")[2]
 
 
-def title(result: Result) -> str:
-    """Returns the card's heading: the base model and the training data."""
+def code(text: str) -> str:
+    """Returns `text` as inline code of Markdown, which shows it as it is: no markup, HTML or link in it counts.
+
+    Every name, label and description that comes from a file stands in a card like this.
+
+    >>> print(code("<b>[a](b)</b>\\n# c"))
+    `<b>[a](b)</b> # c`
+    >>> print(code("a``b`"))
+    ``` a``b` ```
+    """
+    line = printable(" ".join(text.split()))
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    space = " " if line.startswith("`") or line.endswith("`") or not line else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def _names(result: Result) -> tuple[str, str]:
+    """Returns the base model and the training data as the card names them."""
     data = result.config.data
-    return f"{base_name(result.config.model.name)}, trained on {base_name(data.name or data.train or 'data')}"
+    return code(base_name(result.config.model.name)), code(base_name(data.name or data.train or "data"))
 
 
 def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -> str:
@@ -124,7 +144,7 @@ def _usage(result: Result, to: ExportFormat, files: Mapping[str, str]) -> str:
                 "from peft import PeftModel",
                 f"from transformers import AutoTokenizer, {auto}{', GenerationConfig' if generates else ''}",
                 "",
-                f'base = {auto}.from_pretrained("{base}"{head})',
+                f"base = {auto}.from_pretrained({json.dumps(base)}{head})",
                 'model = PeftModel.from_pretrained(base, "this-folder")',
                 'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
                 *(
@@ -154,7 +174,7 @@ def _usage(result: Result, to: ExportFormat, files: Mapping[str, str]) -> str:
                 "```",
             ]
     if result.labels:
-        lines += ["", f"Labels: {', '.join(result.labels)}."]
+        lines += ["", f"Labels: {', '.join(map(code, result.labels))}."]
     return "\n".join(lines)
 
 
@@ -169,11 +189,12 @@ def _describe_training(result: Result) -> str:
     ]
     if "steps" in metrics:
         lines.append(
-            f"- {metrics['steps']} steps of {config.training.batch_size} examples, optimizer {metrics['optimizer']}, "
-            f"learning rate {metrics['learning_rate']:g}, seed {config.training.seed}"
+            f"- {metrics['steps']:,} steps of {config.training.batch_size} examples, "
+            f"optimizer {code(str(metrics['optimizer']))}, learning rate {metrics['learning_rate']:g}, "
+            f"seed {config.training.seed}"
         )
     versions = {name: number for name, number in metrics.get("environment", {}).items() if name != "device"}
     if not versions:
         versions = {name: version(name) for name in ("sgm-finetune", "torch", "transformers", "peft")}
-    lines.append(f"- {', '.join(f'{name} {number}' for name, number in versions.items())}")
+    lines.append(f"- {', '.join(code(f'{name} {number}') for name, number in versions.items())}")
     return "\n".join(lines)

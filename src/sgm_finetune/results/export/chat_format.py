@@ -69,7 +69,7 @@ def find_format(render: Render) -> ChatFormat | None:
     """Returns the format that agrees with `render` on all CONVERSATIONS, or None if there is none."""
     try:
         found = _derive_format(render)
-        if found is None or any("{{" in text or '"""' in text for text in _texts(found)):
+        if found is None or any("{{" in f"{text}{{" or '"""' in text for text in _texts(found)):
             return None
         agrees = all(found.render(m, asks) == render(m, asks) for m in CONVERSATIONS for asks in (False, True))
     except Exception:  # a template raises any exception for roles that it refuses
@@ -139,7 +139,12 @@ def modelfile(model: str, found: ChatFormat | None, begin_of_text: str | None, s
     """Returns the text of the Modelfile for `model`, the name of the GGUF file.
 
     The template leaves out `begin_of_text`, which the runtime itself puts before every prompt. Without a format the
-    Modelfile has no template, and Ollama uses the one in the GGUF file.
+    Modelfile has no template, and Ollama uses the one in the GGUF file. A stop text that Ollama's parser cannot read as
+    one value is left out: it contains three quotes. (The parser knows no escapes. A value ends with the line unless its
+    quotes are still open.)
+
+    >>> modelfile("m.gguf", None, None, ["</s>", "\\nUser:"]).splitlines()
+    ['FROM ./m.gguf', 'PARAMETER stop "</s>"', 'PARAMETER stop \"\"\"', 'User:\"\"\"']
     """
     lines = [f"FROM ./{model}"]
     if found is not None:
@@ -147,5 +152,8 @@ def modelfile(model: str, found: ChatFormat | None, begin_of_text: str | None, s
         lines.append(f'TEMPLATE """{template}"""')
         if found.default_system:
             lines.append(f'SYSTEM """{found.default_system}"""')
-    quoted = (stop.replace("\\", "\\\\").replace('"', '\\"') for stop in dict.fromkeys(stops) if stop)
-    return "\n".join([*lines, *(f'PARAMETER stop "{stop}"' for stop in quoted)]) + "\n"
+    for stop in dict.fromkeys(stops):
+        if stop and '"""' not in stop:
+            quote = '"""' if set(stop) & set('"\r\n') else '"'
+            lines.append(f"PARAMETER stop {quote}{stop}{quote}")
+    return "\n".join(lines) + "\n"
