@@ -45,9 +45,9 @@ _TEXT_BYTES = 2**24
 def export_result(config: Config, overrides: Sequence[str], request: ExportRequest, console: Console) -> dict[str, Any]:
     """Exports the result in `config.output.dir`. Returns what was measured: the content of export.json.
 
-    The folder gets its name only after its logits have been compared with the reference's. A failed comparison raises
-    UserError and leaves nothing. UserError is also raised, before anything large is loaded, when there is no result,
-    the format cannot hold it, the disk is too full, or a hub token is missing.
+    The folder gets its name only after its logits and answers have been compared with the reference's. A failed
+    comparison raises UserError and leaves nothing. UserError is also raised, before anything large is loaded, when
+    there is no result, the format cannot hold it, the disk is too full, or a hub token is missing.
     """
     started = time.perf_counter()
     log = StepLog(console)

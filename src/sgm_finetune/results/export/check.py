@@ -222,12 +222,23 @@ def check_gguf(result: Result, file: Path, expected: ReferenceLogits, stored_in:
             file.parent, gguf_file=file.name, dtype=torch.float32, device_map={"": device_for()}
         )
         found = compute_logits(model, expected.ids)
-        answers = None if expected.own is None else plain_answers(model, expected.own)
+        # Transformers reads the first of the file's ends alone, and llama.cpp all of them
+        held = GenerationConfig(eos_token_id=_ends_in(file), pad_token_id=result.tokenizer.pad_token_id)
+        answers = None if expected.own is None else plain_answers(model, expected.own, held)
         del model
         free_models()
         return _with_answers(result, compare_logits(found, expected, stored_in, "Transformers"), answers, expected)
     found, answers = _ask_llama_cpp(result, file, expected)
     return _with_answers(result, compare_logits(found, expected, stored_in, "llama.cpp"), answers, expected)
+
+
+def _ends_in(file: Path) -> list[int]:
+    """The ids of the tokens at which llama.cpp stops, as the GGUF file names them."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    fields = (reader.get_field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return [int(field.contents()) for field in fields if field is not None]
 
 
 def _with_answers(
