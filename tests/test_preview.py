@@ -85,3 +85,13 @@ def test_the_command_prints_json_alone_and_leaves_nothing(tmp_path, reviews, cap
     assert {example["label"] for example in found["examples"]} <= {"good", "bad"}
     assert found["num_truncated"] == {"train": 0, "validation": 0, "test": 0}
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_columns_that_nothing_reads_are_said_in_one_line(rows, tmp_path):
+    data = rows({"text": "the good film", "label": "a"}, {"text": "a bad film", "label": "b"})
+    path = tmp_path / "rows.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**line, "text": f"{line['text']} {n}"}) + "\n" for n, line in enumerate(lines)))
+    found, words = shown([f"model.name={save_pico('bert', tmp_path / 'model')}", data])
+    assert found["not_read"] == ["number"]
+    assert "not read: number\n" in words
