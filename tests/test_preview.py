@@ -132,3 +132,13 @@ def test_of_many_classes_the_most_frequent_and_the_rarest_are_shown(tmp_path):
     assert "... 77 more ..." in words
     assert words.count("class ") < 30
     assert " often " in words
+
+
+def test_columns_that_nothing_reads_are_said_in_one_line(rows, tmp_path):
+    data = rows({"text": "the good film", "label": "a"}, {"text": "a bad film", "label": "b"})
+    path = tmp_path / "rows.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**line, "text": f"{line['text']} {n}"}) + "\n" for n, line in enumerate(lines)))
+    found, words = shown([f"model.name={save_pico('bert', tmp_path / 'model')}", data])
+    assert found["not_read"] == ["number"]
+    assert "not read: number\n" in words

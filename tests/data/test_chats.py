@@ -38,6 +38,18 @@ TOOLS = (
 )
 ARGUMENTS_AS_TEXT = TOOLS.replace("c.function.arguments | tojson", "c.function.arguments + ''")
 ARGUMENTS_PRINTED = TOOLS.replace("c.function.arguments | tojson", "c.function.arguments")
+CALLS_OF_NULL = (  # calls are written for a content that is null, with arguments as text; another content follows
+    "{% for m in messages %}[{{ m['role'] }}]{% if m['content'] is none %}"
+    "{% for c in m['tool_calls'] %}<call>{{ c['function']['name'] + ' ' + c['function']['arguments'] }}</call>"
+    "{% endfor %}{% else %}{{ m['content'] }}{% endif %}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+SWITCHED = (  # an empty reasoning on a line of its own, whose end the template's switch decides
+    "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}"
+    "{{ '\n<think>' + (m.reasoning_content or '') + '</think>\n' }}{% endif %}{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '\n<think></think>' }}{% endif %}{% endif %}"
+)
 THINKING = (
     "{% set ns = namespace(last=0) %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
@@ -187,7 +199,7 @@ def test_tools_may_be_a_json_text_or_functions_alone(tmp_path):
 
 def test_a_template_that_wants_arguments_as_text_gets_them_so(tmp_path):
     row = {"messages": [said("user", "q"), said("assistant", None, tool_calls=[call("f", {"town": "Ås"})])]}
-    for template in (ARGUMENTS_AS_TEXT, ARGUMENTS_PRINTED):
+    for template in (ARGUMENTS_AS_TEXT, ARGUMENTS_PRINTED, CALLS_OF_NULL):
         assert '<call>f {"town": "Ås"}</call>' in shown(tmp_path / "r.jsonl", template, row)[0]
 
 
@@ -256,6 +268,26 @@ def test_an_empty_reasoning_that_the_template_writes_is_not_learnt(tmp_path):
             row = {"messages": [said("user", "2+2"), said("assistant", "4", **reasoning)]}
             (text,) = shown(tmp_path / "r.jsonl", template, row)
             assert text.endswith("\n\n⟦4</s>⟧"), text
+
+
+def test_an_empty_reasoning_ends_where_the_template_without_reasoning_lets_a_question_end(tmp_path):
+    row = {"messages": [said("user", "2+2"), said("assistant", "4")]}
+    begin = "[user]2+2</s>\n[assistant]"
+    assert shown(tmp_path / "r.jsonl", SWITCHED, row) == [f"{begin}\n<think></think>⟦\n4</s>⟧"]
+    asked = asked_text(row["messages"][:1], tokenizer_of(SWITCHED), reasons=False)
+    assert asked == f"{begin}\n<think></think>"
+    unswitched = SWITCHED.replace("enable_thinking is defined and not enable_thinking", "false").replace("enable", "")
+    assert shown(tmp_path / "r.jsonl", unswitched, row) == [f"{begin}\n<think></think>\n⟦4</s>⟧"]
+    row["messages"][1]["reasoning"] = "add"
+    assert shown(tmp_path / "r.jsonl", SWITCHED, row) == [f"{begin}⟦\n<think>add</think>\n4</s>⟧"]
+
+
+def test_a_content_that_is_null_is_not_printed(tmp_path):
+    printed = TOOLS.replace("{% if m.content %}{{ m.content }}{% endif %}", "{{ m['content'] }}")
+    needs_text = TOOLS.replace("{% if m.content %}{{ m.content }}{% endif %}", "{{ m['content'] + '' }}")
+    row = {"messages": [said("user", "q"), said("assistant", None, tool_calls=[call("f", {})])]}
+    for template in (printed, needs_text):
+        assert shown(tmp_path / "r.jsonl", template, row) == ["[user]q</s>\n[assistant]⟦<call>f {}</call></s>⟧"]
 
 
 def test_an_empty_reasoning_in_the_answer_itself_is_learnt(tmp_path):
@@ -561,6 +593,8 @@ CHAIN = [
         (PLAIN, {"instruction": "q", "input": "i", "output": "a", "system": "s", "history": [["q1", "a1"]]}),
         (PLAIN, {"prompt": [said("user", "q")], "completion": [said("assistant", "a")]}),
         (PLAIN, {"messages": [said("user", [{"type": "text", "text": "q"}]), said("assistant", "a</s>")]}),
+        (CALLS_OF_NULL, {"messages": CHAIN}),
+        (SWITCHED, {"messages": [said("user", "q"), said("assistant", "a")]}),
         (THINKING, {"messages": [said("user", "q"), said("assistant", "a")]}),
         (THINKING, {"messages": [said("user", "q"), said("assistant", "a", reasoning="r")]}),
         (STRICT, {"messages": [said("user", "<s>q"), said("assistant", "a")]}),

@@ -12,7 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import one_line
-from sgm_finetune.data.conversations import Message, is_learnt
+from sgm_finetune.data.conversations import Message, has_reasoning, is_learnt
 
 ALPACA = "Below is an instruction that describes a task. Write a response that completes it.\n\n### Instruction:\n"
 """Start of an instruction for a model without a chat template."""
@@ -42,15 +42,17 @@ def written_answers(conversation: list[Message], tokenizer: Any, tools: Tools = 
     before its answer.
     """
     turns = [n for n, message in enumerate(conversation) if is_learnt(message)]
-    if turns[0] == 0:
-        raise UserError("The conversation begins with the assistant; begin it with a question, or remove the row")
     messages, whole = _accepted(conversation[: turns[-1] + 1], tokenizer, tools)
     if _MARKS.search(tokenizer.get_chat_template(tools=tools)):
         return [(whole, _marked(messages, conversation, tokenizer, tools))]
     parts = [
         (_render(messages[:n], tokenizer, tools, ask=True), _render(messages[: n + 1], tokenizer, tools)) for n in turns
     ]
-    spans = [_answer_span(asked, text, messages[n]) for n, (asked, text) in zip(turns, parts, strict=True)]
+    begins = [
+        _answer_begin(messages[:n], messages[n], asked, text, tokenizer, tools)
+        for n, (asked, text) in zip(turns, parts, strict=True)
+    ]
+    spans = [(begin, max(begin + 1, len(text.rstrip()))) for begin, (_, text) in zip(begins, parts, strict=True)]
     if all(text.startswith(asked) and whole.startswith(text) for asked, text in parts):
         return [(whole, spans)]
     for asked, text in parts:
@@ -62,10 +64,18 @@ def written_answers(conversation: list[Message], tokenizer: Any, tools: Tools = 
     return [(text, [span]) for (_, text), span in zip(parts, spans, strict=True)]
 
 
-def _answer_span(asked: str, answered: str, message: Message) -> Span:
-    """The [begin, end) of an answer, without an empty reasoning and the white space behind the end of its turn."""
-    begin = _behind_empty_reasoning(answered, len(asked), message)
-    return begin, max(begin + 1, len(answered.rstrip()))
+def _answer_begin(
+    before: list[Message], message: Message, asked: str, answered: str, tokenizer: Any, tools: Tools
+) -> int:
+    """Where the answer begins: behind the question, and behind an empty reasoning that the message does not have.
+
+    The empty reasoning ends where the template lets a question end that asks for none (`enable_thinking=False`).
+    """
+    if "enable_thinking" in tokenizer.get_chat_template(tools=tools) and not has_reasoning([message]):
+        quiet = _render(before, tokenizer, tools, ask=True, enable_thinking=False)
+        if len(quiet) > len(asked) and answered.startswith(quiet):
+            return len(quiet)
+    return _behind_empty_reasoning(answered, len(asked), message)
 
 
 def _behind_empty_reasoning(text: str, begin: int, message: Message, header: int = 0) -> int:
@@ -74,7 +84,7 @@ def _behind_empty_reasoning(text: str, begin: int, message: Message, header: int
     The question may end within it: with its opening mark. `header` characters may stand before it.
     """
     for empty in _NO_REASONING.finditer(text, max(0, begin - 100)):
-        if empty.start() > begin + header:
+        if empty.start() > begin + header and text[begin : empty.start()].strip():
             break
         is_own = str(message.get("content", "")).lstrip()[1:].startswith(empty[1] or empty[2])
         if empty.end() > begin and not is_own:
@@ -84,7 +94,7 @@ def _behind_empty_reasoning(text: str, begin: int, message: Message, header: int
 
 def _marked(messages: list[Message], conversation: list[Message], tokenizer: Any, tools: Tools) -> list[Span]:
     """What the template marks as generated: one mark for each turn, or the turns are all learnt."""
-    text, spans = _render_marked(messages, tokenizer, tools)
+    text, spans = _rendered(messages, tokenizer, tools, return_assistant_tokens_mask=True)
     turns = [said for said in conversation[: len(messages)] if said["role"] == "assistant"]
     if not spans:
         raise UserError("This model's chat template marks nothing as generated in this conversation; remove it")
@@ -119,9 +129,9 @@ def asked_text(conversation: list[Message], tokenizer: Any, tools: Tools = None,
             answered = _render([*messages, answer], tokenizer, tools)
         except UserError:  # the conversation ends with the beginning of an answer
             return asked
-        return (
-            answered[: _behind_empty_reasoning(answered, len(asked), answer)] if answered.startswith(asked) else asked
-        )
+        if not answered.startswith(asked):
+            return asked
+        return answered[: _answer_begin(messages, answer, asked, answered, tokenizer, tools)]
     if tools or [message["role"] for message in conversation] != ["user"]:
         raise UserError(needs_template(len(conversation)))
     return f"{ALPACA}{conversation[0]['content']}\n\n### Response:\n"
@@ -158,11 +168,11 @@ def _accepted(
 ) -> tuple[list[Message], str]:
     """The messages in the first form that the template takes, and their text.
 
-    A missing content may have to be an empty one, and the arguments of a call a JSON text. Without `tool_calls` in the
+    A missing content may have to be null or empty, and the arguments of a call a JSON text. Without `tool_calls` in the
     template, ShareGPT's text of a call is the message's content. Texts lose their own special tokens where the template
     writes the same ones beside them. Raises UserError for calls that the template does not write.
     """
-    refusal: UserError | None = None
+    refusal, loses_calls = None, False
     for messages in _forms(conversation):
         try:
             text = _render(messages, tokenizer, tools, ask)
@@ -170,26 +180,27 @@ def _accepted(
             refusal = refusal or error
             continue
         if _writes_python(messages, text):
-            continue  # the template expects arguments as a text
+            continue
         if _loses_calls(messages, text, tokenizer, tools, ask):
-            return _accepted(_with_calls_as_text(conversation), tokenizer, tools, ask)
+            loses_calls = True
+            continue
         single = _without_own_tokens(messages, text, tokenizer)
         return (messages, text) if single == messages else (single, _render(single, tokenizer, tools, ask))
+    if loses_calls:
+        return _accepted(_with_calls_as_text(conversation), tokenizer, tools, ask)
     raise refusal or UserError("The model's chat template writes the arguments of a call as Python does, not as JSON")
 
 
 def _forms(conversation: list[Message]) -> Iterator[list[Message]]:
     """The conversation as it is, then in the forms that some templates need instead."""
-    plain = [
-        {key: value for key, value in said.items() if key not in ("weight", "function_call")} for said in conversation
-    ]
-    filled = [{**said, "content": said.get("content", "")} for said in plain]
-    yield plain
-    if filled != plain:
-        yield filled
-    if any(said.get("tool_calls") for said in plain):
-        yield [_with_written_arguments(said) for said in plain]
-        yield [_with_written_arguments(said) for said in filled]
+    hidden = ("weight", "function_call")
+    plain = [{key: value for key, value in said.items() if key not in hidden} for said in conversation]
+    forms = [plain]
+    if any("content" not in said for said in plain):
+        forms += [[{"content": content, **said} for said in plain] for content in (None, "")]
+    yield from forms
+    if any("tool_calls" in said for said in plain):
+        yield from ([_with_written_arguments(said) for said in form] for form in forms)
 
 
 def _with_written_arguments(message: Message) -> Message:
@@ -204,12 +215,16 @@ def _with_written_arguments(message: Message) -> Message:
 
 
 def _writes_python(messages: list[Message], text: str) -> bool:
-    """Whether the text has the arguments of a call as Python prints them, which is not JSON."""
+    """Whether the text has a null content or the arguments of a call as Python prints them."""
+    if any(said.get("content", "") is None for said in messages):
+        own = json.dumps(messages, ensure_ascii=False).count("None")
+        if text.count("None") > own:
+            return True
     for call in (call for said in messages for call in said.get("tool_calls", ())):
         arguments = call["function"]["arguments"]
         printed = repr(arguments)
         is_python = isinstance(arguments, dict) and printed != json.dumps(arguments, ensure_ascii=False)
-        if is_python and text.count(printed) > sum(str(said.get("content", "")).count(printed) for said in messages):
+        if is_python and text.count(printed) > sum(str(said.get("content")).count(printed) for said in messages):
             return True
     return False
 
@@ -218,9 +233,12 @@ def _loses_calls(messages: list[Message], text: str, tokenizer: Any, tools: Tool
     """Whether the template writes the same text without the calls."""
     if not any("tool_calls" in said for said in messages):
         return False
-    without = [{key: value for key, value in said.items() if key != "tool_calls"} for said in messages]
+    without = [
+        {key: value for key, value in said.items() if key != "tool_calls"} | {"content": said.get("content") or ""}
+        for said in messages
+    ]
     try:
-        return _render([{"content": "", **said} for said in without], tokenizer, tools, ask) == text
+        return _render(without, tokenizer, tools, ask) == text
     except UserError:  # a template that needs the calls
         return False
 
@@ -248,14 +266,14 @@ def _without_own_tokens(messages: list[Message], text: str, tokenizer: Any) -> l
     has_bos = bool(bos) and text.lstrip().startswith(bos)
     found = []
     for said in messages:
-        content = said.get("content", "")
+        content = said.get("content") or ""
         if has_bos and content.lstrip().startswith(bos):
             content = content.lstrip().removeprefix(bos)
         if content.rstrip().endswith(special):
             last = next(token for token in special if content.rstrip().endswith(token))
             if re.search(rf"{re.escape(content.strip())}\s*{re.escape(last)}", text):
                 content = content.rstrip().removesuffix(last)
-        found.append(said if content == said.get("content", "") else {**said, "content": content})
+        found.append(said if content == (said.get("content") or "") else {**said, "content": content})
     return found
 
 
@@ -267,31 +285,26 @@ def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(token for token in dict.fromkeys([*named, *marked]) if token)
 
 
-def _render(messages: list[Message], tokenizer: Any, tools: Tools, ask: bool = False) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
-    except Exception as error:  # a template raises any type
-        raise _refusal(error) from None
+def _render(messages: list[Message], tokenizer: Any, tools: Tools, ask: bool = False, **options: Any) -> str:
+    return _rendered(messages, tokenizer, tools, add_generation_prompt=ask, **options)[0]
 
 
-def _render_marked(messages: list[Message], tokenizer: Any, tools: Any) -> tuple[str, list[Span]]:
+def _rendered(messages: list[Message], tokenizer: Any, tools: Any, **options: Any) -> tuple[str, list[Span]]:
     """The text of the messages, and what the template marks as generated, in characters.
 
-    Transformers' `return_assistant_tokens_mask` gives the marks in tokens, and only for a tokenizer that knows the
-    characters of a token.
+    `apply_chat_template` does the same, but it leaves out a null, which some templates need for a missing content, and
+    it gives the marks in tokens, and only for a tokenizer that knows the characters of a token.
     """
+    if not messages:
+        raise UserError("The conversation begins with the assistant; begin it with a question, or remove the row")
     try:
         texts, marks = render_jinja_template(
             [messages], tools, chat_template=tokenizer.get_chat_template(tools=tools),
-            return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
+            **{**tokenizer.special_tokens_map, **options},
         )  # fmt: skip
-    except Exception as error:  # as above
-        raise _refusal(error) from None
-    return texts[0], [(begin, end) for begin, end in marks[0] if end > begin]  # type: ignore[misc]
-
-
-def _refusal(error: Exception) -> UserError:
-    return UserError(f"The model's chat template refuses this conversation: {one_line(error)}")
+    except Exception as error:  # a template raises any type
+        raise UserError(f"The model's chat template refuses this conversation: {one_line(error)}") from None
+    return texts[0], [(begin, end) for begin, end in marks[0] if end > begin] if marks else []  # type: ignore[misc]
 
 
 _LOOKS = 50

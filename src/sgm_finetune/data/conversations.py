@@ -116,7 +116,7 @@ def has_reasoning(messages: Sequence[Message]) -> bool:
     """Whether the assistant reasons before it answers: in a field of its own, or in its content."""
     return any(
         said["role"] == "assistant"
-        and (any(key in said for key in _REASONING) or "</think>" in said.get("content", ""))
+        and (any(key in said for key in _REASONING) or "</think>" in (said.get("content") or ""))
         for said in messages
     )
 
