@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,10 +24,11 @@ from pathlib import Path
 
 from recording import append_run, processor
 
-WORDS = (
-    "the a film plot cast story acting director scene moment heart humour drama quiet loud strange warm clever dull slow "
-    "bright and with of in to is was not but never always almost every some"
-).split()
+WORDS = re.findall(
+    r"\w+",
+    "the a film plot cast story acting director scene moment heart humour drama quiet loud strange warm clever dull "
+    "slow bright and with of in to is was not but never always almost every some",
+)
 LITTLE = 0.001
 """Share of a row's input for the command that memory is compared with."""
 
@@ -112,7 +114,7 @@ def measure(arguments: list[str], source: str, folder: Path) -> Measured:
 
 
 def measure_row(name: str, source: str, size: float) -> dict:
-    """Seconds and memory of one row; `memory_times_input` is memory above that of little input, over the input's bytes."""
+    """Seconds and memory of one row. `memory_times_input`: memory above that of little input, by the input's bytes."""
     with tempfile.TemporaryDirectory() as scratch:
         little, whole = Path(scratch) / "little", Path(scratch) / "whole"
         for folder in (little, whole):

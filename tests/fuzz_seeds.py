@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -149,6 +152,16 @@ def as_csv() -> bytes:
     return held.getvalue().encode()
 
 
+def as_semicolons() -> list[str]:
+    """The lines of a file that has semicolons between its fields."""
+    return as_csv().decode().replace(",", ";").splitlines(keepends=True)
+
+
+def as_packed(lines: Any) -> bytes:
+    text = "".join(map(str, lines)) if isinstance(lines, list) else str(lines)
+    return gzip.compress(text.encode("utf-8", "surrogatepass"))
+
+
 def as_parquet() -> bytes:
     held = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows()), held)
@@ -256,6 +269,7 @@ def readers() -> dict[str, Reader]:
     tokenizer = {path.name: path.read_bytes() for path in model.iterdir() if "token" in path.name}
     run = ("metrics.json", "history.json", "pictures.json", "examples.json", "plan.json", "plan.safetensors",
            "config.yaml")  # fmt: skip
+    lines = b"\n".join(map(as_json, rows()))
     checkpoint = folder / "checkpoint-1"
     checkpoint.mkdir(exist_ok=True)
     (checkpoint / "a.bin").write_bytes(b"abc")
@@ -293,7 +307,12 @@ def readers() -> dict[str, Reader]:
             lambda path: load_prompts(path.parent, 8, 4), as_json),
         ".csv": Reader("data.csv", as_csv(), read_data),
         ".json": Reader("data.json", rows(), read_data, as_json),
-        ".jsonl": Reader("data.jsonl", b"\n".join(map(as_json, rows())), read_data),
+        ".jsonl": Reader("data.jsonl", lines, read_data),
+        ".jsonl.gz": Reader("data.jsonl.gz", gzip.compress(lines), read_data),
+        ".csv.bz2": Reader("data.csv.bz2", bz2.compress(as_csv()), read_data),
+        ".json.xz": Reader("data.json.xz", lzma.compress(as_json(rows())), read_data),
+        ".jsonl.zst": Reader("data.jsonl.zst", pa.Codec("zstd").compress(lines, asbytes=True), read_data),
+        "packed text": Reader("data.csv.gz", as_semicolons(), read_data, as_packed),
         ".parquet": Reader("data.parquet", as_parquet(), read_data),
         ".conll": Reader("data.conll", as_conll(), lambda path: read_data(path, "token-classification")),
         "chats": Reader("data.json", chats(), read_chats, as_json),

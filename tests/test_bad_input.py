@@ -129,10 +129,10 @@ CONFIGURATION: list[Row] = [
     ("an unknown key", lambda p: ["training.learning_rte=1"], ["`training.learning_rte`", "did you mean"]),
     ("an unknown section", lambda p: ["trainin.epochs=1"], ["`trainin`", "did you mean `training`"]),
     ("a key of another section", lambda p: ["training.rank=1"], ["training.rank", "`adapter.rank`"]),
-    ("text for a number", lambda p: ["training.learning_rate=fast"], ["'fast'", "valid number"]),
-    ("text for a whole number", lambda p: ["training.max_steps=many"], ["'many'", "valid integer"]),
+    ("text for a number", lambda p: ["training.learning_rate=fast"], ["'fast'", "write a plain number"]),
+    ("text for a whole number", lambda p: ["training.max_steps=many"], ["'many'", "write a plain number"]),
     ("a fraction for a whole number", lambda p: ["training.max_steps=2.5"], ["2.5", "integer"]),
-    ("true for a number", lambda p: ["training.batch_size=true"], ["True", "not a number"]),
+    ("true for a number", lambda p: ["training.batch_size=true"], ["'true'", "write a plain number"]),
     ("a choice that there is not", lambda p: ["merge.side=left"], ["'left'", "'auto', 'input', 'output' or 'none'"]),
     ("a task that there is not", lambda p: ["model.task=poetry"], ["'poetry'", "'causal-lm'"]),
     ("a fraction above one", lambda p: ["selection.top_fraction=1.5"], ["1.5", "less than or equal to 1"]),
@@ -275,7 +275,7 @@ TASKS: list[Row] = [
     (
         "pairs of other names",
         lambda p: [LM, "data.columns={prompt: text}"],
-        ["no column `completion`", "data.columns="],
+        ["no column `completion`", "say with data.columns which of them are prompt, completion"],
     ),
     (
         "numbers that are words",

@@ -200,7 +200,8 @@ def said(messages: object) -> list[dict]:
             [{"review": "good", "stars": 1}],
             {},
             CLASSIFICATION,
-            "r.jsonl has no column `text` (has: review, stars); name it with data.columns='{text: review}'",
+            "r.jsonl has no column `text` (has: review, stars); "
+            "name it with data.columns='{text: review, label: stars}'",
         ),
         (
             [{"review": "good", "stars": 1}],
@@ -212,7 +213,8 @@ def said(messages: object) -> list[dict]:
             [{"review": "good", "stars": 1}],
             {"columns": {"text": "review"}},
             CLASSIFICATION,
-            "r.jsonl has no column `label` (has: review, stars); name it with data.columns='{label: stars}'",
+            "r.jsonl has no column `label` (has: review, stars); "
+            "name it with data.columns='{text: review, label: stars}'",
         ),
         (
             labelled("a", "b"),

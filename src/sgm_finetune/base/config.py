@@ -166,7 +166,7 @@ class DataConfig(_Section):
     """Embedded data set (`rotten-tomatoes`, `imdb`, `xsum`, `conll-sample`, `jane-austen`), hub id or local data set
     folder. `owner/name:subset` selects a subset on the hub. For your own files, set `train` instead."""
     train: PathText | None = None
-    """Training file: .csv, .tsv, .json, .jsonl, .parquet, .txt or .conll."""
+    """Training file: .csv, .tsv, .json, .jsonl, .parquet, .txt or .conll, packed (.gz, .bz2, .xz, .zst) or not."""
     validation: PathText | None = None
     """Validation file (null: `validation_fraction` of the training data)."""
     test: PathText | None = None

@@ -127,7 +127,7 @@ def _remedy(table: Table, layout: Layout, columns: Mapping[Role, str]) -> str:
     task: Task = next(task for task, layouts in LAYOUTS.items() if layout.name in {known.name for known in layouts})
     found = propose_columns(table, task, layout.roles, columns, layout.is_named)
     if found is None:
-        possible = (layout,) if layout.is_named else LAYOUTS[task]
+        possible = (layout,) if layout.is_named or columns else LAYOUTS[task]
         roles = " or ".join(dict.fromkeys(", ".join(known.roles) for known in possible))
         return f"say with data.columns which of them are {roles}"
     likely, chosen = found

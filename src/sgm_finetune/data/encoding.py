@@ -385,10 +385,12 @@ def _dataset(
     columns: Mapping[str, TokenLists], labels: Sequence[Any] | TokenLists, features: Mapping[str, Any]
 ) -> datasets.Dataset:
     """The data set of token sequences, with a mask of ones. No number becomes a Python object on the way."""
-    lists = {**columns, "attention_mask": columns["input_ids"].filled(1)}
-    described = datasets.Features({name: features[name] for name in (*lists, "labels")})
-    schema = described.arrow_schema
-    arrays = [values.arrow(schema.field(name).type.value_type) for name, values in lists.items()]
-    kind = schema.field("labels").type
-    arrays.append(labels.arrow(kind.value_type) if isinstance(labels, TokenLists) else pa.array(labels, kind))
+    found: dict[str, Any] = {name: lists.arrow() for name, lists in columns.items()}
+    found |= {"attention_mask": columns["input_ids"].mask()}
+    found |= {"labels": labels.arrow() if isinstance(labels, TokenLists) else labels}
+    schema = datasets.Features({name: features[name] for name in found}).arrow_schema
+    arrays = [
+        values.cast(kind) if isinstance(values, pa.Array) else pa.array(values, kind)
+        for values, kind in zip(found.values(), schema.types, strict=True)
+    ]
     return datasets.Dataset(InMemoryTable(pa.table(arrays, schema=schema)))

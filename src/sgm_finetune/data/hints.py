@@ -63,7 +63,10 @@ def propose_columns(
     order: list[Task] = [task] if only or chosen else [task, *(other for other in SHAPES if other != task)]
     for possible in order:
         for shape in (tuple(roles),) if only else SHAPES[possible]:
-            if set(chosen) <= set(shape) and (found := _match(table, shape, chosen)):
+            found = _match(table, shape, chosen) if set(chosen) <= set(shape) else None
+            if shape == ("instruction", "output") and not only and found and found["instruction"] != "instruction":
+                continue  # a question and its answer are a prompt and its completion
+            if found:
                 return possible, found
     if task == "sequence-classification" and (found := columns_by_content(table)):
         return task, {**found, **chosen}
@@ -85,8 +88,6 @@ def _match(table: Table, roles: Sequence[Role], chosen: Mapping[Role, str]) -> d
         if column is None:
             return None
         found[role] = column
-    if roles == ("instruction", "output") and found["instruction"] != "instruction":
-        return None  # a question and its answer are a prompt and its completion
     pair = PAIRS.get(_plain(found.get("text", "")))
     if pair in by_name and by_name[pair] not in found.values():
         found["text_pair"] = by_name[pair]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
 from sgm_finetune.base.config import DataConfig, LabelKind, Task
 from sgm_finetune.base.errors import UserError
@@ -178,17 +179,17 @@ def drop_duplicates(rows: dict[Split, Rows]) -> tuple[dict[Split, Rows], list[st
     data contains; validation data loses texts that test data contains. Repeats within a given validation or test file
     stay, because its owner chose them.
     """
-    held_out: set[str] = set()
+    held_out: set[bytes] = set()
     kept: dict[Split, Rows] = {}
     num_repeated = num_shared = num_contradicting = 0
     for split in ("test", "validation"):
         if split in rows:
-            keys = _keys(rows[split])
+            keys = list(_keys(rows[split]))
             keep = [index for index, key in enumerate(keys) if key not in held_out]
             num_shared += len(keys) - len(keep)
             kept[split] = take(rows[split], keep)
             held_out.update(keys)
-    first: dict[str, int] = {}
+    first: dict[bytes, int] = {}
     for index, key in enumerate(_keys(rows["train"])):
         if key in held_out:
             num_shared += 1
@@ -257,10 +258,11 @@ def _why_empty(source: Source, split: Split, total: int) -> str:
     )
 
 
-def _keys(rows: Rows) -> list[str]:
-    """A key for each row: all its texts, without differences in case and white space."""
-    texts = zip(*(values for role, values in rows.items() if role not in ("label", "tags", "row")), strict=True)
-    return ["\0".join(" ".join(_text(value).casefold().split()) for value in parts) for parts in texts]
+def _keys(rows: Rows) -> Iterator[bytes]:
+    """A key for each row: the hash of all its texts, without differences in case and white space."""
+    for parts in zip(*(values for role, values in rows.items() if role not in ("label", "tags", "row")), strict=True):
+        text = "\0".join(" ".join(_text(value).casefold().split()) for value in parts)
+        yield xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
 
 
 def _text(value: str | list | None) -> str:

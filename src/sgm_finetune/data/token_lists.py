@@ -13,7 +13,7 @@ class TokenLists:
     """Lists of 32-bit integers, appended one after the other.
 
     >>> lists = TokenLists([[5, 6], [7]])
-    >>> len(lists), lists.arrow(pa.int32()).to_pylist(), lists.filled(1).arrow(pa.int8()).to_pylist()
+    >>> len(lists), lists.arrow().to_pylist(), lists.mask().to_pylist()
     (2, [[5, 6], [7]], [[1, 1], [1]])
     """
 
@@ -33,14 +33,13 @@ class TokenLists:
         for numbers in lists:
             self.append(numbers)
 
-    def filled(self, number: int) -> TokenLists:
-        """Lists of the same lengths that hold `number` alone."""
-        lists = TokenLists()
-        lists._numbers, lists._ends = array("i", [number]) * len(self._numbers), self._ends
-        return lists
+    def arrow(self) -> pa.Array:
+        """The lists as an Arrow array of lists of int32."""
+        return pa.ListArray.from_arrays(self._offsets(), pa.array(np.frombuffer(self._numbers, np.int32)))
 
-    def arrow(self, type: pa.DataType) -> pa.Array:
-        """The lists as an Arrow array of lists of `type`."""
-        offsets = pa.array(np.frombuffer(self._ends, np.int64), pa.int32())
-        numbers = np.frombuffer(self._numbers, np.int32).astype(type.to_pandas_dtype())
-        return pa.ListArray.from_arrays(offsets, pa.array(numbers, type))
+    def mask(self) -> pa.Array:
+        """An Arrow array of lists of int8 that hold 1 for each number."""
+        return pa.ListArray.from_arrays(self._offsets(), pa.array(np.ones(len(self._numbers), np.int8)))
+
+    def _offsets(self) -> pa.Array:
+        return pa.array(np.frombuffer(self._ends, np.int64), pa.int32())
