@@ -30,6 +30,7 @@ from sgm_finetune.commands.steps import (
 from sgm_finetune.measure.probe import Probe
 from sgm_finetune.measure.scan_result import Scan
 from sgm_finetune.results.examples import changed_examples, fingerprint_of_test
+from sgm_finetune.results.export.target import base_for_peft
 from sgm_finetune.results.files import PTH, save_adapter
 from sgm_finetune.results.folder import Start, begin, recall_start
 from sgm_finetune.results.pth import save_pth
@@ -237,7 +238,8 @@ def _write_results(
     )
     write_json(output / "examples.json", examples)
     write_json(output / "history.json", state.log_history)
-    save_adapter(adapted.model, prepared.tokenizer, output / "adapter")
+    base = base_for_peft(s.config.model.name, prepared.folder)
+    save_adapter(adapted.model, prepared.tokenizer, output / "adapter", base)
     save_pth(
         output / PTH,
         adapted.model,

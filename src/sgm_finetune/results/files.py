@@ -37,9 +37,10 @@ def write_config(path: Path, config: Config) -> None:
     write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
-def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base: str) -> None:
     """Writes a standard PEFT LoRA folder (adapter_config.json, adapter_model.safetensors) with the tokenizer's files.
 
+    adapter_config.json names the base model `base`.
     Shared factors are written once per member, so that an unmodified `PeftModel.from_pretrained` loads it.
     """
     scratch, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
@@ -47,6 +48,8 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: P
         with writing(folder):
             for left in (scratch, old):
                 shutil.rmtree(left, ignore_errors=True)
+            for config in model.peft_config.values():
+                config.base_model_name_or_path = base
             model.save_pretrained(str(scratch))
             tokenizer.save_pretrained(scratch)
             if folder.exists():
