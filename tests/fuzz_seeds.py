@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,13 +27,16 @@ from safetensors.torch import save
 
 from sgm_finetune.base.config import Config, ModelConfig
 from sgm_finetune.base.config_file import load_config
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.encoding import encode
 from sgm_finetune.data.splits import load_splits
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.measure.scan_formats import load_scan
 from sgm_finetune.measure.scan_result import by_parameter
 from sgm_finetune.method.parameter_count import adapter_parameters
-from sgm_finetune.model.architecture import check_model
+from sgm_finetune.model.architecture import check_model, read_model_config
+from sgm_finetune.model.classes import choose_head
+from sgm_finetune.model.folder import refuse_adapter
 from sgm_finetune.model.load import Head, skeleton
 from sgm_finetune.model.tokenizer import load_tokenizer
 from sgm_finetune.model.weights.stored import stored_matrices
@@ -199,6 +203,34 @@ def read_chats(path: Path) -> None:
     encode(splits.train, tokenizer, "causal-lm", 256, splits.origins["train"])
 
 
+def list_rows() -> list[dict]:
+    """Rows whose labels are vectors of 0 and 1."""
+    return [{**row, "label": [n % 2, 1, int(n % 3 == 0)]} for n, row in enumerate(rows())]
+
+
+def as_lists_in_csv() -> bytes:
+    held = io.StringIO()
+    writer = csv.DictWriter(held, ["text", "label"])
+    writer.writeheader()
+    writer.writerows({**row, "label": f"['{row['label']}', 'c']"} for row in rows())
+    return held.getvalue().encode()
+
+
+def read_head(path: Path) -> None:
+    """Chooses the head of a model by its config.json."""
+    described = read_model_config(ModelConfig(name="x"), path.parent)
+    for labels in (("neg", "pos"), ("0", "1"), ()):
+        for task in ("sequence-classification", "token-classification"):
+            choose_head(labels, described, task)
+
+
+def read_adapter(path: Path) -> None:
+    """Names the base model of an adapter that was given for a model, in the one line that refuses it."""
+    with suppress(UserError):
+        refuse_adapter(path.parent)
+        raise AssertionError(f"{path} is not refused")
+
+
 def read_weights(path: Path) -> None:
     for matrix in stored_matrices(path if path.suffix == ".gguf" else path.parent):
         matrix.load()
@@ -314,6 +346,15 @@ def readers() -> dict[str, Reader]:
         ".jsonl.zst": Reader("data.jsonl.zst", pa.Codec("zstd").compress(lines, asbytes=True), read_data),
         "packed text": Reader("data.csv.gz", as_semicolons(), read_data, as_packed),
         ".parquet": Reader("data.parquet", as_parquet(), read_data),
+        "vectors of labels": Reader("data.json", list_rows(), read_data, as_json),
+        "lists in .csv": Reader("data.csv", as_lists_in_csv(), read_data),
+        "a head's config.json": Reader(
+            "config.json",
+            {"model_type": "bert", "architectures": ["BertForSequenceClassification"],
+             "id2label": {"0": "pos", "1": "neg"}, "label2id": {"pos": 0, "neg": 1}},
+            read_head, as_json),
+        "adapter_config.json": Reader("adapter_config.json", {"base_model_name_or_path": "owner/name", "r": 8},
+                                      read_adapter, as_json),
         ".conll": Reader("data.conll", as_conll(), lambda path: read_data(path, "token-classification")),
         "chats": Reader("data.json", chats(), read_chats, as_json),
         "ShareGPT": Reader("data.json", sharegpt(), read_chats, as_json),

@@ -20,6 +20,15 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import mib
 
 
+def absolute_path(path: str | Path) -> str:
+    """The absolute path without `..` and `~`; links stay in it where that leads to the same place."""
+    whole = os.path.expanduser(path)
+    plain = os.path.abspath(whole)
+    if not os.path.exists(whole) or (os.path.exists(plain) and os.path.samefile(whole, plain)):
+        return plain
+    return os.path.realpath(whole)
+
+
 @contextmanager
 def writing(path: Path, remedy: str = "") -> Iterator[None]:
     """Turns the error of a full or read-only disk into a UserError that names `path`.

@@ -35,7 +35,7 @@ from sgm_finetune.results.export.check import (
 from sgm_finetune.results.export.hub import push
 from sgm_finetune.results.export.merge import MergedTensor, merged_tensors
 from sgm_finetune.results.export.shards import SHARD_BYTES, check_own_files, write_config_files, write_shards
-from sgm_finetune.results.export.target import REPORT, ExportFormat, hub_model
+from sgm_finetune.results.export.target import REPORT, ExportFormat, base_for_peft, hub_model
 from sgm_finetune.results.load import Result, base_skeleton, dtype_name, read_result
 
 _TEXT_BYTES = 2**24
@@ -164,7 +164,7 @@ def _prepare_adapter(result: Result, request: ExportRequest, log: StepLog) -> _P
     num_bytes = sum(tensor.nbytes for tensor in result.content["adapter"].values()) + _TEXT_BYTES
 
     def write(folder: Path) -> dict[str, str]:
-        write_adapter(result, skeleton, _base_for_peft(result), folder)
+        write_adapter(result, skeleton, base_for_peft(result.config.model.name, result.folder), folder)
         return {}
 
     return _Prepared(
@@ -234,11 +234,6 @@ _PREPARE: dict[ExportFormat, Callable[[Result, ExportRequest, StepLog], _Prepare
 
 def _num_parameters(skeleton: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in skeleton.parameters())
-
-
-def _base_for_peft(result: Result) -> str:
-    """The base model's name for adapter_config.json: its hub id, or else its folder on this machine."""
-    return hub_model(result.config.model.name) or str(result.folder.absolute())
 
 
 def _coarsest_type(tensors: Sequence[MergedTensor]) -> str:

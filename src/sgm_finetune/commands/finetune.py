@@ -34,6 +34,7 @@ from sgm_finetune.measure.probe import Probe
 from sgm_finetune.measure.scan_result import Scan
 from sgm_finetune.results.answers import generates_text
 from sgm_finetune.results.examples import changed_examples, fingerprint_of_test
+from sgm_finetune.results.export.target import base_for_peft
 from sgm_finetune.results.files import PTH, save_adapter
 from sgm_finetune.results.folder import Start, begin, recall_start
 from sgm_finetune.results.kept_prompts import save_prompts
@@ -247,6 +248,7 @@ def _write_results(
     save_adapter(
         adapted.model,
         output / "adapter",
+        base_for_peft(s.config.model.name, prepared.folder),
         lambda folder: save_tokenizer(prepared.tokenizer, folder, generation, is_chat),
     )
     save_prompts(prepared.test.dataset, task, output)

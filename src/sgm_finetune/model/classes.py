@@ -90,8 +90,9 @@ def choose_head(labels: Sequence[str], described: PreTrainedConfig, task: Task) 
 def _head_task(described: PreTrainedConfig) -> Task | None:
     """The task of the head of classes in the model's files, as its configuration says; None without such a head."""
     architectures = getattr(described, "architectures", None)
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
     for task, ending in _HEADS.items():
-        if any(str(name).endswith(ending) for name in architectures or ()):
+        if any(name.endswith(ending) for name in names):
             return task
     return None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import writing
+from sgm_finetune.base.files import absolute_path, writing
 from sgm_finetune.base.hub import explain_hub_error
 from sgm_finetune.base.install import install_line
 from sgm_finetune.base.text import short_repr
@@ -54,7 +54,7 @@ def local_folder(name: str, revision: str | None = None, announce: Callable[[str
         return _embedded_folder(name, announce)
     check_name(name)
     path = Path(name).expanduser()
-    folder = path.absolute() if path.is_dir() else _download(name, revision, announce)
+    folder = Path(absolute_path(path)) if path.is_dir() else _download(name, revision, announce)
     refuse_adapter(folder)
     return folder
 

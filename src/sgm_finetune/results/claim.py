@@ -14,6 +14,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import first_mistake
 from sgm_finetune.base.untrusted import refuse, require_json_object
 from sgm_finetune.results.files import PTH, RESULTS, check_links
+from sgm_finetune.results.paths import found_from, with_absolute_paths
 from sgm_finetune.train.budget.reuse import reuse_fit
 from sgm_finetune.train.checkpoints import check_best, last_whole_checkpoint
 
@@ -105,8 +106,8 @@ _FREE = (
 
 def _check_same_run(config: Config, output: Path) -> None:
     """Raises UserError if a key that shapes the result differs from the interrupted run's."""
-    earlier = load_config(output / "config.yaml").model_dump(mode="json")
-    now = config.model_dump(mode="json")
+    earlier = found_from(load_config(output / "config.yaml").model_dump(mode="json"), output)
+    now = with_absolute_paths(config).model_dump(mode="json")
     for section, values in now.items():
         pairs = {section: (earlier.get(section), values)}
         if isinstance(values, dict):

@@ -37,12 +37,15 @@ def write_config(path: Path, config: Config) -> None:
     write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
-def save_adapter(model: PeftModel, folder: Path, write_tokenizer: Callable[[Path], None]) -> None:
+def save_adapter(model: PeftModel, folder: Path, base: str, write_tokenizer: Callable[[Path], None]) -> None:
     """Writes a standard PEFT LoRA folder (adapter_config.json, adapter_model.safetensors) with what `write_tokenizer`
     writes.
 
+    adapter_config.json names the base model `base`.
     Shared factors are written once per member, so that an unmodified `PeftModel.from_pretrained` loads it.
     """
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base
     with whole_folder(folder) as scratch:
         model.save_pretrained(str(scratch))
         write_tokenizer(scratch)

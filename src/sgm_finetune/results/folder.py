@@ -16,6 +16,7 @@ from sgm_finetune.measure.plan_file import save_plan
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.claim import PROGRESS, has_only_begun, read_progress
 from sgm_finetune.results.files import clear_results, write_config
+from sgm_finetune.results.paths import with_absolute_paths
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ def begin(
         "predicted": start.predictions,
         "probe": start.probe,
         "seconds": seconds,
-        "asked": asked.model_dump(mode="json"),
+        "asked": with_absolute_paths(asked).model_dump(mode="json"),
         "data": _fingerprints(prepared),
     }
     write_json(output / PROGRESS, progress)
     write_json(output / "environment.json", environment_file(config))
-    write_config(output / "config.yaml", config)
+    write_config(output / "config.yaml", with_absolute_paths(config))
     save_plan(start.plan, output / "plan.json")
 
 

@@ -19,6 +19,7 @@ from sgm_finetune.base.text import first_mistake
 from sgm_finetune.base.untrusted import check_bounded, read_torch, refuse
 from sgm_finetune.measure.plan_file import plan_document
 from sgm_finetune.method.plan import Plan
+from sgm_finetune.results.paths import found_from, with_absolute_paths
 from sgm_finetune.train.adapters.apply import ADAPTER
 
 FORMAT = "sgm-finetuned/1"
@@ -46,7 +47,7 @@ def save_pth(
         "adapter": state,
         "peft_config": _plain(model.peft_config[ADAPTER].to_dict()),
         "plan": plan_document(plan),
-        "config": config.model_dump(mode="json"),
+        "config": with_absolute_paths(config).model_dump(mode="json"),
         "labels": list(labels),
         "label_kind": label_kind,
         "roles": list(roles),
@@ -156,12 +157,13 @@ def stored_config(
     announce: Callable[[str], None] = lambda line: None,
 ) -> Config:
     """The configuration in a loaded .pth file, changed by `overrides` (key=value); `announce(line)` is told what they
-    replace. Raises UserError if it is not valid.
+    replace. Paths of local files are found from the folder of the result. Raises UserError if it is not valid.
 
     The output folder, and whether a model's own code may run, come from `config` and never from the file, which a
     stranger may have made.
     """
     values = parse_config(content["config"], str(path)).model_dump(mode="json")
+    values = found_from(values, Path(config.output.dir))
     values["output"]["dir"] = config.output.dir
     values["model"]["trust_remote_code"] = config.model.trust_remote_code
     return parse_config(values, str(path), set_overrides(values, overrides, str(path), announce))

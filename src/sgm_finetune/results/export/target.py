@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.files import absolute_path
 from sgm_finetune.base.install import install_line
 
 ExportFormat = Literal["adapter", "merged", "gguf"]
@@ -40,3 +41,8 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 def hub_model(name: str) -> str | None:
     """Returns the name if it is a hub id, by which others can download the model; else None."""
     return name if name.count("/") == 1 and not Path(name).expanduser().exists() and not name.startswith(".") else None
+
+
+def base_for_peft(name: str, folder: Path) -> str:
+    """Returns the base model's name for adapter_config.json: its hub id, or else its folder on this machine."""
+    return hub_model(name) or absolute_path(folder)

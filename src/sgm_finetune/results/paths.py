@@ -1,0 +1,73 @@
+"""The local files that a configuration names, so that a result finds them from any folder.
+
+A run stores absolute paths. A result finds what moved together with its folder: if a stored path does not exist, the
+same way from the run's folder is tried. Older results hold paths as they were typed, and are read by this rule too.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.files import absolute_path
+from sgm_finetune.data.embedded import EMBEDDED as DATA
+from sgm_finetune.model.folder import EMBEDDED as MODELS
+
+_PATHS = (
+    ("model", "name"), ("data", "name"), ("data", "train"), ("data", "validation"), ("data", "test"), ("snr", "scan"),
+    ("output", "dir"), ("plan",),
+)  # fmt: skip
+"""The keys that name local files. A name of a model or of data can be a hub id or an embedded one instead."""
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with absolute paths of local files; names of the hub and embedded ones stay."""
+    values = config.model_dump()
+    for keys in _PATHS:
+        name = _get(values, keys)
+        if name is not None and (keys[-1] != "name" or _is_local(keys, name)):
+            _set(values, keys, absolute_path(name))
+    return config.model_validate(values)
+
+
+def found_from(values: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The stored `values` of a configuration, with the paths of local files as they are now that the run's folder is
+    `output`; a path that is found nowhere stays."""
+    stored = str(_get(values, ("output", "dir")))
+    found = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for keys in _PATHS:
+        name = _get(values, keys)
+        if keys == ("output", "dir") or name is None or name in (MODELS if keys[0] == "model" else DATA):
+            continue
+        path = os.path.expanduser(name)
+        tried = [path]
+        if path and stored and os.path.isabs(path) == os.path.isabs(stored):  # else one does not tell of the other
+            beside = os.path.normpath(output.absolute() / _way(stored, path))
+            tried = [path, beside] if os.path.isabs(path) else [beside, path]
+        there = next((option for option in tried if os.path.exists(option)), None)
+        if there is not None:
+            _set(found, keys, absolute_path(there))
+    return found
+
+
+def _way(start: str, end: str) -> str:
+    """The relative path from `start` to `end`, which are both absolute, or relative to one unknown folder."""
+    unknown = os.path.join(os.sep, *["_"] * 64)  # deep, so that `..` leads out of it
+    return os.path.relpath(os.path.join(unknown, end), os.path.join(unknown, start))
+
+
+def _is_local(keys: tuple[str, ...], name: str) -> bool:
+    return name not in (MODELS if keys[0] == "model" else DATA) and os.path.isdir(os.path.expanduser(name))
+
+
+def _get(values: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    return values[keys[0]] if len(keys) == 1 else values[keys[0]][keys[1]]
+
+
+def _set(values: dict[str, Any], keys: tuple[str, ...], value: str) -> None:
+    if len(keys) == 1:
+        values[keys[0]] = value
+    else:
+        values[keys[0]][keys[1]] = value
