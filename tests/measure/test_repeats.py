@@ -105,7 +105,7 @@ def test_a_factor_of_many_layers_counts_once(side, tmp_path, monkeypatch) -> Non
     monkeypatch.setattr("sgm_finetune.train.budget.estimate.held_memory", lambda: 0)
     config = load_config(None, settings(deep("llama", tmp_path / "llama", 12), "causal-lm"))
     prepared = prepare_data(config, QUIET)
-    plan = assume_plan(config, adaptable(skeleton(config.model, prepared.folder)), lambda: [])
+    plan = assume_plan(config, adaptable(skeleton(config.model, prepared.folder)), list)
     groups = []
     for kind, chosen in (("q_proj", range(1, 9)), ("down_proj", (0, 3, 4, 5, 6, 11)), ("o_proj", range(12))):
         members = tuple(m.name for m in plan.matrices if m.name.endswith(kind) and m.layer in chosen)
@@ -158,10 +158,10 @@ class Stack(nn.Module):
 
 def followed(model: nn.Module, once: bool = True):
     x = torch.zeros(4, 8, device="meta", requires_grad=True)
-    with Footprint([x, *model.parameters()]) as footprint:
-        with repeating(model, footprint, block_lists(model) if once else []) as repeats:
-            model(x).sum().backward()
-            total = repeats.total()
+    lists = block_lists(model) if once else []
+    with Footprint([x, *model.parameters()]) as footprint, repeating(model, footprint, lists) as repeats:
+        model(x).sum().backward()
+        total = repeats.total()
     for parameter in model.parameters():
         parameter.grad = None
     return total, repeats.twins
