@@ -22,7 +22,8 @@
         subspace: test_matrix, sketch_batch, sketch_stack, squared_norm, energy_kept, with_unit_norm
         sides: width
     2.2 A basis for several matrices
-        subspace: equalise_channels, leading_parts, leading_part, leading_basis, leading_rows, shared_basis, spectral_basis
+        subspace: equalise_channels, leading_parts, leading_part, leading_basis, leading_rows
+        subspace: shared_basis, spectral_basis
     2.3 Cosines of whole gradients
         subspace: reconstruct, reconstruct_all, cosines, cosines_of
     3. What is merged
