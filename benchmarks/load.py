@@ -29,6 +29,7 @@ WORDS = re.findall(
     "the a film plot cast story acting director scene moment heart humour drama quiet loud strange warm clever dull "
     "slow bright and with of in to is was not but never always almost every some",
 )
+ROOT = Path(__file__).parents[1]
 LITTLE = 0.001
 """Share of a row's input for the command that memory is compared with."""
 
@@ -84,8 +85,46 @@ def json_array(folder: Path, size: float) -> list[str]:
     return ["data", "--examples", "1", f"model.name={save_encoder(folder)}", f"data.train={path}"]
 
 
-ROWS: dict[str, Callable[[Path, float], list[str]]] = {"csv_rows": csv_rows, "json_array": json_array}
+def estimate(folder: Path, size: float) -> list[str]:
+    """`sgm estimate` of a model of 160 layers."""
+    from conftest import llama_config, make_tokenizer
+
+    llama_config(num_hidden_layers=max(2, int(160 * size))).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    lines = [f"good film {i},{'ab'[i % 2]}" for i in range(300)]
+    (folder / "rows.csv").write_text("\n".join(["text,label", *lines]))
+    return ["estimate", f"model.name={folder / 'model'}", f"data.train={folder / 'rows.csv'}", "data.max_length=64"]
+
+
+def report(folder: Path, size: float) -> list[str]:
+    """`sgm report` on a run with 1,000 classes."""
+    import numpy as np
+    from made_up_runs import classification_metrics as sample
+    from made_up_runs import leave_run
+
+    from sgm_finetune.results.metrics import classification_metrics
+
+    generator, num_classes = np.random.default_rng(0), max(3, int(1000 * size))
+    truth = generator.integers(num_classes, size=20 * num_classes)
+    metrics = sample(tuple(f"class {i}" for i in range(num_classes)))
+    for when, share in (("before", 0.1), ("after", 0.7)):
+        guessed = generator.integers(num_classes, size=len(truth))
+        guessed = np.where(generator.random(len(truth)) < share, truth, guessed)
+        found = classification_metrics(truth.tolist(), guessed.tolist(), num_classes)
+        metrics[when] = {**{key: value for key, value in metrics[when].items() if key != "confusion_matrix"}, **found}
+    leave_run(folder / "run", 0.8, metrics=metrics)
+    return ["report", str(folder / "run")]
+
+
+ROWS: dict[str, Callable[[Path, float], list[str]]] = {
+    "csv_rows": csv_rows,
+    "json_array": json_array,
+    "estimate": estimate,
+    "report": report,
+}
 """Each row writes its input into a folder and returns the arguments of `sgm`; `size` is a share of the whole input."""
+WRITTEN = ("run/report.html", "run/metrics.json")
+"""Files whose sizes are recorded where a row has them."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +133,14 @@ class Measured:
     processor: float
     peak: int
     """Bytes."""
+
+
+def write_input(name: str, source: str, folder: Path, size: float) -> list[str]:
+    """Writes a row's input with the code in `source`, in a process of its own; returns the arguments of `sgm`."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([source, str(ROOT / "tests")])}
+    command = [sys.executable, __file__, "--write", name, str(folder), str(size)]
+    written = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(written.stdout.splitlines()[-1])
 
 
 def measure(arguments: list[str], source: str, folder: Path) -> Measured:
@@ -120,20 +167,25 @@ def measure_row(name: str, source: str, size: float) -> dict:
         for folder in (little, whole):
             folder.mkdir()
             (folder / "config.yaml").write_text("")
-        base = measure(ROWS[name](little, LITTLE), source, little)
-        arguments = ROWS[name](whole, size)
-        found = measure(arguments, source, whole)
+        base = measure(write_input(name, source, little, LITTLE), source, little)
+        found = measure(write_input(name, source, whole, size), source, whole)
         input_bytes = sum(path.stat().st_size for path in whole.glob("rows.*"))
+        sizes = {Path(file).name: (whole / file).stat().st_size for file in WRITTEN if (whole / file).exists()}
     above = found.peak - base.peak
     return {
         "row": name, "size": size, "input_mb": round(input_bytes / 1e6, 1), "wall_seconds": round(found.wall, 1),
         "processor_seconds": round(found.processor, 1), "peak_mb": round(found.peak / 1e6),
         "above_little_mb": round(above / 1e6),
-        **({"memory_times_input": round(above / input_bytes, 2)} if input_bytes else {}),
+        **({"memory_times_input": round(above / input_bytes, 2)} if input_bytes > 1e6 else {}),
+        **{f"{file}_bytes": number for file, number in sizes.items()},
     }  # fmt: skip
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--write"]:
+        name, folder, size = sys.argv[2:]
+        print(json.dumps(ROWS[name](Path(folder), float(size))))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="+", choices=[*ROWS])
     parser.add_argument(

@@ -158,10 +158,10 @@ class Stack(nn.Module):
 
 def followed(model: nn.Module, once: bool = True):
     x = torch.zeros(4, 8, device="meta", requires_grad=True)
-    with Footprint([x, *model.parameters()]) as footprint:
-        with repeating(model, footprint, block_lists(model) if once else []) as repeats:
-            model(x).sum().backward()
-            total = repeats.total()
+    lists = block_lists(model) if once else []
+    with Footprint([x, *model.parameters()]) as footprint, repeating(model, footprint, lists) as repeats:
+        model(x).sum().backward()
+        total = repeats.total()
     for parameter in model.parameters():
         parameter.grad = None
     return total, repeats.twins

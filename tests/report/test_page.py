@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
@@ -28,8 +29,9 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.results.metrics import classification_metrics as metrics_of_classes
 from sgm_finetune.results.report import grid_figures
-from sgm_finetune.results.report.classes_section import class_scores
+from sgm_finetune.results.report.classes_section import class_scores, table_counts
 from sgm_finetune.results.report.page import render_report
 from sgm_finetune.results.report.pictures import Pictures, SimilarityTable
 from sgm_finetune.results.report.provenance_section import given_command
@@ -212,6 +214,30 @@ def test_of_very_many_classes_the_worst_are_shown_on_a_small_page(number):
     assert f"The 20 classes that are found worst, of {number:,}, before → after" in text
 
 
+def test_metrics_of_very_many_classes_are_small_and_their_page_is_the_same():
+    """A confusion matrix of 1,000 classes has a million numbers; older results hold it."""
+    chance = np.random.default_rng(0)
+    truth, number = chance.integers(120, size=4000), 120
+    named = np.where(chance.random(4000) < 0.7, truth, chance.integers(number, size=4000))
+    named[truth == 3] = 7
+    found = metrics_of_classes(truth.tolist(), named.tolist(), number)
+    assert "confusion_matrix" not in found
+    assert found["confusions"][0] == [3, 7, int((truth == 3).sum())]
+    assert len(json.dumps(found)) < 10_000
+    few = metrics_of_classes([0, 1, 1], [0, 1, 0], 2)
+    assert few["confusion_matrix"] == [[1, 0], [1, 1]]
+    older = {**classification_metrics(tuple(f"class {i}" for i in range(number)))}
+    table = confusion_matrix(truth, named, labels=range(number)).tolist()
+    older["before"], older["after"] = ({**older[when], "confusion_matrix": table} for when in ("before", "after"))
+    newer = {**older}
+    for when in ("before", "after"):
+        kept = {key: value for key, value in older[when].items() if key != "confusion_matrix"}
+        newer[when] = {**kept, "confusions": found["confusions"], "class_counts": found["class_counts"]}
+    pages = [read(render(metrics)).text for metrics in (older, newer)]
+    assert "class 3 class 7" in pages[1]
+    assert pages[0].split("The whole table")[0] == pages[1].split("More of them are in")[0]
+
+
 def test_each_class_has_its_scores_before_and_after():
     text = read(render()).text
     assert "negative 533 0.499 → 0.895 0.996 → 0.846 0.665 → 0.870" in text
@@ -222,7 +248,7 @@ def test_each_class_has_its_scores_before_and_after():
 def test_the_scores_of_a_class_are_those_of_scikit_learn(pairs):
     truth, predicted = zip(*pairs, strict=True)
     table = confusion_matrix(truth, predicted, labels=range(4)).tolist()
-    found = np.array([[score or 0.0 for score in scores] for scores in class_scores(table)])
+    found = np.array([[score or 0.0 for score in scores] for scores in class_scores(table_counts(table))])
     expected = precision_recall_fscore_support(truth, predicted, labels=range(4), zero_division=0.0)[:3]
     assert found == pytest.approx(np.array(expected).T)
 

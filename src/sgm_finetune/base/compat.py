@@ -208,6 +208,11 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
         "tests/test_gated_mlp.py::test_two_tensors_as_wide_as_the_mlp_are_kept_instead_of_four",
     ),
     PrivatePart(
+        "torch", "Module.forward", "train/budget/repeats.py",
+        "A block that stands for others hands its input on; a hook cannot leave out its computation.",
+        "tests/measure/test_repeats.py::test_blocks_of_several_widths_are_followed_twice_each",
+    ),
+    PrivatePart(
         "torch", "Module.forward", "model/stand_ins.py",
         "Norms and gated MLPs without numbers get forwards that keep what Liger's kernels keep; hooks cannot replace a "
         "forward.",

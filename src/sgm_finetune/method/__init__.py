@@ -22,14 +22,15 @@
         subspace: test_matrix, sketch_batch, sketch_stack, squared_norm, energy_kept, with_unit_norm
         sides: width
     2.2 A basis for several matrices
-        subspace: equalise_channels, leading_part, leading_basis, leading_rows, shared_basis, spectral_basis
+        subspace: equalise_channels, leading_parts, leading_part, leading_basis, leading_rows
+        subspace: shared_basis, spectral_basis
     2.3 Cosines of whole gradients
-        subspace: reconstruct, cosines
+        subspace: reconstruct, reconstruct_all, cosines, cosines_of
     3. What is merged
         build_plan: build_plan, merge_layers, merge_readers, kind_numbers, plan_kind, plan_matrix
         plan_rules: inconsistency
     3.1 Similarity
-        subspace: pairwise_retention
+        subspace: pairwise_retention, retention_of_pairs
         agreement: side_agreement, kind_agreement, probed_halves, pair_values, mean_of_pairs
     3.2 Who may share
         build_plan: sort_by_kind, sort_by_activation, join_kinds, choose_side

@@ -10,18 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sgm_finetune.method.plan import MatrixNumbers
 from sgm_finetune.method.sides import SIDES, Side
 from sgm_finetune.method.subspace import (
     Sketch,
-    cosines,
+    cosines_of,
     energy_kept,
     equalise_channels,
-    leading_basis,
-    leading_rows,
-    pairwise_retention,
+    leading_parts,
+    reconstruct_all,
+    retention_of_pairs,
     shared_basis,
 )
 
@@ -82,14 +83,17 @@ def side_agreement(members: Sequence[MatrixNumbers], side: Side, rank: int) -> S
     """Returns how well `members`, which have been probed and are equally wide on `side`, can share a basis there."""
     loud = equalise_channels([half.side(side) for matrix in members for half in probed_halves(matrix)])
     sketches = list(zip(loud[::2], loud[1::2], strict=True))
-    firsts, seconds = [first for first, _ in sketches], [second for _, second in sketches]
-    kept_own = [
-        (energy_kept(leading_basis(first, rank), second) + energy_kept(leading_basis(second, rank), first)) / 2
-        for first, second in sketches
-    ]
-    retention = ((pairwise_retention(firsts, seconds, rank) + pairwise_retention(seconds, firsts, rank)) / 2).numpy()
-    rows = [(leading_rows(first, rank), leading_rows(second, rank)) for first, second in sketches]
-    return SideAgreement(rank, sketches, rows, kept_own, retention)
+    parts = [leading_parts(torch.stack(half), rank) for half in zip(*sketches, strict=True)]
+    rows = [values[:, :, None] * columns.mT for values, columns in parts]
+    directions = []
+    for fit, half in ((0, 1), (1, 0)):
+        tests = torch.stack([pair[half] for pair in sketches])
+        own = (tests @ parts[fit][1]).square().sum((1, 2))  # of a unit norm, or of zeros
+        directions.append((own, retention_of_pairs(rows[fit], own, tests)))
+    (kept_first, first), (kept_second, second) = directions
+    kept_own = ((kept_first + kept_second) / 2).tolist()
+    retention = ((first + second) / 2).numpy()
+    return SideAgreement(rank, sketches, list(zip(*rows, strict=True)), kept_own, retention)
 
 
 def kind_agreement(members: Sequence[MatrixNumbers], rank: int) -> KindAgreement | None:
@@ -99,9 +103,9 @@ def kind_agreement(members: Sequence[MatrixNumbers], rank: int) -> KindAgreement
     sides: dict[Side, SideAgreement] = {side: side_agreement(members, side, rank) for side in SIDES}
     if members[0].num_experts is not None:
         return KindAgreement(sides, cosines=None, cosines_other_half=None)
-    firsts, seconds = ([probed_halves(matrix)[index] for matrix in members] for index in (0, 1))
-    between_layers = ((cosines(firsts) + cosines(seconds)) / 2).numpy()
-    return KindAgreement(sides, between_layers, cosines(firsts, seconds).tolist())
+    first, second = (reconstruct_all([probed_halves(matrix)[half] for matrix in members]) for half in (0, 1))
+    between_layers = ((cosines_of(first) + cosines_of(second)) / 2).numpy()
+    return KindAgreement(sides, between_layers, cosines_of(first, second).tolist())
 
 
 def probed_halves(matrix: MatrixNumbers) -> tuple[Sketch, Sketch]:

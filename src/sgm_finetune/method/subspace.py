@@ -70,28 +70,42 @@ def squared_norm(sketch: Sketch) -> float:
     return float(sum(parts) / 2)
 
 
-def leading_part(stacked: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(σ, Q): the top `rank` singular values of `stacked` (rows x d) and their right singular vectors, float64.
+def leading_parts(stacked: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(σ, Q) of each of n matrices (n x rows x d): the top `rank` singular values and their right singular vectors.
 
-    σ (rank) is descending and Q (d x rank) orthonormal; both come from the smaller Gram matrix. Directions with a
-    singular value below 1e-6 of the largest are arbitrary and have σ = 0, as have those beyond the rank of the matrix.
-    The sign of a column makes its largest entry positive, so that equal input gives equal output.
+    σ (n x rank) is descending and Q (n x d x rank) orthonormal, float64; both come from the smaller Gram matrices.
+    Directions with a singular value below 1e-6 of the largest are arbitrary and have σ = 0, as have those beyond the
+    rank of the matrix. The sign of a column makes its largest entry positive, so that equal input gives equal output.
     """
     wide = stacked.double()
-    rows, dim = wide.shape
+    rows, dim = wide.shape[-2:]
     wanted = min(rank, rows, dim)
-    eigenvalues, vectors = torch.linalg.eigh(wide @ wide.T if rows <= dim else wide.T @ wide)
-    squares = eigenvalues.flip(0)[:wanted].clamp_min(0)
-    vectors = vectors.flip(1)[:, :wanted]
-    usable = squares > 1e-12 * squares[0].clamp_min(torch.finfo(torch.float64).tiny)
-    columns = vectors[:, usable] if rows > dim else wide.T @ (vectors[:, usable] / squares[usable].sqrt())
-    values = torch.zeros(rank, dtype=torch.float64)
-    values[: int(usable.sum())] = squares[usable].sqrt()
-    if columns.shape[1] < rank:
-        filler = test_matrix(dim, rank - columns.shape[1], seed=0).double()
-        columns = torch.linalg.qr(torch.cat([columns, filler], dim=1)).Q[:, :rank]
-    largest = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True))
+    eigenvalues, vectors = torch.linalg.eigh(wide @ wide.mT if rows <= dim else wide.mT @ wide)
+    squares = eigenvalues.flip(-1)[:, :wanted].clamp_min(0)
+    vectors = vectors.flip(-1)[:, :, :wanted]
+    usable = squares > 1e-12 * squares[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
+    roots = torch.where(usable, squares, 0.0).sqrt()
+    columns = vectors if rows > dim else wide.mT @ (vectors / torch.where(usable, roots, 1.0)[:, None, :])
+    if wanted < rank or not bool(usable.all()):
+        columns = torch.stack([_completed(q[:, kept], rank) for q, kept in zip(columns, usable, strict=True)])
+    values = torch.nn.functional.pad(roots, (0, rank - wanted))
+    largest = columns.gather(1, columns.abs().argmax(dim=1, keepdim=True))
     return values, columns * torch.where(largest < 0, -1.0, 1.0)
+
+
+def _completed(columns: Tensor, rank: int) -> Tensor:
+    """Orthonormal `columns` (d x at most `rank`), followed by arbitrary ones up to `rank`."""
+    dim, num = columns.shape
+    if num == rank:
+        return columns
+    filler = test_matrix(dim, rank - num, seed=0).double()
+    return torch.linalg.qr(torch.cat([columns, filler], dim=1)).Q[:, :rank]
+
+
+def leading_part(stacked: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """(σ (rank), Q (d x rank)) of one matrix `stacked` (rows x d); see `leading_parts`."""
+    values, columns = leading_parts(stacked[None], rank)
+    return values[0], columns[0]
 
 
 def leading_basis(stacked: Tensor, rank: int) -> Tensor:
@@ -146,41 +160,49 @@ def energy_kept(basis: Tensor, sketch: Tensor) -> float:
 
 
 def reconstruct(sketch: Sketch) -> tuple[Tensor, Tensor]:
-    """(Q, X) with G ≈ QX, of rank k/2 (eq. 13): the single-pass approximation of Tropp et al. 2017, algorithm 4.
+    """(Q (d_out x k/2), X (k/2 x d_in)) of one gradient; see `reconstruct_all`."""
+    bases, rests = reconstruct_all([sketch])
+    return bases[0], rests[0]
 
-    Q (d_out x k/2) is an orthonormal basis of the output sketch's leading part and X (k/2 x d_in) solves
+
+def reconstruct_all(sketches: Sequence[Sketch]) -> tuple[Tensor, Tensor]:
+    """(Q, X) of n gradients of one shape, G ≈ QX, of rank k/2 (eq. 13): the single-pass approximation of Tropp et al.
+    2017, algorithm 4.
+
+    Q (n x d_out x k/2) are orthonormal bases of the output sketches' leading parts and X (n x k/2 x d_in) solve
     (ΩᵀQ) X = S in the least-squares sense, by the pseudo-inverse: LAPACK's gelsy, which lstsq calls, gives other last
     digits every time. float64.
     """
-    num_vectors = sketch.input.shape[0]
-    basis = leading_basis(sketch.output, max(1, min(num_vectors // 2, sketch.output.shape[1]))).double()
-    omega = test_matrix(sketch.output.shape[1], num_vectors, sketch.seed).double().to(basis.device)
-    return basis, torch.linalg.pinv(omega.T @ basis) @ sketch.input.double()
+    outputs, inputs = (torch.stack([sketch.side(side) for sketch in sketches]) for side in ("output", "input"))
+    num_vectors, dim = outputs.shape[1:]
+    bases = leading_parts(outputs, max(1, min(num_vectors // 2, dim)))[1].float().double()
+    seeds = {sketch.seed for sketch in sketches}
+    omegas = {seed: test_matrix(dim, num_vectors, seed).double().to(bases.device) for seed in seeds}
+    seen = torch.stack([omegas[sketch.seed].T @ basis for sketch, basis in zip(sketches, bases, strict=True)])
+    return bases, torch.linalg.pinv(seen) @ inputs.double()
 
 
 def cosines(sketches: Sequence[Sketch], others: Sequence[Sketch] | None = None) -> Tensor:
     """Cosines of gradients of one shape (eq. 13b): ⟨Q₁X₁, Q₂X₂⟩ / (‖X₁‖ ‖X₂‖), float64, in [-1, 1].
 
     (n x n) between all of `sketches`, or (n,) between `sketches[i]` and `others[i]` (the same layer on other data).
-    They compare the leading k/2 directions of the gradients, from `reconstruct`. A gradient of zeros has cosine 0.
+    They compare the leading k/2 directions of the gradients, from `reconstruct_all`. A gradient of zeros has cosine 0.
     """
-    first, first_norms = _reconstruct_all(sketches)
-    if others is None:
+    return cosines_of(reconstruct_all(sketches), None if others is None else reconstruct_all(others))
+
+
+def cosines_of(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """The `cosines` of gradients from their (Q, X), as `reconstruct_all` returns them."""
+    first_norms = torch.linalg.vector_norm(first[1], dim=(1, 2))
+    if second is None:
         inner = (_gram(first[0].mT) * _gram(first[1])).sum((-1, -2))
         scale = first_norms[:, None] * first_norms[None, :]
     else:
-        second, second_norms = _reconstruct_all(others)
+        second_norms = torch.linalg.vector_norm(second[1], dim=(1, 2))
         inner = ((first[0].mT @ second[0]) * (first[1] @ second[1].mT)).sum((-1, -2))
         scale = first_norms * second_norms
     result = torch.where(scale > 0, inner / scale.clamp_min(1e-300), 0.0).clamp(-1.0, 1.0)
-    return result if others is not None else result.fill_diagonal_(1.0)
-
-
-def _reconstruct_all(sketches: Sequence[Sketch]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """((Q (n x d_out x k/2), X (n x k/2 x d_in)), norms ‖X‖ (n)) of n gradients of one shape, from `reconstruct`."""
-    parts = [reconstruct(sketch) for sketch in sketches]
-    bases, rests = torch.stack([q for q, _ in parts]), torch.stack([x for _, x in parts])
-    return (bases, rests), torch.linalg.vector_norm(rests, dim=(1, 2))
+    return result if second is not None else result.fill_diagonal_(1.0)
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -197,16 +219,24 @@ def pairwise_retention(fit: Sequence[Tensor], held_out: Sequence[Tensor], rank: 
     basis is fitted to the first half. R_ij is the smaller of the two layers' (energy that this basis keeps of the
     held-out half) / (energy that the layer's own basis keeps). About 1 means that sharing costs nothing. The diagonal
     is 1.
-
-    The function works on Gram matrices in float64, so that no pair needs a d-dimensional decomposition. For stacked
-    leading parts M = [F_i; F_j] with MMᵀ = UΛUᵀ the basis is MᵀUΛ^(-1/2), and H applied to it needs only HMᵀ.
     """
-    rows = torch.stack([leading_rows(s, rank) for s in fit])
-    tests = torch.stack([with_unit_norm(s).double() for s in held_out])
-    num_layers = len(rows)
+    values, columns = leading_parts(torch.stack([with_unit_norm(sketch) for sketch in fit]), rank)
+    tests = torch.stack([with_unit_norm(sketch).double() for sketch in held_out])
+    return retention_of_pairs(values[:, :, None] * columns.mT, (tests @ columns).square().sum((1, 2)), tests)
+
+
+def retention_of_pairs(rows: Tensor, own: Tensor, tests: Tensor) -> Tensor:
+    """R (n x n) of `pairwise_retention`, from what it needs of each layer, float64.
+
+    `rows` (n x rank x d) are the leading rows of the first half, `tests` (n x k x d) the held-out sketches at unit
+    norm, and `own` (n) the energy that each layer's own basis keeps of its `tests`.
+
+    The function works on Gram matrices, so that no pair needs a d-dimensional decomposition. For stacked leading parts
+    M = [F_i; F_j] with MMᵀ = UΛUᵀ the basis is MᵀUΛ^(-1/2), and H applied to it needs only HMᵀ.
+    """
+    num_layers, rank, _ = rows.shape
     if num_layers < 2:
         return torch.ones(num_layers, num_layers, dtype=torch.float64)
-    own = torch.stack([(test @ leading_part(s, rank)[1]).square().sum() for test, s in zip(tests, fit, strict=True)])
     gram = _gram(rows)
     cross = torch.einsum("ntd,mrd->nmtr", tests, rows)
     i, j = torch.triu_indices(num_layers, num_layers, 1)

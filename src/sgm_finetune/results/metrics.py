@@ -9,12 +9,16 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, mean_absolute_error, r2_score
 
+MOST_CLASSES = 100
+"""Of more classes the metrics hold no confusion matrix, which would be their square, but its worst entries."""
+NUM_CONFUSIONS = 100
+
 
 def classification_metrics(truth: Sequence[int], predicted: Sequence[int], num_labels: int) -> dict[str, Any]:
     """Returns accuracy, macro-F1, confusion matrix, and the accuracy of always naming the most frequent class.
 
-    Macro-F1 counts a class that neither occurs nor is predicted as 0. The rows of the confusion matrix are true
-    classes, its columns predicted ones.
+    Macro-F1 counts a class that neither occurs nor is predicted as 0. Of more than MOST_CLASSES classes it returns
+    `class_counts` and `confusions` instead of the confusion matrix.
 
     >>> classification_metrics([0, 1, 1, 1], [0, 1, 1, 0], 2)["accuracy"]
     0.75
@@ -24,7 +28,23 @@ def classification_metrics(truth: Sequence[int], predicted: Sequence[int], num_l
         "accuracy": float(accuracy_score(truth, predicted)),
         "macro_f1": float(f1_score(truth, predicted, labels=classes, average="macro", zero_division=0.0)),  # type: ignore[arg-type]
         "majority_accuracy": max(list(truth).count(c) for c in classes) / len(truth),
-        "confusion_matrix": confusion_matrix(truth, predicted, labels=classes).tolist(),
+        **_confusions(confusion_matrix(truth, predicted, labels=classes)),
+    }
+
+
+def _confusions(table: np.ndarray) -> dict[str, Any]:
+    """The confusion matrix, whose rows are true classes and whose columns are predicted ones. If it is large, how often
+    each class was true, predicted and both, and its largest entries as (true class, predicted class, number)."""
+    if len(table) <= MOST_CLASSES:
+        return {"confusion_matrix": table.tolist()}
+    counts = {"true": table.sum(1), "predicted": table.sum(0), "right": table.diagonal()}
+    wrong = table - np.diag(table.diagonal())
+    true, predicted = wrong.nonzero()
+    numbers = wrong[true, predicted]
+    worst = np.lexsort((predicted, true, -numbers))[:NUM_CONFUSIONS]
+    return {
+        "class_counts": {name: number.tolist() for name, number in counts.items()},
+        "confusions": np.stack([true, predicted, numbers], axis=1)[worst].tolist(),
     }
 
 

@@ -66,8 +66,8 @@ class Footprint(TorchDispatchMode):
 
     `peak`: most bytes of such tensors that were alive at one time. `now`: bytes alive now. `wide_at_peak`: bytes at the
     peak of tensors whose last dimension is `width`. `flops`: floating-point operations of matrix products. `traffic`:
-    bytes that all operations read and wrote. Tensors in `known` do not count. `cut` divides the computation into pieces;
-    both peaks are those of the current piece.
+    bytes that all operations read and wrote. Tensors in `known` do not count. `cut` divides the computation into
+    pieces; both peaks are those of the current piece.
 
     Tensors without numbers cannot be read: a number that the code asks for is 1 (so a mask hides nothing), and a
     boolean index selects `num_selected` rows.

@@ -236,9 +236,7 @@ def _facts(block: nn.Module, name: str, holders: Mapping[int, list[str]]) -> dic
         for key, value in vars(module).items():
             if key not in ("_parameters", "_buffers", "_modules"):
                 facts[path, key] = _describe(value, own)
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None:
-                continue
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             held = holders.get(id(tensor), [name])
             place = None if len(held) == 1 else (id(tensor), held[0] == name, held[-1] == name)
             first = tied.setdefault(id(tensor), len(tied))
