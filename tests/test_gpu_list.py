@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import base64
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -67,6 +69,16 @@ def test_an_item_that_fails_does_not_stop_the_list(gpu, tmp_path):
     assert (whole["status"], whole["rows"]) == ("done", [2])
 
 
+def test_an_item_that_resumes_keeps_its_results_and_any_other_begins_anew(gpu, tmp_path):
+    code = "from record import read\nupdate(out, rows=[*read(out).get('rows', []), 1])"
+    anew = item(gpu, tmp_path, "anew", code)
+    resumed = dataclasses.replace(item(gpu, tmp_path, "resumed", code), resumes=True)
+    for _ in range(2):
+        assert run_list(gpu, [anew, resumed], tmp_path / "results") == 0
+    found = {one.name: json.loads((tmp_path / "results" / f"{one.name}.json").read_text()) for one in (anew, resumed)}
+    assert {name: kept["rows"] for name, kept in found.items()} == {"anew": [1], "resumed": [1, 1]}
+
+
 def test_a_time_limit_ends_what_the_item_started_and_keeps_what_it_measured(gpu, tmp_path):
     code = (
         "import subprocess, time\n"
@@ -82,6 +94,28 @@ def test_a_time_limit_ends_what_the_item_started_and_keeps_what_it_measured(gpu,
     while _runs(kept["child"]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not _runs(kept["child"])
+
+
+def test_ending_the_list_ends_the_item(gpu, tmp_path):
+    slow = item(gpu, tmp_path, "slow", "import os, time\nupdate(out, rows=[os.getpid()])\ntime.sleep(300)")
+    script = tmp_path / "runner.py"
+    script.write_text(
+        f"import argparse, sys\nsys.path.insert(0, {str(ROOT / 'benchmarks' / 'gpu')!r})\nimport items, run\n"
+        f"from pathlib import Path\none = items.Item('slow', '?', {slow.script!r}, "
+        "('{out}',), ('{out}',), 60, 1)\nrun.leave_in_order()\n"
+        f"run.run_all([one], argparse.Namespace(results=Path({str(tmp_path)!r}), seconds=60.0, pico=False), None)\n"
+    )
+    runner = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 50
+    rows: list[int] = []
+    while not rows and time.monotonic() < deadline:
+        time.sleep(0.1)
+        kept = tmp_path / "slow.json"
+        rows = json.loads(kept.read_text()).get("rows", []) if kept.exists() else []
+    assert _runs(rows[0])
+    runner.terminate()
+    assert runner.wait(30) == 128 + signal.SIGTERM
+    assert not _runs(rows[0])
 
 
 def _runs(pid: int) -> bool:

@@ -31,6 +31,8 @@ class Item:
     packs: tuple[str, ...] = ("tools",)
     """What it needs of `make gpu-pack` where the machine lacks it."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    resumes: bool = False
+    """Whether it goes on where its results file ends; of any other item, a new run replaces the file."""
 
 
 ITEMS = (
@@ -109,6 +111,6 @@ ITEMS = (
         script="benchmarks/gpu/quality_tier.py",
         arguments=("--out", "{out}", "--tasks", *GPU_TIER, "--seeds", "5", "--jobs", "12"),
         pico=("--out", "{out}", "--pico", "--seeds", "1", "--jobs", "1"),
-        seconds=540, gib=75, packs=("tools", "model-1", "model-2"),
+        seconds=540, gib=75, packs=("tools", "model-1", "model-2"), resumes=True,
     ),
 )  # fmt: skip

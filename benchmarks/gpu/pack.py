@@ -164,6 +164,8 @@ def wheels(pack: Path, name: str, requirements: Iterable[str], python: str) -> N
         kept = KEPT.get(parse_wheel_filename(path.name)[0])
         if kept is not None:
             trim(path, kept)
+            if wrong := unrecorded(path):
+                raise SystemExit(f"{path.name} does not hold what its RECORD says: {wrong[0]}")
 
 
 def data(folder: Path) -> None:

@@ -44,7 +44,6 @@ def command(item: Item, results: Path, pico: bool) -> list[str]:
 def run(item: Item, results: Path, pico: bool, limit: float, environment: dict[str, str]) -> str:
     """Runs one item and returns how it ended: done, failed or time limit. Whatever it started ends with it."""
     out = results / f"{item.name}.json"
-    out.unlink(missing_ok=True)
     asked = command(item, results, pico)
     began = time.perf_counter()
     update(out, item=item.name, date=time.strftime("%Y-%m-%d"), pico=pico, limit=round(limit), status="running",
@@ -52,7 +51,7 @@ def run(item: Item, results: Path, pico: bool, limit: float, environment: dict[s
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             asked, cwd=ROOT, env=environment | item.environment, stdin=subprocess.DEVNULL, stdout=said,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            stderr=subprocess.STDOUT, process_group=0,
         )  # fmt: skip
         try:
             ended = "done" if process.wait(limit) == 0 else "failed"
@@ -105,19 +104,27 @@ def run_all(items: list[Item], options: argparse.Namespace, pack: Path | None) -
             print(f"{item.name}: not begun, the time is over", flush=True)
             continue
         limit = min(left, PICO_SECONDS if options.pico else item.seconds)
+        out = options.results / f"{item.name}.json"
+        if not item.resumes or read(out).get("pico", False) != options.pico:
+            out.unlink(missing_ok=True)
         try:
             found = unpack(pack, item.packs) if pack is not None else {}
             ended = run(item, options.results, options.pico, limit, surroundings(found))
         except (OSError, subprocess.CalledProcessError) as error:  # the pack cannot be installed
             ended = "failed"
-            update(options.results / f"{item.name}.json", status=ended, wall_seconds=0.0, output=str(error))
+            update(out, status=ended, wall_seconds=0.0, output=str(error))
         failed |= ended == "failed"
-        taken = read(options.results / f"{item.name}.json")
+        taken = read(out)
         print(f"{item.name}: {ended} after {taken['wall_seconds']} s", flush=True)
         if ended == "failed":
             print("    " + "\n    ".join(taken["output"].splitlines()[-12:]), flush=True)
     print(f"Results: {options.results}", flush=True)
     return int(failed)
+
+
+def leave_in_order() -> None:
+    """Makes this process end by an exception where it is asked to end, so that the item that runs ends with it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def surroundings(found: dict[str, str]) -> dict[str, str]:
@@ -148,6 +155,7 @@ def main() -> None:
     if not options.pico and not has_gpu(surroundings({})):
         print("PyTorch finds no GPU here; --pico tries every item on the CPU, --list shows them", file=sys.stderr)
         raise SystemExit(2)
+    leave_in_order()
     raise SystemExit(run_all(items, options, pack))
 
 

@@ -3,17 +3,17 @@
     python benchmarks/gpu/unsloth_step.py --out gpu-results/unsloth.json --runs 2:on 1:off
 
 Unsloth changes Transformers for its whole process, so it has a process of its own. It loads the checkpoint that it is
-given in 4 bits, by its own loader, and adds LoRA of rank 16 to every linear layer. On a CPU, where Unsloth does not
-import, --pico measures the same with Transformers' and PEFT's loaders: it shows that all the rest works.
+given in 4 bits, by its own loader, and adds LoRA of rank 16 to every linear layer. With --pico, on a CPU, nothing is in
+4 bits; and where Unsloth is not installed, Transformers and PEFT load the model: it shows that all the rest works.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import statistics
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-if "--pico" not in sys.argv:
+if importlib.util.find_spec("unsloth") is not None:
     with contextlib.suppress(Exception):  # before Transformers, as it asks; load_unsloth tells what is wrong
         import unsloth  # type: ignore  # noqa: F401
 
@@ -32,6 +32,7 @@ from llama_8b import DEVICE, LLAMA_8B, PICO, floor
 from record import update
 from recording import versions
 
+INSTALLED = importlib.util.find_spec("unsloth") is not None
 RANK, LENGTH, PICO_LENGTH = 16, 2048, 32
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _WARM, _REPEATS = 2, 5
@@ -52,8 +53,8 @@ def load_unsloth(folder: Path, checkpointing: bool) -> Any:
     from unsloth import FastLanguageModel  # type: ignore[import-not-found]
 
     model, _ = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=LENGTH, dtype=torch.bfloat16, load_in_4bit=True, fix_tokenizer=False,
-        local_files_only=True,
+        str(folder), max_seq_length=LENGTH, dtype=torch.bfloat16, load_in_4bit=DEVICE == "cuda",
+        fix_tokenizer=False, local_files_only=True,
     )  # fmt: skip
     return FastLanguageModel.get_peft_model(
         model, r=RANK, lora_alpha=2 * RANK, lora_dropout=0, bias="none", target_modules=KINDS,
@@ -111,11 +112,13 @@ def main() -> None:
     folder = checkpoint_folder(options.out, options.pico)
     write_checkpoint(folder, shape, DEVICE)
     write_tokenizer(folder)
-    packages = ("torch", "transformers", "peft", *(() if options.pico else ("unsloth", "unsloth_zoo", "bitsandbytes")))
+    if not INSTALLED and not options.pico:
+        raise SystemExit("Unsloth is not installed; `make gpu-pack` gathers it (docs/gpu.md)")
+    packages = ("torch", "transformers", "peft", *(("unsloth", "unsloth_zoo", "bitsandbytes") if INSTALLED else ()))
     update(options.out, shape=shape, device=torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
            versions=versions(packages))  # fmt: skip
     rows: list[dict[str, Any]] = []
-    way, load = ("PEFT", load_peft) if options.pico else ("Unsloth", load_unsloth)
+    way, load = ("Unsloth", load_unsloth) if INSTALLED else ("PEFT", load_peft)
     # one model for all batches with the same checkpointing; a fresh one would take a minute to load
     for kind in dict.fromkeys(run.partition(":")[2] for run in options.runs):
         model = None
