@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
+if TYPE_CHECKING:  # errors.py needs this file, and the end of a command needs that: neither may take long to import
+    from pydantic import ValidationError
 
 # Controls except tab and line feed, other ends of lines, changes of the writing direction, halves of surrogate pairs.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
