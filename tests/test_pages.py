@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ from rich.console import Console
 from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.files import write_json
 from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands.serve import framed
 from sgm_finetune.measure.plan_file import save_plan
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.files import write_config
@@ -185,8 +187,8 @@ def test_the_contents_stay_in_sight_and_lead_to_their_sections(page, made_up):
 
 def test_inside_another_page_links_do_not_leave_the_report(page, made_up, tmp_path):
     """`sgm report --serve` shows the report in a frame, whose address is not that of the files."""
-    page_of = html.escape(made_up["full"].read_text())
-    (tmp_path / "outer.html").write_text(f'<iframe srcdoc="{page_of}" style="height: 300px"></iframe>')
+    inside = html.escape(made_up["full"].read_text())
+    (tmp_path / "outer.html").write_text(f'<iframe srcdoc="{inside}" style="height: 300px"></iframe>')
     page.open(tmp_path / "outer.html", DESK)
     inner = "document.querySelector('iframe').contentDocument"
     page.run(
@@ -196,6 +198,25 @@ def test_inside_another_page_links_do_not_leave_the_report(page, made_up, tmp_pa
     assert page.run(f"{inner}.scrollingElement.scrollTop") > 1000
     assert page.run(f"{inner}.querySelectorAll('.files a[href]').length") == 0
     assert page.run(f"{inner}.querySelectorAll('.files a').length") > 3
+
+
+def test_the_frame_of_the_served_page_runs_the_reports_script_apart_from_the_page(page, made_up, tmp_path):
+    """The report tells what it could do; a hostile one cannot read the page around it."""
+    spy = """<script>
+        const tried = {};
+        try { tried.outer = parent.document.title } catch (error) { tried.outer = error.name }
+        try { tried.own = localStorage.length } catch (error) { tried.own = error.name }
+        tried.filters = document.querySelector(".filters").hidden;
+        tried.links = document.querySelectorAll(".files a[href]").length;
+        parent.postMessage(tried, "*");
+    </script>"""
+    report = made_up["other"].read_text()
+    report = re.sub("<meta http-equiv=.Content-Security-Policy[^>]*>", "", report).replace("</body>", f"{spy}</body>")
+    listen = "<script>addEventListener('message', event => { window.told = event.data })</script>"
+    (tmp_path / "outer.html").write_text(f"<title>outer</title>{listen}{framed(report)}")
+    page.open(tmp_path / "outer.html", DESK)
+    told = page.run("new Promise(done => setTimeout(() => done(window.told), 1000))")
+    assert told == {"outer": "SecurityError", "own": "SecurityError", "filters": False, "links": 0}
 
 
 def test_buttons_copy_the_command_with_the_folder_where_it_lies_now(page, made_up, tmp_path):

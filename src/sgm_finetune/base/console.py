@@ -30,7 +30,7 @@ class PrintableConsole(Console):
         if isinstance(renderable, Text):  # before its lines are broken, since an escape code is longer
             renderable = _printable_text(renderable)
         for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=printable(segment.text))
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def _printable_text(text: Text) -> Text:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # errors.py needs this file, and the end of a command needs that: neither may take long to import
     from pydantic import ValidationError
 
 # Controls except tab and line feed, other ends of lines, changes of the writing direction, halves of surrogate pairs.

@@ -6,7 +6,8 @@ import html
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,17 @@ from rich.console import Console
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands.page_server import ENDS, MAX_REQUEST, Application, run_server
 from sgm_finetune.commands.requests import HOST, check_page
 from sgm_finetune.data.conversations import Message
-from sgm_finetune.results.answers import (
-    Prompt,
-    When,
-    answer,
-    is_chat_model,
-)
+from sgm_finetune.results.answers import Prompt, When, answer, is_chat_model
 from sgm_finetune.results.load import LoadedResult, load_trained, read_result
 from sgm_finetune.results.sampling import Sampling
 
-_FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+_FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 """Fonts of the user's machine, so that the page fetches nothing."""
+MAX_CHARACTERS = 100_000
+"""Longest text that is computed: more than any model here reads, and a second of a tokenizer's work."""
 _WHENS: tuple[When, ...] = ("before", "after")
 _MODEL_LOCK = threading.Lock()
 """One model answers as before and after, with its adapter off and on, so it answers one question at a time."""
@@ -42,18 +41,23 @@ def serve(config: Config, overrides: Sequence[str], console: Console, port: int 
     log = StepLog(console)
     result = load_trained(read_result(config, overrides, log), log)
     report = Path(config.output.dir) / "report.html"
-    page = build(result, report.read_text(encoding="utf-8") if report.is_file() else None)
-    import gradio  # pyright: ignore[reportMissingImports]
-
+    page = mount(build(result, report.read_text(encoding="utf-8") if report.is_file() else None), port)
     console.print(f"[bold]{'open':<8}[/bold] http://{HOST}:{port}  (Ctrl-C stops it)", highlight=False)
-    launch(gradio, page, port)
+    try:
+        run_server(page, port)
+    finally:
+        _MODEL_LOCK.acquire(timeout=3)  # an answer ends at its next token
 
 
-def launch(gradio: Any, page: Any, port: int, **options: Any) -> Any:
-    """Calls Gradio's `launch` for this machine only."""
-    return page.launch(
-        server_name=HOST, server_port=port, share=False, quiet=True, show_error=True, footer_links=[], ssr_mode=False,
-        theme=gradio.themes.Default(**_FONTS), **options,
+def mount(page: Any, port: int) -> Application:
+    """Returns the web application of `page`. Gradio's own server would answer any name for this machine."""
+    import fastapi  # pyright: ignore[reportMissingImports]
+    import gradio  # pyright: ignore[reportMissingImports]
+    from gradio.themes import Default  # pyright: ignore[reportMissingImports]
+
+    return gradio.mount_gradio_app(
+        fastapi.FastAPI(openapi_url=None), page, path="/", server_name=HOST, server_port=port, footer_links=[],
+        ssr_mode=False, max_file_size=MAX_REQUEST, theme=Default(**_FONTS),
     )  # fmt: skip
 
 
@@ -67,9 +71,14 @@ def build(result: LoadedResult, report: str | None = None) -> Any:
             _add_inputs(gradio, result)
         if report is not None:
             with gradio.Tab("Report"):
-                size = "width: 100%; height: 85vh; border: 0"
-                gradio.HTML(f'<iframe title="report" srcdoc="{html.escape(report)}" style="{size}"></iframe>')
+                gradio.HTML(framed(report))
     return page
+
+
+def framed(report: str) -> str:
+    """Returns a frame with the report. Scripts in it run, but apart from this page: it may be somebody else's file."""
+    size = "width: 100%; height: 85vh; border: 0"
+    return f'<iframe title="report" sandbox="allow-scripts" srcdoc="{html.escape(report)}" style="{size}"></iframe>'
 
 
 def _add_inputs(gradio: Any, result: LoadedResult) -> None:
@@ -107,11 +116,23 @@ def _add_classifier(gradio: Any, result: LoadedResult) -> None:
 
 
 def _answer_once(gradio: Any, result: LoadedResult, prompt: Prompt, when: When) -> dict[str, Any]:
-    try:
-        with _MODEL_LOCK:
-            return answer(result, [prompt], Sampling(), when)[0]
-    except UserError as error:
-        raise gradio.Error(str(error)) from None
+    _check_length(gradio, prompt)
+    found: list[dict[str, Any]] = []
+    for _ in _computed(gradio, lambda show: found.extend(answer(result, [prompt], Sampling(), when))):
+        pass
+    return found[0]
+
+
+def _check_length(gradio: Any, prompt: Prompt) -> None:
+    """Raises gradio's Error for more text than the page computes."""
+    texts = [turn["content"] if isinstance(turn, dict) else turn for turn in prompt]  # of a text: its characters
+    if (length := sum(map(len, texts))) > MAX_CHARACTERS:
+        raise _told(gradio, f"This is {length:,} characters; the page takes at most {MAX_CHARACTERS:,}")
+
+
+def _told(gradio: Any, line: str) -> Exception:
+    """Returns Gradio's exception that shows `line` on the page, as text, and nothing in the terminal."""
+    return gradio.Error(html.escape(line), print_exception=False)
 
 
 def _add_sampling(gradio: Any) -> list[Any]:
@@ -132,7 +153,7 @@ def _add_continuation(gradio: Any, result: LoadedResult) -> None:
     def stream(prompt: str, longest: int, temperature: float) -> Iterator[list[str]]:
         texts = ["", ""]
         for column, when in enumerate(_WHENS):
-            for text_so_far in _stream_answer(gradio, result, prompt, Sampling(int(longest), temperature), when):
+            for text_so_far in _stream_answer(gradio, result, prompt, Sampling(int(longest), float(temperature)), when):
                 texts[column] = text_so_far
                 yield texts
 
@@ -155,7 +176,7 @@ def _add_conversation(gradio: Any, result: LoadedResult) -> None:
         answered = [[*turn, {"role": "assistant", "content": ""}] for turn in turns]
         for column, when in enumerate(_WHENS):
             for answer_so_far in _stream_answer(
-                gradio, result, turns[column], Sampling(int(longest), temperature), when
+                gradio, result, turns[column], Sampling(int(longest), float(temperature)), when
             ):
                 answered[column] = [*turns[column], {"role": "assistant", "content": answer_so_far}]
                 yield [*answered, *answered, ""]
@@ -166,23 +187,53 @@ def _add_conversation(gradio: Any, result: LoadedResult) -> None:
 
 def _stream_answer(gradio: Any, result: LoadedResult, prompt: Prompt, sampling: Sampling, when: When) -> Iterator[str]:
     """Yields the answer as far as the model has written it, again after each piece."""
-    pieces: queue.Queue[str | BaseException | None] = queue.Queue()
+    _check_length(gradio, prompt)
+    text = ""
+    for piece in _computed(gradio, lambda show: answer(result, [prompt], sampling, when, show=show)):
+        text += piece
+        yield text
+    yield text.strip()
 
-    def write() -> None:
+
+class _Left(Exception):  # noqa: N818 - nothing went wrong
+    """Nobody waits for the answer any more."""
+
+
+def _computed(gradio: Any, compute: Callable[[Callable[[str], None]], object]) -> Iterator[str]:
+    """Yields the pieces that `compute(show)` shows, while it computes in a thread that does not outlive the server.
+
+    The computation ends at its next piece when the caller asks for no more or the server ends.
+    """
+    pieces: queue.Queue[str | BaseException | None] = queue.Queue()
+    left = threading.Event()
+
+    def show(piece: str) -> None:
+        if left.is_set():
+            raise _Left
+        pieces.put(piece)
+
+    def work() -> None:
         try:
             with _MODEL_LOCK:
-                answer(result, [prompt], sampling, when, show=pieces.put)
+                compute(show)
             pieces.put(None)
         except BaseException as error:
             pieces.put(error)
 
-    threading.Thread(target=write, daemon=True).start()
-    text = ""
-    while (piece := pieces.get()) is not None:
-        if isinstance(piece, UserError):
-            raise gradio.Error(str(piece))
-        if isinstance(piece, BaseException):
-            raise piece
-        text += piece
-        yield text
-    yield text.strip()
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while (piece := _next_piece(gradio, pieces)) is not None:
+            if isinstance(piece, UserError):
+                raise _told(gradio, str(piece))
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+    finally:
+        left.set()
+
+
+def _next_piece(gradio: Any, pieces: queue.Queue[str | BaseException | None]) -> str | BaseException | None:
+    while not ENDS.is_set():
+        with suppress(queue.Empty):
+            return pieces.get(timeout=0.2)
+    raise _told(gradio, "The server has ended")
