@@ -372,3 +372,29 @@ def test_a_terminal_that_closes_leaves_a_checkpoint(settings, tmp_path):
     assert "SIGHUP: finishing this step and saving a checkpoint" in printed
     assert "continue with training.resume=true" in printed
     assert last_whole_checkpoint(tmp_path / "out" / "checkpoints") is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_whose_peer_never_came_ends_with_one_line(rank, settings, tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "empty.yaml").write_text("")
+    program = (
+        "from datetime import timedelta; from sgm_finetune.base import processes; "
+        "processes.JOIN_LIMIT = timedelta(seconds=3); from sgm_finetune.__main__ import main; main()"
+    )
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program, "finetune", "--config", str(tmp_path / "empty.yaml"), *settings],
+        env=environment() | place, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"process {rank}: of the 2 processes of this run, one did not come within 3 s; ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from sgm_finetune.base.errors import Interrupted, Terminated, UserError, in_one_line
+from sgm_finetune.base.errors import Interrupted, PeerLost, Terminated, UserError, in_one_line
 
 
 def run_and_exit(command: Callable[[], object]) -> NoReturn:
@@ -47,13 +47,20 @@ def run_and_exit(command: Callable[[], object]) -> NoReturn:
             fail(_describe_out_of_memory(error), 2)
         if not _lost_a_process(error):
             raise
-        line = (
-            f"process {os.environ['RANK']}: another process of this run has ended (if it said nothing, the system may "
-            "have ended it for want of memory); continue from the last checkpoint with training.resume=true\n"
+        _end_without_peer(
+            "another process of this run has ended (if it said nothing, the system may have ended it for want of "
+            "memory); continue from the last checkpoint with training.resume=true"
         )
-        os.write(2, line.encode())  # in one piece, beside the lines of the other processes
-        os._exit(2)  # a collective shutdown would wait for the lost process
+    except PeerLost as error:
+        _end_without_peer(str(error))
     sys.exit(0)
+
+
+def _end_without_peer(line: str) -> NoReturn:
+    """Prints one line from this process and ends it: a collective shutdown would wait for the lost process."""
+    text = f"process {os.environ['RANK']}: {line}\n"
+    os.write(2, text.encode())  # in one piece, beside the lines of the other processes
+    os._exit(2)
 
 
 def fail(line: str, status: int) -> NoReturn:
