@@ -26,6 +26,7 @@ from sgm_finetune.base.files import lock_folder, remove, whole_file
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands import session
 from sgm_finetune.commands.cli import main
+from sgm_finetune.train import callbacks
 from sgm_finetune.train.checkpoints import last_whole_checkpoint, seal
 from sgm_finetune.train.trainer import SGMTrainer
 
@@ -398,3 +399,31 @@ def test_a_process_whose_peer_never_came_ends_with_one_line(rank, settings, tmp_
     assert last.startswith(f"process {rank}: of the 2 processes of this run, one did not come within 3 s; ")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_leaves_what_others_leave(settings, tmp_path, monkeypatch):
+    """The kill comes before the older checkpoints are deleted: the history has all its rows, and no third checkpoint
+    stays."""
+    settings = [*settings, "training.eval_steps=2", "training.max_steps=6", "training.learning_rate=1e-2"]
+
+    class Killed(BaseException):
+        pass
+
+    def kill(args, state):
+        if state.global_step == 6:
+            raise Killed
+
+    finetune([*settings, f"output.dir={tmp_path / 'whole'}"])
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "delete_older", kill)
+        with pytest.raises(Killed):
+            finetune(settings)
+    assert len(list((tmp_path / "out" / "checkpoints").glob("checkpoint-*"))) == 3
+    finetune([*settings, "training.resume=true"])
+    left, right = (
+        [{key: value for key, value in row.items() if not key.startswith("train_")} for row in rows]
+        for rows in (json.loads((tmp_path / name / "history.json").read_text()) for name in ("out", "whole"))
+    )
+    assert left == right
+    left, right = (sorted(os.listdir(tmp_path / name / "checkpoints")) for name in ("out", "whole"))
+    assert left == right

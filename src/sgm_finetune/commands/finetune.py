@@ -236,7 +236,8 @@ def _write_results(
         (start.before, after.metrics),
     )
     write_json(output / "examples.json", examples)
-    write_json(output / "history.json", state.log_history)
+    steps = [row for row in state.log_history if "train_runtime" not in row]  # the end of a call of Trainer, with times
+    write_json(output / "history.json", steps)
     save_adapter(adapted.model, prepared.tokenizer, output / "adapter")
     save_pth(
         output / PTH, adapted.model, start.plan, s.config, splits.labels, splits.label_kind, splits.train.column_names
