@@ -14,7 +14,12 @@ from typing import Any
 import pytest
 import torch
 from processes import forkserver, run_command
+from rich.console import Console
 from test_exporting import TEXT, save_decoder, train
+
+from sgm_finetune.base.config_file import load_config
+from sgm_finetune.base.files import whole_folder
+from sgm_finetune.commands.finetune import finetune
 
 KILLS = 24
 
@@ -90,16 +95,16 @@ def kill_while_writing(
     return wanted
 
 
-def kill_writer(name: str, kills: int, processes: Any, model: Path, folder: Path, seed: int) -> dict[str, Any]:
+def kill_writer(
+    name: str, kills: int, processes: Any, model: Path, pico: list[str], folder: Path, seed: int
+) -> dict[str, Any]:
     title, arguments, moments, is_whole = WRITERS[name]
     text, output, target = folder / "text.txt", folder / "out", folder / title
     text.write_text(TEXT)
     if name == "report":
         target = output / title
-        short = ["data.max_length=32", "probe.num_batches=2", "probe.sketch_size=12", "training.max_steps=2"]
-        (folder / "empty.yaml").write_text("")
-        finish(processes, ["finetune", "--config", str(folder / "empty.yaml"), *short, "model.task=causal-lm",
-                           f"model.name={model}", f"data.train={text}", f"output.dir={output}"])  # fmt: skip
+        run = [*pico, f"output.dir={output}", "probe.num_batches=2", "training.max_steps=2"]
+        finetune(load_config(None, run), Console(quiet=True))
     elif name != "scan":
         train(model, "causal-lm", text, output)
     given = {"RESULT": f"output.dir={output}", "TARGET": str(target), "MODEL": str(model), "FOLDER": str(output)}
@@ -133,23 +138,21 @@ def kill_writer(name: str, kills: int, processes: Any, model: Path, folder: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_killed_writer_leaves_a_whole_result(name, processes, model, tmp_path):
+def test_a_killed_writer_leaves_a_whole_result(name, processes, model, settings, tmp_path):
     """SGM_RECORD=FILE appends the counts to a file."""
-    found = kill_writer(name, KILLS, processes, model, tmp_path, seed=int(os.environ.get("SGM_SEED", "0")))
+    found = kill_writer(name, KILLS, processes, model, settings, tmp_path, seed=int(os.environ.get("SGM_SEED", "0")))
     assert found["kills"] >= KILLS
     if file := os.environ.get("SGM_RECORD"):
         with open(file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps({"test": "kill writers", "torch": torch.__version__, **found}) + "\n")
 
 
-def test_four_kills_of_a_scan_leave_a_whole_file(processes, model, tmp_path):
-    assert kill_writer("scan", 4, processes, model, tmp_path, seed=1)["kills"] == 4
+def test_four_kills_of_a_scan_leave_a_whole_file(processes, model, settings, tmp_path):
+    assert kill_writer("scan", 4, processes, model, settings, tmp_path, seed=1)["kills"] == 4
 
 
 def test_an_export_that_was_kept_aside_is_back_before_the_next(tmp_path):
     """A kill came between two renames; then the next export fails."""
-    from sgm_finetune.base.files import whole_folder
-
     (tmp_path / ".merged.old").mkdir()
     (tmp_path / ".merged.old" / "export.json").write_text("{}")
     with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "merged"):
@@ -159,8 +162,6 @@ def test_an_export_that_was_kept_aside_is_back_before_the_next(tmp_path):
 
 
 def test_an_interruption_between_two_renames_brings_the_earlier_folder_back(tmp_path, monkeypatch):
-    from sgm_finetune.base.files import whole_folder
-
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "earlier").write_text("")
     rename = Path.rename

@@ -26,6 +26,7 @@ from sgm_finetune.base.files import lock_folder, remove, whole_file
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands import session
 from sgm_finetune.commands.cli import main
+from sgm_finetune.train import callbacks
 from sgm_finetune.train.checkpoints import last_whole_checkpoint, seal
 from sgm_finetune.train.trainer import SGMTrainer
 
@@ -372,3 +373,57 @@ def test_a_terminal_that_closes_leaves_a_checkpoint(settings, tmp_path):
     assert "SIGHUP: finishing this step and saving a checkpoint" in printed
     assert "continue with training.resume=true" in printed
     assert last_whole_checkpoint(tmp_path / "out" / "checkpoints") is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_whose_peer_never_came_ends_with_one_line(rank, settings, tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "empty.yaml").write_text("")
+    program = (
+        "from datetime import timedelta; from sgm_finetune.base import processes; "
+        "processes.JOIN_LIMIT = timedelta(seconds=3); from sgm_finetune.__main__ import main; main()"
+    )
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program, "finetune", "--config", str(tmp_path / "empty.yaml"), *settings],
+        env=environment() | place, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"process {rank}: of the 2 processes of this run, one did not come within 3 s; ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_was_killed_after_its_last_checkpoint_leaves_what_others_leave(settings, tmp_path, monkeypatch):
+    """The kill comes before the older checkpoints are deleted: the history has all its rows, and no third checkpoint
+    stays."""
+    settings = [*settings, "training.eval_steps=2", "training.max_steps=6", "training.learning_rate=1e-2"]
+
+    class Killed(BaseException):
+        pass
+
+    def kill(args, state):
+        if state.global_step == 6:
+            raise Killed
+
+    finetune([*settings, f"output.dir={tmp_path / 'whole'}"])
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "delete_older", kill)
+        with pytest.raises(Killed):
+            finetune(settings)
+    assert len(list((tmp_path / "out" / "checkpoints").glob("checkpoint-*"))) == 3
+    finetune([*settings, "training.resume=true"])
+    left, right = (
+        [{key: value for key, value in row.items() if not key.startswith("train_")} for row in rows]
+        for rows in (json.loads((tmp_path / name / "history.json").read_text()) for name in ("out", "whole"))
+    )
+    assert left == right
+    left, right = (sorted(os.listdir(tmp_path / name / "checkpoints")) for name in ("out", "whole"))
+    assert left == right

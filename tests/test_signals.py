@@ -63,7 +63,7 @@ MOMENTS: dict[str, tuple[list[str], dict[str, str]]] = {
         "before": "import sgm_finetune.results.report.page",
         "during": "begin sgm_finetune.results.report.page:render_report", "after": WRITING,
     }),
-    "compare": (["compare", "OUTPUT", "OUTPUT", "--html", "page.html"], {
+    "compare": (["compare", "OUTPUT", "SECOND", "--html", "page.html"], {
         "before": "import sgm_finetune.results.report.comparison",
         "during": "begin sgm_finetune.results.report.comparison:compare_runs", "after": WRITING,
     }),
@@ -119,7 +119,9 @@ def filled(arguments: list[str], model: Path, reviews: Path, output: Path | None
                 found += [f"output.dir={output}"]
             case _:
                 found.append(
-                    {"REVIEWS": str(reviews), "MODEL": str(model), "OUTPUT": str(output)}.get(argument, argument)
+                    {"REVIEWS": str(reviews), "MODEL": str(model), "OUTPUT": str(output), "SECOND": "second"}.get(
+                        argument, argument
+                    )
                 )
     return found
 
@@ -135,7 +137,8 @@ def test_a_signal_ends_a_command_with_one_line(name, moment, number, llama_folde
     output = None
     if {"RESULT", "OUTPUT"} & set(arguments):
         output = tmp_path / "result"
-        shutil.copytree(request.getfixturevalue("finished"), output)
+        for copy in (output, tmp_path / "second"):
+            shutil.copytree(request.getfixturevalue("finished"), copy)
     (tmp_path / "empty.yaml").write_text("")
     process = start_until(moments[moment], filled(arguments, llama_folder, reviews, output), tmp_path)
     status, said = ended_by(number, process)

@@ -14,6 +14,11 @@ class UserError(Exception):
     """
 
 
+class PeerLost(Exception):  # noqa: N818 - of several processes, any may be the one that can tell
+    """Another process of this run has ended or never came. Every process prints the line: the first may be the lost
+    one."""
+
+
 class Interrupted(Exception):  # noqa: N818 - the user's wish, not an error
     """A signal stopped the work, and what was done is kept. The message is one line: how far it came, and how to go on.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -9,11 +10,47 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
+
+from sgm_finetune.base.errors import PeerLost
+
+JOIN_LIMIT = timedelta(minutes=10)
+"""How long processes wait for one another when a run begins. Later they wait for a day: one may scan for hours."""
 
 
 def processes() -> PartialState:
-    """The processes of this run: one, or those that torchrun or accelerate started."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
+    """The processes of this run: one, or those that torchrun or accelerate started.
+
+    The first call waits for all of them. Raises PeerLost if one does not come within JOIN_LIMIT.
+    """
+    store = None if torch.distributed.is_initialized() else _join()  # alive until the processes have another one
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
+    del store
+    return state
+
+
+def _join() -> Any:
+    """Waits until all processes have written their number into the launcher's store; None for a single process."""
+    number = int(os.environ.get("WORLD_SIZE", "1"))
+    if number == 1:
+        return None
+    missing = "one"
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=JOIN_LIMIT))
+        joined = PrefixStore("sgm/joined", store)
+        joined.set(str(rank), "")
+        names = [str(other) for other in range(number)]
+        try:
+            joined.wait(names, JOIN_LIMIT)
+        except torch.distributed.DistStoreError:
+            missing = ", ".join(name for name in names if not joined.check([name]))
+            raise
+    except (torch.distributed.DistStoreError, torch.distributed.DistNetworkError):
+        raise PeerLost(
+            f"of the {number} processes of this run, {missing} did not come within {JOIN_LIMIT.total_seconds():.0f} s; "
+            "see what ended it, and start the run again"
+        ) from None
+    return store
 
 
 def any_process(flag: bool) -> bool:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from sgm_finetune.base.errors import Interrupted, Terminated, UserError, in_one_line, is_out_of_memory
+from sgm_finetune.base.errors import Interrupted, PeerLost, Terminated, UserError, in_one_line, is_out_of_memory
 from sgm_finetune.base.text import printable
 
 
@@ -39,6 +39,8 @@ def run_and_exit(command: Callable[[], object]) -> NoReturn:
         fail("Interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:
         os._exit(1)
+    except PeerLost as error:
+        _end_without_peer(str(error))
     except Exception as error:
         if is_out_of_memory(error):
             fail(_describe_out_of_memory(error), 2)
@@ -46,13 +48,18 @@ def run_and_exit(command: Callable[[], object]) -> NoReturn:
             fail(f"{str(error.filename)[:60]}... is no path: {error.strerror}", 2)
         if not isinstance(error, RuntimeError) or not _lost_a_process(error):
             raise
-        line = (
-            f"process {os.environ['RANK']}: another process of this run has ended (if it said nothing, the system may "
-            "have ended it for want of memory); continue from the last checkpoint with training.resume=true\n"
+        _end_without_peer(
+            "another process of this run has ended (if it said nothing, the system may have ended it for want of "
+            "memory); continue from the last checkpoint with training.resume=true"
         )
-        os.write(2, line.encode())  # in one piece, beside the lines of the other processes
-        os._exit(2)  # a collective shutdown would wait for the lost process
     sys.exit(0)
+
+
+def _end_without_peer(line: str) -> NoReturn:
+    """Prints one line from this process and ends it: a collective shutdown would wait for the lost process."""
+    text = f"process {os.environ['RANK']}: {line}\n"
+    os.write(2, text.encode())  # in one piece, beside the lines of the other processes
+    os._exit(2)
 
 
 def fail(line: str, status: int) -> NoReturn:

@@ -52,8 +52,13 @@ class WholeCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             seal(folder)
-            best = state.best_model_checkpoint
-            rotate_checkpoints(str(args.output_dir), KEPT, best_model_checkpoint=best, use_mtime=False)
+            delete_older(args, state)
+
+
+def delete_older(args: TrainingArguments, state: TrainerState) -> None:
+    """Deletes all checkpoints but the newest and the best."""
+    best = state.best_model_checkpoint
+    rotate_checkpoints(str(args.output_dir), KEPT, best_model_checkpoint=best, use_mtime=False)
 
 
 class SamplerEpoch(TrainerCallback):

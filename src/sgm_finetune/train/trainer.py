@@ -46,6 +46,7 @@ from sgm_finetune.train.callbacks import (
     TimeLeft,
     TrainingBar,
     WholeCheckpoints,
+    delete_older,
 )
 from sgm_finetune.train.checkpoints import TRAINER_STATE, best_checkpoint, is_whole
 from sgm_finetune.train.fast.head_loss import HeadLoss
@@ -226,6 +227,10 @@ def train(job: TrainingJob, console: Console) -> Trained:
                 best = best_checkpoint(job.resume_from)
                 _require_whole(best)
                 trainer._load_from_checkpoint(str(best or job.resume_from))
+                if best is not None:
+                    state.best_model_checkpoint = str(best)  # the run's folder may have been moved
+                if trainer.is_world_process_zero():
+                    delete_older(job.arguments, state)  # a kill may have come before
                 return Trained(state, None, trainer)
     remedy = "; make room and continue with training.resume=true: earlier checkpoints are whole"
     output = Path(str(job.arguments.output_dir))
