@@ -162,7 +162,7 @@ def test_every_key_that_names_a_file_is_stored_whole_and_found_again(override, t
     assert values == expected
 
 
-@pytest.mark.parametrize("name", ["", "\0", "~nobody/x", "x" * 5000, "/", "..", "\ud800"])
+@pytest.mark.parametrize("name", ["\0", "~nobody/x", "x" * 5000, "/", "..", "\ud800"])
 def test_a_strange_path_stays_a_path(name):
     values = Config().model_dump()
     for section, key in (("model", "name"), ("data", "train"), ("output", "dir")):

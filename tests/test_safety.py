@@ -150,7 +150,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(sett
     line = refused([*settings, f"output.dir={tmp_path / 'file' / 'out'}"], tmp_path, capfd)
     assert line.endswith(f"cannot be made: {tmp_path / 'file'} is a file; name another folder")
     monkeypatch.setattr(os, "access", lambda path, mode, **options: mode != os.W_OK)
-    monkeypatch.setattr(session, "prepare_data", lambda *arguments: pytest.fail("read the data"))
+    monkeypatch.setattr(session, "checked_data", lambda *arguments: pytest.fail("read the data"))
     assert "is read-only for you" in refused(settings, tmp_path, capfd)
 
 
@@ -297,7 +297,7 @@ def test_a_signal_outside_of_training_ends_with_one_line(settings, tmp_path, cap
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("continued")
 
-    monkeypatch.setattr(session, "prepare_data", prepared)
+    monkeypatch.setattr(session, "checked_data", prepared)
     (tmp_path / "empty.yaml").write_text("")
     (tmp_path / "out").mkdir()
     with pytest.raises(SystemExit) as caught:
