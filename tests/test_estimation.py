@@ -118,7 +118,7 @@ def test_a_budget_changes_the_least_costly_first_and_is_kept(described, monkeypa
     floor = whole.process_bytes + whole.weights_bytes
     assert fit(config, prepared, 2 * whole.peak_bytes).given_up == ()
     seen: list[str] = []
-    for share in (0.3, 0.1, 0.05, 0.03):
+    for share in (0.3, 0.05, 0.03):
         budget = floor + int(share * (whole.firm_bytes - floor))
         try:
             fitted = fit(config, prepared, budget)
