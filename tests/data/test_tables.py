@@ -75,6 +75,10 @@ def test_parquet_keeps_class_names_and_reads_categories(tmp_path: Path) -> None:
         ("r.csv", 'text,label\n"a,1\nb,2\n', "unexpected end of data"),
         ("r.tsv", 'text\tlabel\n"a" b\t1\n', "write a double quote inside a quoted field twice"),
         ("r.csv", "text,text\na,1\n", "names the column `text` twice"),
+        ("r.csv", "text,,\na,1,2\n", "values in several columns without a name"),
+        ("r.json", '{"train": [{"text": "a"}], "test": [{"text": "b"}]}', "several lists of rows: train, test"),
+        ("r.json", '{"text": {"0": "a"}, "label": {"0": "b"}}', "orient='records'"),
+        ("r.json", '{"columns": ["text"], "index": [0], "data": [["a"]]}', "orient='records'"),
         ("r.csv", "text,label\n", "r.csv has no rows"),
         ("r.csv", "", "r.csv has no rows"),
         ("r.csv", b"text,label\ncaf\xe9,1\n", "is not UTF-8: byte 0xe9 at 14"),
@@ -103,6 +107,37 @@ def test_a_malformed_file_is_refused_in_one_line(tmp_path: Path, name: str, cont
         read_file(path, "data.train")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_line_with_which_a_spreadsheet_tells_its_separator_is_no_row(tmp_path: Path) -> None:
+    file = tmp_path / "r.csv"
+    file.write_text("sep=;\r\ntext;label\r\na;1\r\nb;2\r\n")
+    assert read_file(file, "data.train").columns == {"text": ["a", "b"], "label": ["1", "2"]}
+
+
+def test_empty_columns_without_a_name_are_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "r.csv"
+    file.write_text("text,label,,\na,1,,\nb,2,,\n")
+    assert read_file(file, "data.train").columns == {"text": ["a", "b"], "label": ["1", "2"]}
+    file.write_text(",text,label\n0,a,1\n1,b,2\n")  # pandas' index is a column
+    assert list(read_file(file, "data.train").columns) == ["", "text", "label"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("key", ["data", "train"])
+def test_one_object_that_holds_a_list_of_rows_is_those_rows(tmp_path: Path, key: str, indent: int | None) -> None:
+    file, rows = tmp_path / "r.json", [{"text": "a", "label": 1}, {"text": "b", "label": 2}]
+    file.write_text(json.dumps({"version": "1.1", key: rows}, indent=indent))
+    table = read_file(file, "data.train")
+    assert table.columns == {"text": ["a", "b"], "label": [1, 2]}
+    assert table.note == f"rows of `{key}`"
+    assert read_file(file, "data.train", num_rows=1).columns == {"text": ["a"], "label": [1]}
+
+
+def test_one_conversation_in_a_file_stays_one_row(tmp_path: Path) -> None:
+    file, row = tmp_path / "r.json", {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}
+    file.write_text(json.dumps(row, indent=2))
+    assert read_file(file, "data.train").columns == {key: [value] for key, value in row.items()}
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:

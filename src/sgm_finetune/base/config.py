@@ -182,7 +182,7 @@ class DataConfig(_Section):
     name."""
     label_kind: Literal["auto", "class", "classes", "number"] = "auto"
     """Kind of label in sequence classification. class: one class. classes: any number of classes (a list of names, a
-    list with a 0 or 1 for every class or, in CSV, names separated by commas). number: a number to predict. auto: a list
+    list with a 0 or 1 for every class or, in CSV, names separated by commas or semicolons). number: a number to predict. auto: a list
     means classes, a fractional number means number, everything else means class."""
     max_length: Whole = Field(default=256, ge=8, le=1_048_576)
     """Maximum length of a sequence in tokens. Longer sequences are truncated."""

@@ -22,7 +22,7 @@ NAMES: dict[Role, tuple[str, ...]] = {
     ),
     "completion": (
         "completion", "answer", "response", "output", "reply", "solution", "target", "assistant", "highlights",
-        "summary",
+        "summary", "chosen",
     ),
     "source": ("source", "article", "document", "dialogue", "input", "src", "text", "question", "query", "prompt"),
     "target": ("target", "highlights", "summary", "output", "tgt", "answer", "response", "completion"),
