@@ -186,7 +186,8 @@ def test_names_with_separators_between_them_are_classes_when_asked_and_doubted_o
 
 def test_a_comma_in_names_that_are_classes_is_no_doubt():
     made, _ = read(["Paris, France", "Rome, Italy"] * 6, "r.csv")
-    assert made.labels == ("Paris, France", "Rome, Italy") and "label_kind" not in made.description
+    assert made.labels == ("Paris, France", "Rome, Italy")
+    assert "label_kind" not in made.description
 
 
 def test_a_decimal_comma_is_refused_with_its_remedy():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -106,6 +107,8 @@ def find_columns(table: Table, layout: Layout, columns: Mapping[Role, str]) -> d
     found: dict[Role, str] = {}
     for role in (*layout.roles, *layout.optional):
         name = layout.column(role, columns)
+        if role == "tools" and role not in columns and name not in there:
+            name = "functions"  # OpenAI's older name
         if name in there:
             found[role] = name
             continue
@@ -116,6 +119,8 @@ def find_columns(table: Table, layout: Layout, columns: Mapping[Role, str]) -> d
             near = difflib.get_close_matches(name, there, n=1, cutoff=0.6)
             hint = f"; did you mean `{near[0]}`?" if near else ""
             raise UserError(f"data.columns: {table.name} has no column `{name}` for {role} {has}{hint}")
+        if len(there) == 1 and re.search("[;\t|]", there[0]):  # a file is read so, a folder is not
+            raise UserError(f"{table.name} has the column `{there[0]}` alone; separate the fields with commas")
         raise UserError(f"{table.name} has no column `{name}` {has}; {_remedy(table, layout, columns)}")
     if len(set(found.values())) < len(found):
         raise UserError(f"data.columns: `{'` and `'.join(found)}` name the same column `{found[layout.roles[0]]}`")

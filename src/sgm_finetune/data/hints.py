@@ -114,12 +114,16 @@ def _suits(table: Table, column: str, role: Role) -> bool:
         return all(isinstance(value, list) for value in values)
     if role == "label":
         return column in table.class_names or _is_label(values, len(values))
+    if role in ("prompt", "completion") and isinstance(values[0], list):
+        return all(isinstance(value, list) and all(isinstance(turn, dict) for turn in value) for value in values)
     return all(isinstance(value, str) for value in values)
 
 
 def _is_label(values: Sequence[Any], num_rows: int) -> bool:
-    """Whether values repeat as labels do, or are lists of labels, or numbers to predict."""
+    """Whether values repeat as labels do, or are lists of labels, or numbers to predict, also written as texts."""
     if any(isinstance(value, list | float) for value in values):
+        return True
+    if all(re.fullmatch(r"[+-]?[0-9]*\.[0-9]+", str(value).strip()) for value in values):
         return True
     return len({str(value) for value in values}) <= max(2, num_rows // 2)
 

@@ -114,8 +114,8 @@ def named_classes(described: PreTrainedConfig) -> tuple[str, ...] | None:
 def matching_rows(labels: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | None:
     """The place in `names` of each of `labels`; None if one of them has none.
 
-    A label is a name, or differs from one only in case or as 1.0 does from 1. The whole numbers 0 to n - 1 are the places of n names, unless
-    one of them is a name.
+    A label is a name, or differs from one only in case or as 1.0 does from 1. The whole
+    numbers 0 to n - 1 are the places of n names, unless one of them is a name.
 
     >>> matching_rows(["neg", "pos"], ["pos", "neg"]), matching_rows(["0", "1"], ["pos", "neg"])
     ((1, 0), (0, 1))
