@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sgm_finetune.base.config import DataConfig
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.arrow import table_of
+from sgm_finetune.data.sources import open_source
 from sgm_finetune.data.tables import PASSAGE_LENGTH, passages, read_file, running_text
 
 ROWS = {"text": ['He said "no", twice.', "two\nlines", "NA"], "label": ["a", "b", "a"]}
@@ -113,6 +115,9 @@ def test_the_line_with_which_a_spreadsheet_tells_its_separator_is_no_row(tmp_pat
     file = tmp_path / "r.csv"
     file.write_text("sep=;\r\ntext;label\r\na;1\r\nb;2\r\n")
     assert read_file(file, "data.train").columns == {"text": ["a", "b"], "label": ["1", "2"]}
+    file.write_text("sep=;\n" + "text;label\n" + "".join(f"film {n};{n % 2}\n" for n in range(12)))
+    config = DataConfig(train=str(file), streaming=True, num_train=4, num_validation=2, num_test=2)
+    assert list(open_source(config).tables["train"].columns) == ["text", "label"]
 
 
 def test_empty_columns_without_a_name_are_left_out(tmp_path: Path) -> None:

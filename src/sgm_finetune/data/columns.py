@@ -157,8 +157,3 @@ def read_texts(table: Table, column: str, may_be_empty: bool) -> list[str]:
         if not may_be_empty and not text.strip():
             raise UserError(f"{table.name}, row {row}: `{column}` is empty; correct or remove the row")
     return list(texts)
-
-
-def read_inputs(table: Table, column: str) -> list[str]:
-    """The texts of an optional column; a missing value is an empty text."""
-    return ["" if is_missing(text) else str(text) for text in table.columns[column][:]]

@@ -160,6 +160,12 @@ def find_separator(path: Path, usual: str) -> str:
     return next((by for by in dividing if len(set(widths[by])) == 1), dividing[0] if dividing else usual)
 
 
+def tells_separator(path: Path) -> bool:
+    """Whether the first line of a file is Excel's `sep=;`, which only tells the separator. Raises as `open_text`."""
+    with open_text(path, newline="") as file:
+        return re.fullmatch(r"sep=.[\r\n]*", file.readline(8)) is not None
+
+
 def _widths(lines: Sequence[str], delimiter: str) -> list[int]:
     """The number of fields of each row, as far as the rows can be read."""
     widths = []
@@ -173,9 +179,9 @@ def _read_separated(path: Path, usual: str, num_rows: int | None) -> Table:
     with open_text(path, newline="") as lines, _unlimited_fields():
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
+            if tells_separator(path):
+                next(reader)
             header = next(reader, [])
-            if header == ["sep=", ""]:  # Excel's line that tells the separator
-                header = next(reader, [])
             twice = next((name for name in header if name and header.count(name) > 1), None)
             if twice is not None:
                 raise UserError(f"{path} names the column `{twice}` twice; the first line must name each column once")
