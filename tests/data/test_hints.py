@@ -183,3 +183,23 @@ def test_a_single_column_of_a_folder_with_another_separator_is_named(tmp_path):
     config = load_config(None, [f"data.name={tmp_path}"])
     with pytest.raises(UserError, match=r"the column `text;label` alone; separate the fields with commas"):
         load_splits(config.data, config.model.task)
+
+
+@pytest.mark.parametrize(
+    ("task", "rows"),
+    [
+        (CLASSES, lambda n: {"text": f"film {n}", "toxic": n % 2, "obscene": n // 2 % 2, "threat": n // 4 % 2}),
+        (LM, lambda n: {"question": f"film {n}", "answers": {"text": [f"good {n}"]}}),
+        (LM, lambda n: {"title": f"film {n}", "paragraphs": [{"context": f"good {n}"}]}),
+    ],
+)
+def test_columns_that_look_like_nothing_known_get_no_hint(task, rows, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(rows(n)) + "\n" for n in range(30)))
+    assert "; say with data.columns which of them are " in remedy([f"data.train={path}", f"model.task={task}"])
+
+
+def test_a_first_line_that_is_a_row_is_spoken_of(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("".join(f"film {n},{'pos' if n % 2 else 'neg'}\n" for n in range(30)))
+    assert remedy([f"data.train={path}"]).endswith("looks like a row, so write the names above it: text, label")

@@ -95,9 +95,9 @@ def test_parquet_keeps_class_names_and_reads_categories(tmp_path: Path) -> None:
         ("r.conll", "U.N. NNP B-ORG\nofficial O\n", "line 2 has 2 field(s), the first word 3; write the word first"),
         ("r.conll", "hello\n", "line 1 has 1 field(s)"),
         (
-            "r.xlsx",
+            "r.doc",
             "",
-            "unknown extension `.xlsx` (known: .csv .tsv .json .jsonl .parquet .txt .conll, and .gz .bz2 .xz "
+            "unknown extension `.doc` (known: .csv .tsv .json .jsonl .ndjson .parquet .txt .conll, and .gz .bz2 .xz "
             ".zst after them); set data.file_type",
         ),
     ],
@@ -143,6 +143,14 @@ def test_one_conversation_in_a_file_stays_one_row(tmp_path: Path) -> None:
     file, row = tmp_path / "r.json", {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}
     file.write_text(json.dumps(row, indent=2))
     assert read_file(file, "data.train").columns == {key: [value] for key, value in row.items()}
+
+
+def test_a_spreadsheet_is_named_by_its_ending(tmp_path: Path) -> None:
+    (tmp_path / "r.xlsx").write_bytes(b"PK\x03\x04")
+    with pytest.raises(UserError, match=r"r\.xlsx is a spreadsheet; save the sheet as CSV"):
+        read_file(tmp_path / "r.xlsx", "data.train")
+    (tmp_path / "r.ndjson").write_text('{"text": "a"}\n')
+    assert read_file(tmp_path / "r.ndjson", "data.train").columns == {"text": ["a"]}
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from sgm_finetune.base.config import Role, Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import short_repr
-from sgm_finetune.data.hints import describe_columns, propose_columns
+from sgm_finetune.data.hints import describe_columns, is_headless, propose_columns
 from sgm_finetune.data.tables import Table
 
 
@@ -129,6 +129,8 @@ def find_columns(table: Table, layout: Layout, columns: Mapping[Role, str]) -> d
 
 def _remedy(table: Table, layout: Layout, columns: Mapping[Role, str]) -> str:
     """What to give for a table that lacks a column of `layout`: what its columns look like."""
+    if is_headless(table):
+        return f"its first line looks like a row, so write the names above it: {', '.join(layout.roles)}"
     task: Task = next(task for task, layouts in LAYOUTS.items() if layout.name in {known.name for known in layouts})
     found = propose_columns(table, task, layout.roles, columns, layout.is_named)
     if found is None:

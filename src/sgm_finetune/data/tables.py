@@ -27,6 +27,7 @@ ENDINGS: dict[str, Format] = {
     ".tsv": "tsv",
     ".json": "json",
     ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
     ".parquet": "parquet",
     ".txt": "text",
     ".conll": "conll",
@@ -65,6 +66,8 @@ def type_of(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> 
         raise UserError(f"{key}={path} does not exist (looked in {Path.cwd()})")
     if format == "auto":
         suffix = inner_suffix(path)
+        if suffix in (".xlsx", ".xls", ".ods"):
+            raise UserError(f"{key}={path} is a spreadsheet; save the sheet as CSV (UTF-8)")
         if suffix not in ENDINGS:
             known, packed = " ".join(ENDINGS), " ".join(PACKINGS)
             raise UserError(
