@@ -516,3 +516,9 @@ def test_a_backslash_in_double_quotes_is_refused_where_it_is_no_backslash():
         load_config(None, ['data.train="C:\\new\\table.csv"'])
     for written in ("C:\\new\\table.csv", "'C:\\new\\table.csv'"):
         assert load_config(None, [f"data.train={written}"]).data.train == "C:\\new\\table.csv"
+
+
+@pytest.mark.parametrize("written", ["[Text, Label]", "text: Text, label: Label"])
+def test_a_key_that_takes_a_mapping_says_how_one_is_written(written):
+    with pytest.raises(UserError, match=r"`data\.columns` is .*; write a mapping, such as \{text: review"):
+        load_config(None, [f"data.columns={written}"])

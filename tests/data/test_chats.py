@@ -222,6 +222,12 @@ def test_functions_are_tools_under_their_older_name(tmp_path):
     assert '"name": "f"' in text
 
 
+def test_messages_as_python_prints_them_are_refused_with_their_remedy(tmp_path):
+    row = {"messages": str([said("user", "q"), said("assistant", "a")])}
+    with pytest.raises(UserError, match=r"which is not JSON: Expecting property .*; write it as json\.dumps does$"):
+        shown(tmp_path / "r.jsonl", PLAIN, row)
+
+
 def test_a_developer_is_the_system(tmp_path):
     (text,) = shown(
         tmp_path / "r.jsonl",

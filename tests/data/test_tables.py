@@ -145,6 +145,12 @@ def test_one_conversation_in_a_file_stays_one_row(tmp_path: Path) -> None:
     assert read_file(file, "data.train").columns == {key: [value] for key, value in row.items()}
 
 
+@pytest.mark.parametrize("name", ["part-*.csv", "[a.csv, b.csv]"])
+def test_several_files_are_a_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"for several files, give their folder as data\.name"):
+        read_file(tmp_path / name, "data.train")
+
+
 def test_a_spreadsheet_is_named_by_its_ending(tmp_path: Path) -> None:
     (tmp_path / "r.xlsx").write_bytes(b"PK\x03\x04")
     with pytest.raises(UserError, match=r"r\.xlsx is a spreadsheet; save the sheet as CSV"):

@@ -312,7 +312,10 @@ class _RowReader:
         try:
             found = parse_json(text)
         except ValueError as error:
-            raise UserError(f"{where} is {short_repr(text)}, which is not JSON: {one_line(error)}") from None
+            reason = one_line(error).removeprefix("not JSON: ")
+            raise UserError(
+                f"{where} is {short_repr(text)}, which is not JSON: {reason}; write it as json.dumps does"
+            ) from None
         return _checked(found, where)
 
     def _plain(self, value: Any, where: str) -> Any:

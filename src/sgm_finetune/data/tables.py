@@ -63,7 +63,8 @@ def type_of(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> 
     if path.is_dir():
         raise UserError(f"{key}={path} is a folder; name a file, or give a data set's folder as data.name")
     if not path.is_file():
-        raise UserError(f"{key}={path} does not exist (looked in {Path.cwd()})")
+        several = "; for several files, give their folder as data.name" if re.search(r"[*?]|, ", str(path)) else ""
+        raise UserError(f"{key}={path} does not exist (looked in {Path.cwd()}){several}")
     if format == "auto":
         suffix = inner_suffix(path)
         if suffix in (".xlsx", ".xls", ".ods"):
