@@ -1,0 +1,153 @@
+"""Small files that cost much to read, unless a reader has bounds: what each takes in a process of its own.
+
+    python tests/costly_files.py [NAME ...]
+
+prints a row for each file: its size, the processor seconds and the memory above the start that reading it takes, and
+the outcome. tests/test_costly_files.py holds them to bounds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from sgm_finetune.base.config_file import load_config
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.untrusted import read_json, read_torch
+from sgm_finetune.model.weights.stored import stored_matrices
+
+SECONDS, MIB = 60, 12 * 1024
+"""Where a reader without bounds is stopped."""
+
+
+class Costly(NamedTuple):
+    """A file that costs much: `write` makes it in a folder and returns its path, `read` is what SGM does with it."""
+
+    write: Callable[[Path], Path]
+    read: Callable[[Path], Any]
+
+
+class Cost(NamedTuple):
+    """What reading a file took."""
+
+    num_bytes: int
+    seconds: float
+    mib: float
+    outcome: str
+
+
+def text(name: str, content: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / name).write_text(content, encoding="utf-8")
+        return folder / name
+
+    return write
+
+
+def many_storages(folder: Path) -> Path:
+    torch.save({str(n): torch.zeros(1) for n in range(24_000)}, folder / "a.pth")
+    return folder / "a.pth"
+
+
+def many_tensors(folder: Path) -> Path:
+    save_file({f"layers.{n}.q.weight": torch.ones(1, 1) for n in range(100_000)}, folder / "model.safetensors")
+    return folder
+
+
+def weights(path: Path) -> None:
+    for matrix in stored_matrices(path):
+        matrix.load()
+
+
+def config(path: Path) -> Any:
+    return load_config(path)
+
+
+def merges(levels: int) -> str:
+    """Mappings of which each takes the keys of the one before ten times."""
+    names = "abcdefghijklmnop"[:levels]
+    lines = [f"{b}: &{b}\n  <<: [{', '.join(['*' + a] * 10)}]" for a, b in zip(names, names[1:], strict=False)]
+    return "\n".join(["a: &a {x: 1}", *lines, ""])
+
+
+def json_object(num_keys: int) -> str:
+    return "{" + ",".join(f'"k{n:08}":1' for n in range(num_keys)) + f',"k{num_keys - 1:08}":1}}'
+
+
+COSTLY: dict[str, Costly] = {
+    "JSON, the last of 13,000 keys twice": Costly(text("a.json", json_object(13_000)), read_json),
+    "JSON, the last of 26,000 keys twice": Costly(text("a.json", json_object(26_000)), read_json),
+    "YAML, the last of 20,000 keys twice": Costly(
+        text("a.yaml", "".join(f"k{n}: 1\n" for n in [*range(20_000), 19_999])), config),
+    "YAML, a list of 450,000 numbers": Costly(text("a.yaml", "a: [" + "1," * 450_000 + "]"), config),
+    "YAML, mappings that merge each other": Costly(text("a.yaml", merges(8)), config),
+    "safetensors, 100,000 tensors": Costly(many_tensors, weights),
+    ".pth, 24,000 storages": Costly(many_storages, read_torch),
+}  # fmt: skip
+
+
+def cost(case: Costly) -> Cost:
+    """Reads the file in a process of its own, a copy of this one."""
+    with tempfile.TemporaryDirectory(prefix="sgm-costly-") as name:
+        path = case.write(Path(name))
+        size = sum(file.stat().st_size for file in Path(name).rglob("*") if file.is_file())
+        answer, told = os.pipe()
+        if not (child := os.fork()):
+            try:
+                os.write(told, json.dumps(_read(case, path)).encode())
+            finally:
+                os._exit(0)
+        os.close(told)
+        with os.fdopen(answer, "rb") as held:
+            found = held.read()
+        _, status, used = os.wait4(child, 0)
+    if not found:
+        return Cost(size, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024 - _resident(), f"died ({status})")
+    return Cost(size, *json.loads(found))
+
+
+def _read(case: Costly, path: Path) -> tuple[float, float, str]:
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MIB * 2**20,) * 2)
+    before, begun = _resident(), time.process_time()
+    try:
+        case.read(path)
+        outcome = "a result"
+    except UserError as error:
+        outcome = f"one line: {str(error).replace(str(path.parent), '')}"
+    except ValueError as error:  # what base/untrusted.py raises for its caller
+        outcome = f"one line: {error}"
+    except BaseException as error:
+        outcome = f"{type(error).__name__}: {error}"[:200]
+    used = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = time.process_time() - begun + used[1].ru_utime + used[1].ru_stime
+    return seconds, used[0].ru_maxrss / 1024 - before, outcome
+
+
+def _resident() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+
+
+def main(*chosen: str) -> None:
+    for name in chosen or COSTLY:
+        found = cost(COSTLY[name])
+        print(f"| {name} | {found.num_bytes / 1000:,.0f} kB | {found.seconds:.1f} s | {found.mib:,.0f} MiB | "
+              f"{found.outcome[:150]} |", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
