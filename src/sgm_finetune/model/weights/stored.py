@@ -143,6 +143,14 @@ def stored_tensors(model: str | Path) -> dict[str, StoredTensor]:
     return _tensors(model, files)
 
 
+def num_tensors(model: str | Path) -> int:
+    """The number of tensors in a local model's files; 0 where it has none that can be read."""
+    try:
+        return len(_read_headers(files := weight_files(model), gguf_tensors if files[0].suffix == ".gguf" else _headers))
+    except UserError:
+        return 0
+
+
 def embedding_rows(model: str | Path) -> int | None:
     """The number of rows of the input embedding in a local model's .safetensors files; None where they do not tell."""
     try:
