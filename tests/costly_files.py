@@ -18,7 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import save_file
 
 from sgm_finetune.base.config_file import load_config
@@ -69,6 +71,29 @@ def weights(path: Path) -> None:
         matrix.load()
 
 
+def many_texts(folder: Path) -> Path:
+    return gguf(folder, lambda writer: writer.add_array("tokenizer.ggml.tokens", [f"t{n}" for n in range(500_000)]))
+
+
+def many_keys(folder: Path) -> Path:
+    def add(writer: GGUFWriter) -> None:
+        for n in range(40_000):
+            writer.add_uint8(f"k{n}", 1)
+
+    return gguf(folder, add)
+
+
+def gguf(folder: Path, add: Callable[[GGUFWriter], None]) -> Path:
+    writer = GGUFWriter(folder / "model.gguf", "llama")
+    add(writer)
+    writer.add_tensor("blk.0.attn_q.weight", np.ones((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "model.gguf"
+
+
 def config(path: Path) -> Any:
     return load_config(path)
 
@@ -92,6 +117,8 @@ COSTLY: dict[str, Costly] = {
     "YAML, a list of 450,000 numbers": Costly(text("a.yaml", "a: [" + "1," * 450_000 + "]"), config),
     "YAML, mappings that merge each other": Costly(text("a.yaml", merges(8)), config),
     "safetensors, 100,000 tensors": Costly(many_tensors, weights),
+    "GGUF, a list of 500,000 texts": Costly(many_texts, weights),
+    "GGUF, 40,000 keys": Costly(many_keys, weights),
     ".pth, 24,000 storages": Costly(many_storages, read_torch),
 }  # fmt: skip
 

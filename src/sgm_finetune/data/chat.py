@@ -13,6 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import one_line
 from sgm_finetune.data.conversations import Message, has_reasoning, is_learnt
+from sgm_finetune.data.template_trial import try_template
 
 ALPACA = "Below is an instruction that describes a task. Write a response that completes it.\n\n### Instruction:\n"
 """Start of an instruction for a model without a chat template."""
@@ -297,6 +298,7 @@ def _rendered(messages: list[Message], tokenizer: Any, tools: Any, **options: An
     """
     if not messages:
         raise UserError("The conversation begins with the assistant; begin it with a question, or remove the row")
+    try_template(tokenizer, tools)
     try:
         texts, marks = render_jinja_template(
             [messages], tools, chat_template=tokenizer.get_chat_template(tools=tools),

@@ -11,6 +11,7 @@ from typing import Any
 
 from sgm_finetune.base.files import write_json
 from sgm_finetune.base.untrusted import require_json_object
+from sgm_finetune.data.template_trial import try_template
 
 GENERATION_CONFIG = "generation_config.json"
 _QUESTION, _ANSWER = "QUESTION¶", "ANSWER¶"
@@ -108,6 +109,7 @@ def turn_remark(tokenizer: Any) -> str | None:
 
 
 def _render(tokenizer: Any, conversation: Sequence[Mapping[str, str]], ask: bool = False) -> str | None:
+    try_template(tokenizer)
     try:
         return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=ask))
     except Exception:  # a template raises any type
