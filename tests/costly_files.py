@@ -8,6 +8,8 @@ the outcome. tests/test_costly_files.py holds them to bounds.
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 import os
 import resource
@@ -20,12 +22,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from conftest import make_model, make_tokenizer
+from fuzz_seeds import read_chats
 from gguf import GGUFWriter
 from safetensors.torch import save_file
 
+from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.untrusted import read_json, read_torch
+from sgm_finetune.data.chat import written_answers
+from sgm_finetune.data.encoding import encode
+from sgm_finetune.data.library import load_folder
+from sgm_finetune.data.splits import load_splits
+from sgm_finetune.model.architecture import check_model
+from sgm_finetune.model.classes import Head
+from sgm_finetune.model.load import load_model
 from sgm_finetune.model.weights.stored import stored_matrices
 
 SECONDS, MIB = 60, 12 * 1024
@@ -48,7 +60,7 @@ class Cost(NamedTuple):
     outcome: str
 
 
-def text(name: str, content: str) -> Callable[[Path], Path]:
+def write_text(name: str, content: str) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         (folder / name).write_text(content, encoding="utf-8")
         return folder / name
@@ -94,6 +106,68 @@ def gguf(folder: Path, add: Callable[[GGUFWriter], None]) -> Path:
     return folder / "model.gguf"
 
 
+def packed_zeros(folder: Path) -> Path:
+    with gzip.open(folder / "train.csv.gz", "wb", compresslevel=9) as file:
+        file.write(b"text,label\n")
+        for _ in range(600):
+            file.write(bytes(2**20))
+    return folder
+
+
+def card_with_an_address(folder: Path) -> Path:
+    (folder / "train.csv").write_text("text,label\na,b\n", encoding="utf-8")
+    head = "configs:\n- config_name: default\n  data_files: http://127.0.0.1:9/train.csv"
+    (folder / "README.md").write_text(f"---\n{head}\n---\n", encoding="utf-8")
+    return folder
+
+
+def long_chat(folder: Path) -> Path:
+    turn = [{"role": "user", "content": "film"}, {"role": "assistant", "content": "good"}]
+    rows = [{"messages": [{"role": "user", "content": f"a{n}"}, *turn[1:], *turn * 8_000]} for n in range(6)]
+    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder / "data.json"
+
+
+def long_text(folder: Path) -> Path:
+    rows = [{"text": f"film {n}", "label": "ab"[n % 2]} for n in range(36)]
+    rows[0]["text"] = "good film " * 10_000_000
+    (folder / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder / "data.json"
+
+
+def encoded(path: Path) -> None:
+    task = "sequence-classification"
+    splits = load_splits(load_config(None, [f"data.train={path}"]).data, task)
+    for split in (splits.train, splits.validation, splits.test):
+        encode(split, make_tokenizer(), task, 128)
+
+
+def template(text: str) -> Costly:
+    def read(path: Path) -> None:
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        written_answers([{"role": "user", "content": "film"}, {"role": "assistant", "content": "good"}], tokenizer)
+
+    return Costly(write_text("chat_template.jinja", text), read)
+
+
+def described(**changes: Any) -> Costly:
+    """A pico model whose config.json has other numbers."""
+
+    def write(folder: Path) -> Path:
+        make_model().save_pretrained(folder)
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps({**values, **changes}), encoding="utf-8")
+        return folder
+
+    def read(path: Path) -> None:
+        model = ModelConfig(name=str(path), task="sequence-classification")
+        check_model(model, path, 8)
+        load_model(model, path, Head(("a", "b"), "class", 0))
+
+    return Costly(write, read)
+
+
 def config(path: Path) -> Any:
     return load_config(path)
 
@@ -101,7 +175,7 @@ def config(path: Path) -> Any:
 def merges(levels: int) -> str:
     """Mappings of which each takes the keys of the one before ten times."""
     names = "abcdefghijklmnop"[:levels]
-    lines = [f"{b}: &{b}\n  <<: [{', '.join(['*' + a] * 10)}]" for a, b in zip(names, names[1:], strict=False)]
+    lines = [f"{b}: &{b}\n  <<: [{', '.join(['*' + a] * 10)}]" for a, b in itertools.pairwise(names)]
     return "\n".join(["a: &a {x: 1}", *lines, ""])
 
 
@@ -110,15 +184,25 @@ def json_object(num_keys: int) -> str:
 
 
 COSTLY: dict[str, Costly] = {
-    "JSON, the last of 13,000 keys twice": Costly(text("a.json", json_object(13_000)), read_json),
-    "JSON, the last of 26,000 keys twice": Costly(text("a.json", json_object(26_000)), read_json),
+    "JSON, the last of 13,000 keys twice": Costly(write_text("a.json", json_object(13_000)), read_json),
+    "JSON, the last of 26,000 keys twice": Costly(write_text("a.json", json_object(26_000)), read_json),
     "YAML, the last of 20,000 keys twice": Costly(
-        text("a.yaml", "".join(f"k{n}: 1\n" for n in [*range(20_000), 19_999])), config),
-    "YAML, a list of 450,000 numbers": Costly(text("a.yaml", "a: [" + "1," * 450_000 + "]"), config),
-    "YAML, mappings that merge each other": Costly(text("a.yaml", merges(8)), config),
+        write_text("a.yaml", "".join(f"k{n}: 1\n" for n in [*range(20_000), 19_999])), config),
+    "YAML, a list of 450,000 numbers": Costly(write_text("a.yaml", "a: [" + "1," * 450_000 + "]"), config),
+    "YAML, mappings that merge each other": Costly(write_text("a.yaml", merges(8)), config),
+    "config.json, 10,000 layers": described(num_hidden_layers=10_000),
+    "config.json, hidden_size 10**9": described(hidden_size=10**9),
+    "config.json, intermediate_size 10**8": described(intermediate_size=10**8),
+    "chat template, loops in loops": template(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+    "chat template, a text of 3 GB": template("{{ 'a' * 3000000000 }}"),
     "safetensors, 100,000 tensors": Costly(many_tensors, weights),
     "GGUF, a list of 500,000 texts": Costly(many_texts, weights),
     "GGUF, 40,000 keys": Costly(many_keys, weights),
+    "data folder, 600 MiB in a .gz": Costly(packed_zeros, load_folder),
+    "data folder, a card with an address": Costly(card_with_an_address, load_folder),
+    "a conversation of 16,000 messages": Costly(long_chat, read_chats),
+    "one text of 100 MB": Costly(long_text, encoded),
     ".pth, 24,000 storages": Costly(many_storages, read_torch),
 }  # fmt: skip
 

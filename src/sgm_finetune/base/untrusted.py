@@ -129,7 +129,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Writes the keys of the mappings behind `<<` into `node`. Mappings that merge each other grow tenfold a line."""
+        """Writes the keys of the mappings behind `<<` into `node`. With ten of them, each line holds ten times more."""
         for key, merged in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value == "<<" and isinstance(merged.value, list):
                 taken = merged.value if isinstance(merged, yaml.SequenceNode) else [merged]

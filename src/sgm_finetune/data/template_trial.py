@@ -32,8 +32,8 @@ def try_template(tokenizer: Any, tools: Any = None) -> None:
         _reasons[template] = _find_reason(template, tokenizer.special_tokens_map)
     if _reasons[template]:
         raise UserError(
-            f"This model's chat template takes more than {_reasons[template]} for a short conversation; read chat_template.jinja "
-            "in the model's folder, or take another model"
+            f"This model's chat template takes more than {_reasons[template]} for a short conversation; read "
+            "chat_template.jinja in the model's folder, or take another model"
         )
 
 
@@ -95,7 +95,7 @@ def _try(template: str, special: Mapping[str, Any]) -> None:
         os._exit(outcome)
 
 
-def _conversations() -> list[tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
+def _conversations() -> list[tuple[list[dict[str, Any]], Any]]:
     """Conversations of several forms, each with its tools."""
     asked, answered = {"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}
     system = {"role": "system", "content": "e"}

@@ -146,7 +146,9 @@ def stored_tensors(model: str | Path) -> dict[str, StoredTensor]:
 def num_tensors(model: str | Path) -> int:
     """The number of tensors in a local model's files; 0 where it has none that can be read."""
     try:
-        return len(_read_headers(files := weight_files(model), gguf_tensors if files[0].suffix == ".gguf" else _headers))
+        return len(
+            _read_headers(files := weight_files(model), gguf_tensors if files[0].suffix == ".gguf" else _headers)
+        )
     except UserError:
         return 0
 
