@@ -73,9 +73,12 @@ def many_storages(folder: Path) -> Path:
     return folder / "a.pth"
 
 
-def many_tensors(folder: Path) -> Path:
-    save_file({f"layers.{n}.q.weight": torch.ones(1, 1) for n in range(100_000)}, folder / "model.safetensors")
-    return folder
+def tensors(number: int) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        save_file({f"layers.{n}.q.weight": torch.ones(1, 1) for n in range(number)}, folder / "model.safetensors")
+        return folder
+
+    return write
 
 
 def weights(path: Path) -> None:
@@ -196,7 +199,8 @@ COSTLY: dict[str, Costly] = {
     "chat template, loops in loops": template(
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
     "chat template, a text of 3 GB": template("{{ 'a' * 3000000000 }}"),
-    "safetensors, 100,000 tensors": Costly(many_tensors, weights),
+    "safetensors, 15,000 tensors": Costly(tensors(15_000), weights),
+    "safetensors, 100,000 tensors": Costly(tensors(100_000), weights),
     "GGUF, a list of 500,000 texts": Costly(many_texts, weights),
     "GGUF, 40,000 keys": Costly(many_keys, weights),
     "data folder, 600 MiB in a .gz": Costly(packed_zeros, load_folder),
