@@ -1,7 +1,8 @@
 """Reads changed files in a process of its own, because a reader in C may crash.
 
 Prints a line of JSON for each reader: how many files gave a result, and how many the one line of a UserError. Any other
-outcome ends the process with status 1, a traceback and the file's bytes. So does a file that takes longer than 20 s.
+outcome ends the process with status 1, a traceback and the file's bytes. So does a file that takes more than 20 s, or,
+below 1 MB, more than 2 s of processor time or 200 MiB above what the process had.
 
     python tests/fuzz_worker.py INPUTS SEED [READER ...]
 """
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from hypothesis import strategies as st
 from sgm_finetune.base.errors import UserError, in_one_line
 
 SLOWEST = 20  # seconds for a file
+SECONDS, MIB = 2, 200  # of processor time, and of memory, for a file below 1 MB
 _TEXT = st.text(max_size=8) | st.sampled_from(
     ["", "..", "/etc/passwd", "../x", "nan", "\ud800", "a" * 3000, "{{", "true", "1e999", "\0", "(a+)+$"]
 )
@@ -106,8 +109,24 @@ def write_case(reader: Reader, content: bytes, folder: Path) -> Path:
     return folder / reader.file
 
 
+def clear_peak() -> float:
+    """Forgets how much memory this process had at most, and returns what it has now, in MiB. Linux alone can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return peak()
+
+
+def peak() -> float:
+    """The most memory, in MiB, that this process has had since `clear_peak`; 0 where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return 0.0
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
 def fuzz(reader: Reader, inputs: int, number: int) -> dict[str, Any]:
-    found = {"inputs": 0, "results": 0, "errors": 0, "slowest_seconds": 0.0}
+    found = {"inputs": 0, "results": 0, "errors": 0, "slowest_seconds": 0.0, "most_seconds": 0.0, "most_mib": 0}
     started = time.monotonic()
 
     @seed(number)
@@ -119,7 +138,7 @@ def fuzz(reader: Reader, inputs: int, number: int) -> dict[str, Any]:
     def run(content: bytes) -> None:
         with tempfile.TemporaryDirectory(prefix="sgm-fuzz-") as folder:
             path = write_case(reader, content, Path(folder))
-            begun = time.monotonic()
+            begun, used, held = time.monotonic(), time.process_time(), clear_peak()
             faulthandler.dump_traceback_later(SLOWEST, exit=True)
             try:
                 reader.read(path)
@@ -132,7 +151,13 @@ def fuzz(reader: Reader, inputs: int, number: int) -> dict[str, Any]:
                 raise
             finally:
                 faulthandler.cancel_dump_traceback_later()
+            seconds, mib = time.process_time() - used, peak() - held
+            if len(content) < 10**6 and (seconds > SECONDS or mib > MIB):
+                print(content[:20000], file=sys.stderr)
+                raise AssertionError(f"{len(content):,} bytes took {seconds:.1f} s and {mib:,.0f} MiB")
             found["inputs"] += 1
+            found["most_seconds"] = max(found["most_seconds"], round(seconds, 3))
+            found["most_mib"] = max(found["most_mib"], round(mib))
             found["slowest_seconds"] = max(found["slowest_seconds"], round(time.monotonic() - begun, 3))
 
     with tempfile.TemporaryDirectory(prefix="sgm-fuzz-") as folder:

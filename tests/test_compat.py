@@ -417,6 +417,28 @@ def test_the_gguf_reader_reads_a_header_through_its_private_method(tmp_path) -> 
     assert reader.num_reads > 3 + len(reader.tensors)
 
 
+def test_the_gguf_reader_reads_a_list_through_its_private_method(tmp_path) -> None:
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    lists = []
+
+    class Counting(GGUFReader):
+        def _get_field_parts(self, orig_offs, raw_type):
+            found = super()._get_field_parts(orig_offs, raw_type)
+            if raw_type == GGUFValueType.ARRAY:
+                lists.append(found)
+            return found
+
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_array("texts", ["a", "bc"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    Counting(tmp_path / "model.gguf")
+    [(size, _, _, types)] = lists
+    assert (size, types[0]) == (12 + 8 + 1 + 8 + 2, GGUFValueType.ARRAY)
+
+
 def test_accelerates_launcher_sets_the_variables_that_are_read() -> None:
     from accelerate.commands.launch import launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env

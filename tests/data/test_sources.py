@@ -66,6 +66,33 @@ def test_a_subset_of_a_hub_data_set_is_asked_for_by_name(monkeypatch: pytest.Mon
     assert made.validation["text"][:] == ["held out"]
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(
+    "place", ["http://127.0.0.1:9/a.csv", "[{split: train, path: ['hf://datasets/a/b/a.csv']}]", "../a.csv", "/a.csv"]
+)
+def test_a_data_folder_whose_card_places_data_elsewhere_is_refused_without_a_request(
+    tmp_path, monkeypatch, place, is_streamed
+) -> None:
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append(args))
+    (tmp_path / "train.csv").write_text("text,label\na,b\n")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {place}\n---\nAbout\n")
+    config = DataConfig(name=str(tmp_path), streaming=is_streamed, num_train=1, num_validation=1, num_test=1)
+    with pytest.raises(UserError, match="places data outside its folder") as caught:
+        load_splits(config, "sequence-classification")
+    assert "\n" not in str(caught.value)
+    assert not asked
+
+
+def test_a_data_folder_with_a_card_of_its_own_files_is_read(tmp_path) -> None:
+    rows = "".join(f"film {n},{'ab'[n % 2]}\n" for n in range(40))
+    (tmp_path / "part.csv").write_text("text,label\n" + rows)
+    head = "license: mit\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: 'part*.csv'}"
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n[about](https://example.org)\n")
+    splits = load_splits(DataConfig(name=str(tmp_path)), "sequence-classification")
+    assert len(splits.train) + len(splits.validation) + len(splits.test) == 40
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

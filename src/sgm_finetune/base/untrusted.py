@@ -12,7 +12,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, NoReturn
@@ -24,7 +24,10 @@ from sgm_finetune.base.text import first_line, mib, one_line
 
 MAX_JSON = 64 * 2**20
 """Maximum bytes of a JSON document. The plan of a thousand matrices has 1 MiB."""
-MAX_YAML = 2**20
+MAX_YAML = 2**17
+"""Maximum characters of a YAML text. YAML takes ten times as long as JSON; a configuration has 5 KiB."""
+MAX_MERGED = 1_000
+"""Maximum number of keys that one mapping of a YAML text takes from others (`<<`)."""
 MAX_DEPTH = 60
 MAX_VALUES = 10_000_000
 """Maximum number of values in a document. A value counts as often as the document refers to it."""
@@ -121,10 +124,23 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        if len(set(keys)) < len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
+        if (twice := _repeated(keys)) is not None:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[:80]!r} occurs twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Writes the keys of the mappings behind `<<` into `node`. With ten of them, each line holds ten times more."""
+        for key, merged in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value == "<<" and isinstance(merged.value, list):
+                taken = merged.value if isinstance(merged, yaml.SequenceNode) else [merged]
+                for one in taken:
+                    if isinstance(one, yaml.MappingNode):
+                        self.flatten_mapping(one)
+                if len(taken) * max((len(one.value) for one in taken), default=0) > MAX_MERGED:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"a mapping takes more than {MAX_MERGED:,} keys from others", node.start_mark
+                    )
+        super().flatten_mapping(node)
 
 
 def read_yaml(path: Path) -> Any:
@@ -228,7 +244,7 @@ def _bounded_text(path: Path, limit: int) -> str:
     with path.open("rb") as file:
         held = file.read(limit + 1)
     if len(held) > limit:
-        raise ValueError(f"it is larger than {mib(limit)}")
+        raise ValueError(f"it is larger than {mib(limit) if limit >= 2**20 else f'{limit // 2**10} KiB'}")
     return held.decode("utf-8")
 
 
@@ -241,10 +257,18 @@ def _integer(digits: str) -> int:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:80]!r} occurs twice")
+        raise ValueError(f"the key {(_repeated(name for name, _ in pairs) or '')[:80]!r} occurs twice")
     return found
+
+
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that was there before; None when all are different."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _check_archive(path: Path) -> None:
@@ -276,6 +300,7 @@ class Rehearsal(pickle._Unpickler):  # the C unpickler allocates whatever size a
         super().__init__(file, encoding="utf-8")
         self.held = held
         self.storages: dict[str, int] = {}
+        self.claimed = 0
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if (module_name, global_name) == ("collections", "OrderedDict"):
@@ -294,8 +319,10 @@ class Rehearsal(pickle._Unpickler):  # the C unpickler allocates whatever size a
         what, kind, key, _, count = pid[:5]
         if what != "storage" or not isinstance(kind, _NumberType) or not isinstance(count, int) or count < 0:
             raise pickle.UnpicklingError("it holds an object that is not a tensor")
-        self.storages[str(key)] = count * kind.width
-        if sum(self.storages.values()) > self.held:
+        size = count * kind.width
+        self.claimed += size - self.storages.get(str(key), 0)
+        self.storages[str(key)] = size
+        if self.claimed > self.held:
             raise pickle.UnpicklingError("its tensors claim more bytes than the file has")
 
 

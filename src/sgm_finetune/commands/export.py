@@ -18,6 +18,7 @@ from sgm_finetune.base.files import disk_free, whole_folder, write_json, write_t
 from sgm_finetune.base.memory import peak_memory, release_memory
 from sgm_finetune.base.text import mib
 from sgm_finetune.commands.requests import ExportRequest
+from sgm_finetune.data.template_trial import try_template
 from sgm_finetune.results.answers import generates_text
 from sgm_finetune.results.export import gguf_file
 from sgm_finetune.results.export.adapter import write_adapter
@@ -253,6 +254,7 @@ def _find_chat_format(result: Result) -> ChatFormat | None:
     tokenizer = result.tokenizer
     if not tokenizer.chat_template:
         return None
+    try_template(tokenizer)
     return find_format(
         lambda messages, asks: str(
             tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks)

@@ -13,9 +13,13 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import one_line
 from sgm_finetune.data.conversations import Message, has_reasoning, is_learnt
+from sgm_finetune.data.template_trial import try_template
 
 ALPACA = "Below is an instruction that describes a task. Write a response that completes it.\n\n### Instruction:\n"
 """Start of an instruction for a model without a chat template."""
+
+MAX_MESSAGES = 1_000
+"""Maximum messages of a conversation. The template writes each beginning of it that ends with an answer."""
 
 Tools = list[dict[str, Any]] | None
 Span = tuple[int, int]
@@ -43,6 +47,10 @@ def written_answers(conversation: list[Message], tokenizer: Any, tools: Tools = 
     Raises UserError when the template refuses the conversation, leaves out its calls or writes a question differently
     before its answer.
     """
+    if len(conversation) > MAX_MESSAGES:
+        raise UserError(
+            f"The conversation has {len(conversation):,} messages, and SGM reads up to {MAX_MESSAGES:,}; divide it"
+        )
     turns = [n for n, message in enumerate(conversation) if is_learnt(message)]
     messages, whole = _accepted(conversation[: turns[-1] + 1], tokenizer, tools)
     if _MARKS.search(tokenizer.get_chat_template(tools=tools)):
@@ -310,6 +318,7 @@ def _rendered(messages: list[Message], tokenizer: Any, tools: Any, **options: An
     """
     if not messages:
         raise UserError("The conversation begins with the assistant; begin it with a question, or remove the row")
+    try_template(tokenizer, tools)
     try:
         texts, marks = render_jinja_template(
             [messages], tools, chat_template=tokenizer.get_chat_template(tools=tools),

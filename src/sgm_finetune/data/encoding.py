@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 """Label of a position that the loss ignores."""
 TEXTS_PER_CALL = 1000
+MAX_CHARACTERS = 10_000_000
+"""Maximum characters of a text that is cut at `data.max_length`. A tokenizer takes seconds for so many."""
 
 FEATURES = {
     "input_ids": datasets.List(datasets.Value("int32")),
@@ -231,6 +233,7 @@ def _encode_conversations(
             raise _in_row(error, origins, number) from None
         num_divided += len(written) > 1
         for text, spans in written:
+            _check_lengths([text], max_length)
             ids, learnt = learnt_tokens(text, spans, tokenizer)
             row = [token if counts else IGNORED for token, counts in zip(ids, learnt, strict=True)]
             answer = next((at for at, label in enumerate(row) if label != IGNORED), len(row))
@@ -299,6 +302,8 @@ def _encode_completions(prompts: Sequence[str], completions: Sequence[str], toke
     to the answer.
     """
     eos = _end_of_sequence(tokenizer)
+    for column in (prompts, completions):
+        _check_lengths(in_parts(column), max_length)
     whole = _token_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts[:], completions[:], strict=True)])
     sequences, labels, longest_prompt, num_truncated = TokenLists(), TokenLists(), 0, 0
     for prompt, ids in zip(_token_ids(tokenizer, prompts), whole, strict=True):
@@ -335,6 +340,8 @@ def _truncate(
     for start in range(0, len(texts), TEXTS_PER_CALL):
         here = list(texts[start : start + TEXTS_PER_CALL])
         beside = None if pairs is None else list(pairs[start : start + TEXTS_PER_CALL])
+        for texts_here in (here, beside or []):
+            _check_lengths(texts_here, max_length)
         part = _tokenise_part(tokenizer, here, beside)
         long = [index for index, ids in enumerate(part["input_ids"]) if len(ids) > max_length]
         if long:
@@ -350,6 +357,19 @@ def _truncate(
         for name, lists in part.items():
             columns.setdefault(name, TokenLists()).extend(lists)
     return columns, num_long
+
+
+def _check_lengths(texts: Iterable[str], max_length: int) -> None:
+    """Raises UserError for a text of which hardly anything would be left at `max_length` tokens.
+
+    A text is tokenised before it is cut: where to cut it first depends on the tokenizer.
+    """
+    longest = max(map(len, texts), default=0)
+    if longest > MAX_CHARACTERS:
+        raise UserError(
+            f"A text has {longest:,} characters, of which data.max_length={max_length} keeps the first {max_length:,} "
+            f"tokens; SGM reads texts of up to {MAX_CHARACTERS:,}, so cut it"
+        )
 
 
 def _token_ids(tokenizer: Any, texts: Sequence[str], as_target: bool = False) -> Iterator[list[int]]:

@@ -17,6 +17,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.hub import explain_hub_error
 from sgm_finetune.base.text import one_line
 from sgm_finetune.data.arrow import class_names, table_of
+from sgm_finetune.data.data_folder import check_folder
 from sgm_finetune.data.embedded import EMBEDDED
 from sgm_finetune.data.sources import HUB_SPLITS, Source, Split, check_hub_name
 from sgm_finetune.data.tables import Table, find_separator, tells_separator, type_of
@@ -117,6 +118,8 @@ def _stream_name(name: str) -> dict[Split, datasets.IterableDataset]:
             f"data.streaming=true does not work with the embedded data.name={name}; set data.streaming=false"
         )
     repository, _, subset = name.partition(":")
+    if Path(repository).is_dir():
+        check_folder(Path(repository))
     try:
         loaded = datasets.load_dataset(repository, subset or None, streaming=True)
     except Exception as error:  # as in load_hub
@@ -126,6 +129,7 @@ def _stream_name(name: str) -> dict[Split, datasets.IterableDataset]:
 
 def load_folder(path: Path) -> datasets.DatasetDict | datasets.Dataset:
     """The data set in a folder: one from `save_to_disk`, or data files in the layout of the hub."""
+    check_folder(path)
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return datasets.load_from_disk(str(path), keep_in_memory=True)

@@ -98,6 +98,13 @@ def read_text(path: Path) -> str:
         return file.read()
 
 
+def check_unpacked(path: Path) -> None:
+    """Unpacks a packed file and keeps nothing. Raises UserError for a damaged one, and as `open_text` for its size."""
+    with _open_bytes(path) as file:
+        while file.read(CHUNK):
+            pass
+
+
 @contextmanager
 def _open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     packing = packing_of(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,16 +13,17 @@ from sgm_finetune.data.chat import Span
 
 
 def learnt_tokens(text: str, spans: Sequence[Span], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """The tokens of a text, and for each whether it has a character of the spans.
+    """The tokens of a text, and for each whether it has a character of the spans, which follow one another.
 
     A tokenizer without tokenizer.json does not say which characters a token has. There, a span has the tokens between
     those that the text before it and the text up to its end have in common with the whole text.
     """
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        offsets = encoded["offset_mapping"]
-        learnt = [any(left < end and begin < right for begin, end in spans) for left, right in offsets]
-        return encoded["input_ids"], learnt
+        begins, ends = [begin for begin, _ in spans], [end for _, end in spans]
+        begins.append(len(text) + 1)
+        nearest = ((bisect.bisect_right(ends, left), right) for left, right in encoded["offset_mapping"])
+        return encoded["input_ids"], [begins[at] < right for at, right in nearest]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     learnt = [False] * len(ids)
     for span in spans:

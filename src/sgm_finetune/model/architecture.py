@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,12 +19,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from sgm_finetune.base.config import ModelConfig, Task
 from sgm_finetune.base.errors import UserError, is_out_of_memory
-from sgm_finetune.base.text import first_line
+from sgm_finetune.base.text import first_line, mib
 from sgm_finetune.base.untrusted import MAX_LAYERS, check_shards, read_json_object
+from sgm_finetune.model.weights.stored import num_tensors, weight_files
 
 _AUTO: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,
@@ -102,9 +105,7 @@ def read_model_config(config: ModelConfig, folder: Path) -> PreTrainedConfig:
                 "model.trust_remote_code=true; read the code first"
             )
         described = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-        layers = getattr(described.get_text_config(), "num_hidden_layers", None)
-        if isinstance(layers, int) and layers > MAX_LAYERS:
-            raise ValueError(f"{layers:,} layers")
+        _check_counts(described.to_dict(), folder)
         return described
     except Exception as error:  # Transformers raises many types here
         if isinstance(error, UserError) or is_out_of_memory(error):
@@ -112,6 +113,49 @@ def read_model_config(config: ModelConfig, folder: Path) -> PreTrainedConfig:
         raise UserError(
             f"{folder / 'config.json'} cannot be used: {first_line(error)}; download the model again"
         ) from None
+
+
+def _check_counts(values: Any, folder: Path) -> None:
+    """Raises ValueError for more layers or experts than the model's files have tensors.
+
+    Every layer takes time and memory to build, also without weights. Layers may share tensors (ALBERT), so that as many
+    as MANY are always accepted.
+    """
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_counts(value, folder)
+        elif _COUNT.search(str(key)) and isinstance(value, int) and value > MANY:
+            if value > MAX_LAYERS:
+                raise ValueError(f"{key} is {value:,}")
+            if value > (stored := num_tensors(folder)):
+                raise ValueError(f"{key} is {value:,}, and the model's files have {stored:,} tensors")
+
+
+_COUNT = re.compile(r"layers?$|experts$|blocks$|depth$")
+MANY = 256
+
+
+def check_size(model: PreTrainedModel, folder: Path) -> None:
+    """Raises UserError when a model on device "meta" has many more numbers than its files can hold.
+
+    What the files lack or have in another shape, Transformers creates. That is right for a head, whose classes are
+    those of the data, and for no other part.
+    """
+    try:
+        held = sum(file.stat().st_size for file in weight_files(folder))
+    except UserError:  # no weights: whoever reads them will say so
+        return
+    claimed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if claimed > held * _NUMBERS_PER_BYTE + _NEW_HEAD + getattr(model.config, "num_labels", 0) * _WIDEST:
+        raise UserError(
+            f"{folder / 'config.json'} describes a model of {claimed:,} numbers, but its weights have {mib(held)}; "
+            "download the model again"
+        )
+
+
+_NUMBERS_PER_BYTE = 4  # 2-bit weights
+_NEW_HEAD, _WIDEST = 2**25, 2**15
+"""Numbers that a new head may have: its own layers, and a row of the widest model for each class."""
 
 
 def num_positions(described: PreTrainedConfig) -> int | None:

@@ -16,7 +16,7 @@ from sgm_finetune.base.config import LabelKind, ModelConfig
 from sgm_finetune.base.device import device_for, has_gpu, multiplies_bfloat16
 from sgm_finetune.base.errors import UserError, is_out_of_memory
 from sgm_finetune.base.text import first_line
-from sgm_finetune.model.architecture import auto_class, read_model_config
+from sgm_finetune.model.architecture import auto_class, check_size, read_model_config
 from sgm_finetune.model.classes import Head
 from sgm_finetune.model.four_bit import ready_for_backward
 from sgm_finetune.model.names import block_of
@@ -53,10 +53,12 @@ def load_model(
         settings["ignore_mismatched_sizes"] = True  # the stored head may be for other labels
     auto, trusted = auto_class(config.task), config.trust_remote_code
     with _building(config):
-        if quantised:
+        if quantised or not trusted:
             with torch.device("meta"):
-                skeleton = auto.from_config(described, trust_remote_code=trusted)
-            settings["quantization_config"] = _quantization(config, _outside_blocks(skeleton))
+                empty = auto.from_config(described, trust_remote_code=trusted)
+            check_size(empty, folder)
+        if quantised:
+            settings["quantization_config"] = _quantization(config, _outside_blocks(empty))
         model, outcome = auto.from_pretrained(
             folder,
             config=described,
@@ -144,6 +146,7 @@ def skeleton(
             model = auto_class(config.task).from_config(
                 described, dtype=dtype, attn_implementation=_attention(), trust_remote_code=config.trust_remote_code
             )
+        check_size(model, folder)
         if getattr(model.config.get_text_config(), "_attn_implementation", None) == "sdpa":
             model.set_attn_implementation(FUSED_ATTENTION)
         if quantised:

@@ -13,6 +13,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_json
 from sgm_finetune.base.untrusted import require_json_object
 from sgm_finetune.data.chat import asked_text
+from sgm_finetune.data.template_trial import try_template
 
 GENERATION_CONFIG = "generation_config.json"
 _QUESTION, _ANSWER = "QUESTION¶", "ANSWER¶"
@@ -130,6 +131,7 @@ def reasoning_remark(tokenizer: Any) -> str | None:
 
 
 def _render(tokenizer: Any, conversation: Sequence[Mapping[str, str]], ask: bool = False) -> str | None:
+    try_template(tokenizer)
     try:
         return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=ask))
     except Exception:  # a template raises any type

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -140,6 +141,16 @@ def stored_tensors(model: str | Path) -> dict[str, StoredTensor]:
     if files[0].suffix == ".gguf":
         raise UserError(f"{files[0]} is a GGUF file; give the .safetensors model that it was made from")
     return _tensors(model, files)
+
+
+def num_tensors(model: str | Path) -> int:
+    """The number of tensors in a local model's files; 0 where it has none that can be read."""
+    try:
+        return len(
+            _read_headers(files := weight_files(model), gguf_tensors if files[0].suffix == ".gguf" else _headers)
+        )
+    except UserError:
+        return 0
 
 
 def embedding_rows(model: str | Path) -> int | None:
@@ -287,21 +298,41 @@ def _headers(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     if file.suffix == ".bin":
         yield from _checkpoint_tensors(file)
         return
+    mapped = _Mapped(file)
     with safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 -- not a mapping
             header = tensors.get_slice(name)
             code = str(header.get_dtype())
             shape, dtype = tuple(header.get_shape()), _DTYPES.get(code, code)
-            yield name, StoredTensor(name, file, shape, dtype, partial(_read, file, name))
+            yield name, StoredTensor(name, file, shape, dtype, partial(mapped.read, name))
 
 
-def _read(file: Path, name: str, index: int | None) -> Tensor:
-    """One tensor, or one index of its first dimension.
+class _Mapped:
+    """A .safetensors file that stays mapped until KEPT bytes of it were read.
 
-    The file is mapped only during the call, so that pages that were read do not stay in memory.
+    Pages that were read stay in memory as long as the file is mapped. To map it again takes as long as its header: with
+    100,000 small tensors, a tenth of a second.
     """
-    with safe_open(file, framework="pt") as tensors:
-        return tensors.get_tensor(name) if index is None else tensors.get_slice(name)[index]
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._open: Any = None
+        self._left = 0
+        self._lock = threading.Lock()  # the scan reads in several threads
+
+    def read(self, name: str, index: int | None) -> Tensor:
+        """One tensor, or one index of its first dimension."""
+        with self._lock:
+            if self._open is None:
+                self._open, self._left = safe_open(self._file, framework="pt"), KEPT
+            tensor = self._open.get_tensor(name) if index is None else self._open.get_slice(name)[index]
+            self._left -= tensor.nbytes
+            if self._left <= 0:
+                self._open = None
+            return tensor
+
+
+KEPT = 2**24
 
 
 def _checkpoint_tensors(file: Path) -> Iterator[tuple[str, StoredTensor]]:

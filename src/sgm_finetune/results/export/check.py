@@ -27,6 +27,7 @@ from sgm_finetune.base.device import device_for
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.memory import memory_within_reach, release_memory
 from sgm_finetune.base.text import gib
+from sgm_finetune.data.template_trial import try_template
 from sgm_finetune.model.architecture import auto_class
 from sgm_finetune.results.export.answer_check import (
     AnswerCheck,
@@ -291,6 +292,7 @@ def chat_text(result: Result) -> str | None:
     if not result.tokenizer.chat_template:
         return None
     messages = [{"role": "user", "content": "Where is 東京?"}, {"role": "assistant", "content": "In Japan."}]
+    try_template(result.tokenizer)
     text = str(result.tokenizer.apply_chat_template(messages, tokenize=False))
     bos = str(result.tokenizer.bos_token or "")
     return text.removeprefix(bos) if _adds_bos(result) else text

@@ -1,0 +1,42 @@
+"""Small files that would cost much to read cost little (docs/untrusted.md). tests/costly_files.py makes them."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measures with /proc and limits that Linux enforces")
+
+LARGE = {  # seconds and MiB where a file above 1 MB takes more than 2 s or 200 MiB
+    "safetensors, 100,000 tensors": (15, 200),
+    ".pth, 24,000 storages": (8, 200),
+    "one text of 100 MB": (15, 2500),
+}
+
+
+@pytest.mark.parametrize("name", [
+    "JSON, the last of 13,000 keys twice", "JSON, the last of 26,000 keys twice", "YAML, the last of 20,000 keys twice",
+    "YAML, a list of 450,000 numbers", "YAML, mappings that merge each other", "config.json, 10,000 layers",
+    "config.json, hidden_size 10**9", "config.json, intermediate_size 10**8", "chat template, loops in loops",
+    "chat template, a text of 3 GB", "safetensors, 15,000 tensors", "GGUF, a list of 500,000 texts",
+    "GGUF, 40,000 keys", "data folder, 600 MiB in a .gz", "data folder, a card with an address",
+    "a conversation of 16,000 messages", ".pth, 24,000 storages",
+    pytest.param("safetensors, 100,000 tensors", marks=pytest.mark.slow),
+    pytest.param("one text of 100 MB", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_costly_file_takes_two_seconds_and_200_mib_at_most(name):
+    from costly_files import COSTLY, cost
+
+    seconds, mib = LARGE.get(name, (2, 200))
+    found = cost(COSTLY[name])
+    assert found.seconds < seconds, found
+    assert found.mib < mib, found
+    assert found.outcome == "a result" or found.outcome.startswith("one line"), found
+
+
+def test_every_costly_file_is_held_to_bounds():
+    from costly_files import COSTLY
+
+    [cases] = [mark.args[1] for mark in test_a_costly_file_takes_two_seconds_and_200_mib_at_most.pytestmark]
+    assert {case if isinstance(case, str) else case.values[0] for case in cases} == set(COSTLY)
