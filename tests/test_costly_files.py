@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
+from conftest import make_tokenizer
+
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.data.chat import asked_text, written_answers
+from sgm_finetune.results.stops import turn_end
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="measures with /proc and limits that Linux enforces")
 
@@ -40,3 +46,29 @@ def test_every_costly_file_is_held_to_bounds():
 
     [cases] = [mark.args[1] for mark in test_a_costly_file_takes_two_seconds_and_200_mib_at_most.pytestmark]
     assert {case if isinstance(case, str) else case.values[0] for case in cases} == set(COSTLY)
+
+
+ASKED, ANSWERED = {"role": "user", "content": "film"}, {"role": "assistant", "content": "good"}
+USES = {
+    "to ask": lambda tokenizer: asked_text([ASKED], tokenizer),
+    "to learn": lambda tokenizer: written_answers([ASKED, ANSWERED], tokenizer),
+    "to stop": turn_end,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_chat_template_without_end_is_refused_before_it_is_used(use):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + use
+    with pytest.raises(UserError, match="chat template takes more than 1 second"):
+        USES[use](tokenizer)
+
+
+def test_an_ordinary_chat_template_is_tried_once(monkeypatch):
+    tokenizer, forks = make_tokenizer(), []
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>{% endfor %} once"
+    real = os.fork
+    monkeypatch.setattr(os, "fork", lambda: forks.append(1) or real())
+    for _ in range(3):
+        assert "film" in asked_text([{"role": "user", "content": "film"}], tokenizer)
+    assert len(forks) == 1

@@ -7,6 +7,7 @@ import math
 import random
 import re
 import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from made_up_runs import (
     classification_metrics,
     language_metrics,
+    leave_run,
     older_examples,
     plain_plan,
     read,
@@ -28,14 +30,15 @@ from made_up_runs import (
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from sgm_finetune.base.config_file import load_config, parse_config
+from sgm_finetune.commands.cli import main
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.results.metrics import classification_metrics as metrics_of_classes
 from sgm_finetune.results.report import grid_figures
 from sgm_finetune.results.report.classes_section import class_scores, table_counts
-from sgm_finetune.results.report.page import render_report
+from sgm_finetune.results.report.page import remake_report, render_report
 from sgm_finetune.results.report.pictures import Pictures, SimilarityTable
 from sgm_finetune.results.report.provenance_section import given_command
-from sgm_finetune.results.report.run_files import Run
+from sgm_finetune.results.report.run_files import Run, load_run
 from sgm_finetune.results.report.usage import commands
 
 
@@ -236,6 +239,42 @@ def test_metrics_of_very_many_classes_are_small_and_their_page_is_the_same():
     pages = [read(render(metrics)).text for metrics in (older, newer)]
     assert "class 3 class 7" in pages[1]
     assert pages[0].split("The whole table")[0] == pages[1].split("More of them are in")[0]
+
+
+def test_a_run_with_5000_classes_can_be_read_again(tmp_path):
+    """Its metrics once held 25 million numbers, more than the reader of JSON accepts."""
+    chance, number = np.random.default_rng(0), 5000
+    labels = tuple(f"a class with a long name, number {i}" for i in range(number))
+    truth = chance.integers(number, size=20_000)
+    named = {"before": chance.integers(number, size=20_000)}
+    named["after"] = np.where(chance.random(20_000) < 0.7, truth, named["before"])
+    metrics, begun = classification_metrics(labels), time.process_time()
+    for when, predicted in named.items():
+        metrics[when] = {"loss": 1.0, **metrics_of_classes(truth.tolist(), predicted.tolist(), number)}
+    folders = [leave_run(tmp_path / name, metrics["after"]["accuracy"], metrics=dict(metrics)) for name in "ab"]
+    for folder in folders:
+        assert (folder / "metrics.json").stat().st_size < 2**20
+        assert load_run(folder).metrics["labels"] == list(labels)
+        assert remake_report(folder).stat().st_size < 2**20
+    with pytest.raises(SystemExit, match="0"):
+        main(["compare", *map(str, folders)])
+    assert time.process_time() - begun < 30
+
+
+def test_metrics_of_many_classes_are_those_of_the_confusion_matrix():
+    chance, number = np.random.default_rng(0), 150
+    truth = chance.integers(number - 20, size=2000)
+    for named in (chance.integers(number, size=2000), truth):
+        found = metrics_of_classes(truth.tolist(), named.tolist(), number)
+        table = confusion_matrix(truth, named, labels=range(number))
+        assert found["class_counts"] == {
+            "true": table.sum(1).tolist(),
+            "predicted": table.sum(0).tolist(),
+            "right": table.diagonal().tolist(),
+        }
+        wrong = [(-table[i, j], i, j) for i in range(number) for j in range(number) if i != j and table[i, j]]
+        assert found["confusions"] == [[i, j, -count] for count, i, j in sorted(wrong)[:100]]
+        assert found["majority_accuracy"] == table.sum(1).max() / 2000
 
 
 def test_each_class_has_its_scores_before_and_after():

@@ -27,24 +27,24 @@ def classification_metrics(truth: Sequence[int], predicted: Sequence[int], num_l
     return {
         "accuracy": float(accuracy_score(truth, predicted)),
         "macro_f1": float(f1_score(truth, predicted, labels=classes, average="macro", zero_division=0.0)),  # type: ignore[arg-type]
-        "majority_accuracy": max(list(truth).count(c) for c in classes) / len(truth),
-        **_confusions(confusion_matrix(truth, predicted, labels=classes)),
+        "majority_accuracy": int(np.bincount(truth).max()) / len(truth),
+        **_confusions(np.asarray(truth), np.asarray(predicted), num_labels),
     }
 
 
-def _confusions(table: np.ndarray) -> dict[str, Any]:
+def _confusions(truth: np.ndarray, predicted: np.ndarray, num_labels: int) -> dict[str, Any]:
     """The confusion matrix, whose rows are true classes and whose columns are predicted ones. If it is large, how often
     each class was true, predicted and both, and its largest entries as (true class, predicted class, number)."""
-    if len(table) <= MOST_CLASSES:
-        return {"confusion_matrix": table.tolist()}
-    counts = {"true": table.sum(1), "predicted": table.sum(0), "right": table.diagonal()}
-    wrong = table - np.diag(table.diagonal())
-    true, predicted = wrong.nonzero()
-    numbers = wrong[true, predicted]
-    worst = np.lexsort((predicted, true, -numbers))[:NUM_CONFUSIONS]
+    if num_labels <= MOST_CLASSES:
+        return {"confusion_matrix": confusion_matrix(truth, predicted, labels=list(range(num_labels))).tolist()}
+    is_right = truth == predicted
+    counts = {"true": truth, "predicted": predicted, "right": truth[is_right]}
+    wrong = np.stack([truth[~is_right], predicted[~is_right]], axis=1)
+    pairs, numbers = np.unique(wrong, axis=0, return_counts=True)
+    worst = np.argsort(-numbers, kind="stable")[:NUM_CONFUSIONS]  # the pairs are in order
     return {
-        "class_counts": {name: number.tolist() for name, number in counts.items()},
-        "confusions": np.stack([true, predicted, numbers], axis=1)[worst].tolist(),
+        "class_counts": {name: np.bincount(found, minlength=num_labels).tolist() for name, found in counts.items()},
+        "confusions": np.column_stack([pairs, numbers])[worst].tolist(),
     }
 
 
