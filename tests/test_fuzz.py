@@ -15,7 +15,7 @@ import pytest
 from processes import environment
 
 WORKER = Path(__file__).with_name("fuzz_worker.py")
-READERS = 32
+READERS = 41
 
 
 def fuzzed(inputs: int, seed: int) -> list[dict]:
