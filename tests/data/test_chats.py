@@ -372,6 +372,14 @@ def test_a_turn_without_weight_is_not_learnt(tmp_path, weight):
     assert re.findall("⟦(.*?)⟧", text) == ["right</s>"]
 
 
+@pytest.mark.parametrize("name", ["train", "training"])
+def test_other_tools_names_for_the_weight_are_read(tmp_path, name):
+    turns = [said("user", "a"), said("assistant", "WRONG", **{name: False}), said("user", "b")]
+    turns.append(said("assistant", "right", **{name: True}))
+    (text,) = shown(tmp_path / "r.jsonl", PLAIN, {"messages": turns})
+    assert re.findall("⟦(.*?)⟧", text) == ["right</s>"]
+
+
 @pytest.mark.parametrize("weight", [0.5, "0", [0], 2])
 def test_another_weight_is_refused(tmp_path, weight):
     turns = [said("user", "a"), said("assistant", "b", weight=weight)]

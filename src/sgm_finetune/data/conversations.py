@@ -33,7 +33,9 @@ SPEAKERS = {
 CALLERS = ("function_call", "tool_call", "tool_calls")
 """Names that ShareGPT has for a message that calls a function."""
 KNOWN_SPEAKERS = ("system", "user", "assistant", "tool")
-_READ_HERE = ("role", "from", "content", "value", "weight", "tool_calls", "function_call")
+_WEIGHTS = ("weight", "train", "training")
+"""Names of the field that says whether a message is learnt: OpenAI's 0 and 1, and the false and true of other tools."""
+_READ_HERE = ("role", "from", "content", "value", *_WEIGHTS, "tool_calls", "function_call")
 _ANSWERS_IN: dict[str, Role] = {"alpaca": "output", "completion": "completion"}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of the field for what the assistant thinks; Transformers gives a template the name that it reads."""
@@ -260,10 +262,11 @@ class _RowReader:
 
     def _weight(self, turn: Mapping[str, Any], where: str) -> Message:
         """{"weight": 0} for a message that the loss does not count, else {}."""
-        weight = turn.get("weight")
-        if is_missing(weight) or weight in (0, 1):
-            return {"weight": 0} if weight == 0 else {}
-        raise UserError(f"{where} has the weight {short_repr(weight)}; write 1 to learn the message, 0 not to")
+        given = {name: turn[name] for name in _WEIGHTS if not is_missing(turn.get(name))}
+        for name, value in given.items():
+            if value not in (0, 1):
+                raise UserError(f"{where} has the {name} {short_repr(value)}; write 1 to learn the message, 0 not to")
+        return {"weight": 0} if 0 in given.values() else {}
 
     def _caller(self, value: Any, where: str) -> Message:
         """ShareGPT's message that calls a function: the call, or the text if it is none."""
