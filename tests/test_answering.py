@@ -186,7 +186,7 @@ def test_prompts_of_a_file_are_read_as_the_run_was_trained(talker, tmp_path):
     (tmp_path / "i.csv").write_text("instruction,input\nSay,this\n")
     assert read_prompts(tmp_path / "i.csv", config) == [[{"role": "user", "content": "Say\n\nthis"}]]
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match=r"none of the columns messages, prompt, instruction, text; it has a, b"):
+    with pytest.raises(UserError, match=r"none of the columns messages, .* text \(has: a, b\); rename"):
         read_prompts(tmp_path / "other.csv", config)
 
 

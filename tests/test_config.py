@@ -502,3 +502,23 @@ def test_a_command_reads_config_yaml_of_its_folder_and_says_so(tmp_path, monkeyp
     with pytest.raises(SystemExit):
         main(["--quiet", "data", "--json"])
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("written", ["1.000", "10.000", "1.000.000"])
+def test_a_whole_number_with_a_point_is_refused_where_it_can_be_thousands(written):
+    with pytest.raises(UserError, match=r"can be read in two ways"):
+        load_config(None, [f"training.max_steps={written}"])
+    assert load_config(None, ["training.max_steps=200.0", "training.learning_rate=0.125"]).training.max_steps == 200
+
+
+def test_a_backslash_in_double_quotes_is_refused_where_it_is_no_backslash():
+    with pytest.raises(UserError, match=r"backslash in double quotes .* use single quotes or none"):
+        load_config(None, ['data.train="C:\\new\\table.csv"'])
+    for written in ("C:\\new\\table.csv", "'C:\\new\\table.csv'"):
+        assert load_config(None, [f"data.train={written}"]).data.train == "C:\\new\\table.csv"
+
+
+@pytest.mark.parametrize("written", ["[Text, Label]", "text: Text, label: Label"])
+def test_a_key_that_takes_a_mapping_says_how_one_is_written(written):
+    with pytest.raises(UserError, match=r"`data\.columns` is .*; write a mapping, such as \{text: review"):
+        load_config(None, [f"data.columns={written}"])

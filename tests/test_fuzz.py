@@ -33,8 +33,8 @@ def fuzzed(inputs: int, seed: int) -> list[dict]:
 
 
 def test_changed_files_give_a_result_or_one_line():
-    rows = fuzzed(12, seed=0)
-    assert all(row["inputs"] == 12 for row in rows)
+    rows = fuzzed(6, seed=0)
+    assert all(row["inputs"] == 6 for row in rows)
     assert sum(row["errors"] for row in rows) > 12
 
 

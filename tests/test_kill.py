@@ -178,6 +178,7 @@ def test_a_checkpoint_with_a_harmed_file_is_not_whole(harm, tmp_path):
     assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(processes, arguments, tmp_path):
     output = tmp_path / "out"
     process = processes.Process(target=run_command, args=([*arguments, f"output.dir={output}"],))

@@ -147,6 +147,7 @@ def test_a_killed_writer_leaves_a_whole_result(name, processes, model, settings,
             lines.write(json.dumps({"test": "kill writers", "torch": torch.__version__, **found}) + "\n")
 
 
+@pytest.mark.slow
 def test_four_kills_of_a_scan_leave_a_whole_file(processes, model, settings, tmp_path):
     assert kill_writer("scan", 4, processes, model, settings, tmp_path, seed=1)["kills"] == 4
 

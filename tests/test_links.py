@@ -104,6 +104,7 @@ def on_another_disk(output: Path, disk: Path, *names: str) -> None:
         (output / name).symlink_to(disk / name)
 
 
+@pytest.mark.slow
 def test_a_run_whose_folders_are_links_ends_and_is_replaced(settings, tmp_path):
     output, disk = tmp_path / "out", tmp_path / "disk"
     on_another_disk(output, disk, "checkpoints", "adapter", "export")

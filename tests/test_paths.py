@@ -116,7 +116,7 @@ def test_a_model_that_is_nowhere_gives_one_line(project, tmp_path, monkeypatch):
     torch.save(content, output / "sgm_finetuned.pth")
     monkeypatch.chdir("/")
     where = [f"output.dir={output}"]
-    with pytest.raises(UserError, match=r"No model folder ../gone"):
+    with pytest.raises(UserError, match=r"No model folder ../gone.*model\.name=FOLDER"):
         generate(load_config(None, where), where, GenerateRequest(["the film"]), quiet())
 
 
@@ -162,12 +162,18 @@ def test_every_key_that_names_a_file_is_stored_whole_and_found_again(override, t
     assert values == expected
 
 
-@pytest.mark.parametrize("name", ["", "\0", "~nobody/x", "x" * 5000, "/", "..", "\ud800"])
+@pytest.mark.parametrize("name", ["\0", "~nobody/x", "x" * 5000, "/", "..", "\ud800"])
 def test_a_strange_path_stays_a_path(name):
     values = Config().model_dump()
     for section, key in (("model", "name"), ("data", "train"), ("output", "dir")):
         values[section][key] = name
-    assert isinstance(parse_config(found_from(values, Path("o"))).model.name, str)
+    found = found_from(values, Path("o"))
+    assert isinstance(found["model"]["name"], str)
+    if name in ("", "\0"):  # no path at all
+        with pytest.raises(UserError, match=r"`model\.name`"):
+            parse_config(found)
+    else:
+        assert isinstance(parse_config(found).model.name, str)
 
 
 def test_a_run_is_resumed_from_another_folder_with_the_same_files(project, monkeypatch):

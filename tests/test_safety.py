@@ -150,7 +150,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(sett
     line = refused([*settings, f"output.dir={tmp_path / 'file' / 'out'}"], tmp_path, capfd)
     assert line.endswith(f"cannot be made: {tmp_path / 'file'} is a file; name another folder")
     monkeypatch.setattr(os, "access", lambda path, mode, **options: mode != os.W_OK)
-    monkeypatch.setattr(session, "prepare_data", lambda *arguments: pytest.fail("read the data"))
+    monkeypatch.setattr(session, "checked_data", lambda *arguments: pytest.fail("read the data"))
     assert "is read-only for you" in refused(settings, tmp_path, capfd)
 
 
@@ -269,6 +269,7 @@ def test_one_seed_gives_one_run_and_records_where_it_was_made(settings, tmp_path
     assert not [name for name in recorded["variables"] if "TOKEN" in name]
 
 
+@pytest.mark.slow
 def test_a_signal_at_a_step_that_validates_lets_it_validate(settings, tmp_path, monkeypatch):
     """So a resumed run chooses its best checkpoint among the same ones."""
     settings = [*settings, "training.eval_steps=3", "training.max_steps=6", "training.learning_rate=1e-2"]
@@ -297,7 +298,7 @@ def test_a_signal_outside_of_training_ends_with_one_line(settings, tmp_path, cap
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("continued")
 
-    monkeypatch.setattr(session, "prepare_data", prepared)
+    monkeypatch.setattr(session, "checked_data", prepared)
     (tmp_path / "empty.yaml").write_text("")
     (tmp_path / "out").mkdir()
     with pytest.raises(SystemExit) as caught:
@@ -401,6 +402,7 @@ def test_a_process_whose_peer_never_came_ends_with_one_line(rank, settings, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_after_its_last_checkpoint_leaves_what_others_leave(settings, tmp_path, monkeypatch):
     """The kill comes before the older checkpoints are deleted: the history has all its rows, and no third checkpoint
     stays."""

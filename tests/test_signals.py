@@ -80,8 +80,7 @@ MOMENTS: dict[str, tuple[list[str], dict[str, str]]] = {
         "check": "begin sgm_finetune.results.export.check:check_merged", "after": WRITING,
     }),
 }  # fmt: skip
-QUICK = {("init", "after", signal.SIGTERM), ("finetune", "import", signal.SIGINT),
-         ("finetune", "test after", signal.SIGINT)}  # fmt: skip
+QUICK = {("init", "after", signal.SIGTERM), ("finetune", "import", signal.SIGINT)}  # fmt: skip
 
 
 def cases() -> list:

@@ -186,7 +186,8 @@ def test_an_answer_ends_with_its_turn_and_does_not_show_the_end(ending, written)
 
     shown: list[str] = []
     config = load_config(None, ["model.task=causal-lm"])
-    result = SimpleNamespace(config=config, tokenizer=tokenizer, model=model, roles=("prompt",))
+    base = SimpleNamespace(check_ids=lambda largest, what: None)
+    result = SimpleNamespace(config=config, tokenizer=tokenizer, model=model, roles=("prompt",), base=base)
     (found,) = answer(result, ["hello"], Sampling(40), show=shown.append)  # type: ignore[arg-type]
     assert "".join(shown).strip() == found["answer"] == "world"
 

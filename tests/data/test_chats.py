@@ -24,6 +24,7 @@ from sgm_finetune.data.sources import open_source
 from sgm_finetune.data.splits import DataSplits, load_splits, split_source
 from sgm_finetune.data.tables import Table
 from sgm_finetune.results.answers import encode_prompts, prompt_ids
+from sgm_finetune.results.stops import reasoning_remark
 
 PLAIN = (
     "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '</s>\n' }}{% endfor %}"
@@ -214,6 +215,28 @@ def test_an_older_function_call_is_a_call(tmp_path):
     ]
 
 
+def test_functions_are_tools_under_their_older_name(tmp_path):
+    row = {"messages": [said("user", "q"), said("assistant", "a")], "functions": [{"name": "f", "parameters": {}}]}
+    (text,) = shown(tmp_path / "r.jsonl", TOOLS, row)
+    assert text == shown(tmp_path / "r.jsonl", TOOLS, {"messages": row["messages"], "tools": row["functions"]})[0]
+    assert '"name": "f"' in text
+
+
+def test_messages_as_python_prints_them_are_refused_with_their_remedy(tmp_path):
+    row = {"messages": str([said("user", "q"), said("assistant", "a")])}
+    with pytest.raises(UserError, match=r"which is not JSON: Expecting property .*; write it as json\.dumps does$"):
+        shown(tmp_path / "r.jsonl", PLAIN, row)
+
+
+def test_a_developer_is_the_system(tmp_path):
+    (text,) = shown(
+        tmp_path / "r.jsonl",
+        PLAIN,
+        {"messages": [said("developer", "be brief"), said("user", "q"), said("assistant", "a")]},
+    )
+    assert text.startswith("[system]be brief</s>")
+
+
 def test_calls_that_the_template_does_not_write_are_refused(tmp_path):
     row = {"messages": [said("user", "q"), said("assistant", None, tool_calls=[call("f", {})])]}
     with pytest.raises(UserError, match=r"^r\.jsonl, row 1: the model's chat template does not write `tool_calls`"):
@@ -268,6 +291,32 @@ def test_an_empty_reasoning_that_the_template_writes_is_not_learnt(tmp_path):
             row = {"messages": [said("user", "2+2"), said("assistant", "4", **reasoning)]}
             (text,) = shown(tmp_path / "r.jsonl", template, row)
             assert text.endswith("\n\n⟦4</s>⟧"), text
+
+
+def test_an_answer_without_reasoning_is_not_asked_for_with_its_beginning(tmp_path):
+    opens = PLAIN.replace(
+        "{% if add_generation_prompt %}[assistant]", "{% if add_generation_prompt %}[assistant]<think>\n"
+    )
+    turns = [said("user", "2+2"), said("assistant", "4"), said("user", "and 1"), said("assistant", "5")]
+    assert shown(tmp_path / "r.jsonl", opens, {"messages": turns}) == [
+        "[user]2+2</s>\n[assistant]⟦4</s>⟧\n[user]and 1</s>\n[assistant]⟦5</s>⟧"
+    ]
+    tokenizer = tokenizer_of(opens)
+    assert asked_text(turns[:1], tokenizer) == "[user]2+2</s>\n[assistant]<think>\n"
+    assert asked_text(turns[:1], tokenizer, reasons=False) == "[user]2+2</s>\n[assistant]"
+    assert "ends a question without '<think>\\n'" in str(reasoning_remark(tokenizer))
+    assert "ends a question with '<think>" in str(reasoning_remark(tokenizer_of(THINKING)))
+    assert reasoning_remark(tokenizer_of(PLAIN)) is None
+
+
+def test_reasoning_that_the_template_drops_is_refused(tmp_path):
+    drops = PLAIN.replace(
+        "{% if add_generation_prompt %}[assistant]", "{% if add_generation_prompt %}[assistant]<think>\n"
+    )
+    drops = drops.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    row = {"messages": [said("user", "2+2"), said("assistant", "<think>add</think>4")]}
+    with pytest.raises(UserError, match="give prompt and completion as texts"):
+        shown(tmp_path / "r.jsonl", drops, row)
 
 
 def test_an_empty_reasoning_ends_where_the_template_without_reasoning_lets_a_question_end(tmp_path):

@@ -41,6 +41,7 @@ CASES = {
     "input and target": (LM, ["input", "target"], "data.columns='{prompt: input, completion: target}'"),
     "source and target": (LM, ["source", "target"], "data.columns='{prompt: source, completion: target}'"),
     "prompt and response": (LM, ["prompt", "response"], "data.columns='{completion: response}'"),
+    "answers that people prefer": (LM, ["prompt", "chosen", "rejected"], "data.columns='{completion: chosen}'"),
     "capitals and spaces": (LM, ["The id", "Question", "Answer"],
                             "data.columns='{prompt: Question, completion: Answer}'"),
     "an article and its highlights": (PAIRS, ["article", "highlights", "id"],
@@ -164,3 +165,41 @@ def test_columns_that_look_like_nothing_are_not_guessed(tmp_path):
 def test_a_hint_reads_back_as_the_name_of_its_column_through_shell_and_configuration(name):
     (override,) = shlex.split(describe_columns({"text": name}))
     assert load_config(None, [override]).data.columns == {"text": name}
+
+
+def test_two_texts_with_a_score_are_a_pair_and_a_number(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("sentence1,sentence2,score\n" + "".join(f"a {n},b {n},{n / 8}\n" for n in range(30)))
+    overrides = [f"data.train={path}"]
+    followed = shlex.split(re.search(r"name it with (.*)", remedy(overrides))[1])
+    config = load_config(None, [*overrides, *followed])
+    splits = load_splits(config.data, config.model.task)
+    assert splits.label_kind == "number"
+    assert splits.train[0]["text_pair"].startswith("b ")
+
+
+def test_a_single_column_of_a_folder_with_another_separator_is_named(tmp_path):
+    (tmp_path / "train.csv").write_text("text;label\n" + "".join(f"film {n};a\n" for n in range(9)))
+    config = load_config(None, [f"data.name={tmp_path}"])
+    with pytest.raises(UserError, match=r"the column `text;label` alone; separate the fields with commas"):
+        load_splits(config.data, config.model.task)
+
+
+@pytest.mark.parametrize(
+    ("task", "rows"),
+    [
+        (CLASSES, lambda n: {"text": f"film {n}", "toxic": n % 2, "obscene": n // 2 % 2, "threat": n // 4 % 2}),
+        (LM, lambda n: {"question": f"film {n}", "answers": {"text": [f"good {n}"]}}),
+        (LM, lambda n: {"title": f"film {n}", "paragraphs": [{"context": f"good {n}"}]}),
+    ],
+)
+def test_columns_that_look_like_nothing_known_get_no_hint(task, rows, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(rows(n)) + "\n" for n in range(30)))
+    assert "; say with data.columns which of them are " in remedy([f"data.train={path}", f"model.task={task}"])
+
+
+def test_a_first_line_that_is_a_row_is_spoken_of(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("".join(f"film {n},{'pos' if n % 2 else 'neg'}\n" for n in range(30)))
+    assert remedy([f"data.train={path}"]).endswith("looks like a row, so write the names above it: text, label")

@@ -173,3 +173,23 @@ def test_classes_that_may_be_one_are_said(values, doubt):
     assert len(made.labels) == len(values)
     assert (doubt or "no duplicates") in made.description
     assert any(word in made.description for word in ("differ only", "both numbers")) == (doubt is not None)
+
+
+@pytest.mark.parametrize("by", [";", "|", ",", "; "])
+def test_names_with_separators_between_them_are_classes_when_asked_and_doubted_otherwise(by):
+    labels = [f"a{by}b", "b", f"a{by}c", "c"] * 6
+    made, _ = read(labels, "r.csv", label_kind="classes")
+    assert made.labels == ("a", "b", "c")
+    made, _ = read(labels, "r.csv")
+    assert f"{labels[0]!r} is one class; for several classes a row, set data.label_kind=classes" in made.description
+
+
+def test_a_comma_in_names_that_are_classes_is_no_doubt():
+    made, _ = read(["Paris, France", "Rome, Italy"] * 6, "r.csv")
+    assert made.labels == ("Paris, France", "Rome, Italy")
+    assert "label_kind" not in made.description
+
+
+def test_a_decimal_comma_is_refused_with_its_remedy():
+    with pytest.raises(UserError, match=r"'0,5'.*write numbers with a decimal point"):
+        read([f"{i},5" for i in range(12)], "r.csv", label_kind="number")

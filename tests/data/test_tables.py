@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sgm_finetune.base.config import DataConfig
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.arrow import table_of
+from sgm_finetune.data.sources import open_source
 from sgm_finetune.data.tables import PASSAGE_LENGTH, passages, read_file, running_text
 
 ROWS = {"text": ['He said "no", twice.', "two\nlines", "NA"], "label": ["a", "b", "a"]}
@@ -75,6 +77,10 @@ def test_parquet_keeps_class_names_and_reads_categories(tmp_path: Path) -> None:
         ("r.csv", 'text,label\n"a,1\nb,2\n', "unexpected end of data"),
         ("r.tsv", 'text\tlabel\n"a" b\t1\n', "write a double quote inside a quoted field twice"),
         ("r.csv", "text,text\na,1\n", "names the column `text` twice"),
+        ("r.csv", "text,,\na,1,2\n", "values in several columns without a name"),
+        ("r.json", '{"train": [{"text": "a"}], "test": [{"text": "b"}]}', "several lists of rows: train, test"),
+        ("r.json", '{"text": {"0": "a"}, "label": {"0": "b"}}', "orient='records'"),
+        ("r.json", '{"columns": ["text"], "index": [0], "data": [["a"]]}', "orient='records'"),
         ("r.csv", "text,label\n", "r.csv has no rows"),
         ("r.csv", "", "r.csv has no rows"),
         ("r.csv", b"text,label\ncaf\xe9,1\n", "is not UTF-8: byte 0xe9 at 14"),
@@ -89,9 +95,9 @@ def test_parquet_keeps_class_names_and_reads_categories(tmp_path: Path) -> None:
         ("r.conll", "U.N. NNP B-ORG\nofficial O\n", "line 2 has 2 field(s), the first word 3; write the word first"),
         ("r.conll", "hello\n", "line 1 has 1 field(s)"),
         (
-            "r.xlsx",
+            "r.doc",
             "",
-            "unknown extension `.xlsx` (known: .csv .tsv .json .jsonl .parquet .txt .conll, and .gz .bz2 .xz "
+            "unknown extension `.doc` (known: .csv .tsv .json .jsonl .ndjson .parquet .txt .conll, and .gz .bz2 .xz "
             ".zst after them); set data.file_type",
         ),
     ],
@@ -103,6 +109,54 @@ def test_a_malformed_file_is_refused_in_one_line(tmp_path: Path, name: str, cont
         read_file(path, "data.train")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_line_with_which_a_spreadsheet_tells_its_separator_is_no_row(tmp_path: Path) -> None:
+    file = tmp_path / "r.csv"
+    file.write_text("sep=;\r\ntext;label\r\na;1\r\nb;2\r\n")
+    assert read_file(file, "data.train").columns == {"text": ["a", "b"], "label": ["1", "2"]}
+    file.write_text("sep=;\n" + "text;label\n" + "".join(f"film {n};{n % 2}\n" for n in range(12)))
+    config = DataConfig(train=str(file), streaming=True, num_train=4, num_validation=2, num_test=2)
+    assert list(open_source(config).tables["train"].columns) == ["text", "label"]
+
+
+def test_empty_columns_without_a_name_are_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "r.csv"
+    file.write_text("text,label,,\na,1,,\nb,2,,\n")
+    assert read_file(file, "data.train").columns == {"text": ["a", "b"], "label": ["1", "2"]}
+    file.write_text(",text,label\n0,a,1\n1,b,2\n")  # pandas' index is a column
+    assert list(read_file(file, "data.train").columns) == ["", "text", "label"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("key", ["data", "train"])
+def test_one_object_that_holds_a_list_of_rows_is_those_rows(tmp_path: Path, key: str, indent: int | None) -> None:
+    file, rows = tmp_path / "r.json", [{"text": "a", "label": 1}, {"text": "b", "label": 2}]
+    file.write_text(json.dumps({"version": "1.1", key: rows}, indent=indent))
+    table = read_file(file, "data.train")
+    assert table.columns == {"text": ["a", "b"], "label": [1, 2]}
+    assert table.note == f"rows of `{key}`"
+    assert read_file(file, "data.train", num_rows=1).columns == {"text": ["a"], "label": [1]}
+
+
+def test_one_conversation_in_a_file_stays_one_row(tmp_path: Path) -> None:
+    file, row = tmp_path / "r.json", {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}
+    file.write_text(json.dumps(row, indent=2))
+    assert read_file(file, "data.train").columns == {key: [value] for key, value in row.items()}
+
+
+@pytest.mark.parametrize("name", ["part-*.csv", "[a.csv, b.csv]"])
+def test_several_files_are_a_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"for several files, give their folder as data\.name"):
+        read_file(tmp_path / name, "data.train")
+
+
+def test_a_spreadsheet_is_named_by_its_ending(tmp_path: Path) -> None:
+    (tmp_path / "r.xlsx").write_bytes(b"PK\x03\x04")
+    with pytest.raises(UserError, match=r"r\.xlsx is a spreadsheet; save the sheet as CSV"):
+        read_file(tmp_path / "r.xlsx", "data.train")
+    (tmp_path / "r.ndjson").write_text('{"text": "a"}\n')
+    assert read_file(tmp_path / "r.ndjson", "data.train").columns == {"text": ["a"]}
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:

@@ -53,6 +53,17 @@ def _parse_number(value: Any) -> Any:
     return number
 
 
+def _parse_whole(value: Any) -> Any:
+    """`_parse_number`, for a whole number. Raises ValueError for 1.000, which is one or a thousand.
+
+    >>> _parse_whole("2e3"), _parse_whole("200.0")
+    (2000.0, 200.0)
+    """
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[1-9]\d{0,2}(\.\d{3})+", value.strip()):
+        raise ValueError("it can be read in two ways; write a whole number without a point, such as 1000")
+    return _parse_number(value)
+
+
 _UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 
 
@@ -107,7 +118,12 @@ def _parse_text(value: Any) -> Any:
 
 
 def _parse_path(value: Any) -> Any:
-    """Returns a path with the home folder for its `~` or `~user`. Raises ValueError for a user that does not exist."""
+    """Returns a path with the home folder for its `~` or `~user`.
+
+    Raises ValueError for a user that does not exist, and for a tab or the like: "C:\\new" has one in double quotes.
+    """
+    if isinstance(value, str) and any(ord(letter) < 32 for letter in value):
+        raise ValueError("a backslash in double quotes begins a control character; use single quotes or none")
     if not isinstance(value, str) or not value.startswith("~"):
         return _parse_text(value)
     expanded = os.path.expanduser(value)
@@ -121,7 +137,7 @@ Text = Annotated[str, BeforeValidator(_parse_text)]
 PathText = Annotated[str, BeforeValidator(_parse_path)]
 Flag = Annotated[bool, BeforeValidator(_parse_flag)]
 Real = Annotated[float, BeforeValidator(_parse_number), Field(allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(_parse_number)]  # `2e3` and `200.0` are whole numbers too
+Whole = Annotated[int, BeforeValidator(_parse_whole)]  # `2e3` and `200.0` are whole numbers too
 
 
 class _Section(BaseModel):
@@ -182,8 +198,8 @@ class DataConfig(_Section):
     name."""
     label_kind: Literal["auto", "class", "classes", "number"] = "auto"
     """Kind of label in sequence classification. class: one class. classes: any number of classes (a list of names, a
-    list with a 0 or 1 for every class or, in CSV, names separated by commas). number: a number to predict. auto: a list
-    means classes, a fractional number means number, everything else means class."""
+    list with a 0 or 1 for every class or, in CSV, names separated by commas or semicolons). number: a number to
+    predict. auto: a list means classes, a fractional number means number, everything else means class."""
     max_length: Whole = Field(default=256, ge=8, le=1_048_576)
     """Maximum length of a sequence in tokens. Longer sequences are truncated."""
     packing: Flag = False

@@ -247,6 +247,8 @@ def _describe_error(error: ValidationError, where: str, origin: typing.Mapping[s
     dotted = ".".join(location)
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if first["type"] == "dict_type":
+        message = "write a mapping, such as {text: review, label: stars}"
     if (
         first["type"] == "value_error" and dotted not in known_keys() and len(location) <= 1
     ):  # a rule about several keys names them itself

@@ -95,7 +95,7 @@ def listed(names: Sequence[str], limit: int = 8) -> str:
 def first_mistake(error: ValidationError) -> str:
     """The first mistake in a pydantic error: its place and what is wrong.
 
-    >>> from pydantic import TypeAdapter
+    >>> from pydantic import TypeAdapter, ValidationError
     >>> try:
     ...     TypeAdapter(dict[str, int]).validate_python({"rank": "many"})
     ... except ValidationError as error:

@@ -242,7 +242,7 @@ def _write_results(
         (start.before, after.metrics),
     )
     write_json(output / "examples.json", examples)
-    steps = [row for row in state.log_history if "train_runtime" not in row]  # the end of a call of Trainer, with times
+    steps = [row for row in state.log_history if "train_loss" not in row]  # the summary that ends a call of Trainer
     write_json(output / "history.json", steps)
     task, is_chat = s.config.model.task, "messages" in splits.train.column_names
     generation = stored_generation(prepared.folder, adapted.model.config) if generates_text(task) else None

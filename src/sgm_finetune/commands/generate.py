@@ -101,7 +101,8 @@ def read_prompts(path: Path, config: Config) -> list[Prompt]:
     role = next((role for role, name in names.items() if name in table.columns), None)
     if role is None:
         raise UserError(
-            f"{table.name} has none of the columns {', '.join(names.values())}; it has {', '.join(table.columns)}"
+            f"{table.name} has none of the columns {', '.join(names.values())} (has: {', '.join(table.columns)}); "
+            "rename the column to read"
         )
     name = names[role]
     if role == "tokens":

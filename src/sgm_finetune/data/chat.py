@@ -31,6 +31,8 @@ CHECKED_ELSEWHERE = ("role", "content", "weight", "tool_calls", "function_call")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _NO_REASONING = re.compile(r"(?:<(\w+)>\s*</\1>|\[(\w+)\]\s*\[/\2\])\s*")
 """An empty reasoning, such as <think></think>."""
+_OPENED = re.compile(r"(?:<\w+>|\[\w+\])\s*\Z")
+"""The beginning of a reasoning at the end of a question, such as <think>."""
 
 
 def written_answers(conversation: list[Message], tokenizer: Any, tools: Tools = None) -> list[Written]:
@@ -53,9 +55,11 @@ def written_answers(conversation: list[Message], tokenizer: Any, tools: Tools = 
     messages, whole = _accepted(conversation[: turns[-1] + 1], tokenizer, tools)
     if _MARKS.search(tokenizer.get_chat_template(tools=tools)):
         return [(whole, _marked(messages, conversation, tokenizer, tools))]
-    parts = [
-        (_render(messages[:n], tokenizer, tools, ask=True), _render(messages[: n + 1], tokenizer, tools)) for n in turns
-    ]
+    parts = []
+    for n in turns:
+        text = _render(messages[: n + 1], tokenizer, tools)
+        asked = _render(messages[:n], tokenizer, tools, ask=True)
+        parts.append((_without_opened_reasoning(asked, text, messages[n]), text))
     begins = [
         _answer_begin(messages[:n], messages[n], asked, text, tokenizer, tools)
         for n, (asked, text) in zip(turns, parts, strict=True)
@@ -67,7 +71,7 @@ def written_answers(conversation: list[Message], tokenizer: Any, tools: Tools = 
         if not text.startswith(asked):
             raise UserError(
                 "This model's chat template does not write a question the same way with and without its answer, so "
-                "the answer cannot be found; give prompt and completion instead (data.format=completion)"
+                "the answer cannot be found; give prompt and completion as texts instead (data.format=completion)"
             )
     return [(text, [span]) for (_, text), span in zip(parts, spans, strict=True)]
 
@@ -84,6 +88,14 @@ def _answer_begin(
         if len(quiet) > len(asked) and answered.startswith(quiet):
             return len(quiet)
     return _behind_empty_reasoning(answered, len(asked), message)
+
+
+def _without_opened_reasoning(asked: str, answered: str, message: Message) -> str:
+    """The question without the beginning of a reasoning, where the template writes the answer without reasoning."""
+    if answered.startswith(asked) or has_reasoning([message]):
+        return asked
+    shorter = _OPENED.sub("", asked)
+    return shorter if answered.startswith(shorter) else asked
 
 
 def _behind_empty_reasoning(text: str, begin: int, message: Message, header: int = 0) -> int:
@@ -124,9 +136,9 @@ def asked_text(conversation: list[Message], tokenizer: Any, tools: Tools = None,
     """The text that the model reads before it answers.
 
     The chat template writes the conversation. With reasons=False the text has the empty reasoning with which the
-    template begins an answer without one: a model that was trained on such answers goes on from there. Without a
-    template, a single question becomes an Alpaca instruction. Raises UserError for a longer conversation without a
-    template, and when the template refuses it.
+    template begins an answer without one, and not the beginning of a reasoning: a model that was trained on such
+    answers goes on from there. Without a template, a single question becomes an Alpaca instruction. Raises UserError
+    for a longer conversation without a template, and when the template refuses it.
     """
     if tokenizer.chat_template is not None:
         messages, asked = _accepted(conversation, tokenizer, tools, ask=True)
@@ -137,6 +149,7 @@ def asked_text(conversation: list[Message], tokenizer: Any, tools: Tools = None,
             answered = _render([*messages, answer], tokenizer, tools)
         except UserError:  # the conversation ends with the beginning of an answer
             return asked
+        asked = _without_opened_reasoning(asked, answered, answer)
         if not answered.startswith(asked):
             return asked
         return answered[: _answer_begin(messages, answer, asked, answered, tokenizer, tools)]

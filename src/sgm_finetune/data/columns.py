@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from sgm_finetune.base.config import Role, Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import short_repr
-from sgm_finetune.data.hints import describe_columns, propose_columns
+from sgm_finetune.data.hints import describe_columns, is_headless, propose_columns
 from sgm_finetune.data.tables import Table
 
 
@@ -106,6 +107,8 @@ def find_columns(table: Table, layout: Layout, columns: Mapping[Role, str]) -> d
     found: dict[Role, str] = {}
     for role in (*layout.roles, *layout.optional):
         name = layout.column(role, columns)
+        if role == "tools" and role not in columns and name not in there:
+            name = "functions"  # OpenAI's older name
         if name in there:
             found[role] = name
             continue
@@ -116,6 +119,8 @@ def find_columns(table: Table, layout: Layout, columns: Mapping[Role, str]) -> d
             near = difflib.get_close_matches(name, there, n=1, cutoff=0.6)
             hint = f"; did you mean `{near[0]}`?" if near else ""
             raise UserError(f"data.columns: {table.name} has no column `{name}` for {role} {has}{hint}")
+        if len(there) == 1 and re.search("[;\t|]", there[0]):  # a file is read so, a folder is not
+            raise UserError(f"{table.name} has the column `{there[0]}` alone; separate the fields with commas")
         raise UserError(f"{table.name} has no column `{name}` {has}; {_remedy(table, layout, columns)}")
     if len(set(found.values())) < len(found):
         raise UserError(f"data.columns: `{'` and `'.join(found)}` name the same column `{found[layout.roles[0]]}`")
@@ -124,6 +129,8 @@ def find_columns(table: Table, layout: Layout, columns: Mapping[Role, str]) -> d
 
 def _remedy(table: Table, layout: Layout, columns: Mapping[Role, str]) -> str:
     """What to give for a table that lacks a column of `layout`: what its columns look like."""
+    if is_headless(table):
+        return f"its first line looks like a row, so write the names above it: {', '.join(layout.roles)}"
     task: Task = next(task for task, layouts in LAYOUTS.items() if layout.name in {known.name for known in layouts})
     found = propose_columns(table, task, layout.roles, columns, layout.is_named)
     if found is None:
@@ -152,8 +159,3 @@ def read_texts(table: Table, column: str, may_be_empty: bool) -> list[str]:
         if not may_be_empty and not text.strip():
             raise UserError(f"{table.name}, row {row}: `{column}` is empty; correct or remove the row")
     return list(texts)
-
-
-def read_inputs(table: Table, column: str) -> list[str]:
-    """The texts of an optional column; a missing value is an empty text."""
-    return ["" if is_missing(text) else str(text) for text in table.columns[column][:]]

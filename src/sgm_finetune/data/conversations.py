@@ -27,6 +27,7 @@ ShareGPT's text has it, for a template that writes no `tool_calls`."""
 SPEAKERS = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "model": "assistant",
     "observation": "tool", "function": "tool", "function_response": "tool", "tool_response": "tool", "ipython": "tool",
+    "developer": "system",
 }  # fmt: skip
 """Other names for the roles in a conversation."""
 CALLERS = ("function_call", "tool_call", "tool_calls")
@@ -230,7 +231,9 @@ class _RowReader:
         calls = self._calls(_first(turn, "tool_calls", "function_call"), where)
         content = self._content(given, where)
         if content is None and not calls:
-            raise UserError(f"{where} has the content {short_repr(given)}, which is not a text")
+            raise UserError(
+                f"{where} has the content {short_repr(given)}, which is not a text; write one, or remove the row"
+            )
         message: Message = {"role": str(role), **({} if content is None else {"content": content})}
         if calls:
             message["tool_calls"] = calls
@@ -309,7 +312,10 @@ class _RowReader:
         try:
             found = parse_json(text)
         except ValueError as error:
-            raise UserError(f"{where} is {short_repr(text)}, which is not JSON: {one_line(error)}") from None
+            reason = one_line(error).removeprefix("not JSON: ")
+            raise UserError(
+                f"{where} is {short_repr(text)}, which is not JSON: {reason}; write it as json.dumps does"
+            ) from None
         return _checked(found, where)
 
     def _plain(self, value: Any, where: str) -> Any:

@@ -22,7 +22,7 @@ NAMES: dict[Role, tuple[str, ...]] = {
     ),
     "completion": (
         "completion", "answer", "response", "output", "reply", "solution", "target", "assistant", "highlights",
-        "summary",
+        "summary", "chosen",
     ),
     "source": ("source", "article", "document", "dialogue", "input", "src", "text", "question", "query", "prompt"),
     "target": ("target", "highlights", "summary", "output", "tgt", "answer", "response", "completion"),
@@ -70,10 +70,19 @@ def propose_columns(
                 return possible, found
     if task == "sequence-classification" and (found := columns_by_content(table)):
         return task, {**found, **chosen}
-    texts = [name for name, values in table.columns.items() if _mean_length(values[:]) is not None]
-    if task == "causal-lm" and not chosen and not only and len(texts) == 1:
+    texts = [name for name, values in table.columns.items() if not all(map(_is_plain_number, values[:]))]
+    if task == "causal-lm" and not chosen and not only and len(texts) == 1 and _suits(table, texts[0], "text"):
         return task, {"text": texts[0]}
     return None
+
+
+def _is_plain_number(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float)
+
+
+def is_headless(table: Table) -> bool:
+    """Whether the names of the columns look like a row: one of them is among the values of its column."""
+    return any(name and name in values[:] for name, values in table.columns.items())
 
 
 def _match(table: Table, roles: Sequence[Role], chosen: Mapping[Role, str]) -> dict[Role, str] | None:
@@ -114,18 +123,25 @@ def _suits(table: Table, column: str, role: Role) -> bool:
         return all(isinstance(value, list) for value in values)
     if role == "label":
         return column in table.class_names or _is_label(values, len(values))
+    if role in ("prompt", "completion") and isinstance(values[0], list):
+        return all(isinstance(value, list) and all(isinstance(turn, dict) for turn in value) for value in values)
     return all(isinstance(value, str) for value in values)
 
 
 def _is_label(values: Sequence[Any], num_rows: int) -> bool:
-    """Whether values repeat as labels do, or are lists of labels, or numbers to predict."""
+    """Whether values repeat as labels do, or are lists of labels, or numbers to predict, also written as texts."""
     if any(isinstance(value, list | float) for value in values):
+        return True
+    if all(re.fullmatch(r"[+-]?[0-9]*\.[0-9]+", str(value).strip()) for value in values):
         return True
     return len({str(value) for value in values}) <= max(2, num_rows // 2)
 
 
 def columns_by_content(table: Table) -> dict[Role, str] | None:
-    """A text and a label by their values: the longest texts on average, and the fewest different values."""
+    """A text and a label by their values: the longest texts on average, and the fewest different values.
+
+    None where several columns can be the label.
+    """
     lengths = {name: _mean_length(values[:]) for name, values in table.columns.items()}
     texts = {name: length for name, length in lengths.items() if length is not None}
     if not texts:
@@ -136,6 +152,8 @@ def columns_by_content(table: Table) -> dict[Role, str] | None:
     }
     label = min(num_values, key=num_values.__getitem__, default=None)
     if label is None or num_values[label] > max(2, len(table.columns[text]) // 2):
+        return None
+    if list(num_values.values()).count(num_values[label]) > 1:  # as a column of 0 and 1 for each class
         return None
     return {"text": text, "label": label}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,8 @@ _ENTRIES: dict[Any, int] = {0: 0, 1: 1, "0": 0, "1": 1}  # False, True, 0.0 and 
 def with_lists(table: Table, column: str, asked: str) -> Table:
     """The table with lists in the place of texts such as "[1, 0, 1]" or "['a', 'b']", if all labels are written so.
 
-    With `asked` (`data.label_kind`) "classes", a text is also a list of names with commas between them.
+    With `asked` (`data.label_kind`) "classes", a text is also a list of names with commas between them; where no text
+    has a comma, with semicolons or vertical bars.
     """
     values = table.columns[column][:]
     texts = [value.strip() for value in values if isinstance(value, str) and value.strip()]
@@ -39,11 +40,17 @@ def with_lists(table: Table, column: str, asked: str) -> Table:
     if all(len(text) <= _MAX_TEXT and _LIST.fullmatch(text) for text in texts):
         read = {text: _read_list(text) for text in dict.fromkeys(texts)}
     if asked == "classes" and (not read or None in read.values()):
-        read = {text: [name for name in text.split(",") if name.strip()] for text in dict.fromkeys(texts)}
+        by = name_separator(texts) or ","
+        read = {text: [name for name in text.split(by) if name.strip()] for text in dict.fromkeys(texts)}
     if not read or None in read.values():
         return table
     lists = [read.get(value.strip(), value) if isinstance(value, str) else value for value in values]
     return replace(table, columns={**table.columns, column: lists})
+
+
+def name_separator(texts: Iterable[str]) -> str | None:
+    """What stands between names in texts: commas, else semicolons, else vertical bars; None for none of them."""
+    return next((by for by in ",;|" if any(by in text for text in texts)), None)
 
 
 def _read_list(text: str) -> list | None:

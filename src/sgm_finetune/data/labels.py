@@ -13,7 +13,13 @@ from sgm_finetune.base.config import LabelKind
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import listed, short_repr
 from sgm_finetune.data.columns import is_missing
-from sgm_finetune.data.label_vectors import only_single_ids, read_vectors, vector_width, with_lists
+from sgm_finetune.data.label_vectors import (
+    name_separator,
+    only_single_ids,
+    read_vectors,
+    vector_width,
+    with_lists,
+)
 from sgm_finetune.data.sources import Split
 from sgm_finetune.data.tables import Table
 
@@ -156,9 +162,12 @@ def read_numbers(table: Table, column: str) -> list[float]:
         text = str(value).strip()
         if isinstance(value, bool) or not _is_number(text) or not math.isfinite(float(text)):
             what = f"has the label {short_repr(value)} in `{column}`, which is not a number"
+            remedy = "correct or remove the row"
             if is_missing(value) or not text:
                 what = f"has no label in `{column}`"
-            raise UserError(f"{table.name}, row {row} {what}; correct or remove the row")
+            elif re.fullmatch(r"[+-]?[0-9.]*,[0-9]+", text):
+                remedy = "write numbers with a decimal point, such as 0.5, and without separators of thousands"
+            raise UserError(f"{table.name}, row {row} {what}; {remedy}")
         numbers.append(float(text))
     return numbers
 
@@ -212,11 +221,18 @@ def class_doubts(names: Sequence[str]) -> list[str]:
 
     >>> class_doubts(["neg", "Pos", "pos"]), class_doubts(["0", "1", "pos"])
     (['classes that differ only in case: Pos, pos'], ['both numbers and words are classes: 0, 1, pos'])
+    >>> class_doubts(["a", "a;b", "b"])
+    ["'a;b' is one class; for several classes a row, set data.label_kind=classes"]
     """
     notes = []
     folded = Counter(name.casefold() for name in names)
     if alike := sorted((name for name in names if folded[name.casefold()] > 1), key=str.casefold):
         notes.append(f"classes that differ only in case: {listed(alike)}")
+    by = name_separator(names)
+    parts = {part.strip() for name in names for part in name.split(by)}
+    if by is not None and len(parts) < len(names) and "" not in parts:
+        several = next(name for name in names if by in name)
+        notes.append(f"{several!r} is one class; for several classes a row, set data.label_kind=classes")
     numbers = [name for name in names if _is_integer(name)]
     if numbers and len(numbers) < len(names):
         words = [name for name in names if not _is_integer(name)]

@@ -20,7 +20,7 @@ from sgm_finetune.data.arrow import class_names, table_of
 from sgm_finetune.data.data_folder import check_folder
 from sgm_finetune.data.embedded import EMBEDDED
 from sgm_finetune.data.sources import HUB_SPLITS, Source, Split, check_hub_name
-from sgm_finetune.data.tables import Table, find_separator, type_of
+from sgm_finetune.data.tables import Table, find_separator, tells_separator, type_of
 from sgm_finetune.data.text_file import packing_of
 
 
@@ -103,7 +103,7 @@ def _stream_file(path: Path, key: str, config: DataConfig) -> datasets.IterableD
         raise UserError(f"{key}={path} has no rows")
     builder, options = _BUILDERS[kind]
     if builder == "csv":
-        options = {**options, "sep": find_separator(path, options["sep"])}
+        options = {"sep": find_separator(path, options["sep"]), "skiprows": int(tells_separator(path))}
     if packing_of(path) == ".zst" and importlib.util.find_spec("zstandard") is None:
         raise UserError(
             f"{key}={path}: streaming .zst needs zstandard (pip install zstandard); set data.streaming=false"

@@ -103,7 +103,7 @@ def _check_ids(encoded: Mapping[str, Encoded], files: ModelFiles, config: Config
 
 def not_read(splits: DataSplits, train: Encoded) -> list[str]:
     """The columns, and the fields of messages, that the model does not see."""
-    return list(dict.fromkeys([*splits.unread, *train.unread]))
+    return [name or "a column without a name" for name in dict.fromkeys([*splits.unread, *train.unread])]
 
 
 def _encoding_notes(encoded: Mapping[str, Encoded], max_length: int) -> list[str]:

@@ -10,14 +10,14 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.text import one_line
+from sgm_finetune.base.text import listed, one_line
 from sgm_finetune.data.text_file import CHUNK, PACKINGS, inner_suffix, open_text, packing_of, read_text
 
 Format = Literal["csv", "tsv", "json", "jsonl", "parquet", "text", "conll"]
@@ -27,6 +27,7 @@ ENDINGS: dict[str, Format] = {
     ".tsv": "tsv",
     ".json": "json",
     ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
     ".parquet": "parquet",
     ".txt": "text",
     ".conll": "conll",
@@ -62,9 +63,12 @@ def type_of(path: Path, key: str, format: Format | Literal["auto"] = "auto") -> 
     if path.is_dir():
         raise UserError(f"{key}={path} is a folder; name a file, or give a data set's folder as data.name")
     if not path.is_file():
-        raise UserError(f"{key}={path} does not exist (looked in {Path.cwd()})")
+        several = "; for several files, give their folder as data.name" if re.search(r"[*?]|, ", str(path)) else ""
+        raise UserError(f"{key}={path} does not exist (looked in {Path.cwd()}){several}")
     if format == "auto":
         suffix = inner_suffix(path)
+        if suffix in (".xlsx", ".xls", ".ods"):
+            raise UserError(f"{key}={path} is a spreadsheet; save the sheet as CSV (UTF-8)")
         if suffix not in ENDINGS:
             known, packed = " ".join(ENDINGS), " ".join(PACKINGS)
             raise UserError(
@@ -160,6 +164,12 @@ def find_separator(path: Path, usual: str) -> str:
     return next((by for by in dividing if len(set(widths[by])) == 1), dividing[0] if dividing else usual)
 
 
+def tells_separator(path: Path) -> bool:
+    """Whether the first line of a file is Excel's `sep=;`, which only tells the separator. Raises as `open_text`."""
+    with open_text(path, newline="") as file:
+        return re.fullmatch(r"sep=.[\r\n]*", file.readline(8)) is not None
+
+
 def _widths(lines: Sequence[str], delimiter: str) -> list[int]:
     """The number of fields of each row, as far as the rows can be read."""
     widths = []
@@ -173,9 +183,11 @@ def _read_separated(path: Path, usual: str, num_rows: int | None) -> Table:
     with open_text(path, newline="") as lines, _unlimited_fields():
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
+            if tells_separator(path):
+                next(reader)
             header = next(reader, [])
-            if len(set(header)) < len(header):
-                twice = next(name for name in header if header.count(name) > 1)
+            twice = next((name for name in header if name and header.count(name) > 1), None)
+            if twice is not None:
                 raise UserError(f"{path} names the column `{twice}` twice; the first line must name each column once")
             columns: list[list[str]] = [[] for _ in header]
             for row in itertools.islice(reader, num_rows):
@@ -192,8 +204,11 @@ def _read_separated(path: Path, usual: str, num_rows: int | None) -> Table:
             raise UserError(
                 f"{path} line {reader.line_num}: {one_line(error)}; write a double quote inside a quoted field twice"
             ) from None
+    filled = [(name, column) for name, column in zip(header, columns, strict=True) if name or any(column)]
+    if sum(not name for name, _ in filled) > 1:
+        raise UserError(f"{path} has values in several columns without a name; name each column in the first line")
     note = "" if delimiter == usual else f"separated by {SEPARATORS[delimiter]}"
-    return Table(path.name, dict(zip(header, columns, strict=True)), note=note)
+    return Table(path.name, dict(filled), note=note)
 
 
 @contextmanager
@@ -206,24 +221,50 @@ def _unlimited_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
+_ROWS_WITHIN = ("data", "rows", "train", "validation", "test", "examples", "records", "items", "instances")
+"""Keys under which a file that is one object has its rows."""
+
+
 def _read_json(path: Path, num_rows: int | None) -> Table:
-    """The table in one JSON list of objects, or in one object a line, for both extensions."""
-    columns: dict[str, list] = {}
-    count = 0
+    """The table in one JSON list of objects, in one object a line, or in one object that holds such a list."""
     with open_text(path) as file:
-        for where, row in itertools.islice(_json_rows(path, file), num_rows):
-            if not isinstance(row, dict):
-                raise UserError(f"{path} {where} is not a JSON object; write {{'text': ..., 'label': ...}}")
-            for name, value in row.items():
-                if name not in columns:
-                    columns[name] = [None] * count
-                columns[name].append(value)
-            count += 1
-            if len(row) < len(columns):
-                for name, column in columns.items():
-                    if name not in row:
-                        column.append(None)
+        columns = _columns(path, itertools.islice(_json_rows(path, file), num_rows))
+    if not columns or len(next(iter(columns.values()))) != 1:
+        return Table(path.name, columns)
+    only = {name: values[0] for name, values in columns.items()}
+    if {"columns", "data"} <= set(only) or all(isinstance(v, dict) and "0" in v for v in only.values()):
+        raise UserError(
+            f"{path} holds whole columns, as pandas writes them, and not rows; write it with "
+            "to_json(..., orient='records')"
+        )
+    within = {name: value for name, value in only.items() if name in _ROWS_WITHIN and _is_rows(value)}
+    if len(within) > 1:
+        raise UserError(f"{path} holds several lists of rows: {listed(list(within))}; write each into its own file")
+    for name, rows in within.items():
+        places = ((f"`{name}`, row {number}", row) for number, row in enumerate(rows[:num_rows], start=1))
+        return Table(path.name, _columns(path, places), note=f"rows of `{name}`")
     return Table(path.name, columns)
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _columns(path: Path, rows: Iterable[tuple[str, Any]]) -> dict[str, list]:
+    """The columns of rows that come with their places. Raises UserError for a row that is not an object."""
+    columns: dict[str, list] = {}
+    for count, (where, row) in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{path} {where} is not a JSON object; write {{'text': ..., 'label': ...}}")
+        for name, value in row.items():
+            if name not in columns:
+                columns[name] = [None] * count
+            columns[name].append(value)
+        if len(row) < len(columns):
+            for name, column in columns.items():
+                if name not in row:
+                    column.append(None)
+    return columns
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -296,13 +337,22 @@ def _is_text(row: Any) -> bool:
 
 
 def _json_lines(path: Path, first: str, file: IO[str], lines_before: int) -> Iterator[tuple[str, Any, str]]:
-    """Place, value and text of each line. `first` may be the beginning of a long line."""
+    """Place, value and text of each line, or of the one object that the file is.
+
+    `first` may be the beginning of a long line.
+    """
     lines = itertools.chain([first if first.endswith("\n") else first + file.readline()], file)
     for number, line in enumerate(lines, start=lines_before + 1):
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line), line
             except (ValueError, RecursionError) as error:
+                goes_on = isinstance(error, json.JSONDecodeError) and error.pos >= len(line.rstrip())
+                if goes_on and number == lines_before + 1:
+                    whole = line + file.read()
+                    with suppress(ValueError, RecursionError):
+                        yield "row 1", json.loads(whole), whole
+                        return
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
                 raise UserError(
                     f"{path} line {number} is not JSON: {reason}; write one object a line, or one list of objects"

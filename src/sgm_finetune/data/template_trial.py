@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +46,10 @@ def _find_reason(template: str, special: Mapping[str, Any]) -> str:
     """The bound that the template exceeds; "" for a template within them, and on a system without `fork`."""
     if not hasattr(os, "fork"):
         return ""
-    child = os.fork()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of fork beside threads, whose locks stay locked: the copy calls jinja alone
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if not child:
         _try(template, special)
     status = _wait(child)

@@ -114,21 +114,28 @@ def named_classes(described: PreTrainedConfig) -> tuple[str, ...] | None:
 def matching_rows(labels: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | None:
     """The place in `names` of each of `labels`; None if one of them has none.
 
-    A label is a name, or differs from one only in case. The whole numbers 0 to n - 1 are the places of n names, unless
-    one of them is a name.
+    A label is a name, or differs from one only in case or as 1.0 does from 1. The whole
+    numbers 0 to n - 1 are the places of n names, unless one of them is a name.
 
     >>> matching_rows(["neg", "pos"], ["pos", "neg"]), matching_rows(["0", "1"], ["pos", "neg"])
     ((1, 0), (0, 1))
     >>> matching_rows(["NEG", "pos"], ["pos", "neutral", "neg"]), matching_rows(["bad", "pos"], ["pos", "neg"])
     ((2, 0), None)
+    >>> matching_rows(["1.0", "2.0"], ["1", "2", "3"])
+    (0, 1)
     """
-    for written in (str, str.casefold):
+    for written in (str, str.casefold, _whole):
         places = {written(name): place for place, name in enumerate(names)}
         found = [places.get(written(label)) for label in labels]
         if None not in found and len(places) == len(names) and len(set(found)) == len(found):
             return tuple(found)  # type: ignore[arg-type]
     are_places = is_range(labels, len(names)) and not set(labels) & set(names)
     return tuple(map(int, labels)) if are_places else None
+
+
+def _whole(label: str) -> str:
+    """A whole number without the zeros behind its point, any other label as it is."""
+    return re.sub(r"^([+-]?[0-9]+)\.0+$", r"\1", label)
 
 
 def is_range(labels: Sequence[str], number: int) -> bool:

@@ -112,7 +112,12 @@ def find_base(stored: StoredResult, log: StepLog) -> Result:
 
     Raises UserError where the base model is not available.
     """
-    base = find_model_files(unquantised(stored.config.model), log)
+    model = stored.config.model
+    if model.name.startswith(("/", "./", "../")) and not Path(model.name).exists():
+        raise UserError(
+            f"No model folder {model.name}, from which this run was trained; give its new place: model.name=FOLDER"
+        )
+    base = find_model_files(unquantised(model), log)
     return Result(**vars(stored), base=base, roles=tuple(stored.content.get("roles", ())))
 
 

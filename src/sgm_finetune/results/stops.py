@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_json
 from sgm_finetune.base.untrusted import require_json_object
+from sgm_finetune.data.chat import asked_text
 from sgm_finetune.data.template_trial import try_template
 
 GENERATION_CONFIG = "generation_config.json"
@@ -105,6 +107,26 @@ def turn_remark(tokenizer: Any) -> str | None:
     return (
         "the chat template writes nothing after an answer, so the model does not learn where to stop; let it end the "
         "assistant's turn with eos_token"
+    )
+
+
+def reasoning_remark(tokenizer: Any) -> str | None:
+    """What a person should know about a chat template that asks for reasoning, where no answer in the data has any."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        usual, own = (
+            asked_text([{"role": "user", "content": _QUESTION}], tokenizer, reasons=reasons)
+            for reasons in (True, False)
+        )
+    except UserError:  # a template that wants more than a question
+        return None
+    if usual == own:
+        return None
+    how = f"with {own[len(usual) :]!r}" if own.startswith(usual) else f"without {usual[len(own) :]!r}"
+    switch = " (enable_thinking=false)" if "enable_thinking" in tokenizer.get_chat_template() else ""
+    return (
+        f"no answer in the data has reasoning, so SGM ends a question {how}; tell other programs to ask so too{switch}"
     )
 
 

@@ -139,7 +139,7 @@ class Repeats:
         """
         if not hidden.requires_grad or not torch.is_grad_enabled():
             return
-        reader = (key and ("backward", key), repeats)
+        reader: tuple[tuple | None, bool] = (key and ("backward", key), repeats)
         if self._read() is hidden:
             self._readers.append(reader)
             return
