@@ -120,9 +120,10 @@ def _parse_text(value: Any) -> Any:
 def _parse_path(value: Any) -> Any:
     """Returns a path with the home folder for its `~` or `~user`.
 
-    Raises ValueError for a user that does not exist, and for a tab or the like: "C:\\new" has one in double quotes.
+    Raises ValueError for a user that does not exist, and for a drive with a tab or the like behind it: "C:\\new" has a
+    line feed in double quotes.
     """
-    if isinstance(value, str) and any(ord(letter) < 32 for letter in value):
+    if isinstance(value, str) and re.match(r"[A-Za-z]:[^/]*[\x00-\x1f]", value):
         raise ValueError("a backslash in double quotes begins a control character; use single quotes or none")
     if not isinstance(value, str) or not value.startswith("~"):
         return _parse_text(value)
