@@ -110,6 +110,7 @@ def test_what_is_dropped_in_a_step_leaves_holes_of_its_own_size(described, monke
     assert needed.phases["step"] - held == 4 * (sum(m.shape[0] * m.shape[1] for m in base.values()) + products)
 
 
+@pytest.mark.slow
 def test_a_budget_changes_the_least_costly_first_and_is_kept(described, monkeypatch) -> None:
     monkeypatch.setattr("sgm_finetune.train.budget.estimate.held_memory", lambda: 0)  # differs at every call
     batches = ("training.batch_size=32", "training.eval_batch_size=64", "data.max_length=24")

@@ -714,6 +714,7 @@ def test_checkpointing_is_the_same_run(settings, tmp_path, command):
     assert again["predicted"]["activation_bytes"] < kept["predicted"]["activation_bytes"]
 
 
+@pytest.mark.slow
 def test_adamw_with_a_state_of_8_bits_learns_and_goes_on_where_it_stopped(settings, tmp_path, command):
     settings = [
         *settings,

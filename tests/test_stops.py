@@ -327,6 +327,7 @@ def exported(where: list[str], to: str) -> dict:
     return export_result(load_config(None, where), where, ExportRequest(to), Console(file=StringIO()))
 
 
+@pytest.mark.slow
 def test_an_export_that_runs_on_after_the_end_is_not_kept(tmp_path, monkeypatch):
     """The base model's own file names a token that the model writes: exports stop there, by their files alone."""
     from sgm_finetune.results import stops
