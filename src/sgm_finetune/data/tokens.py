@@ -44,6 +44,8 @@ def num_common(left: Sequence[int], right: Sequence[int]) -> int:
 
 def single_ends(ids: list[int], tokenizer: Any) -> list[int]:
     """`ids` with one special token at its beginning and one at its end, where it has several of the same."""
+    if len(ids) < 2 or (ids[0] != ids[1] and ids[-1] != ids[-2]):  # a tokenizer takes microseconds to name a token
+        return ids
     begins, ends = (tokenizer.bos_token_id, tokenizer.cls_token_id), (tokenizer.eos_token_id, tokenizer.sep_token_id)
     first, last = 0, len(ids)
     while last - first > 1 and ids[first] == ids[first + 1] and ids[first] in begins:
