@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sgm_finetune.data.embedded import packaged
@@ -88,39 +88,6 @@ def topics() -> Iterable[dict]:
 
 MINILM, SMOLLM2 = "all-minilm-l6-v2", "smollm2-135m-instruct"
 
-DECODER = {"model": SMOLLM2, "kind": "causal-lm"}
-LONG = (
-    Task(
-        name="long-arithmetic", about="Word problems (ASDiv); the loss is on the answer, such as `9 apples`.",
-        **DECODER, batch_size=8, num_steps=300, rank=4, write=arithmetic,
-        overrides=(
-            "data.max_length=96", "data.validation_fraction=0.12", "data.test_fraction=0.2", "model.dtype=bfloat16",
-        ),
-    ),
-    Task(
-        name="long-summaries", about="How news articles (XSum) begin; the loss is on the one-sentence summary.",
-        **DECODER, batch_size=8, num_steps=200, rank=10, write=summaries,
-        overrides=(
-            "data.max_length=128", "data.num_validation=100", "data.test_fraction=0.25", "model.dtype=bfloat16",
-        ),
-    ),
-    Task(
-        name="long-social", about="Situations (SIQA), a question, three answers; the loss is on the right one.",
-        **DECODER, batch_size=8, num_steps=300, rank=10, write=social,
-        overrides=(
-            "data.max_length=128", "data.validation_fraction=0.12", "data.test_fraction=0.2", "model.dtype=bfloat16",
-        ),
-    ),
-    Task(
-        name="long-questions", about="Questions about a text (BoolQ); the loss is on yes or no.",
-        **DECODER, batch_size=8, num_steps=200, rank=10, write=questions,
-        overrides=(
-            "data.max_length=256", "data.validation_fraction=0.1", "data.test_fraction=0.15", "model.dtype=bfloat16",
-        ),
-    ),
-)  # fmt: skip
-"""The GPU tier: hundreds of steps of a decoder (benchmarks/gpu/quality_tier.py)."""
-
 TASKS = {
     task.name: task
     for task in (
@@ -153,6 +120,27 @@ TASKS = {
                 "data.max_length=128", "data.num_validation=100", "data.test_fraction=0.25", "model.dtype=bfloat16",
             ),
         ),
-        *LONG,
     )
 }  # fmt: skip
+
+DECODER = {"model": SMOLLM2, "kind": "causal-lm"}
+LONG = (
+    replace(TASKS["arithmetic"], name="long-arithmetic", num_steps=300),
+    replace(TASKS["summaries"], name="long-summaries", batch_size=8, num_steps=200),
+    Task(
+        name="long-social", about="Situations (SIQA), a question, three answers; the loss is on the right one.",
+        **DECODER, batch_size=8, num_steps=300, rank=10, write=social,
+        overrides=(
+            "data.max_length=128", "data.validation_fraction=0.12", "data.test_fraction=0.2", "model.dtype=bfloat16",
+        ),
+    ),
+    Task(
+        name="long-questions", about="Questions about a text (BoolQ); the loss is on yes or no.",
+        **DECODER, batch_size=8, num_steps=200, rank=10, write=questions,
+        overrides=(
+            "data.max_length=256", "data.validation_fraction=0.1", "data.test_fraction=0.15", "model.dtype=bfloat16",
+        ),
+    ),
+)  # fmt: skip
+"""The GPU tier: hundreds of steps of a decoder (benchmarks/gpu/quality_tier.py)."""
+TASKS |= {task.name: task for task in LONG}

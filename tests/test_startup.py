@@ -103,6 +103,15 @@ def test_a_command_that_only_reads_files_loads_no_model_library(arguments, neede
     assert (status, said, loaded) == (0, "", needed)
 
 
+def test_a_look_at_the_data_loads_no_model(place, llama_folder):
+    """Modules of models, of distributed training and of SciPy took half of its time."""
+    code = COUNTED.replace(str(LARGE), repr(["transformers.modeling_utils", "scipy.optimize", "peft"]))
+    arguments = ["data", *GIVEN, f"model.name={llama_folder}", "data.max_length=16"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((place / "loaded.json").read_text()) == []
+
+
 def test_the_package_lists_its_names_and_loads_none_of_them():
     code = (
         "import sys, sgm_finetune; print(set(sgm_finetune.__all__) <= set(dir(sgm_finetune)), 'torch' in sys.modules)"

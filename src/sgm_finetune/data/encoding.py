@@ -16,6 +16,7 @@ from datasets.table import InMemoryTable
 
 from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.data.arrow import column_parts
 from sgm_finetune.data.chat import CHECKED_ELSEWHERE, UnreadFields, asked_text, needs_template, written_answers
 from sgm_finetune.data.conversations import Message
 from sgm_finetune.data.rows import Origin
@@ -132,9 +133,7 @@ def fingerprint(dataset: datasets.Dataset) -> str:
     digest = xxhash.xxh3_128()
     for name in sorted(dataset.column_names):
         digest.update(name.encode())
-        tables: Any = dataset.select_columns(name).with_format("arrow").iter(TEXTS_PER_CALL)
-        for table in tables:
-            values = table[name].combine_chunks()
+        for values in column_parts(dataset, name):
             if pa.types.is_list(values.type):
                 digest.update(values.value_lengths().to_numpy(zero_copy_only=False).astype("int64").tobytes())
                 values = values.flatten()
@@ -144,11 +143,8 @@ def fingerprint(dataset: datasets.Dataset) -> str:
 
 def largest_id(dataset: datasets.Dataset, column: str) -> int:
     """The largest token id in a column of an encoded data set; -1 in an empty one."""
-    largest, tables = -1, dataset.select_columns(column).with_format("arrow").iter(TEXTS_PER_CALL)
-    for table in tables:
-        ids = table[column].combine_chunks().flatten().to_numpy(zero_copy_only=False)  # type: ignore[union-attr]
-        largest = max(largest, int(ids.max(initial=-1)))
-    return largest
+    parts = (part.flatten().to_numpy(zero_copy_only=False) for part in column_parts(dataset, column))
+    return max((int(ids.max(initial=-1)) for ids in parts), default=-1)
 
 
 def encoding_summary(encoded: Encoded) -> str:
@@ -168,8 +164,7 @@ def in_parts(column: Sequence[Any]) -> Iterator[Any]:
 
 def sequence_lengths(encoded: datasets.Dataset) -> list[int]:
     """The number of tokens of each sequence of an encoded data set. Its tokens are not loaded."""
-    ids: Any = encoded.select_columns("input_ids").with_format("arrow")[:]
-    return [length for part in ids["input_ids"].chunks for length in part.value_lengths().to_pylist()]
+    return [length for part in column_parts(encoded, "input_ids") for length in part.value_lengths().to_pylist()]
 
 
 def _encode_classification(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:

@@ -19,7 +19,6 @@ from sgm_finetune.data.encoding import Encoded, encode, largest_id, pack
 from sgm_finetune.data.questions import has_answers
 from sgm_finetune.data.sources import is_on_hub
 from sgm_finetune.data.splits import SPLITS, DataSplits, load_splits, with_classes
-from sgm_finetune.model.architecture import read_model_config
 from sgm_finetune.model.classes import Head, choose_head, matching_rows
 from sgm_finetune.model.files import ModelFiles, find_model_files
 
@@ -85,7 +84,7 @@ def _choose_head(
         rows = None if is_other else matching_rows(splits.labels, trained.labels)
         splits = splits if rows is None else with_classes(splits, trained.labels, rows)
         return splits, replace(trained, pad_token_id=padding), None
-    chosen = choose_head(splits.labels, read_model_config(config.model, files.folder), config.model.task)
+    chosen = choose_head(splits.labels, files.described, config.model.task)
     splits = with_classes(splits, chosen.labels, chosen.rows)
     return splits, Head(chosen.labels, splits.label_kind, padding, chosen.is_new), chosen.line
 
@@ -94,8 +93,7 @@ def _check_ids(encoded: Mapping[str, Encoded], files: ModelFiles, config: Config
     """Raises UserError for a token id beyond the model's embeddings."""
     limits: dict[str, int | None] = {"input_ids": files.num_embeddings}
     if config.model.task == "seq2seq-lm":
-        described = read_model_config(config.model, files.folder)
-        limits["labels"] = getattr(described, "decoder_vocab_size", None) or files.num_embeddings
+        limits["labels"] = getattr(files.described, "decoder_vocab_size", None) or files.num_embeddings
     for column, limit in limits.items():
         largest = max(largest_id(part.dataset, column) for part in encoded.values())
         files.check_ids(largest, "The data", limit)

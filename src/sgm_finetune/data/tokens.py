@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from sgm_finetune.data.arrow import column_parts
 from sgm_finetune.data.chat import Span
 
 
@@ -60,9 +61,7 @@ def doubled_tokens(encoded: datasets.Dataset, tokenizer: Any) -> dict[str, int]:
     names = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.cls_token, tokenizer.sep_token)
     special = {tokenizer.convert_tokens_to_ids(name): name for name in names if name}
     found: dict[str, int] = {}
-    tables: Any = encoded.select_columns("input_ids").with_format("arrow").iter(1000)
-    for table in tables:
-        lists = table["input_ids"].combine_chunks()
+    for lists in column_parts(encoded, "input_ids"):
         ids, lengths = lists.flatten().to_numpy(zero_copy_only=False), lists.value_lengths().to_numpy()
         rows = np.repeat(np.arange(len(lengths)), lengths)
         twice = (ids[1:] == ids[:-1]) & (rows[1:] == rows[:-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from transformers import (
     CONFIG_MAPPING,
@@ -19,7 +19,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 
 from sgm_finetune.base.config import ModelConfig, Task
@@ -27,6 +26,9 @@ from sgm_finetune.base.errors import UserError, is_out_of_memory
 from sgm_finetune.base.text import first_line, mib
 from sgm_finetune.base.untrusted import MAX_LAYERS, check_shards, read_json_object
 from sgm_finetune.model.weights.stored import num_tensors, weight_files
+
+if TYPE_CHECKING:  # it takes seconds to load, and `sgm data` needs no model
+    from transformers import PreTrainedModel
 
 _AUTO: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,

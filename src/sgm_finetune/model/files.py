@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.console import StepLog
@@ -25,6 +25,8 @@ class ModelFiles:
 
     folder: Path
     tokenizer: PreTrainedTokenizerBase
+    described: PreTrainedConfig
+    """What config.json says."""
     num_embeddings: int | None
     """The rows of the input embedding; None where neither config.json nor the weights tell."""
 
@@ -51,14 +53,15 @@ def find_model_files(config: ModelConfig, log: StepLog, max_length: int = 0) -> 
         folder = local_folder(config.name, config.revision, lambda line: log.line("model", line))
     announce_own_code(config, folder, log)
     check_model(config, folder, max_length)
-    files = ModelFiles(folder, load_tokenizer(folder, config), _num_embeddings(config, folder))
+    described = read_model_config(config, folder)
+    files = ModelFiles(folder, load_tokenizer(folder, config), described, _num_embeddings(described, folder))
     _pad_with_an_embedding(files, log)
     return files
 
 
-def _num_embeddings(config: ModelConfig, folder: Path) -> int | None:
-    described = getattr(read_model_config(config, folder).get_text_config(), "vocab_size", None)
-    known = [number for number in (described, embedding_rows(folder)) if isinstance(number, int)]
+def _num_embeddings(described: PreTrainedConfig, folder: Path) -> int | None:
+    said = getattr(described.get_text_config(), "vocab_size", None)
+    known = [number for number in (said, embedding_rows(folder)) if isinstance(number, int)]
     return min(known, default=None)
 
 
