@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
-from sgm_finetune.base.device import has_gpu
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import collator
 from sgm_finetune.data.encoding import Encoded, encode, largest_id, pack
@@ -69,8 +68,7 @@ def prepare_data(config: Config, log: StepLog, trained: Head | None = None) -> P
         log.line("data", f"not read: {', '.join(unread)}")
     for token, count in encoded["train"].doubled.items():
         log.line("data", f"{token} stands twice in a row in {count:,} training sequences; remove it from the texts")
-    multiple = 8 if has_gpu() else None  # tensor cores want multiples of 8; a CPU would only compute more padding
-    collate = collator(files.tokenizer, config.model.task, multiple)
+    collate = collator(files.tokenizer, config.model.task, 8)
     return PreparedData(files.folder, files.tokenizer, splits, **encoded, collate=collate, head=head)
 
 
