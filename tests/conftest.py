@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import os
 import random
@@ -16,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sgm-tests-")  # of models that bring their code
 
+import hypothesis
 import pytest
 import torch
 from peft import PeftModel
@@ -24,10 +26,21 @@ from sgm_finetune.measure.probe import Probe
 from sgm_finetune.method.plan import MatrixNumbers, Plan
 from sgm_finetune.train.adapters.apply import lora_layers
 
+hypothesis.settings.register_profile("repeatable", derandomize=True)  # the long fuzzing test looks for new cases
+hypothesis.settings.load_profile("repeatable")
+
 GOOD = ["good", "great", "fine", "lovely", "superb", "bright"]
 BAD = ["bad", "awful", "poor", "dull", "broken", "weak"]
 OTHER = ["the", "a", "film", "plot", "cast", "it", "was", "and", "with", "very", "story", "scene", "music"]
 WORDS = [*GOOD, *BAD, *OTHER]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _collect_less():
+    """A run collects garbage several times, and would look at every imported module each time."""
+    import sgm_finetune.commands.finetune  # noqa: F401  # with all that it imports
+
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

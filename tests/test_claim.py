@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("ends", [True, False], ids=["ended", "killed"])
+@pytest.mark.parametrize("ends", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["ended", "killed"])
 def test_a_run_does_not_train_over_one_that_was_quicker(ends, short, tmp_path, monkeypatch):
     """Both begin on a new folder; the second saves a result, or a checkpoint, before the first takes its first step."""
     begin, output = pipeline.measure_start, tmp_path / "out"

@@ -347,7 +347,7 @@ def test_an_encoder_merges_learns_and_evaluates_to_the_same_digits(bert_folder, 
 )
 def test_interrupted_and_resumed_is_uninterrupted(number, status, settings, tmp_path, command):
     """Equal parameters, bit for bit, and an equal history of losses."""
-    settings = [*settings, "training.max_steps=60", "training.eval_steps=10", "adapter.dropout=0.1"]
+    settings = [*settings, "training.max_steps=40", "training.eval_steps=10", "adapter.dropout=0.1"]
     (tmp_path / "empty.yaml").write_text("")
     start = [sys.executable, "src/finetune.py", "--config", str(tmp_path / "empty.yaml"), *settings]
     stopped = subprocess.Popen(
@@ -363,9 +363,9 @@ def test_interrupted_and_resumed_is_uninterrupted(number, status, settings, tmp_
     assert "Traceback" not in error
     last = error.strip().splitlines()[-1]
     assert last.startswith(f"Stopped by {number.name} after step ")
-    assert last.endswith("of 60; continue with training.resume=true")
+    assert last.endswith("of 40; continue with training.resume=true")
     assert not (tmp_path / "out" / "sgm_finetuned.pth").exists()
-    assert int(last.split("after step ")[1].split()[0]) < 60
+    assert int(last.split("after step ")[1].split()[0]) < 40
 
     resumed = command("finetune", [*settings, "training.resume=true"])
     whole = command("finetune", [*settings, f"output.dir={tmp_path / 'whole'}"])
@@ -626,6 +626,7 @@ def test_a_run_without_merging_is_plain_peft_under_the_plain_trainer(settings, t
 # (i) the other criteria
 
 
+@pytest.mark.slow
 def test_the_cosine_criterion_says_that_it_found_nothing_and_its_numbers(settings, command, tmp_path):
     settings = [*settings, "merge.scope=layers", "merge.criterion=cosine", "training.max_steps=2"]
     metrics = command("finetune", settings)
@@ -638,6 +639,7 @@ def test_the_cosine_criterion_says_that_it_found_nothing_and_its_numbers(setting
     assert metrics["trainable_parameters"] == metrics["plain_lora_parameters"]
 
 
+@pytest.mark.slow
 def test_the_snr_criterion_merges_layers_of_similar_snr(settings, command, tmp_path):
     choice = ["merge.scope=layers", "merge.criterion=snr", "merge.side=input"]
     command("finetune", [*settings, *choice, "training.max_steps=2"])
@@ -655,6 +657,7 @@ def test_layers_share_where_they_are_asked_to(settings, command, tmp_path):
     assert all(len({by_name[name].layer for name in group.members}) > 1 for group in plan.groups)
 
 
+@pytest.mark.slow
 def test_a_selected_fraction_trains_fewer_matrices(settings, command, tmp_path):
     command("finetune", [*settings, "selection.top_fraction=0.5", "training.max_steps=2"])
     plan = load_plan(tmp_path / "out" / "plan.json")
@@ -734,6 +737,7 @@ def test_adamw_with_a_state_of_8_bits_learns_and_goes_on_where_it_stopped(settin
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_depth_is_preferred_where_it_is_asked_for(settings, tmp_path, command):
     command("finetune", [*settings, "selection.top_fraction=0.5", "selection.prefer_depth=true"])
     plan = load_plan(tmp_path / "out" / "plan.json")

@@ -78,16 +78,22 @@ def numbers(needed: Estimate) -> dict:
     ("name", "task", "more"),
     [
         ("llama", "causal-lm", ()),
-        ("llama", "causal-lm", ("training.checkpointing=true", "training.micro_batch_size=2")),
+        pytest.param(
+            *("llama", "causal-lm", ("training.checkpointing=true", "training.micro_batch_size=2")),
+            marks=pytest.mark.slow,
+        ),
         ("llama", "causal-lm", ("selection.top_fraction=0.5", "selection.prefer_depth=true")),
-        ("llama", "causal-lm", ("model.quantization=nf4", "model.dtype=float32", "training.step=peft")),
-        ("gpt2", "causal-lm", ("selection.top_fraction=0.34",)),
+        pytest.param(
+            *("llama", "causal-lm", ("model.quantization=nf4", "model.dtype=float32", "training.step=peft")),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(*("gpt2", "causal-lm", ("selection.top_fraction=0.34",)), marks=pytest.mark.slow),
         ("gemma3", "causal-lm", ("merge.side=none", "training.optimizer=adamw")),  # windows in five of six layers
         ("modernbert", "sequence-classification", ()),  # windows in two of three, and no norm in the first
-        ("deberta_v2", "sequence-classification", ()),
+        pytest.param(*("deberta_v2", "sequence-classification", ()), marks=pytest.mark.slow),
         ("albert", "sequence-classification", ()),  # one block, used by all layers
         ("t5", "seq2seq-lm", ()),
-        ("bart", "seq2seq-lm", ("training.checkpointing=true",)),
+        pytest.param(*("bart", "seq2seq-lm", ("training.checkpointing=true",)), marks=pytest.mark.slow),
     ],
 )
 def test_following_few_blocks_predicts_what_following_all_does(name, task, more, tmp_path, monkeypatch) -> None:
@@ -99,7 +105,7 @@ def test_following_few_blocks_predicts_what_following_all_does(name, task, more,
     assert few == numbers(estimate(config, prepared))
 
 
-@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("side", ["input", pytest.param("output", marks=pytest.mark.slow)])
 def test_a_factor_of_many_layers_counts_once(side, tmp_path, monkeypatch) -> None:
     """Its gradient appears in the uppermost of them and stays until the lowest."""
     monkeypatch.setattr("sgm_finetune.train.budget.estimate.held_memory", lambda: 0)

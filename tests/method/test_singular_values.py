@@ -72,7 +72,7 @@ def test_a_large_matrix_scaled_by_a_power_of_two_or_transposed_has_the_same_bits
 
 
 @pytest.mark.parametrize("shape", [(1024, 1024), (1024, 3000)])
-@pytest.mark.parametrize("times", [20, 50, 300])
+@pytest.mark.parametrize("times", [50, *(pytest.param(n, marks=pytest.mark.slow) for n in (20, 300))])
 def test_noise_beside_large_spikes_is_measured_to_a_millionth_and_scales(shape: tuple[int, int], times: float):
     weights = spiked(*shape, times).float()
     expected = signal_to_noise(torch.linalg.svdvals(weights.double()), *shape)
