@@ -53,8 +53,10 @@ from sgm_finetune.method.subspace import (
     spectral_basis,
 )
 from sgm_finetune.model.matrices import adaptable
-from sgm_finetune.train.adapters.apply import apply_plan, task_type
+from sgm_finetune.model.names import kind_of
+from sgm_finetune.train.adapters.apply import apply_plan, lora_layers, task_type
 from sgm_finetune.train.adapters.optimizer import FactorDescent, factor_pairs
+from sgm_finetune.train.adapters.pool import make_pool
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.attention import recompute_attention
 from sgm_finetune.train.fast.head_loss import HeadLoss, find_head_loss
@@ -455,6 +457,81 @@ def random_start(plan: Plan, probed: Probe, seed: int) -> Plan:
     return replace(plan, groups=groups, matrices=tuple(replace(matrix, start="random") for matrix in plan.matrices))
 
 
+# Rank pools
+
+
+def pool_method(name: str, rates: Rates, codes: str = "units", start: str = "spectral", share: float = 1.0) -> Method:
+    """All layers of a kind draw on one pool of R directions on each side: ΔW_l = s·B·diag(c_l)·A."""
+
+    def adapt(base: Base) -> Adapted:
+        matrices = adaptable(base.model)
+        kinds: dict[tuple, list[str]] = {}
+        for layer, matrix in matrices.items():
+            kinds.setdefault((kind_of(layer), matrix.shape), []).append(layer)
+        most = share * base.budget
+        rank = fitted_rank(lambda r: sum(r * (sum(shape) + len(names)) for (_, shape), names in kinds.items()), most)
+        (_, probed), seconds = scan_and_probe(base) if start == "spectral" else ((None, None), 0.0)
+        settings = lora(rank, list(matrices))
+        settings.task_type = task_type(base.model)
+        model = get_peft_model(base.model, settings)
+        layers = lora_layers(model)  # type: ignore[arg-type]
+        for names in kinds.values():
+            drawn = first_codes(codes, len(names), rank)
+            members = [layers[layer] for layer in names]
+            make_pool(members, drawn)
+            if start == "spectral":
+                assert probed is not None
+                rows = shared_rows(probed, names, rank, drawn)
+                with torch.no_grad():
+                    members[0].lora_A["default"].weight.copy_(rows / 3**0.5)
+        return Adapted(model, pool_adamw(model), rank, seconds)
+
+    return Method(name, rates, adapt)
+
+
+CODE_ADAMW = 0.02
+
+
+def pool_adamw(model: nn.Module) -> Optimizers:
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    heads = {id(p) for p in head_parameters(model)}
+    codes = [p for n, p in named if n.endswith(".codes")]
+    factors = [p for n, p in named if not n.endswith(".codes") and id(p) not in heads]
+
+    def optimizers(rate: float) -> list[torch.optim.Optimizer]:
+        groups = [{"params": factors, "lr": rate}, {"params": codes, "lr": CODE_ADAMW}]
+        return [torch.optim.AdamW(groups, weight_decay=0.0)]
+
+    return optimizers
+
+
+def first_codes(how: str, members: int, rank: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(members * 10007 + rank)
+    if how == "units":
+        codes = torch.zeros(members, rank)
+        codes[torch.arange(max(members, rank)) % members, torch.arange(max(members, rank)) % rank] = 1.0
+        return codes
+    if how == "signs":
+        return torch.randint(0, 2, (members, rank), generator=generator) * 2.0 - 1.0
+    if how == "ones":
+        return torch.ones(members, rank)
+    assert how == "normal"
+    return torch.randn(members, rank, generator=generator)
+
+
+def shared_rows(probed: Probe, names: list[str], rank: int, codes: torch.Tensor) -> torch.Tensor:
+    """r x d_in rows of unit length: with unit codes each member's own leading directions, else the shared basis."""
+    halves = {n: [half.input for half in probed.halves[n]] for n in names}
+    if bool(((codes != 0).sum(0) == 1).all()):
+        rows = torch.empty(rank, halves[names[0]][0].shape[1])
+        for at, name in enumerate(names):
+            own = codes[at].nonzero().squeeze(1)
+            if len(own):
+                rows[own] = spectral_basis(halves[name], len(own)).T
+        return rows
+    return spectral_basis([side for sides in halves.values() for side in sides], rank).T
+
+
 # Controls of selection
 
 
@@ -556,6 +633,14 @@ METHODS = {
         *at_shares(0.125, "an eighth of the parameters"),
         *at_rank_share(0.25, "a quarter of the rank"),
         *at_rank_share(4.0, "four times the rank"),
+        *(
+            made
+            for codes in ("units", "signs", "normal")
+            for start in ("spectral", "random")
+            for share, label in ((1.0, ""), (1 / 3, ", a third"))
+            for plain in [pool_method(f"pool, {codes}, {start}{label}", (), codes, start, share)]
+            for made in (plain, descending(plain, f"{plain.name}, our step", ()))
+        ),
         peft_method("LoRA, highest SNR", ADAMW, lora, choose=half_of_the_layers(highest_snr)),
         peft_method("LoRA, upper half", ADAMW, lora, choose=half_of_the_layers(nearest_to_the_output)),
         peft_method("LoRA, random half", ADAMW, lora, choose=half_of_the_layers(at_random)),

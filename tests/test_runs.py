@@ -24,6 +24,7 @@ from conftest import BAD, GOOD, OTHER, make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from processes import ROOT, adapter, assert_one_run, environment, losses, remove, torchrun, torchrun_command
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from sgm_finetune.base.config_file import load_config
@@ -34,6 +35,7 @@ from sgm_finetune.data.prepared import prepare_data
 from sgm_finetune.data.splits import load_splits
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.measure.scan import scan
+from sgm_finetune.method.parameter_count import adapter_parameters
 from sgm_finetune.train.base_model import load_base
 from sgm_finetune.train.trainer import SGMTrainer
 
@@ -763,3 +765,36 @@ def test_several_processes_may_step_fast(more, settings, tmp_path, command):
 def test_what_cannot_step_fast_is_said(settings, command):
     command("finetune", [*settings, "training.step=fast", "adapter.dropout=0.1"])
     assert "PEFT's own forward still computes 28 matrices (model.layers.0.self_attn.q_proj, ...)" in command.said
+
+
+# (k) rank pools
+
+
+def test_a_pool_resumes_bit_for_bit_and_exports_as_plain_lora(settings, tmp_path, command):
+    """Its .pth holds the pool alone, which evaluates to the same digits; its adapter and its merged model are plain."""
+    settings = [*settings, "merge.scope=pool", "adapter.rank=6", "training.max_steps=12", "training.eval_steps=4"]
+    whole = command("finetune", [*settings, f"output.dir={tmp_path / 'whole'}"])
+    assert "7 pools of 6 directions" in command.said
+    plan = load_plan(tmp_path / "whole" / "plan.json")
+    trained, plain = adapter_parameters(plan)
+    assert trained < whole["trainable_parameters"] < trained + 200 < 0.3 * plain  # with a new head
+    assert (tmp_path / "whole" / "sgm_finetuned.pth").stat().st_size < 4 * trained + 200_000
+    again = command("evaluate", [f"output.dir={tmp_path / 'whole'}"])
+    assert {key: again[key] for key in whole["after"]} == whole["after"]
+
+    command("finetune", settings)
+    last = tmp_path / "out" / "checkpoints" / "checkpoint-12"
+    for name in LEFT:
+        if name not in ("checkpoints", "plan.json", "plan.safetensors", "config.yaml"):
+            remove(tmp_path / "out" / name)
+    remove(last / "trainer_state.json")
+    resumed = command("finetune", [*settings, "training.resume=true"])
+    assert resumed["after"] == whole["after"]
+    assert_same_adapter(tmp_path / "out", tmp_path / "whole")
+
+    for form in ("adapter", "merged"):
+        to = ["--to", form, "--output", str(tmp_path / form)]
+        assert command("export", [f"output.dir={tmp_path / 'whole'}"], *to)["format"] == form
+    exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tuple(t.shape) for name, t in exported.items() if "q_proj.lora_B" in name} == {(64, 6)}
+    assert not [name for name in exported if "parametrizations" in name]

@@ -20,7 +20,7 @@ Role = Literal[
 LabelKind = Literal["class", "classes", "number"]
 Quantization = Literal["none", "nf4", "int8"]
 Criterion = Literal["subspace", "cosine", "snr"]
-Scope = Literal["activation", "layers"]
+Scope = Literal["activation", "layers", "pool"]
 Side = Literal["input", "output"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Optimizer = Literal["spectral", "adamw", "adamw_8bit", "paged_adamw_8bit"]
@@ -279,15 +279,17 @@ class ProbeConfig(_Section):
 class MergeConfig(_Section):
     scope: Scope = "activation"
     """Matrices that may share a factor. activation: matrices that read the same activations (q, k, v; gate, up) share
-    lora_A. layers: matrices of one kind in different layers share the factor that `side` names."""
+    lora_A. layers: matrices of one kind in different layers share the factor that `side` names. pool: they share both
+    factors, and each weights the `adapter.rank` directions by codes of its own: many layers for the size of one."""
     criterion: Criterion = "subspace"
     """Measure of similarity. subspace: the held-out gradient energy that a shared basis keeps. cosine: cosine
     similarity of the full gradients (scope layers only). snr: similar SNR alone."""
     side: Literal["auto", "input", "output", "none"] = "auto"
     """Factor that a group of layers shares. input: lora_A. output: lora_B. auto: the probe chooses for each kind.
     none: nothing is merged, in either scope."""
-    threshold: Real = Field(default=0.85, ge=-1, le=1)
-    """Minimum similarity within a group: energy kept relative to the matrices' own bases (subspace), or cosine."""
+    threshold: Real | None = Field(default=None, ge=-1, le=1)
+    """Minimum similarity within a group: energy kept relative to the matrices' own bases (subspace), or cosine (null:
+    0.85; with scope pool -1, which makes one pool of each kind)."""
     snr_tolerance_db: Real | None = Field(default=None, ge=0)
     """Maximum difference of SNR within a group, in decibels (null: no limit; 3 with criterion snr)."""
     max_group_size: Whole | None = Field(default=None, ge=2)
@@ -298,6 +300,8 @@ class MergeConfig(_Section):
         for key, value in (("criterion", "cosine"), ("side", "output")):
             if self.scope == "activation" and getattr(self, key) == value:
                 raise ValueError(f"merge.{key}={value} compares layers; give merge.scope=layers too")
+        if self.scope == "pool" and self.side in ("input", "output"):
+            raise ValueError(f"merge.scope=pool shares both sides; leave out merge.side={self.side}")
         return self
 
 

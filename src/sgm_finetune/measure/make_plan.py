@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from sgm_finetune.base.config import Config
+from sgm_finetune.base.config import Config, MergeConfig
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.probe import Probe
 from sgm_finetune.measure.scan_result import MatrixScan, Scan, by_parameter
@@ -76,6 +76,13 @@ def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Mod
     return build_plan(config.model.name, numbers, settings, scanned.estimator)
 
 
+def threshold_of(merge: MergeConfig) -> float:
+    """`merge.threshold`, or its default."""
+    if merge.threshold is not None:
+        return merge.threshold
+    return -1.0 if merge.scope == "pool" else 0.85
+
+
 def _plan_settings(config: Config, merges: bool) -> PlanSettings:
     merge, selection, adapter = config.merge, config.selection, config.adapter
     return PlanSettings(
@@ -85,7 +92,7 @@ def _plan_settings(config: Config, merges: bool) -> PlanSettings:
         scope=merge.scope,
         criterion=merge.criterion,
         side=merge.side if merges else "none",
-        threshold=merge.threshold,
+        threshold=threshold_of(merge),
         snr_tolerance_db=merge.snr_tolerance_db,
         max_group_size=merge.max_group_size,
         top_fraction=selection.top_fraction,

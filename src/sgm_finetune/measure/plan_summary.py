@@ -15,8 +15,10 @@ def describe_plan(plan: Plan) -> str:
     parts = [f"{len(plan.selected)} of {len(plan.matrices)} matrices"]
     if plan.groups:
         counts = Counter(group.side for group in plan.groups)
-        sides = ", ".join(f"{counts[side]} share their {side} side" for side in SIDES if counts[side])
-        parts.append(f"{merged} of them in {len(plan.groups)} groups ({sides})")
+        shared = [f"{counts[side]} share their {side} side" for side in SIDES if counts[side]]
+        if counts["both"]:
+            shared.append(f"{counts['both']} pools of {plan.settings.rank} directions")
+        parts.append(f"{merged} of them in {len(plan.groups)} groups ({', '.join(shared)})")
     else:
         spectral = any(matrix.start == "spectral" for matrix in plan.selected)
         parts.append("no groups: " + ("LoRA that starts at its gradients' spectra" if spectral else "plain LoRA"))

@@ -33,7 +33,7 @@ from sgm_finetune.method.plan import (
     Similarity,
 )
 from sgm_finetune.method.selection import select_matrices
-from sgm_finetune.method.sides import SIDES, Side
+from sgm_finetune.method.sides import SIDES, Sharing, Side, sides_of
 from sgm_finetune.method.subspace import spectral_basis, squared_norm
 
 SNR_TOLERANCE_DB = 3.0  # for criterion "snr" without a given tolerance: a factor of two in energy
@@ -45,7 +45,8 @@ def build_plan(
     """Returns the plan that follows from the numbers (docs/method.md section 3).
 
     With scope "activation", matrices that read the same activations may share their input side. With scope "layers",
-    matrices of one kind and shape may share the side that the kind has in common. Stacks of experts share nothing. A
+    matrices of one kind and shape may share the side that the kind has in common; with scope "pool", both sides. Stacks
+    of experts share nothing. A
     matrix without a group starts its lora_A at its own basis.
     Without probe numbers (`halves` is None), or with side "none", there are no groups and no starts: a plain LoRA plan.
     """
@@ -116,8 +117,8 @@ def merge_layers(label: str, members: Sequence[MatrixNumbers], settings: PlanSet
     if numbers.side is None:
         return MergedKind(numbers, similarities, [], planned)
 
-    candidates = Candidates(label, members, numbers.side, agreement.sides[numbers.side])
-    similarity = candidates.agreement.retention
+    candidates = Candidates(label, members, numbers.side, [agreement.sides[side] for side in sides_of(numbers.side)])
+    similarity = np.min([one.retention for one in candidates.agreements], axis=0)
     if settings.criterion == "cosine":
         assert agreement.cosines is not None
         similarity = agreement.cosines
@@ -137,7 +138,7 @@ def merge_readers(label: str, sets: Sequence[Sequence[MatrixNumbers]], settings:
     groups: list[FoundGroup] = []
     similarities = []
     for members, agreement in zip(sets, agreements, strict=True):
-        candidates = Candidates(label, members, "input", agreement)
+        candidates = Candidates(label, members, "input", [agreement])
         groups += find_groups(candidates, agreement.retention, settings, first=len(groups))
         names = tuple(matrix.name for matrix in members)
         similarities.append(Similarity(label, "input", names, torch.from_numpy(agreement.retention)))
@@ -188,12 +189,12 @@ def kind_numbers(
 ) -> KindNumbers:
     """Returns the numbers of a kind with at least two layers, and the side on which they may merge."""
     of_all: dict[Side, float] = {side: float(np.mean(one.retention_of_all())) for side, one in agreement.sides.items()}
-    may_merge = settings.scope == "layers" and members[0].num_experts is None
+    may_merge = settings.scope != "activation" and members[0].num_experts is None
     cosines, other_half = agreement.cosines, agreement.cosines_other_half
     return KindNumbers(
         kind=label,
         num_layers=len(members),
-        side=choose_side(settings.side, of_all) if may_merge else None,
+        side=choose_sharing(settings, of_all) if may_merge else None,
         retention_input=mean_of_pairs([agreement.sides["input"].retention]),
         retention_output=mean_of_pairs([agreement.sides["output"].retention]),
         retention_all_input=of_all["input"],
@@ -202,6 +203,13 @@ def kind_numbers(
         cosine_max=None if cosines is None else float(np.max(pair_values(cosines))),
         cosine_other_half=None if other_half is None else float(np.mean(other_half)),
     )
+
+
+def choose_sharing(settings: PlanSettings, retention_of_all: Mapping[Side, float]) -> Sharing | None:
+    """Returns what the layers of a kind may share: both sides with scope "pool", else the side of `choose_side`."""
+    if settings.scope == "pool" and settings.side != "none":
+        return "both"
+    return choose_side(settings.side, retention_of_all)
 
 
 def choose_side(side: str, retention_of_all: Mapping[Side, float]) -> Side | None:
@@ -220,12 +228,21 @@ def choose_side(side: str, retention_of_all: Mapping[Side, float]) -> Side | Non
 
 @dataclass(frozen=True)
 class Candidates:
-    """Matrices that may share one side, and how well they agree there."""
+    """Matrices that may share one side or both, and how well they agree there."""
 
     label: str
     members: Sequence[MatrixNumbers]
-    side: Side
-    agreement: SideAgreement
+    side: Sharing
+    agreements: Sequence[SideAgreement]
+    """Of each of these sides, the input side first."""
+
+    def kept_shared(self, indices: Sequence[int]) -> list[float]:
+        """What one basis for all of `indices` keeps of each (`SideAgreement.kept_shared`), on its worse side."""
+        return np.min([one.kept_shared(indices) for one in self.agreements], axis=0).tolist()
+
+    def joint_retention(self, indices: Sequence[int]) -> float:
+        """The smallest share that one basis keeps of a member, over what the member's own basis keeps."""
+        return min(min(one.relative_to_own(one.kept_shared(indices), indices)) for one in self.agreements)
 
 
 def find_groups(
@@ -235,35 +252,32 @@ def find_groups(
 
     `similarity` (n x n) is what the criterion compares, in the order of the candidates' members.
     """
-    members, agreement = candidates.members, candidates.agreement
+    members = candidates.members
     snr_db = [0.0 if matrix.snr_db is None else matrix.snr_db for matrix in members]
     threshold, tolerance = settings.threshold, settings.snr_tolerance_db
     if settings.criterion == "snr":
         similarity, threshold = np.ones_like(similarity), 1.0
         tolerance = SNR_TOLERANCE_DB if tolerance is None else tolerance
 
-    def joint_retention(kept: Sequence[float], indices: Sequence[int]) -> float:
-        return min(agreement.relative_to_own(kept, indices))
-
     def accept(indices: list[int]) -> bool:
         if settings.criterion != "subspace":
             return True
-        return joint_retention(agreement.kept_shared(indices), indices) >= settings.threshold
+        return candidates.joint_retention(indices) >= settings.threshold
 
     found = []
     for indices in group_layers(similarity, threshold, snr_db, tolerance, settings.max_group_size, accept):
         if len(indices) > 1:
-            levels, kept = [snr_db[i] for i in indices], agreement.kept_shared(indices)
+            levels, kept = [snr_db[i] for i in indices], candidates.kept_shared(indices)
             group = Group(
                 name=f"{candidates.label}/{candidates.side}/{first + len(found)}",
                 kind=candidates.label,
                 side=candidates.side,
                 members=tuple(members[i].name for i in indices),
                 similarity=min(float(similarity[pair]) for pair in combinations(indices, 2)),
-                joint_retention=joint_retention(kept, indices),
+                joint_retention=candidates.joint_retention(indices),
                 snr_spread_db=max(levels) - min(levels),
             )
-            found.append(FoundGroup(group, kept, agreement.start(indices)))
+            found.append(FoundGroup(group, kept, candidates.agreements[0].start(indices)))
     return found
 
 

@@ -79,6 +79,45 @@ def partner_metric(partner_gram: Tensor, floor: Tensor | float) -> Tensor:
     return partner_gram + floor * eye
 
 
+def weighted_gram(gram: Tensor, codes: Tensor | None) -> Tensor:
+    """diag(c)·BᵀB·diag(c) for a member of a pool with the `codes` c (1 x r), or the same of A·Aᵀ; else `gram` itself.
+
+    >>> weighted_gram(torch.ones(2, 2), torch.tensor([[1.0, -3.0]])).tolist()
+    [[1.0, -3.0], [-3.0, 9.0]]
+    """
+    return gram if codes is None else gram * (codes.mT * codes).to(gram.dtype)
+
+
+def largest_change(root: Tensor, grams: Tensor, iterations: int = 12) -> Tensor:
+    """The largest ‖P·S⁻¹‖₂ of the members of a pool (n x 1 x experts x 1), and at least 1.
+
+    `root` is S⁻¹ (n x experts x r x r) of the mean metric and `grams` (n x members x experts x r x r) are the members'
+    PᵀP. Members with few directions in common have a mean metric in which a unit step changes each of them by more
+    than one unit; a step over this number changes none of them by more. Power iteration on all members at once.
+    """
+    root = root.unsqueeze(1)
+    vectors = torch.ones_like(grams[..., :1])
+    sizes = torch.ones_like(vectors[..., :1, :])
+    for _ in range(iterations):
+        vectors = root @ (grams @ (root @ vectors))
+        sizes = torch.linalg.vector_norm(vectors, dim=-2, keepdim=True)
+        vectors = vectors / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
+    return sizes.sqrt().amax(dim=1).clamp_min(1.0)
+
+
+def code_steps(momentum: Tensor, loudness: Tensor, floor: Tensor, step: float) -> Tensor:
+    """The step of a pool member's codes (eq. 17c): sign descent, each code in the units of its own direction.
+
+    `loudness` (r) is |a_j|²·|b_j|² of the directions. With orthogonal directions the change of ΔW has the spectral norm
+    `step`, however a direction's size is divided between a_j, b_j and c_j. `floor` is that of `partner_floor`.
+
+    >>> code_steps(torch.tensor([0.2, -5.0]), torch.tensor([4.0, 1.0]), torch.tensor(0.0), step=0.1).tolist()
+    [0.05000000074505806, -0.10000000149011612]
+    """
+    tiny = torch.finfo(loudness.dtype).tiny  # before the first step both may be 0
+    return step * momentum.sign() * (loudness + floor).clamp_min(tiny).rsqrt()
+
+
 def descent_directions(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[Tensor]:
     """Yields D = S⁻¹·polar(S⁻¹·M·C^(-1/2)) (..., r, d) (eq. 17) for each of `parts` = (M, S⁻¹, diagonal of C (..., d)).
 

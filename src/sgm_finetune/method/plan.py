@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from sgm_finetune.method.sides import Side
+from sgm_finetune.method.sides import Sharing, Side
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ class PlanSettings:
     rank: int
     alpha: float
     dropout: float = 0.0
-    scope: Literal["activation", "layers"] = "activation"
+    scope: Literal["activation", "layers", "pool"] = "activation"
     criterion: Literal["subspace", "cosine", "snr"] = "subspace"
     side: Literal["auto", "input", "output", "none"] = "auto"
     threshold: float = 0.85
@@ -94,11 +94,12 @@ class PlannedMatrix:
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that share one factor: lora_A on the input side, lora_B on the output side."""
+    """Matrices that share lora_A ("input"), lora_B ("output"), or both: a pool, in which each weights the r directions
+    by codes of its own."""
 
     name: str
     kind: str
-    side: Side
+    side: Sharing
     members: tuple[str, ...]
     start: Literal["spectral", "random"] = "spectral"
     """Where the shared factor starts: at the spectrum of the group's gradients, or at PEFT's default initialisation."""
@@ -119,7 +120,7 @@ class KindNumbers:
 
     kind: str
     num_layers: int
-    side: Side | None
+    side: Sharing | None
     """The side on which they may merge; None: they do not merge in this scope."""
     retention_input: float | None = None
     retention_output: float | None = None

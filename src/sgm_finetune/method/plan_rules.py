@@ -6,7 +6,7 @@ import math
 from collections import Counter
 
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.method.sides import width
+from sgm_finetune.method.sides import sides_of, width
 
 MAX_RANK = 2**16
 
@@ -39,7 +39,8 @@ def inconsistency(plan: Plan) -> str | None:
             if selected[name].num_experts is not None:
                 return f"group `{group.name}` holds the experts `{name}`; experts share nothing"
             seen[name] = group.name
-        widths = {width(selected[name].shape, group.side) for name in group.members}
-        if len(widths) > 1:
-            return f"group `{group.name}` mixes {group.side} widths {sorted(widths)}; only equal widths can share"
+        for side in sides_of(group.side):
+            widths = {width(selected[name].shape, side) for name in group.members}
+            if len(widths) > 1:
+                return f"group `{group.name}` mixes {side} widths {sorted(widths)}; only equal widths can share"
     return None

@@ -41,13 +41,15 @@ def save_adapter(model: PeftModel, folder: Path, base: str, write_tokenizer: Cal
     """Writes a standard PEFT LoRA folder (adapter_config.json, adapter_model.safetensors) with what `write_tokenizer`
     writes.
 
-    adapter_config.json names the base model `base`.
-    Shared factors are written once per member, so that an unmodified `PeftModel.from_pretrained` loads it.
+    adapter_config.json names the base model `base`. Shared factors are written once per member, lora_B of a pool times
+    the member's codes, so that an unmodified `PeftModel.from_pretrained` loads it.
     """
+    from sgm_finetune.train.adapters.pool import plain_factors  # needs torch
+
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
     with whole_folder(folder) as scratch:
-        model.save_pretrained(str(scratch))
+        model.save_pretrained(str(scratch), state_dict=plain_factors(model.state_dict()))
         write_tokenizer(scratch)
 
 

@@ -24,6 +24,7 @@ from sgm_finetune.model.load import Head, load_model, skeleton
 from sgm_finetune.results.files import find_result
 from sgm_finetune.results.pth import load_pth, lora_config, stored_config
 from sgm_finetune.train.adapters.apply import check_plan, lora_layers, tie
+from sgm_finetune.train.adapters.pool import plain_factors
 from sgm_finetune.train.base_model import load_base_weights
 from sgm_finetune.train.launch import apply_launcher
 
@@ -158,7 +159,7 @@ def attach_adapter(base: PreTrainedModel, content: dict[str, Any], path: Path) -
     ready_for_backward(base)
     model = attach_untrained(base, content, path)
     try:
-        outcome = set_peft_model_state_dict(model, content["adapter"])
+        outcome = set_peft_model_state_dict(model, plain_factors(content["adapter"]))
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the base model: {_first_lines(error)}") from None
     if outcome.unexpected_keys:

@@ -42,6 +42,8 @@ def save_pth(
     files hold were for other classes).
     """
     state = _on_cpu(get_peft_model_state_dict(model))
+    # PEFT removes its own name for the adapter everywhere but in a pool's parts
+    state = {name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in state.items()}
     content = {
         "format": FORMAT,
         "adapter": state,

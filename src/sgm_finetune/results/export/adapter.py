@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from sgm_finetune.results.export.shards import save_result_tokenizer
 from sgm_finetune.results.load import Result
 from sgm_finetune.results.pth import lora_config
+from sgm_finetune.train.adapters.pool import plain_factors
 
 
 def write_adapter(result: Result, skeleton: PreTrainedModel, base: str, folder: Path) -> None:
@@ -20,7 +21,7 @@ def write_adapter(result: Result, skeleton: PreTrainedModel, base: str, folder: 
 
     A shared factor is written once for each member of its group, as PEFT does.
     """
-    tensors = {name: tensor.contiguous().clone() for name, tensor in result.content["adapter"].items()}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in plain_factors(result.content["adapter"]).items()}
     try:
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     except SafetensorError as error:

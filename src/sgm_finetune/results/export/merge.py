@@ -24,6 +24,7 @@ from sgm_finetune.model.weights.stored import stored_tensors
 from sgm_finetune.model.weights.tensors import StoredTensor
 from sgm_finetune.results.load import Result, attach_untrained, base_skeleton
 from sgm_finetune.train.adapters.apply import ADAPTER, lora_layers, num_experts
+from sgm_finetune.train.adapters.pool import plain_factors
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _updates(
     transposed = {name for name, matrix in matrices.items() if matrix.transposed}
     shapes = {name: tuple(skeleton.get_parameter(parameter).shape) for name, parameter in parameters.items()}
     stored_form = _StoredForm(skeleton)
-    state: dict[str, Tensor] = dict(result.content["adapter"])
+    state: dict[str, Tensor] = plain_factors(result.content["adapter"])
     model = attach_untrained(base_skeleton(result), result.content, result.path)
     found: dict[str, Callable[[], Tensor]] = {}
     for name, update in _layer_updates(model, state, transposed, result).items():

@@ -16,11 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.method.plan_rules import inconsistency
-from sgm_finetune.method.sides import Side, width
+from sgm_finetune.method.sides import Side, sides_of, width
 from sgm_finetune.model.four_bit import ready_for_backward
 from sgm_finetune.model.matrices import adaptable
-
-ADAPTER = "default"
+from sgm_finetune.train.adapters.pool import ADAPTER, first_codes, make_pool
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan, new_modules: Sequence[str] = ()) -> PeftModel:
@@ -57,14 +56,19 @@ def apply_plan(model: PreTrainedModel, plan: Plan, new_modules: Sequence[str] = 
         raise AssertionError(f"PEFT adapted other layers than planned: {sorted(unplanned)[:3]}")
     _set_starts(adapted, plan)
     tie(adapted, plan)
+    layers_by_name = lora_layers(adapted)
+    for pool in (group for group in plan.groups if group.side == "both"):
+        make_pool([layers_by_name[name] for name in pool.members], first_codes(len(pool.members), plan.settings.rank))
     return adapted  # type: ignore[return-value]
 
 
 def tie(model: PeftModel, plan: Plan) -> None:
-    """Makes every group's shared factor one parameter, the first member's. Call it again after loading a checkpoint
-    into a model that was built from the files alone."""
+    """Makes the factor that a group shares on one side one parameter, the first member's. Call it again after loading a
+    checkpoint into a model that was built from the files alone. A pool is made once, by `apply_plan`."""
     layers = lora_layers(model)
     for group in plan.groups:
+        if group.side == "both":
+            continue
         owner, *others = (_factors(layers[name], group.side)[0] for name in group.members)
         for other in others:
             other.weight = owner.weight
@@ -106,7 +110,7 @@ def check_starts(plan: Plan) -> None:
     """Raises UserError unless every group and matrix with a spectral start has a basis of the right shape."""
     for group in plan.groups:
         if group.start == "spectral":
-            expected = width(plan.shape_of(group.members[0]), group.side)
+            expected = width(plan.shape_of(group.members[0]), sides_of(group.side)[0])
             _check_start(plan, f"group `{group.name}`", group.name, expected)
     for matrix in plan.selected:
         if matrix.group is None and matrix.start == "spectral":
@@ -139,7 +143,7 @@ def _set_starts(model: PeftModel, plan: Plan) -> None:
     for group in plan.groups:
         for name in group.members:
             if group.start == "spectral":
-                _set_start(plan.starts[group.name], layers[name], group.side)
+                _set_start(plan.starts[group.name], layers[name], sides_of(group.side)[0])
             elif group.side == "output":
                 # PEFT starts lora_B at zero; a shared random lora_B needs the mirrored start
                 shared, own = _factors(layers[name], group.side)

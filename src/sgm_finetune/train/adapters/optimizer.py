@@ -16,12 +16,16 @@ from sgm_finetune.base.config import Optimizer
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.method.descent import (
     channel_profile,
+    code_steps,
     descent_directions,
     inverse_roots,
+    largest_change,
     partner_floor,
     partner_metric,
+    weighted_gram,
 )
 from sgm_finetune.train.adapters.apply import ADAPTER, lora_layers, num_experts
+from sgm_finetune.train.adapters.pool import codes_of, shared_b
 
 _CHANNEL_MEMORY = 0.95
 """Weight of the past in the running mean of a factor's channels."""
@@ -41,6 +45,8 @@ class Pair:
     b: nn.Parameter
     scaling: float
     num_experts: int = 1
+    codes: nn.Parameter | None = None
+    """c (1 x r) of a member of a pool, whose update is B·diag(c)·A."""
 
     @property
     def unit(self) -> float:
@@ -50,10 +56,11 @@ class Pair:
 
 def factor_pairs(model: PeftModel) -> list[Pair]:
     """The factors of every LoRA layer, in the model's order."""
-    return [
-        Pair(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER], num_experts(layer))  # type: ignore
-        for layer in lora_layers(model).values()
-    ]
+    found = []
+    for layer in lora_layers(model).values():
+        a, b, scaling = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER], layer.scaling[ADAPTER]  # type: ignore
+        found.append(Pair(a, shared_b(b), scaling, num_experts(layer), codes_of(b)))  # type: ignore[arg-type]
+    return found
 
 
 def create_optimizer(
@@ -66,7 +73,7 @@ def create_optimizer(
     before a checkpoint is loaded.
     """
     pairs = factor_pairs(model)
-    factors = {id(factor) for pair in pairs for factor in (pair.a, pair.b)}
+    factors = {id(factor) for pair in pairs for factor in (pair.a, pair.b, pair.codes)}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
     return FactorDescent(pairs, lr, others=others, others_lr=head_lr, weight_decay=weight_decay)
 
@@ -75,9 +82,10 @@ class FactorDescent(torch.optim.Optimizer):
     """Momentum, then spectral descent on every factor (eq. 17).
 
     The step `lr` is the norm from RMS to RMS by which ΔW changes. The metric of a shared factor is the mean over its
-    members. No factor changes by more than about 1/`trust` of itself (eq. 18). The state of an r x d factor is its
-    momentum and d running means (AdamW's: twice the factor). Factors of equal shape step together, in float32; each
-    expert of a stack has its own step. AdamW steps the `others` at `others_lr`. Weight decay is decoupled, as in AdamW.
+    members; in a pool no member's ΔW changes by more than the step, and the codes take steps of their own (eq. 17c). No
+    factor changes by more than about 1/`trust` of itself (eq. 18). The state of an r x d factor is its momentum and d
+    running means (AdamW's: twice the factor). Factors of equal shape step together, in float32; each expert of a stack
+    has its own step. AdamW steps the `others` at `others_lr`. Weight decay is decoupled, as in AdamW.
     `step` raises UserError, before any factor changes, when a gradient is not finite.
     """
 
@@ -95,7 +103,8 @@ class FactorDescent(torch.optim.Optimizer):
         for pair in pairs:
             self.members.setdefault(pair.a, ("a", []))[1].append(pair)
             self.members.setdefault(pair.b, ("b", []))[1].append(pair)
-        groups: list[dict[str, Any]] = [{"params": list(self.members), "lr": lr}]
+        self.pooled = {pair.codes: pair for pair in pairs if pair.codes is not None}
+        groups: list[dict[str, Any]] = [{"params": [*self.members, *self.pooled], "lr": lr}]
         if others:
             groups.append({"params": list(others), "lr": others_lr})
         super().__init__(groups, {"momentum": momentum, "weight_decay": weight_decay})
@@ -117,25 +126,50 @@ class FactorDescent(torch.optim.Optimizer):
     def _step_factors(self, group: dict[str, Any]) -> None:
         buckets: dict[_Bucket, list[nn.Parameter]] = {}
         for factor in group["params"]:
-            if factor.grad is not None:
+            if factor.grad is not None and factor in self.members:
                 buckets.setdefault(self._bucket(factor), []).append(factor)
         # checked before anything changes, and only once: on a GPU each check waits for all the work queued before it
         norm = nn.utils.get_total_norm([f.grad for factors in buckets.values() for f in factors])  # type: ignore[misc]
         if not torch.isfinite(norm):
             raise UserError("A gradient is not finite; try a smaller training.learning_rate or model.dtype=float32")
         grams = self._gram_matrices()
-        metrics = []
+        metrics, partners = [], []
         for bucket, factors in buckets.items():
             own = torch.stack([grams[f] for f in factors])
             floor = partner_floor(_mean_square(own), group["lr"] * bucket.unit, self.trust)
-            metrics.append(partner_metric(self._partner_gram(factors, grams), floor))
-        directions = descent_directions(self._step_inputs(buckets, inverse_roots(metrics), group["momentum"]))
+            partners.append(self._partner_grams(factors, grams))
+            metrics.append(partner_metric(partners[-1].mean(1), floor))
+        roots = inverse_roots(metrics)
+        peaks = [
+            largest_change(root, grams) if bucket.pooled else None
+            for bucket, root, grams in zip(buckets, roots, partners, strict=True)
+        ]
+        codes = self._code_steps(group, grams)
+        directions = descent_directions(self._step_inputs(buckets, roots, group["momentum"]))
         # all directions are computed before any factor changes, so A and B step from the same point
-        for (bucket, factors), steps in zip(buckets.items(), directions, strict=True):
+        for (bucket, factors), steps, peak in zip(buckets.items(), directions, peaks, strict=True):
             steps *= group["lr"] * bucket.unit
+            if peak is not None:
+                steps /= peak
             if group["weight_decay"]:
                 torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])  # type: ignore
             torch._foreach_sub_(factors, [pack_factor(bucket.side, step) for step in steps.unbind()])  # type: ignore
+        if codes:
+            torch._foreach_sub_(list(codes), list(codes.values()))  # type: ignore
+
+    def _code_steps(self, group: dict[str, Any], grams: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """The step of each pool member's codes (eq. 17c)."""
+        steps = {}
+        for codes, pair in self.pooled.items():
+            if codes.grad is None:
+                continue
+            moved = self._update_means("momentum", [codes], codes.grad.float()[None], group["momentum"])[0]
+            moved = moved.lerp(codes.grad.float(), 1 - group["momentum"])
+            loudness = grams[pair.a].diagonal(dim1=-2, dim2=-1)[0] * grams[pair.b].diagonal(dim1=-2, dim2=-1)[0]
+            size = group["lr"] * pair.unit
+            floor = partner_floor(codes.float().square().mean(), size, self.trust)
+            steps[codes] = code_steps(moved, loudness, floor, size)
+        return steps
 
     def _step_inputs(
         self, buckets: dict[_Bucket, list[nn.Parameter]], roots: Sequence[Tensor], momentum: float
@@ -186,7 +220,8 @@ class FactorDescent(torch.optim.Optimizer):
 
     def _bucket(self, factor: nn.Parameter) -> _Bucket:
         side, pairs = self.members[factor]
-        return _Bucket(side, pairs[0].num_experts, factor.shape, self._unit(factor), len(pairs))
+        pooled = pairs[0].codes is not None
+        return _Bucket(side, pairs[0].num_experts, factor.shape, self._unit(factor), len(pairs), pooled)
 
     def _unit(self, factor: nn.Parameter) -> float:
         """The first member's unit; `_partner_gram` converts the other members to it."""
@@ -203,14 +238,18 @@ class FactorDescent(torch.optim.Optimizer):
             grams.update(zip(factors, (rows @ rows.mT).unbind(), strict=True))
         return grams
 
-    def _partner_gram(self, factors: list[nn.Parameter], grams: dict[nn.Parameter, Tensor]) -> Tensor:
-        """Mean Gram matrix of each factor's partners (n x experts x r x r), each partner in its own layer's unit."""
+    def _partner_grams(self, factors: list[nn.Parameter], grams: dict[nn.Parameter, Tensor]) -> Tensor:
+        """Gram matrices of each factor's partners (n x members x experts x r x r), each in its own layer's unit."""
         members = [self.members[f] for f in factors]
-        partners = [grams[pair.b if side == "a" else pair.a] for side, pairs in members for pair in pairs]
+        partners = [
+            weighted_gram(grams[pair.b if side == "a" else pair.a], pair.codes)
+            for side, pairs in members
+            for pair in pairs
+        ]
         gram = torch.stack(partners).unflatten(0, (len(factors), -1))
         if gram.shape[1] > 1:
             gram = gram * self._member_weights(factors, gram.device)
-        return gram.mean(1)
+        return gram
 
     def _member_weights(self, factors: list[nn.Parameter], device: torch.device) -> Tensor:
         """How much the change of each member counts, (n, members, 1, 1, 1). Cached, because making it blocks a GPU."""
@@ -257,6 +296,7 @@ class _Bucket(NamedTuple):
     shape: torch.Size
     unit: float
     num_members: int
+    pooled: bool
 
 
 def unpack_factor(side: str, factor: Tensor, experts: int = 1) -> Tensor:

@@ -15,8 +15,9 @@ def assume_plan(config: Config, matrices: Mapping[str, Matrix], find_readers: Ca
     """A plan for `matrices` as large as the one that the run will make.
 
     All matrices count as equally good, since nothing is scanned: of each kind the first are selected, which lie as low
-    in the model as any choice by SNR. Selected matrices that read the same activations share `lora_A` where
-    `merge.scope=activation`; `find_readers` gives the names of all matrices, those that read the same together.
+    in the model as any choice by SNR. With `merge.scope=activation`, selected matrices that read the same activations
+    share `lora_A`; `find_readers` gives the names of all matrices, those that read the same together. With
+    `merge.scope=pool`, those of one kind and shape make one pool.
     """
     settings = PlanSettings(
         config.adapter.rank, config.adapter.alpha, config.adapter.dropout,
@@ -29,6 +30,12 @@ def assume_plan(config: Config, matrices: Mapping[str, Matrix], find_readers: Ca
         for n, m in matrices.items()
     )
     groups: list[Group] = []
+    if config.merge.side != "none" and config.merge.scope == "pool":
+        kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
+        for one in planned:
+            if one.selected and one.num_experts is None:
+                kinds.setdefault((one.kind, one.shape), []).append(one.name)
+        groups += [Group(m[0], kind_of(m[0]), "both", tuple(m), "random") for m in kinds.values() if len(m) > 1]
     if config.merge.side != "none" and config.merge.scope == "activation":
         shareable = {name for name in selected if matrices[name].num_experts is None}
         for readers in find_readers():

@@ -1,0 +1,74 @@
+"""A rank pool: the layers of a group share both factors, and each weights their directions by codes of its own.
+
+ΔW_l = s·B·diag(c_l)·A (docs/method.md section 4). PEFT's layer of each member holds the shared lora_A, and a lora_B
+whose weight is the shared B times the member's codes, by `torch.nn.utils.parametrize`: to whatever reads or merges it,
+it is a plain LoRA layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+ADAPTER = "default"
+"""PEFT's name of our adapter."""
+_SHARED, _CODES = "parametrizations.weight.original", "parametrizations.weight.0.codes"
+
+
+class Codes(nn.Module):
+    """Weights the r columns of a factor B (d_out x r) by the codes (1 x r, since PEFT warns of a single dimension)."""
+
+    def __init__(self, codes: Tensor):
+        super().__init__()
+        self.codes = nn.Parameter(codes)
+
+    def forward(self, b: Tensor) -> Tensor:
+        return b * self.codes
+
+
+def make_pool(layers: Sequence[Any], codes: Tensor) -> None:
+    """Makes LoRA layers of equal shape the members of one pool; `codes` (members x r) are theirs.
+
+    The factors of the first are shared. May be called again for the members of one pool: their codes stay.
+    """
+    first = layers[0]
+    for layer, own in zip(layers, codes.split(1), strict=True):
+        layer.lora_A[ADAPTER].weight = first.lora_A[ADAPTER].weight
+        b = layer.lora_B[ADAPTER]
+        if codes_of(b) is None:
+            parametrize.register_parametrization(b, "weight", Codes(own.to(b.weight)), unsafe=True)
+        b.parametrizations.weight.original = first.lora_B[ADAPTER].parametrizations.weight.original
+
+
+def first_codes(members: int, rank: int) -> Tensor:
+    """The codes (members x rank) with which a pool begins: independent standard normal numbers, the same each time."""
+    generator = torch.Generator().manual_seed(1_000_003 * members + rank)
+    return torch.randn(members, rank, generator=generator)
+
+
+def codes_of(b: nn.Module) -> nn.Parameter | None:
+    """The codes of a lora_B; None outside of pools."""
+    if not parametrize.is_parametrized(b, "weight"):
+        return None
+    return b.parametrizations.weight[0].codes  # type: ignore[index, union-attr]
+
+
+def shared_b(b: nn.Module) -> nn.Parameter:
+    """The parameter of a lora_B: in a pool, the one that all members share."""
+    return b.weight if codes_of(b) is None else b.parametrizations.weight.original  # type: ignore
+
+
+def plain_factors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter under the names of plain LoRA: B·diag(c_l) is written for each member of a pool."""
+    plain = {}
+    for name, tensor in state.items():
+        if name.endswith(_SHARED):
+            stem = name.removesuffix(_SHARED)
+            plain[f"{stem}weight"] = tensor * state[stem + _CODES]
+        elif not name.endswith(_CODES):
+            plain[name] = tensor
+    return plain

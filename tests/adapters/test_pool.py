@@ -1,0 +1,204 @@
+"""A rank pool: layers that share both factors and weight their directions by codes of their own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import make_batches, make_model, measured_numbers
+from peft import PeftModel, get_peft_model_state_dict
+
+from sgm_finetune.measure.probe import probe
+from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.parameter_count import adapter_parameters
+from sgm_finetune.method.plan import PlanSettings
+from sgm_finetune.results.files import save_adapter
+from sgm_finetune.train.adapters.apply import apply_plan, lora_layers
+from sgm_finetune.train.adapters.optimizer import create_optimizer
+from sgm_finetune.train.adapters.pool import codes_of, plain_factors, shared_b
+from sgm_finetune.train.fast.adapter_forward import use_fast_step
+
+
+def make_plan(model, rank=6, threshold=-1.0, **changes):
+    probed = probe(model, make_batches(), sketch_size=10)
+    settings = PlanSettings(rank=rank, alpha=12, scope="pool", threshold=threshold, **changes)
+    return build_plan("pico", measured_numbers(probed), settings)
+
+
+def pooled(rank=6, away=False):
+    model = make_model()
+    plan = make_plan(model, rank)
+    adapted = apply_plan(model, plan)
+    if away:
+        generator = torch.Generator().manual_seed(0)
+        for layer in lora_layers(adapted).values():
+            b = shared_b(layer.lora_B["default"])
+            if not b.detach().any():
+                b.data = 0.1 * torch.randn(b.shape, generator=generator)
+    return adapted, plan
+
+
+def logits(model, batch):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def updates(model):
+    """Name -> ΔW, in float64."""
+    found = {}
+    for name, layer in lora_layers(model).items():
+        a, b = (layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double())
+        found[name] = (layer.scaling["default"] * b @ a).detach()
+    return found
+
+
+def test_the_layers_of_a_kind_make_one_pool_each_and_start_at_the_base_model():
+    base, batch = make_model(), make_batches()[0]
+    before = logits(base, batch)
+    plan = make_plan(base)
+    assert [group.side for group in plan.groups] == ["both"] * 7
+    assert all(len(group.members) == 4 for group in plan.groups)
+    adapted = apply_plan(base, plan)
+    assert torch.equal(before, logits(adapted, batch))
+    layers = lora_layers(adapted)
+    for group in plan.groups:
+        members = [layers[name] for name in group.members]
+        assert len({id(layer.lora_A["default"].weight) for layer in members}) == 1
+        assert len({id(shared_b(layer.lora_B["default"])) for layer in members}) == 1
+        assert len({id(codes_of(layer.lora_B["default"])) for layer in members}) == 4
+        start = members[0].lora_A["default"].weight.detach().T * 3**0.5
+        torch.testing.assert_close(start, plan.starts[group.name], atol=1e-6, rtol=0)
+
+
+def test_a_pool_trains_as_many_numbers_as_the_plan_says():
+    adapted, plan = pooled()
+    trained = sum(p.numel() for name, p in adapted.named_parameters() if p.requires_grad and "lora_" in name)
+    assert adapter_parameters(plan)[0] == trained
+    one_of_each = sum(6 * sum(plan.shape_of(group.members[0])) for group in plan.groups)
+    assert trained == one_of_each + 6 * 4 * 7
+
+
+def test_a_higher_threshold_makes_smaller_pools():
+    model = make_model()
+    assert len(make_plan(model, threshold=1.0).groups) < len(make_plan(model).groups)
+
+
+def test_gradients_of_a_pool_are_those_of_its_members():
+    """∂L/∂B = Σ_l ∂L/∂B_l·diag(c_l) and ∂L/∂c_l = diag(Bᵀ ∂L/∂B_l), where B_l = B·diag(c_l) is a factor of its own."""
+    batch = make_batches()[0]
+    adapted, plan = pooled(away=True)
+    adapted = adapted.double()
+    for group in plan.groups:  # .double() makes every member's copy its own
+        first = lora_layers(adapted)[group.members[0]]
+        for name in group.members[1:]:
+            layer = lora_layers(adapted)[name]
+            layer.lora_A["default"].weight = first.lora_A["default"].weight
+            layer.lora_B["default"].parametrizations.weight.original = shared_b(first.lora_B["default"])
+    apart = copy.deepcopy(adapted)
+    for layer in lora_layers(apart).values():
+        layer.lora_A["default"].weight = torch.nn.Parameter(layer.lora_A["default"].weight.detach().clone())
+        own = layer.lora_B["default"].weight.detach().clone()
+        layer.lora_B["default"] = torch.nn.Linear(own.shape[1], own.shape[0], bias=False)
+        layer.lora_B["default"].weight = torch.nn.Parameter(own)
+    adapted(**batch).loss.backward()
+    apart(**batch).loss.backward()
+    own = lora_layers(apart)
+    for group in plan.groups:
+        members = [lora_layers(adapted)[name] for name in group.members]
+        codes = [codes_of(layer.lora_B["default"]) for layer in members]
+        b = shared_b(members[0].lora_B["default"])
+        gradients = [own[name].lora_B["default"].weight.grad for name in group.members]
+        torch.testing.assert_close(b.grad, sum(g * c.detach() for g, c in zip(gradients, codes, strict=True)))
+        for c, gradient in zip(codes, gradients, strict=True):
+            torch.testing.assert_close(c.grad, (b.detach() * gradient).sum(0, keepdim=True))
+        a = members[0].lora_A["default"].weight
+        torch.testing.assert_close(a.grad, sum(own[name].lora_A["default"].weight.grad for name in group.members))
+
+
+def test_a_saved_pool_is_plain_lora_for_peft(tmp_path):
+    adapted, _ = pooled(away=True)
+    batch = make_batches()[0]
+    expected = logits(adapted, batch)
+    save_adapter(adapted, tmp_path / "adapter", "", lambda folder: None)
+    base = make_model()
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(loaded, batch), expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits(loaded.merge_and_unload(), batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_state_of_a_pool_holds_it_once():
+    adapted, plan = pooled(away=True)
+    state = get_peft_model_state_dict(adapted)
+    held = {tensor.data_ptr(): tensor.numel() for tensor in state.values()}
+    head = sum(t.numel() for name, t in state.items() if "lora_" not in name)
+    assert sum(held.values()) - head == adapter_parameters(plan)[0]
+    plain = plain_factors({name.replace(".default.", "."): tensor for name, tensor in state.items()})
+    assert not [name for name in plain if "parametrizations" in name]
+    of_layer = next(name for name in plain if name.endswith("lora_B.weight"))
+    layer = lora_layers(adapted)[of_layer.removeprefix("base_model.model.").removesuffix(".lora_B.weight")]
+    assert torch.equal(plain[of_layer], layer.lora_B["default"].weight)
+
+
+def test_the_fast_step_computes_a_pool():
+    batch = make_batches()[0]
+    adapted, _ = pooled(away=True)
+    plain = copy.deepcopy(adapted)
+    assert use_fast_step(adapted) == []
+    losses = []
+    for model in (adapted, plain):
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.detach())
+    torch.testing.assert_close(*losses)
+    gradients = dict(plain.named_parameters())
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def steps(model, lr=0.02, num=1):
+    optimizer, batches = create_optimizer(model, lr), make_batches()
+    for at in range(num):
+        model(**batches[at % 4]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_spectral_descent_learns_a_pool():
+    adapted, _ = pooled()
+    before = float(adapted(**make_batches()[0]).loss.detach())
+    steps(adapted, num=60)
+    assert float(adapted(**make_batches()[0]).loss.detach()) < 0.5 * before
+
+
+def test_a_step_changes_no_layer_by_more_than_its_rate():
+    adapted, _ = pooled(away=True)
+    before = updates(adapted)
+    steps(adapted, lr=1e-3)
+    for name, after in updates(adapted).items():
+        rows, cols = after.shape
+        change = torch.linalg.matrix_norm(after - before[name], 2) * (cols / rows) ** 0.5
+        assert 1e-5 < change < 3.1e-3  # A, B and the codes step at once
+
+
+@pytest.mark.parametrize("scales", [(4.0, 1.0), (1.0, 0.25), (0.5, 8.0)])
+def test_a_step_does_not_depend_on_how_a_direction_is_split_into_its_three_parts(scales):
+    adapted, plan = pooled(away=True)
+    other = copy.deepcopy(adapted)
+    for_a, for_b = scales
+    with torch.no_grad():
+        layers = lora_layers(other)
+        for group in plan.groups:
+            members = [layers[name] for name in group.members]
+            members[0].lora_A["default"].weight[::2] *= for_a
+            shared_b(members[0].lora_B["default"])[:, ::2] *= for_b
+            for layer in members:
+                codes_of(layer.lora_B["default"])[:, ::2] /= for_a * for_b
+    for model in (adapted, other):
+        steps(model, lr=1e-5)  # so small that no factor is held back
+    before = updates(pooled(away=True)[0])
+    for name, one in updates(adapted).items():
+        change, same = one - before[name], updates(other)[name] - before[name]
+        assert torch.linalg.matrix_norm(change - same) < 0.05 * torch.linalg.matrix_norm(change)
