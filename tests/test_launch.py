@@ -157,7 +157,13 @@ def test_what_the_launcher_starts_is_one_run(name: str, settings, tmp_path: Path
     assert json.loads((launched / "metrics.json").read_text())["after"]["loss"] == pytest.approx(
         one["after"]["loss"], rel=1e-4
     )
-    for left in ("sgm_finetuned.pth", "adapter", "metrics.json", "report.html", "checkpoints/checkpoint-20"):
+    for left in (
+        "sgm_finetuned.pth",
+        "adapter",
+        "metrics.json",
+        "report.html",
+        "checkpoints/checkpoint-20/trainer_state.json",
+    ):
         remove(launched / left)
     run_processes([*arguments, "training.resume=true"])
     assert_one_run(tmp_path / "out", launched)
