@@ -80,7 +80,7 @@ def partner_metric(partner_gram: Tensor, floor: Tensor | float) -> Tensor:
 
 
 def weighted_gram(gram: Tensor, codes: Tensor | None) -> Tensor:
-    """diag(c)·BᵀB·diag(c) for a member of a pool with the `codes` c (1 x r), or the same of A·Aᵀ; else `gram` itself.
+    """diag(c)·BᵀB·diag(c) (eq. 17c), or the same of A·Aᵀ, for a member of a pool with `codes` c (1 x r); else `gram`.
 
     >>> weighted_gram(torch.ones(2, 2), torch.tensor([[1.0, -3.0]])).tolist()
     [[1.0, -3.0], [-3.0, 9.0]]
@@ -106,7 +106,7 @@ def largest_change(root: Tensor, grams: Tensor, iterations: int = 12) -> Tensor:
 
 
 def code_steps(momentum: Tensor, loudness: Tensor, floor: Tensor, step: float) -> Tensor:
-    """The step of a pool member's codes (eq. 17c): sign descent, each code in the units of its own direction.
+    """The step of a pool member's codes (eq. 17d): sign descent, each code in the units of its own direction.
 
     `loudness` (r) is |a_j|²·|b_j|² of the directions. With orthogonal directions the change of ΔW has the spectral norm
     `step`, however a direction's size is divided between a_j, b_j and c_j. `floor` is that of `partner_floor`.

@@ -82,7 +82,7 @@ class FactorDescent(torch.optim.Optimizer):
     """Momentum, then spectral descent on every factor (eq. 17).
 
     The step `lr` is the norm from RMS to RMS by which ΔW changes. The metric of a shared factor is the mean over its
-    members; in a pool no member's ΔW changes by more than the step, and the codes take steps of their own (eq. 17c). No
+    members; in a pool no member's ΔW changes by more than the step, and the codes take steps of their own (eq. 17d). No
     factor changes by more than about 1/`trust` of itself (eq. 18). The state of an r x d factor is its momentum and d
     running means (AdamW's: twice the factor). Factors of equal shape step together, in float32; each expert of a stack
     has its own step. AdamW steps the `others` at `others_lr`. Weight decay is decoupled, as in AdamW.
@@ -158,7 +158,7 @@ class FactorDescent(torch.optim.Optimizer):
             torch._foreach_sub_(list(codes), list(codes.values()))  # type: ignore
 
     def _code_steps(self, group: dict[str, Any], grams: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
-        """The step of each pool member's codes (eq. 17c)."""
+        """The step of each pool member's codes (eq. 17d)."""
         steps = {}
         for codes, pair in self.pooled.items():
             if codes.grad is None:
