@@ -4,9 +4,10 @@
     python benchmarks/quality.py --tables             writes docs/results.md and README's table from the recorded runs
     python benchmarks/quality.py --tasks topics --methods LoRA SGM --seeds 5
 
-For each task and method, three or four learning rates are tried with a separate seed, and the validation loss chooses
-one. Then `--seeds` (3) other seeds are trained with it, and with the method's default rate if it has one, and measured
-on the test data (benchmarks/quality_run.py).
+For each task and method, three or four learning rates are tried with a separate seed, and more of them beyond the best
+one while that is the smallest or the largest. The validation loss chooses one. Then `--seeds` (3) other seeds are
+trained with it, and with the method's default rate if it has one, and measured on the test data
+(benchmarks/quality_run.py).
 
 Each run is a separate process. When it is done, it is appended to benchmarks/results/quality.jsonl with versions, seed
 and command, so that an interrupted benchmark continues where it stopped. `--jobs` (2) runs share the machine, with
@@ -93,12 +94,19 @@ def run_missing(task: str, method: str, rate: float, seed: int, threads: int, ru
 def run_method(task: str, method: Method, seeds: int, submit: Callable[..., Future]) -> None:
     """Submits the tries, then the seeds at the rate of the lowest validation loss and at the method's default rate.
 
-    `submit(task, method, rate, seed)` starts a run.
+    `submit(task, method, rate, seed)` starts a run. While the best rate is the smallest or the largest one, the next
+    one beyond it is tried too.
     """
-    from quality_numbers import best_rate
+    from quality_numbers import best_rate, next_rate
 
     tries = {rate: submit(task, method.name, rate, TUNING_SEED) for rate in method.rates}
-    best = best_rate({rate: run.result()["validation"]["loss"] for rate, run in tries.items()})
+    while True:
+        losses = {rate: run.result()["validation"]["loss"] for rate, run in tries.items()}
+        beyond = next_rate(losses)
+        if beyond is None:
+            break
+        tries[beyond] = submit(task, method.name, beyond, TUNING_SEED)
+    best = best_rate(losses)
     tested = dict.fromkeys([best] if method.default is None else [best, method.default])
     for run in [submit(task, method.name, rate, seed) for rate in tested for seed in range(seeds)]:
         run.result()

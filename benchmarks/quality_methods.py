@@ -53,10 +53,9 @@ from sgm_finetune.method.subspace import (
     spectral_basis,
 )
 from sgm_finetune.model.matrices import adaptable
-from sgm_finetune.model.names import kind_of
 from sgm_finetune.train.adapters.apply import apply_plan, lora_layers, task_type
 from sgm_finetune.train.adapters.optimizer import FactorDescent, factor_pairs
-from sgm_finetune.train.adapters.pool import make_pool
+from sgm_finetune.train.adapters.pool import ADAPTER, codes_of
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.attention import recompute_attention
 from sgm_finetune.train.fast.head_loss import HeadLoss, find_head_loss
@@ -460,76 +459,58 @@ def random_start(plan: Plan, probed: Probe, seed: int) -> Plan:
 # Rank pools
 
 
-def pool_method(name: str, rates: Rates, codes: str = "units", start: str = "spectral", share: float = 1.0) -> Method:
-    """All layers of a kind draw on one pool of R directions on each side: ΔW_l = s·B·diag(c_l)·A."""
+def with_codes(codes: Callable[[int, int], torch.Tensor]) -> Callable[[Adapted], None]:
+    """Control: the pools begin with other codes, `codes(members, rank)`."""
+
+    def change(made: Adapted) -> None:
+        pools: dict[int, list[nn.Module]] = {}
+        for layer in lora_layers(made.model).values():  # type: ignore[arg-type]
+            pools.setdefault(id(layer.lora_A[ADAPTER].weight), []).append(layer)  # type: ignore[index]
+        with torch.no_grad():
+            for members in pools.values():
+                rank = members[0].r[ADAPTER]  # type: ignore[index]
+                for layer, own in zip(members, codes(len(members), rank).split(1), strict=True):
+                    codes_of(layer.lora_B[ADAPTER]).copy_(own)  # type: ignore[index, union-attr]
+
+    return change
+
+
+def unit_codes(members: int, rank: int) -> torch.Tensor:
+    """Each direction belongs to one layer: plain LoRA of rank `rank` / `members`, which may begin to share."""
+    codes = torch.zeros(members, rank)
+    owners = torch.arange(max(members, rank))
+    codes[owners % members, owners % rank] = 1.0
+    return codes
+
+
+def equal_codes(members: int, rank: int) -> torch.Tensor:
+    """Every layer begins with the same update."""
+    return torch.ones(members, rank)
+
+
+def pool_method(
+    name: str,
+    *overrides: str,
+    share: float = 1.0,
+    change: Change = as_planned,
+    codes: Callable[[int, int], torch.Tensor] | None = None,
+) -> list[Method]:
+    """A rank pool of each kind (`merge.scope=pool`), trained by AdamW and by spectral descent."""
+    plain = sgm_method(f"{name}, AdamW", POOL_ADAMW, "merge.scope=pool", *overrides, share=share, change=change)
+    if codes is not None:
+        plain = changed(plain, with_codes(codes))
+    return [plain, descending(plain, name, POOL_SPECTRAL)]
+
+
+def changed(method: Method, change: Callable[[Adapted], None]) -> Method:
+    """The same method, with `change` after it has adapted the model."""
 
     def adapt(base: Base) -> Adapted:
-        matrices = adaptable(base.model)
-        kinds: dict[tuple, list[str]] = {}
-        for layer, matrix in matrices.items():
-            kinds.setdefault((kind_of(layer), matrix.shape), []).append(layer)
-        most = share * base.budget
-        rank = fitted_rank(lambda r: sum(r * (sum(shape) + len(names)) for (_, shape), names in kinds.items()), most)
-        (_, probed), seconds = scan_and_probe(base) if start == "spectral" else ((None, None), 0.0)
-        settings = lora(rank, list(matrices))
-        settings.task_type = task_type(base.model)
-        model = get_peft_model(base.model, settings)
-        layers = lora_layers(model)  # type: ignore[arg-type]
-        for names in kinds.values():
-            drawn = first_codes(codes, len(names), rank)
-            members = [layers[layer] for layer in names]
-            make_pool(members, drawn)
-            if start == "spectral":
-                assert probed is not None
-                rows = shared_rows(probed, names, rank, drawn)
-                with torch.no_grad():
-                    members[0].lora_A["default"].weight.copy_(rows / 3**0.5)
-        return Adapted(model, pool_adamw(model), rank, seconds)
+        made = method.adapt(base)
+        change(made)
+        return made
 
-    return Method(name, rates, adapt)
-
-
-CODE_ADAMW = 0.02
-
-
-def pool_adamw(model: nn.Module) -> Optimizers:
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    heads = {id(p) for p in head_parameters(model)}
-    codes = [p for n, p in named if n.endswith(".codes")]
-    factors = [p for n, p in named if not n.endswith(".codes") and id(p) not in heads]
-
-    def optimizers(rate: float) -> list[torch.optim.Optimizer]:
-        groups = [{"params": factors, "lr": rate}, {"params": codes, "lr": CODE_ADAMW}]
-        return [torch.optim.AdamW(groups, weight_decay=0.0)]
-
-    return optimizers
-
-
-def first_codes(how: str, members: int, rank: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(members * 10007 + rank)
-    if how == "units":
-        codes = torch.zeros(members, rank)
-        codes[torch.arange(max(members, rank)) % members, torch.arange(max(members, rank)) % rank] = 1.0
-        return codes
-    if how == "signs":
-        return torch.randint(0, 2, (members, rank), generator=generator) * 2.0 - 1.0
-    if how == "ones":
-        return torch.ones(members, rank)
-    assert how == "normal"
-    return torch.randn(members, rank, generator=generator)
-
-
-def shared_rows(probed: Probe, names: list[str], rank: int, codes: torch.Tensor) -> torch.Tensor:
-    """r x d_in rows of unit length: with unit codes each member's own leading directions, else the shared basis."""
-    halves = {n: [half.input for half in probed.halves[n]] for n in names}
-    if bool(((codes != 0).sum(0) == 1).all()):
-        rows = torch.empty(rank, halves[names[0]][0].shape[1])
-        for at, name in enumerate(names):
-            own = codes[at].nonzero().squeeze(1)
-            if len(own):
-                rows[own] = spectral_basis(halves[name], len(own)).T
-        return rows
-    return spectral_basis([side for sides in halves.values() for side in sides], rank).T
+    return replace(method, adapt=adapt)
 
 
 # Controls of selection
@@ -578,6 +559,8 @@ def at_random(matrices: list[PlannedMatrix], seed: int) -> list[PlannedMatrix]:
 ADAMW: Rates = (5e-4, 1.5e-3, 4e-3)
 SPECTRAL: Rates = (6e-3, 1.25e-2, 2.5e-2)
 LOW: Rates = (1e-4, 3e-4, 1e-3)
+POOL_ADAMW: Rates = (5e-3, 1e-2, 2e-2)
+POOL_SPECTRAL: Rates = (2.5e-2, 5e-2, 0.1)
 
 ACROSS = "merge.scope=layers"
 THRESHOLDS = (-1.0, 0.8, 0.85, 0.9, 0.95, 1.0)
@@ -633,14 +616,11 @@ METHODS = {
         *at_shares(0.125, "an eighth of the parameters"),
         *at_rank_share(0.25, "a quarter of the rank"),
         *at_rank_share(4.0, "four times the rank"),
-        *(
-            made
-            for codes in ("units", "signs", "normal")
-            for start in ("spectral", "random")
-            for share, label in ((1.0, ""), (1 / 3, ", a third"))
-            for plain in [pool_method(f"pool, {codes}, {start}{label}", (), codes, start, share)]
-            for made in (plain, descending(plain, f"{plain.name}, our step", ()))
-        ),
+        *pool_method("pool"),
+        *pool_method("pool, a third of the parameters", share=1 / 3),
+        *pool_method("pool, units", codes=unit_codes),
+        *pool_method("pool, equal codes", codes=equal_codes),
+        *pool_method("pool, random start", change=random_start),
         peft_method("LoRA, highest SNR", ADAMW, lora, choose=half_of_the_layers(highest_snr)),
         peft_method("LoRA, upper half", ADAMW, lora, choose=half_of_the_layers(nearest_to_the_output)),
         peft_method("LoRA, random half", ADAMW, lora, choose=half_of_the_layers(at_random)),

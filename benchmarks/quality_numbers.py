@@ -50,16 +50,29 @@ def best_rate(losses: dict[float, float]) -> float:
     return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
 
 
-def validation_losses(
-    runs: list[dict], task: str, method: str, rates: tuple[float, ...], tuning_seed: int
-) -> dict[float, float]:
-    """Rate -> validation loss, for the rates that have been tried, in the order of `rates`."""
+def next_rate(losses: dict[float, float], most: int = 9) -> float | None:
+    """The learning rate to try beyond those of `losses`: the next one on the side where the best lies at the edge.
+
+    It is as far from the best as the best is from its neighbour. None if the best lies inside, and after `most` tries.
+
+    >>> next_rate({1.0: 0.5, 2.0: 0.4, 4.0: 0.3}), next_rate({1.0: 0.5, 2.0: 0.3, 4.0: 0.4})
+    (8.0, None)
+    """
+    rates, best = sorted(losses), best_rate(losses)
+    if not 1 < len(rates) < most or best not in (rates[0], rates[-1]):
+        return None
+    neighbour = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best * best / neighbour:.2g}")
+
+
+def validation_losses(runs: list[dict], task: str, method: str, tuning_seed: int) -> dict[float, float]:
+    """Rate -> validation loss, for the rates that have been tried, from the smallest to the largest."""
     losses = {
         run["rate"]: run["validation"]["loss"]
         for run in runs
         if (run["task"], run["method"], run["seed"]) == (task, method, tuning_seed)
     }
-    return {rate: losses[rate] for rate in rates if rate in losses}
+    return dict(sorted(losses.items()))
 
 
 def tests_at(runs: list[dict], task: str, method: str, rate: float, tuning_seed: int) -> dict[int, dict]:
@@ -74,14 +87,14 @@ def finished_runs(
 ) -> dict[str, Finished]:
     """Method -> its test runs, for every method that has tried all of its rates and has a test run at the best one."""
     done = {}
-    for method, tried in rates.items():
-        losses = validation_losses(runs, task, method, tried, tuning_seed)
-        if len(losses) < len(tried):
+    for method, planned in rates.items():
+        losses = validation_losses(runs, task, method, tuning_seed)
+        if not losses.keys() >= set(planned):
             continue
         rate = best_rate(losses)
         tests = tests_at(runs, task, method, rate, tuning_seed)
         if tests:
-            edge = len(tried) > 1 and rate in (min(tried), max(tried))
+            edge = len(losses) > 1 and rate in (min(losses), max(losses))
             done[method] = Finished(method, rate, edge, tests)
     return done
 

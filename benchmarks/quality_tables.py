@@ -159,7 +159,7 @@ def tries(runs: list[dict], task: str, rates: dict[str, tuple[float, ...]], tuni
     """Table of the validation loss at every learning rate tried, the chosen one in bold; None when it is empty."""
     rows = []
     for method, tried in rates.items():
-        losses = validation_losses(runs, task, method, tried, tuning_seed)
+        losses = validation_losses(runs, task, method, tuning_seed)
         if len(tried) > 1 and losses:
             best = best_rate(losses)
             cells = [f"{rate:g}: {loss:.4f}" for rate, loss in losses.items()]
@@ -174,8 +174,9 @@ INTRODUCTION = """# Results: adapters compared
 [benchmarks/results/quality.jsonl](../benchmarks/results/quality.jsonl); do not edit it by hand.
 
 Every method adapts all linear layers inside the blocks of the same base model (the controls of selection adapt half of
-them), on the same batches, for the same number of steps. We try three learning rates for each method (four for MiSS and
-VeRA, to reach their best) with a separate seed and choose one by validation loss. Only then do we train other seeds and
+them), on the same batches, for the same number of steps. We try three or four learning rates for each
+method with a separate seed, and more beyond the best one where that was the smallest or the largest (a star marks where
+this has not been done yet). We choose one by validation loss. Only then do we train other seeds and
 measure them on test data. The learning rate warms up over 6 % of the steps and then falls linearly to zero; gradients
 are clipped to norm 1; the optimizer is AdamW without weight decay unless the method's name says otherwise. The rank is
 the largest one whose trained adapter parameters stay within the task's budget, which is plain LoRA's; VeRA's rank is
