@@ -475,12 +475,9 @@ def with_codes(codes: Callable[[int, int], torch.Tensor]) -> Callable[[Adapted],
     return change
 
 
-def unit_codes(members: int, rank: int) -> torch.Tensor:
-    """Each direction belongs to one layer: plain LoRA of rank `rank` / `members`, which may begin to share."""
-    codes = torch.zeros(members, rank)
-    owners = torch.arange(max(members, rank))
-    codes[owners % members, owners % rank] = 1.0
-    return codes
+def random_codes(members: int, rank: int) -> torch.Tensor:
+    """Every layer begins with all directions, in its own random mixture."""
+    return torch.randn(members, rank, generator=torch.Generator().manual_seed(1_000_003 * members + rank))
 
 
 def equal_codes(members: int, rank: int) -> torch.Tensor:
@@ -618,7 +615,7 @@ METHODS = {
         *at_rank_share(4.0, "four times the rank"),
         *pool_method("pool"),
         *pool_method("pool, a third of the parameters", share=1 / 3),
-        *pool_method("pool, units", codes=unit_codes),
+        *pool_method("pool, random codes", codes=random_codes),
         *pool_method("pool, equal codes", codes=equal_codes),
         *pool_method("pool, random start", change=random_start),
         peft_method("LoRA, highest SNR", ADAMW, lora, choose=half_of_the_layers(highest_snr)),

@@ -13,6 +13,8 @@ from sgm_finetune.measure.probe import probe
 from sgm_finetune.method.build_plan import build_plan
 from sgm_finetune.method.parameter_count import adapter_parameters
 from sgm_finetune.method.plan import PlanSettings
+from sgm_finetune.method.pools import owners
+from sgm_finetune.method.subspace import equalise_channels, leading_rows, shared_basis
 from sgm_finetune.results.files import save_adapter
 from sgm_finetune.train.adapters.apply import apply_plan, lora_layers
 from sgm_finetune.train.adapters.optimizer import create_optimizer
@@ -33,7 +35,8 @@ def pooled(rank=6, away=False):
     if away:
         generator = torch.Generator().manual_seed(0)
         for layer in lora_layers(adapted).values():
-            b = shared_b(layer.lora_B["default"])
+            b, codes = shared_b(layer.lora_B["default"]), codes_of(layer.lora_B["default"])
+            codes.data = torch.randn(codes.shape, generator=generator)
             if not b.detach().any():
                 b.data = 0.1 * torch.randn(b.shape, generator=generator)
     return adapted, plan
@@ -70,6 +73,9 @@ def test_the_layers_of_a_kind_make_one_pool_each_and_start_at_the_base_model():
         assert len({id(codes_of(layer.lora_B["default"])) for layer in members}) == 4
         start = members[0].lora_A["default"].weight.detach().T * 3**0.5
         torch.testing.assert_close(start, plan.starts[group.name], atol=1e-6, rtol=0)
+        codes = torch.cat([codes_of(layer.lora_B["default"]).detach() for layer in members])
+        assert codes.sum(0).tolist() == [1.0] * 6  # a direction has one owner
+        assert sorted(codes.sum(1).tolist()) == [1.0, 1.0, 2.0, 2.0]
 
 
 def test_a_pool_trains_as_many_numbers_as_the_plan_says():
@@ -202,3 +208,16 @@ def test_a_step_does_not_depend_on_how_a_direction_is_split_into_its_three_parts
     for name, one in updates(adapted).items():
         change, same = one - before[name], updates(other)[name] - before[name]
         assert torch.linalg.matrix_norm(change - same) < 0.05 * torch.linalg.matrix_norm(change)
+
+
+def test_the_directions_of_an_owner_are_those_of_its_own_gradient():
+    model = make_model()
+    plan = make_plan(model)
+    probed = probe(model, make_batches(), sketch_size=10)
+    group = plan.groups[0]
+    loud = equalise_channels([half.input for name in group.members for half in probed.halves[name]])
+    for at, name in enumerate(group.members):
+        mine = [direction for direction, layers in enumerate(owners(4, 6)) if layers == [at]]
+        rows = [leading_rows(half, 6) for half in loud[2 * at : 2 * at + 2]]
+        expected = shared_basis(rows, len(mine))
+        torch.testing.assert_close(plan.starts[group.name][:, mine], expected, msg=name)

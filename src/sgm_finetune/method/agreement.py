@@ -6,6 +6,7 @@ Each number is the mean of both directions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sgm_finetune.method.plan import MatrixNumbers
+from sgm_finetune.method.pools import owners
 from sgm_finetune.method.sides import SIDES, Side
 from sgm_finetune.method.subspace import (
     Sketch,
@@ -64,7 +66,18 @@ class SideAgreement:
 
     def start(self, indices: Sequence[int]) -> Tensor:
         """Q (d x rank) of the matrices `indices` from both halves (eq. 12), where their shared factor starts."""
-        return shared_basis([half for i in indices for half in self.rows[i]], self.rank)
+        return self._basis(indices, self.rank)
+
+    def pool_start(self, indices: Sequence[int]) -> Tensor:
+        """Directions (d x rank) of unit length where the pool of the matrices `indices` starts: for each the leading
+        ones of its owners alone."""
+        parts = []
+        for layers, directions in itertools.groupby(owners(len(indices), self.rank)):
+            parts.append(self._basis([indices[layer] for layer in layers], len(list(directions))))
+        return torch.cat(parts, dim=1)
+
+    def _basis(self, indices: Sequence[int], rank: int) -> Tensor:
+        return shared_basis([half for i in indices for half in self.rows[i]], rank)
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,9 @@ def find_groups(
                 joint_retention=candidates.joint_retention(indices),
                 snr_spread_db=max(levels) - min(levels),
             )
-            found.append(FoundGroup(group, kept, candidates.agreements[0].start(indices)))
+            on_input = candidates.agreements[0]
+            start = on_input.pool_start(indices) if candidates.side == "both" else on_input.start(indices)
+            found.append(FoundGroup(group, kept, start))
     return found
 
 

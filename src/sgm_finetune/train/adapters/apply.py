@@ -16,10 +16,11 @@ from transformers.pytorch_utils import Conv1D
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.method.plan_rules import inconsistency
+from sgm_finetune.method.pools import first_codes
 from sgm_finetune.method.sides import Side, sides_of, width
 from sgm_finetune.model.four_bit import ready_for_backward
 from sgm_finetune.model.matrices import adaptable
-from sgm_finetune.train.adapters.pool import ADAPTER, first_codes, make_pool
+from sgm_finetune.train.adapters.pool import ADAPTER, make_pool
 
 
 def apply_plan(model: PreTrainedModel, plan: Plan, new_modules: Sequence[str] = ()) -> PeftModel:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -42,12 +41,6 @@ def make_pool(layers: Sequence[Any], codes: Tensor) -> None:
         if codes_of(b) is None:
             parametrize.register_parametrization(b, "weight", Codes(own.to(b.weight)), unsafe=True)
         b.parametrizations.weight.original = first.lora_B[ADAPTER].parametrizations.weight.original
-
-
-def first_codes(members: int, rank: int) -> Tensor:
-    """The codes (members x rank) with which a pool begins: independent standard normal numbers, the same each time."""
-    generator = torch.Generator().manual_seed(1_000_003 * members + rank)
-    return torch.randn(members, rank, generator=generator)
 
 
 def codes_of(b: nn.Module) -> nn.Parameter | None:
