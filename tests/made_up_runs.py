@@ -19,7 +19,7 @@ from sgm_finetune.method.plan import Energy, Group, KindNumbers, Plan, PlannedMa
 from sgm_finetune.method.singular_values import SingularValues
 from sgm_finetune.method.snr import signal_to_noise
 from sgm_finetune.results.report.measured_histograms import histogram_of
-from sgm_finetune.results.report.pictures import Pictures, SimilarityTable
+from sgm_finetune.results.report.pictures import Pictures, PoolTable, SimilarityTable
 
 READERS, WRITERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -90,6 +90,25 @@ def plain_plan() -> Plan:
         PlannedMatrix(f"h.{layer}.c_attn", "c_attn", layer, (2304, 768), selected=layer > 0) for layer in range(3)
     )
     return Plan("gpt2", PlanSettings(rank=8, alpha=16, side="none"), matrices, (), (KindNumbers("c_attn", 2, None),))
+
+
+def pooled_plan(num_layers: int = 6, pools_of_a_kind: int = 1) -> Plan:
+    """Returns a made-up plan with rank pools of equal size, in which every matrix is."""
+    plan = sample_plan(num_layers)
+    groups, owner = [], {}
+    for kind in KINDS:
+        size = num_layers // pools_of_a_kind
+        for index in range(pools_of_a_kind):
+            members = tuple(f"model.layers.{layer}.{kind}" for layer in range(index * size, (index + 1) * size))
+            groups.append(Group(f"{kind}/both/{index}", kind, "both", members, "spectral", 0.7, 0.6, 2.0))
+            owner |= dict.fromkeys(members, groups[-1].name)
+    return replace(
+        plan,
+        settings=PlanSettings(rank=24, alpha=32, scope="pool", threshold=-1.0),
+        matrices=tuple(replace(matrix, selected=True, group=owner[matrix.name]) for matrix in plan.matrices),
+        groups=tuple(groups),
+        kinds=tuple(replace(kind, num_layers=num_layers, side="both") for kind in plan.kinds),
+    )
 
 
 def sample_history(steps: int = 240) -> list[dict]:
@@ -211,7 +230,8 @@ def older_examples() -> dict:
 
 
 def sample_pictures(plan: Plan) -> Pictures:
-    """Returns two histograms, and the similarities of the layers of every kind on both sides."""
+    """Returns two histograms, the similarities of the layers of every kind on both sides, and who uses which direction
+    of the plan's pools."""
     spectra = []
     for at, weights in enumerate((torch.randn(60, 40), torch.zeros(6, 5))):
         values = torch.linalg.svdvals(weights.double())
@@ -224,7 +244,13 @@ def sample_pictures(plan: Plan) -> Pictures:
         names = tuple(matrix.name for matrix in plan.matrices if matrix.kind == kind)
         values = tuple(0.5 + (at % 50) / 100 for at in range(len(names) * (len(names) - 1) // 2))
         tables += [SimilarityTable(kind, side, names, values) for side in ("input", "output")]
-    return Pictures(tuple(spectra), tuple(tables))
+    pools = [group for group in plan.groups if group.side == "both"][:8]
+    used = [
+        PoolTable(pool.name, pool.members, 2.5, 6, tuple(tuple((7 * at + one) % 101 / 100 for at in range(64))
+                                                         for one in range(len(pool.members))))
+        for pool in pools
+    ]  # fmt: skip
+    return Pictures(tuple(spectra), tuple(tables), tuple(used))
 
 
 def leave_run(folder: Path, accuracy: float, fingerprint: str | None = "a", metrics: dict | None = None, **training):

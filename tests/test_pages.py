@@ -14,6 +14,7 @@ from browser import CHROMIUM, Page, browser
 from made_up_runs import (
     classification_metrics,
     plain_plan,
+    pooled_plan,
     sample_examples,
     sample_history,
     sample_pictures,
@@ -72,15 +73,16 @@ def leave_run(folder: Path, plan: Plan, labels: tuple[str, ...] = ("negative", "
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory) -> dict[str, Path]:
-    """Returns name -> page: the reports of a full, an ordinary and a bare run, and their comparison."""
+    """Returns name -> page: the reports of a full, an ordinary, a pooled and a bare run, and a comparison."""
     folder = tmp_path_factory.mktemp("runs")
     full = leave_run(folder / "full", sample_plan(), tuple(f"class number {i}" for i in range(20)))
     other = leave_run(folder / "other", replace(sample_plan(6, seed=1), starts={}))
+    pooled = leave_run(folder / "pooled", pooled_plan(pools_of_a_kind=2))
     bare = leave_run(folder / "bare", plain_plan())
     for name in ("history", "examples", "pictures", "environment"):
         (bare / f"{name}.json").unlink()
     (folder / "compared.html").write_text(render_comparison(compare_runs([full, other, bare])))
-    pages = {run.name: remake_report(run) for run in (full, other, bare)}
+    pages = {run.name: remake_report(run) for run in (full, other, pooled, bare)}
     return {**pages, "compared": folder / "compared.html"}
 
 
@@ -108,7 +110,7 @@ def test_the_browser_notices_what_is_wrong_with_a_page(tmp_path):
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
-@pytest.mark.parametrize("name", ["full", "bare", "compared"])
+@pytest.mark.parametrize("name", ["full", "pooled", "bare", "compared"])
 def test_a_page_is_quiet_offline_and_fits(name, width, page, made_up):
     for dark in (False, True):
         assert_fine(page, made_up[name], width, dark)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from sgm_finetune.data.splits import load_splits
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.measure.scan import scan
 from sgm_finetune.method.parameter_count import adapter_parameters
+from sgm_finetune.results.report.pictures import parse_pictures, save_pictures
 from sgm_finetune.train.base_model import load_base
 from sgm_finetune.train.trainer import SGMTrainer
 
@@ -785,12 +787,18 @@ def test_a_pool_resumes_bit_for_bit_and_exports_as_plain_lora(settings, tmp_path
     command("finetune", settings)
     last = tmp_path / "out" / "checkpoints" / "checkpoint-12"
     for name in LEFT:
-        if name not in ("checkpoints", "plan.json", "plan.safetensors", "config.yaml"):
+        if name not in ("checkpoints", "plan.json", "plan.safetensors", "config.yaml", "pictures.json"):
             remove(tmp_path / "out" / name)
     remove(last / "trainer_state.json")
+    pictures = tmp_path / "out" / "pictures.json"
+    at_the_end = parse_pictures(json.loads(pictures.read_text()), "")
+    save_pictures(replace(at_the_end, pools=()), pictures)
     resumed = command("finetune", [*settings, "training.resume=true"])
     assert resumed["after"] == whole["after"]
     assert_same_adapter(tmp_path / "out", tmp_path / "whole")
+    assert pictures.read_bytes() == (tmp_path / "whole" / "pictures.json").read_bytes()
+    assert [(len(table.members), len(table.strengths[0])) for table in at_the_end.pools] == [(4, 6)] * 7
+    assert "Which layer uses which direction" in (tmp_path / "out" / "report.html").read_text()
 
     for form in ("adapter", "merged"):
         to = ["--to", form, "--output", str(tmp_path / form)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_batches, make_model, measured_numbers
 from peft import PeftModel, get_peft_model_state_dict
 
+from sgm_finetune.measure.plan_summary import describe_plan, plan_remarks
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.method.build_plan import build_plan
 from sgm_finetune.method.parameter_count import adapter_parameters
@@ -18,7 +20,14 @@ from sgm_finetune.method.subspace import equalise_channels, leading_rows, shared
 from sgm_finetune.results.files import save_adapter
 from sgm_finetune.train.adapters.apply import apply_plan, lora_layers
 from sgm_finetune.train.adapters.optimizer import create_optimizer
-from sgm_finetune.train.adapters.pool import codes_of, plain_factors, shared_b
+from sgm_finetune.train.adapters.pool import (
+    codes_of,
+    direction_strengths,
+    first_codes,
+    layers_per_direction,
+    plain_factors,
+    shared_b,
+)
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 
 
@@ -121,6 +130,48 @@ def test_gradients_of_a_pool_are_those_of_its_members():
             torch.testing.assert_close(c.grad, (b.detach() * gradient).sum(0, keepdim=True))
         a = members[0].lora_A["default"].weight
         torch.testing.assert_close(a.grad, sum(own[name].lora_A["default"].weight.grad for name in group.members))
+
+
+@pytest.mark.parametrize("scales", [(4.0, 1.0, 0.25), (0.5, -8.0, -0.25), (1.0, -1.0, 1.0)])
+def test_the_use_of_a_direction_does_not_depend_on_how_it_is_split_into_its_three_parts(scales):
+    a, b, codes = torch.randn(3, 5), torch.randn(4, 3), torch.randn(2, 3)
+    for_a, for_b, for_codes = scales
+    torch.testing.assert_close(
+        direction_strengths(a, b, codes), direction_strengths(for_a * a, for_b * b, for_codes * codes)
+    )
+
+
+def test_the_number_of_layers_that_use_a_direction_is_between_one_and_all():
+    assert layers_per_direction(torch.eye(5)) == 1
+    assert layers_per_direction(torch.rand(1, 4).expand(5, 4)) == pytest.approx(5)
+    assert layers_per_direction(torch.zeros(5, 4)) == 0
+    first = first_codes(30, 64).abs()  # as the report says
+    assert layers_per_direction(first) == pytest.approx(2 / 3 * 30, rel=0.08)
+
+
+def test_a_plan_of_pools_is_described_in_its_words():
+    model = make_model()
+    plan = make_plan(model)
+    assert describe_plan(plan).startswith("28 of 28 matrices · 28 of them in 7 pools of 6 directions · ")
+    one = replace(plan, groups=plan.groups[:1])
+    assert "4 of them in 1 pool of 6 directions" in describe_plan(one)
+    mixed = replace(plan, groups=(replace(plan.groups[0], side="input"), *plan.groups[1:]))
+    assert "28 of them in 7 groups (1 share their input side, 6 pools of 6 directions)" in describe_plan(mixed)
+
+
+def test_a_plan_without_pools_says_how_near_its_kinds_came_on_their_worse_side():
+    model = make_model()
+    plan = make_plan(model, threshold=1.2)
+    nearest = max(plan.kinds, key=lambda kind: min(kind.retention_input, kind.retention_output))
+    kept = min(nearest.retention_input, nearest.retention_output)
+    assert plan_remarks(plan) == [
+        f"merge.criterion=subspace found nothing at merge.threshold=1.2; {nearest.kind} keeps {kept:.2f} on average "
+        "over all pairs, on its worse side"
+    ]
+    by_snr = replace(plan, settings=replace(plan.settings, criterion="snr"))
+    assert plan_remarks(by_snr) == [
+        "merge.criterion=snr found nothing: no two layers of a kind are within the tolerance"
+    ]
 
 
 def test_a_saved_pool_is_plain_lora_for_peft(tmp_path):

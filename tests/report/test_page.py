@@ -21,6 +21,7 @@ from made_up_runs import (
     leave_run,
     older_examples,
     plain_plan,
+    pooled_plan,
     read,
     sample_examples,
     sample_history,
@@ -39,6 +40,7 @@ from sgm_finetune.results.report.page import remake_report, render_report
 from sgm_finetune.results.report.pictures import Pictures, SimilarityTable
 from sgm_finetune.results.report.provenance_section import given_command
 from sgm_finetune.results.report.run_files import Run, load_run
+from sgm_finetune.results.report.similarity_figures import layers_figure
 from sgm_finetune.results.report.usage import commands
 
 
@@ -176,6 +178,51 @@ def test_groups_within_a_layer_have_brackets():
     assert drawn is not None
     texts = re.findall(r">([^<]+)</text>", drawn[0])
     assert [text for text in texts if text.isdigit()] == ["0", "1"]  # the layers, and no numbers of groups
+
+
+def test_pools_are_called_pools_and_shown_layer_by_direction():
+    plan = pooled_plan(6)
+    page = render(plan=plan, pictures=sample_pictures(plan))
+    reader = read(page)
+    for words in (
+        "Pools 7 with 42 matrices scope pool, criterion subspace, threshold -1 Pools",
+        "share the directions of their update. Each layer only weights them by numbers of its own.",
+        "each multiplies the 24 columns of lora_B by weights of its own",
+        "same colour and number in a column: one pool",
+        "Each row is a layer, each column one of the directions that all layers share; bright: the layer uses it much.",
+        "q_proj: 2.5 of 6 layers use a direction; 6 weaker directions left out",
+        "q_proj 6 both 0.95 0.44", "q_proj/both/0 6 0–5 both 0.70 0.60",
+        "for the worst member on its worse side", "Bright on both sides",
+    ):  # fmt: skip
+        assert words in reader.text
+    assert re.findall(r"(?i).{20}\bgroups?\b|half of their update|of 7 pools", reader.text) == []
+    labels = [value for _, name, value in reader.attributes if name == "aria-label"]
+    assert labels.count("Use of the directions of a pool by layer: q_proj") == 1
+    assert len(page) < 400_000
+
+
+def test_several_pools_of_a_kind_have_numbers_of_their_own_and_only_the_first_are_drawn():
+    plan = pooled_plan(6, pools_of_a_kind=2)
+    assert list(grid_figures.group_numbers(plan).values()) == [0, 1] * 7
+    assert "8 of 14 pools" in read(render(plan=plan, pictures=sample_pictures(plan))).text
+
+
+def test_a_pool_is_outlined_on_both_sides():
+    plan = pooled_plan(4)
+    for table in sample_pictures(plan).similarities[:2]:
+        assert "#d1201f" in layers_figure(table, plan, 0)
+        assert "#d1201f" not in layers_figure(table, replace(plan, groups=()), 0)
+
+
+def test_pools_that_were_not_found_say_that_both_sides_count():
+    plan = pooled_plan(4)
+    plan = replace(
+        plan,
+        settings=replace(plan.settings, threshold=0.9),
+        groups=(),
+        matrices=tuple(replace(matrix, group=None) for matrix in plan.matrices),
+    )
+    assert "criterion “subspace” at threshold 0.9 on both sides, so every matrix" in read(render(plan=plan)).text
 
 
 def test_a_criterion_that_finds_nothing_is_named():

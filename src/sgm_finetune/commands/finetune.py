@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -41,6 +42,7 @@ from sgm_finetune.results.kept_prompts import save_prompts
 from sgm_finetune.results.pth import save_pth
 from sgm_finetune.results.report.histogram import Histogram
 from sgm_finetune.results.report.measured_histograms import histograms_of
+from sgm_finetune.results.report.measured_pools import pool_tables
 from sgm_finetune.results.report.page import render_report
 from sgm_finetune.results.report.pictures import Pictures, save_pictures, similarity_tables
 from sgm_finetune.results.report.run_files import load_run
@@ -264,7 +266,11 @@ def _write_results(
         prepared.head.is_new,
     )
     write_json(output / "metrics.json", metrics)
-    write_text(output / "report.html", render_report(load_run(output)))
+    run = load_run(output)
+    if pools := pool_tables(adapted.model, start.plan):
+        run = replace(run, pictures=replace(run.pictures, pools=pools))
+        save_pictures(run.pictures, output / "pictures.json")
+    write_text(output / "report.html", render_report(run))
 
 
 def _probe_numbers(probed: Probe | None) -> dict[str, Any] | None:

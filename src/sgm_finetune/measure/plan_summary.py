@@ -11,18 +11,24 @@ from sgm_finetune.method.sides import SIDES
 
 def describe_plan(plan: Plan) -> str:
     """The plan in one line: its matrices, its groups, its number of adapter parameters."""
-    merged = sum(len(group.members) for group in plan.groups)
     parts = [f"{len(plan.selected)} of {len(plan.matrices)} matrices"]
     if plan.groups:
-        counts = Counter(group.side for group in plan.groups)
-        shared = [f"{counts[side]} share their {side} side" for side in SIDES if counts[side]]
-        if counts["both"]:
-            shared.append(f"{counts['both']} pools of {plan.settings.rank} directions")
-        parts.append(f"{merged} of them in {len(plan.groups)} groups ({', '.join(shared)})")
+        merged = sum(len(group.members) for group in plan.groups)
+        parts.append(f"{merged} of them in {_describe_groups(plan)}")
     else:
         spectral = any(matrix.start == "spectral" for matrix in plan.selected)
         parts.append("no groups: " + ("LoRA that starts at its gradients' spectra" if spectral else "plain LoRA"))
     return " · ".join([*parts, _describe_parameters(*adapter_parameters(plan))])
+
+
+def _describe_groups(plan: Plan) -> str:
+    """'60 groups (60 share their input side)', or '7 pools of 30 directions'."""
+    counts = Counter(group.side for group in plan.groups)
+    shared = [f"{counts[side]} share their {side} side" for side in SIDES if counts[side]]
+    pools = f"{counts['both']} pool{'s' if counts['both'] > 1 else ''} of {plan.settings.rank} directions"
+    if not shared:
+        return pools
+    return f"{len(plan.groups)} groups ({', '.join([*shared, pools] if counts['both'] else shared)})"
 
 
 def _describe_parameters(trainable: int, plain: int) -> str:
@@ -57,11 +63,13 @@ def plan_remarks(plan: Plan) -> list[str]:
                 f"{best.kind}, has {best.cosine_max:.2f} (a layer with itself on other data: {ceiling:.2f} on average)"
             ]
         case "subspace":
-            best = max(kinds, key=lambda k: max(k.retention_input or 0.0, k.retention_output or 0.0))
+            pick, side = (min, ", on its worse side") if settings.scope == "pool" else (max, "")
+            kept = {kind.kind: pick(kind.retention_input or 0.0, kind.retention_output or 0.0) for kind in kinds}
+            best = max(kept, key=lambda kind: kept[kind])
             return [
-                f"merge.criterion=subspace found nothing at merge.threshold={settings.threshold}; {best.kind} keeps "
-                f"{max(best.retention_input or 0.0, best.retention_output or 0.0):.2f} on average over all pairs"
+                f"merge.criterion=subspace found nothing at merge.threshold={settings.threshold}; {best} keeps "
+                f"{kept[best]:.2f} on average over all pairs{side}"
             ]
         case "snr":
-            who = "layers of a kind" if settings.scope == "layers" else "readers of the same activations"
+            who = "layers of a kind" if settings.scope != "activation" else "readers of the same activations"
             return [f"merge.criterion=snr found nothing: no two {who} are within the tolerance"]

@@ -48,7 +48,7 @@ def model_card(result: Result, to: ExportFormat, comparison: Mapping[str, Any], 
         f"---\n{data.to_yaml()}\n---",
         f"# {model}, trained on {trained_on}",
         f"{model}, fine-tuned for the task `{config.model.task}` with sgm-finetune by "
-        "spectral gradient merging: LoRA in which some matrices share a factor.",
+        "spectral gradient merging: LoRA in which some matrices share factors.",
         _contents(result, to, comparison),
         f"## Data\n\n{code(str(metrics['data'])) if metrics.get('data') else trained_on}",
         _scores(metrics),

@@ -11,6 +11,7 @@ Figures on the pages (SVG; `svg` has the canvas and the colours):
     training_figures    by step: losses, learning rate, speed, memory; the losses of several runs
     grid_figures        layers x kinds: groups, signal-to-noise ratios
     histogram_figure    singular values of one matrix with the law of noise
+    pool_figure         layers x directions: which layer uses which direction of a pool
     similarity_figures  how well gradients can share a basis: layers x layers, readers by layer
 
 Numbers behind the figures:

@@ -18,14 +18,12 @@ from matplotlib.path import Path
 from sgm_finetune.measure.scan_result import MatrixScan
 from sgm_finetune.method.plan import Plan, PlannedMatrix
 from sgm_finetune.results.report.scan_table import short_kinds
-from sgm_finetune.results.report.svg import ALONE, INK, LINE, canvas, readable_on, svg
+from sgm_finetune.results.report.svg import ALONE, HEAT_COLOURS, INK, LINE, canvas, readable_on, svg
 
 GROUP_COLOURS = (
     "#4477aa", "#ee7733", "#228833", "#aa3377", "#ccbb44", "#33a8c7", "#cc3311", "#8866cc", "#997755", "#009988",
 )  # fmt: skip
 """Colours of the groups of one column or row, in turn. Each cell also shows the number of its group."""
-
-SNR_COLOURS = "viridis"
 
 Matrix = TypeVar("Matrix", PlannedMatrix, MatrixScan)
 
@@ -52,8 +50,8 @@ def grid_of(matrices: Sequence[Matrix], kinds: Sequence[str] | None = None) -> G
 
 
 def group_numbers(plan: Plan) -> dict[str, int]:
-    """Returns group name -> number, from 0, in its column of the grid (scope "layers") or its row ("activation")."""
-    by_column = plan.settings.scope == "layers"
+    """Returns group name -> number, from 0, in its row of the grid (scope "activation") or its column (the others)."""
+    by_column = plan.settings.scope != "activation"
     place = {matrix.name: matrix.kind if by_column else matrix.layer for matrix in plan.matrices}
     counts: Counter[str | int | None] = Counter()
     numbers = {}
@@ -109,7 +107,7 @@ def snr_figure(plan: Plan) -> Markup | None:
     if span is None:
         return None
     low, high = span
-    colours = colormaps[SNR_COLOURS]
+    colours = colormaps[HEAT_COLOURS]
 
     def look(matrix: PlannedMatrix) -> tuple[str, str]:
         if matrix.snr_db is None:

@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
-
 from sgm_finetune.base.files import write_text
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix
 from sgm_finetune.results.report import grid_figures, training_figures
@@ -19,6 +16,7 @@ from sgm_finetune.results.report.formats import count, decimal, finite, layer_ra
 from sgm_finetune.results.report.headlines import headlines
 from sgm_finetune.results.report.histogram_figure import histogram_figure
 from sgm_finetune.results.report.pictures import SimilarityTable
+from sgm_finetune.results.report.pool_figure import pool_figure
 from sgm_finetune.results.report.provenance_section import head, provenance_section
 from sgm_finetune.results.report.render import render
 from sgm_finetune.results.report.run_files import Run, catch_bad_values, load_run
@@ -27,9 +25,8 @@ from sgm_finetune.results.report.similarity_figures import (
     LOWEST_SHOWN,
     layers_figure,
     readers_figure,
-    similarity_gradient,
 )
-from sgm_finetune.results.report.svg import readable_on
+from sgm_finetune.results.report.svg import heat_gradient, readable_on
 from sgm_finetune.results.report.usage import commands, python_snippet
 from sgm_finetune.results.verdict import shortfall
 
@@ -73,6 +70,8 @@ def render_report(run: Run) -> str:
         **examples_section(run),
         **_training(run),
         **_sharing(run.plan, run.metrics),
+        **_pools(run),
+        heat_gradient=heat_gradient(),
         **_snr(run.plan),
         **_measurements(run),
         **provenance_section(run),
@@ -140,6 +139,7 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
     ]
     kept = [kind.retention_input for kind in plan.kinds] + [kind.retention_output for kind in plan.kinds]
     kept += [kind.retention_all_input for kind in plan.kinds] + [kind.retention_all_output for kind in plan.kinds]
+    num_pools = sum(group.side == "both" for group in plan.groups)
     of_groups = [number for group in plan.groups for number in (group.similarity, group.joint_retention)]
     return {
         "plan": plan,
@@ -148,6 +148,8 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "why_above_one": WHY_ABOVE_ONE,
         "has_kept_above_one": any(number is not None and number > 1.005 for number in kept),
         "has_group_above_one": any(number is not None and number > 1.005 for number in of_groups),
+        "num_pools": num_pools,
+        "pooled": 0 < num_pools == len(groups),
         "num_merged": sum(len(group.members) for group in plan.groups),
         "why_no_groups": _why_no_groups(plan),
         "groups_figure": grid_figures.groups_figure(plan),
@@ -158,6 +160,18 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "groups": groups,
         "groups_folded": len(groups) > MANY_GROUPS,
+    }
+
+
+def _pools(run: Run) -> dict[str, Any]:
+    """Draws who uses which direction of each pool that the run measured."""
+    kinds, prefix = {group.name: group.kind for group in run.plan.groups}, shared_prefix(run.plan)
+    names = [kinds.get(table.pool, table.pool).removeprefix(prefix) for table in run.pictures.pools]
+    return {
+        "pools": [
+            (name, table, pool_figure(table, name, run.plan, number))
+            for number, (name, table) in enumerate(zip(names, run.pictures.pools, strict=True))
+        ],
     }
 
 
@@ -195,19 +209,18 @@ def _why_no_groups(plan: Plan) -> str:
     if not any(kind.side for kind in plan.kinds):
         return "Merging was off or not possible, so every matrix has its own two factors, as in plain LoRA."
     settings = plan.settings
+    both = " on both sides" if settings.scope == "pool" and settings.criterion == "subspace" else ""
     return (
-        f"No two matrices passed the criterion “{settings.criterion}” at threshold {settings.threshold:g}, "
+        f"No two matrices passed the criterion “{settings.criterion}” at threshold {settings.threshold:g}{both}, "
         "so every matrix has its own two factors, as in plain LoRA."
     )
 
 
 def _snr(plan: Plan) -> dict[str, Any]:
-    colours = colormaps[grid_figures.SNR_COLOURS]
     return {
         "snr_decides": _snr_decides(plan),
         "snr_figure": grid_figures.snr_figure(plan),
         "snr_range": grid_figures.snr_range(plan),
-        "snr_gradient": ", ".join(to_hex(colours(step / 6)) for step in range(7)),
     }
 
 
@@ -247,7 +260,6 @@ def _measurements(run: Run) -> dict[str, Any]:
             )
             for kind, of in layers.items()
         ],
-        "similarity_gradient": similarity_gradient(),
         "has_cosines": any(table.side is None for table in run.pictures.similarities),
         "lowest_shown": f"{LOWEST_SHOWN:g}",
     }

@@ -2,6 +2,7 @@
 
 The file is small. It holds one histogram for each of at most 8 kinds (of the matrix with the median SNR, as in
 `sgm scan --plot`), and the similarities of at most 16 kinds, where readers of the same activations count as one kind.
+At its end, a run adds how much the layers of at most 8 pools use each direction.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import pydantic
+from pydantic import Field
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_text
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 MAX_KINDS = 8
 MAX_LAYERS = 128
 """Tables with more members are left out."""
+MAX_DIRECTIONS = 64
+"""Of a pool with more directions, the strongest are kept."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,33 @@ class SimilarityTable:
         return table
 
 
+_Strength = Annotated[float, Field(ge=0, le=1)]
+_Members = Annotated[tuple[str, ...], Field(min_length=1, max_length=MAX_LAYERS)]
+_OfDirections = Annotated[tuple[_Strength, ...], Field(min_length=1, max_length=MAX_DIRECTIONS)]
+
+
+@dataclass(frozen=True)
+class PoolTable:
+    """How much the members of a pool use its directions, when training is over."""
+
+    pool: str
+    """The group's name in the plan."""
+    members: _Members
+    layers_per_direction: Annotated[float, Field(ge=0, le=MAX_LAYERS)]
+    """The number of members that use a direction, the mean over all directions (a participation ratio)."""
+    num_left_out: Annotated[int, Field(ge=0)]
+    """Number of directions beyond the strongest `MAX_DIRECTIONS`."""
+    strengths: tuple[_OfDirections, ...]
+    """Members x directions, the directions by falling sum over the members, to two digits; 1 is the pool's largest."""
+
+
 @dataclass(frozen=True)
 class Pictures:
     __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
     histograms: tuple[Histogram, ...] = ()
     similarities: tuple[SimilarityTable, ...] = ()
+    pools: Annotated[tuple[PoolTable, ...], Field(max_length=MAX_KINDS)] = ()
     format: Literal["sgm-pictures/1"] = "sgm-pictures/1"
 
 
@@ -76,7 +101,7 @@ def _below_diagonal(values: Tensor) -> tuple[float, ...]:
 def save_pictures(pictures: Pictures, path: Path) -> None:
     """Writes one line for each picture, so that a person can read the file."""
     lines = [f'"format": {json.dumps(pictures.format)}']
-    for name in ("histograms", "similarities"):
+    for name in ("histograms", "similarities", "pools"):
         rows = ",\n  ".join(json.dumps(asdict(one), ensure_ascii=False) for one in getattr(pictures, name))
         lines.append(f'"{name}": [\n  {rows}\n ]' if rows else f'"{name}": []')
     write_text(path, "{" + ",\n ".join(lines) + "}\n")
@@ -94,5 +119,12 @@ def parse_pictures(document: object, where: str) -> Pictures:
             raise UserError(
                 f"{where} holds no pictures: `{table.kind}` has {size} members and {len(table.values)} values; remove "
                 "the file"
+            )
+    for table in pictures.pools:
+        lengths = {len(row) for row in table.strengths}
+        if len(table.strengths) != len(table.members) or len(lengths) != 1:
+            raise UserError(
+                f"{where} holds no pictures: `{table.pool}` has not one row of equal length for each of its "
+                f"{len(table.members)} members; remove the file"
             )
     return pictures

@@ -19,11 +19,11 @@ from matplotlib.patches import Rectangle
 from sgm_finetune.base.files import whole_file
 from sgm_finetune.measure.scan_result import MatrixScan, Scan
 from sgm_finetune.method.singular_values import SingularValues
-from sgm_finetune.results.report.grid_figures import SNR_COLOURS, grid_of
+from sgm_finetune.results.report.grid_figures import grid_of
 from sgm_finetune.results.report.histogram import law_of_noise
 from sgm_finetune.results.report.measured_histograms import histogram_of
 from sgm_finetune.results.report.scan_table import kinds_in_order, lowest_median_highest, short_kinds
-from sgm_finetune.results.report.svg import readable_on
+from sgm_finetune.results.report.svg import HEAT_COLOURS, readable_on
 
 NOISE, SIGNAL, LAW, FAINT = "#8fb3d9", "#d95f0e", "#1f4e79", "#e8e8e8"
 
@@ -39,7 +39,7 @@ def save_heat_map(scan: Scan, path: Path) -> None:
     shown = {place: lowest_median_highest(found)[1] for place, found in grid.cells.items()}
     levels = [matrix.snr_db for matrix in shown.values() if 0 < matrix.snr < math.inf]
     scale = Normalize(min(levels, default=0.0), max(levels, default=1.0))
-    colours = colormaps[SNR_COLOURS]
+    colours = colormaps[HEAT_COLOURS]
     names = short_kinds(kinds)
     cell = 0.36 if len(layers) <= 48 else 0.2
     left = 0.3 + 0.078 * max(len(names[kind]) for kind in kinds)

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from markupsafe import Markup
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
 from sgm_finetune.method.plan import Plan
+from sgm_finetune.method.sides import sides_of
 from sgm_finetune.results.report.formats import NOTHING
 from sgm_finetune.results.report.pictures import SimilarityTable
-from sgm_finetune.results.report.svg import INK, canvas, svg
+from sgm_finetune.results.report.svg import INK, canvas, draw_heat, label_step, svg
 
-SIMILARITY_COLOURS = "viridis"
 LOWEST_SHOWN = 0.5
 """Similarities up to this value have the same colour, because the differences that matter lie above it."""
 
 
 def layers_figure(table: SimilarityTable, plan: Plan, number: int) -> Markup:
     """Draws layers x layers of one kind on one side, and outlines the groups of that kind and side."""
-    layers = _layers(table, plan)
+    layers = layers_of(table.members, plan)
     size = len(layers)
     cell = max(3, min(20, 200 // size))
     left, top = 30, 22
-    merged = [group for group in plan.groups if group.kind == table.kind and table.side in (group.side, None)]
+    merged = [one for one in plan.groups if one.kind == table.kind and table.side in (*sides_of(one.side), None)]
     group_of = {name: number for number, group in enumerate(merged) for name in group.members}
     owners = [group_of.get(name, -1) for name in table.members]
     together = np.array([[one if one == two else -1 for two in owners] for one in owners])
@@ -35,9 +35,9 @@ def layers_figure(table: SimilarityTable, plan: Plan, number: int) -> Markup:
 
     def draw(figure: Figure) -> None:
         axes = canvas(figure, width, height)
-        _draw_image(axes, np.array(table.matrix()), left, top, cell, cell)
+        draw_heat(axes, _shown(np.array(table.matrix())), left, top, cell, cell)
         _draw_outline(axes, together, left, top, cell, cell)
-        step = _label_step(size, cell, 18)
+        step = label_step(size, cell, 18)
         for index in range(0, size, step):
             middle = (index + 0.5) * cell
             axes.text(left - 5, top + middle + 4, layers[index], ha="right", va="baseline", fontsize=11, color=INK)
@@ -65,31 +65,26 @@ def readers_figure(tables: list[SimilarityTable], plan: Plan, number: int) -> Ma
     left, top = 12 + round(6.2 * max(map(len, labels))), 22
     cell_width, cell_height = max(4, min(20, 480 // len(tables))), 20
     width, height = left + cell_width * len(tables) + 4, top + cell_height * len(pairs) + 4
-    layers = [_layers(table, plan)[0] for table in tables]
+    layers = [layers_of(table.members, plan)[0] for table in tables]
 
     def draw(figure: Figure) -> None:
         axes = canvas(figure, width, height)
-        _draw_image(axes, values, left, top, cell_width, cell_height)
+        draw_heat(axes, _shown(values), left, top, cell_width, cell_height)
         _draw_outline(axes, together, left, top, cell_width, cell_height)
         for row, label in enumerate(labels):
             axes.text(left - 6, top + (row + 0.5) * cell_height + 4, label, ha="right", va="baseline", fontsize=11,
                       color=INK)  # fmt: skip
-        for column in range(0, len(tables), _label_step(len(tables), cell_width, 18)):
+        for column in range(0, len(tables), label_step(len(tables), cell_width, 18)):
             middle = left + (column + 0.5) * cell_width
             axes.text(middle, top - 6, layers[column], ha="center", va="baseline", fontsize=11, color=INK)
 
     return svg(f"readers-{number}", f"Similarity of readers by layer: {tables[0].kind}", width, height, draw)
 
 
-def similarity_gradient() -> str:
-    """Returns the CSS colours of a gradient from `LOWEST_SHOWN` to 1."""
-    return ", ".join(to_hex(colormaps[SIMILARITY_COLOURS](step / 6)) for step in range(7))
-
-
-def _layers(table: SimilarityTable, plan: Plan) -> list[str]:
+def layers_of(members: Sequence[str], plan: Plan) -> list[str]:
     """Returns the layer of each member as text."""
     layer_of = {matrix.name: matrix.layer for matrix in plan.matrices}
-    layers = [layer_of.get(name) for name in table.members]
+    layers = [layer_of.get(name) for name in members]
     return [NOTHING if layer is None else str(layer) for layer in layers]
 
 
@@ -103,20 +98,9 @@ def _last_parts(kinds: list[str]) -> list[str]:
     return last if len(set(last)) == len(last) else [kind[-16:] for kind in kinds]
 
 
-def _label_step(number: int, cell: int, room: int) -> int:
-    """Returns n such that every n-th cell gets a label and each label has `room` pixels."""
-    return next((step for step in (1, 2, 5, 10, 20) if step * cell >= room), max(20, number))
-
-
-def _draw_image(axes: Axes, values: np.ndarray, left: int, top: int, cell_width: int, cell_height: int) -> None:
-    """Draws one pixel for each cell, which the browser enlarges. NaN stays empty."""
-    rows, columns = values.shape
-    colours = colormaps[SIMILARITY_COLOURS](np.clip((values - LOWEST_SHOWN) / (1 - LOWEST_SHOWN), 0, 1))
-    colours[np.isnan(values), 3] = 0
-    right, bottom = left + cell_width * columns, top + cell_height * rows
-    limits = axes.get_xlim(), axes.get_ylim()
-    axes.imshow(colours, extent=(left, right, bottom, top), interpolation="none", aspect="auto")
-    axes.set(xlim=limits[0], ylim=limits[1])
+def _shown(values: np.ndarray) -> np.ndarray:
+    """Returns 0 for `LOWEST_SHOWN` and 1 for 1."""
+    return (values - LOWEST_SHOWN) / (1 - LOWEST_SHOWN)
 
 
 def _draw_outline(axes: Axes, groups: np.ndarray, left: int, top: int, cell_width: int, cell_height: int) -> None:

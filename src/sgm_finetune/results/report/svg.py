@@ -11,9 +11,11 @@ import re
 from collections.abc import Callable
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup, escape
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -21,6 +23,7 @@ from sgm_finetune.results.report.formats import short
 
 INK, LINE, ALONE, TRAIN, VALIDATION = "#010203", "#020304", "#030405", "#040506", "#050607"
 NOISE, SIGNAL, LAW = "#060708", "#070809", "#08090a"
+HEAT_COLOURS = "viridis"
 _CSS_VARIABLES = {
     INK: "ink", LINE: "line", ALONE: "alone", TRAIN: "train", VALIDATION: "validation", NOISE: "noise",
     SIGNAL: "signal", LAW: "law",
@@ -92,6 +95,28 @@ def plot(
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(value).replace("-", "−")))
     axes.set_xlabel(x_label, fontsize=font, color=INK, labelpad=3)
     return axes
+
+
+def draw_heat(axes: Axes, shares: np.ndarray, left: int, top: int, cell_width: int, cell_height: int) -> None:
+    """Draws rows x columns of cells, dark for 0 and bright for 1, one pixel each, which the browser enlarges. NaN stays
+    empty."""
+    rows, columns = shares.shape
+    colours = colormaps[HEAT_COLOURS](np.clip(shares, 0, 1))
+    colours[np.isnan(shares), 3] = 0
+    right, bottom = left + cell_width * columns, top + cell_height * rows
+    limits = axes.get_xlim(), axes.get_ylim()
+    axes.imshow(colours, extent=(left, right, bottom, top), interpolation="none", aspect="auto")
+    axes.set(xlim=limits[0], ylim=limits[1])
+
+
+def heat_gradient() -> str:
+    """Returns the CSS colours of a gradient from 0 to 1 in the colours of `draw_heat`."""
+    return ", ".join(to_hex(colormaps[HEAT_COLOURS](step / 6)) for step in range(7))
+
+
+def label_step(number: int, cell: int, room: int) -> int:
+    """Returns n such that every n-th of `number` cells gets a label and each label has `room` pixels."""
+    return next((step for step in (1, 2, 5, 10, 20) if step * cell >= room), max(20, number))
 
 
 def readable_on(fill: str) -> str:

@@ -55,6 +55,36 @@ def shared_b(b: nn.Module) -> nn.Parameter:
     return b.weight if codes_of(b) is None else b.parametrizations.weight.original  # type: ignore
 
 
+def direction_strengths(a: Tensor, b: Tensor, codes: Tensor) -> Tensor:
+    """|c_lj|·|a_j|·|b_j| (members x r, float64): how much each member of a pool uses each direction.
+
+    `a` (r x d_in) and `b` (d_out x r) are the pool's factors and `codes` (members x r) its members'. It is the norm of
+    the direction's part of ΔW_l, over the s that all members share. It does not depend on how that part is divided
+    between a_j, b_j and c_lj.
+
+    >>> a, b = torch.tensor([[3.0, 4.0], [0.0, 1.0]]), torch.tensor([[0.0, 2.0], [1.0, 0.0]])
+    >>> direction_strengths(a, b, torch.tensor([[1.0, 0.5], [-2.0, 0.0]])).tolist()
+    [[5.0, 1.0], [10.0, 0.0]]
+    """
+    sizes = torch.linalg.vector_norm(a.double(), dim=1) * torch.linalg.vector_norm(b.double(), dim=0)
+    return codes.double().abs() * sizes
+
+
+def layers_per_direction(strengths: Tensor) -> float:
+    """The number of layers that use a direction, from `strengths` (members x r): the mean over the directions of the
+    participation ratio (Σ_l s_lj)²/Σ_l s_lj².
+
+    1: every direction serves one layer. The number of members: all of them use each direction alike. Directions that
+    no layer uses do not count; 0 if there is no other.
+
+    >>> layers_per_direction(torch.tensor([[1.0, 2.0, 0.0], [1.0, 0.0, 0.0]]))
+    1.5
+    """
+    used = strengths[:, strengths.any(0)].double()
+    ratios = used.sum(0).square() / used.square().sum(0)
+    return float(ratios.mean()) if len(ratios) else 0.0
+
+
 def plain_factors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an adapter under the names of plain LoRA: B·diag(c_l) is written for each member of a pool."""
     plain = {}
