@@ -15,7 +15,7 @@ from sgm_finetune.measure.probe import probe
 from sgm_finetune.method.build_plan import build_plan
 from sgm_finetune.method.parameter_count import adapter_parameters
 from sgm_finetune.method.plan import PlanSettings
-from sgm_finetune.method.pools import owners
+from sgm_finetune.method.pools import first_codes, owners
 from sgm_finetune.method.subspace import equalise_channels, leading_rows, shared_basis
 from sgm_finetune.results.files import save_adapter
 from sgm_finetune.train.adapters.apply import apply_plan, lora_layers
@@ -23,7 +23,6 @@ from sgm_finetune.train.adapters.optimizer import create_optimizer
 from sgm_finetune.train.adapters.pool import (
     codes_of,
     direction_strengths,
-    first_codes,
     layers_per_direction,
     plain_factors,
     shared_b,
@@ -145,8 +144,8 @@ def test_the_number_of_layers_that_use_a_direction_is_between_one_and_all():
     assert layers_per_direction(torch.eye(5)) == 1
     assert layers_per_direction(torch.rand(1, 4).expand(5, 4)) == pytest.approx(5)
     assert layers_per_direction(torch.zeros(5, 4)) == 0
-    first = first_codes(30, 64).abs()  # as the report says
-    assert layers_per_direction(first) == pytest.approx(2 / 3 * 30, rel=0.08)
+    assert layers_per_direction(first_codes(30, 64)) == 1
+    assert layers_per_direction(first_codes(30, 10)) == pytest.approx(3)
 
 
 def test_a_plan_of_pools_is_described_in_its_words():
