@@ -106,18 +106,16 @@ def largest_change(root: Tensor, grams: Tensor, iterations: int = 12) -> Tensor:
 
 
 def code_steps(momentum: Tensor, loudness: Tensor, floor: Tensor, step: float) -> Tensor:
-    """The step of a pool member's codes (eq. 17d): steepest descent, each code in the units of its own direction.
+    """The step of a pool member's codes (eq. 17d): sign descent, each code in the units of its own direction.
 
-    `loudness` (r) is |a_j|²·|b_j|² of the directions. With orthogonal directions the change of ΔW has the Frobenius
-    norm `step`, however a direction's size is divided between a_j, b_j and c_j. `floor` is that of `partner_floor`.
+    `loudness` (r) is |a_j|²·|b_j|² of the directions. With orthogonal directions the change of ΔW has the spectral norm
+    `step`, however a direction's size is divided between a_j, b_j and c_j. `floor` is that of `partner_floor`.
 
-    >>> code_steps(torch.tensor([6.0, 4.0]), torch.tensor([4.0, 1.0]), torch.tensor(0.0), step=0.1).tolist()
-    [0.030000001192092896, 0.07999999821186066]
+    >>> code_steps(torch.tensor([0.2, -5.0]), torch.tensor([4.0, 1.0]), torch.tensor(0.0), step=0.1).tolist()
+    [0.05000000074505806, -0.10000000149011612]
     """
     tiny = torch.finfo(loudness.dtype).tiny  # before the first step both may be 0
-    units = (loudness + floor).clamp_min(tiny).rsqrt()
-    direction = momentum * units
-    return step * units * direction / torch.linalg.vector_norm(direction).clamp_min(tiny)
+    return step * momentum.sign() * (loudness + floor).clamp_min(tiny).rsqrt()
 
 
 def descent_directions(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Iterator[Tensor]:
