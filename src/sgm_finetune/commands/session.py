@@ -25,6 +25,7 @@ from sgm_finetune.model.load import Head, skeleton
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.results.claim import as_it_began, claim_output
 from sgm_finetune.results.folder import check_same_data
+from sgm_finetune.results.load import StoredResult
 from sgm_finetune.train.arguments import check_machine
 from sgm_finetune.train.budget.estimate import PredictionError, estimate
 from sgm_finetune.train.budget.fit import check_fits, fit
@@ -90,6 +91,18 @@ def prepare_session(config: Config, log: StepLog, trained: Head | None = None) -
     Raises UserError for what can be checked without the model's weights.
     """
     return Session(config, config, checked_data(config, log, trained), log)
+
+
+def prepare_trained(stored: StoredResult, log: StepLog) -> Session:
+    """A session with the data of a trained result. Raises UserError also for data with other labels."""
+    s = prepare_session(stored.config, log, stored.head)
+    labels = s.prepared.splits.labels
+    if labels != stored.labels:
+        raise UserError(
+            f"The data has the labels {list(labels)}, {stored.path} was trained with {list(stored.labels)}; "
+            "choose other test data"
+        )
+    return s
 
 
 @contextmanager
