@@ -266,6 +266,25 @@ def test_a_value_of_the_wrong_type_is_named_with_its_key_and_value(override, val
 
 
 @pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("300k", 300_000), ("1.5M", 1_500_000), ("0.3 m", 300_000), ("300000", 300_000), ("3e5", 300_000),
+        ("1_000", 1000), ("123456.789M", 123_456_789_000), ("null", None),
+    ],
+)  # fmt: skip
+def test_a_number_of_parameters_may_end_in_thousands_or_millions(write, text, number):
+    assert load_config(None, [f"adapter.parameters={text}"]).adapter.parameters == number
+    assert load_config(write(f"adapter: {{parameters: {text}}}")).adapter.parameters == number
+
+
+@pytest.mark.parametrize("text", ["3 kk", "-1", "-3k", "0", "0.0001k", "1e99", "1e400", "1.0005k", "2.5", "true", "k"])
+def test_what_is_no_number_of_parameters_is_refused_with_one_that_is(text):
+    line = said(load_config, None, [f"adapter.parameters={text}"])
+    assert f"`adapter.parameters` is '{text}'; " in line
+    assert "a whole number from 1 to 1e12, such as 300k, 1.5M or 300000" in line
+
+
+@pytest.mark.parametrize(
     ("override", "bound"),
     [
         ("selection.top_fraction=0", "greater than 0"),
@@ -309,14 +328,22 @@ def test_keys_that_exclude_each_other_are_both_named(overrides, parts):
 
 ONE_OF = {
     "data.name": "imdb", "data.train": "mine.csv", "selection.top_fraction": 0.5, "selection.snr_threshold": 2.0,
+    "plan": "plan.json", "adapter.parameters": 300_000,
 }  # fmt: skip
 """A value for each key that excludes another one."""
 
 
+def in_a_file(keys) -> str:
+    values = {}
+    for key in keys:
+        section, _, leaf = key.rpartition(".")
+        (values.setdefault(section, {}) if section else values)[leaf] = ONE_OF[key]
+    return yaml.safe_dump(values)
+
+
 @pytest.mark.parametrize(("new", "old"), [pair for keys in ALTERNATIVES for pair in itertools.permutations(keys, 2)])
 def test_a_key_on_the_command_line_replaces_what_it_excludes_in_the_file_and_says_so(write, new, old):
-    section, _, name = old.partition(".")
-    file, lines = write(yaml.safe_dump({section: {name: ONE_OF[old]}})), []
+    file, lines = write(in_a_file([old])), []
     config = load_config(file, [f"{new}={ONE_OF[new]}"], lines.append)
     assert value_at(config, new) == ONE_OF[new]
     assert value_at(config, old) is None
@@ -328,9 +355,7 @@ def test_two_keys_that_exclude_each_other_are_refused_in_one_place(write, keys):
     """On the command line, or in the file, where neither was said after the other."""
     overrides = [f"{key}={ONE_OF[key]}" for key in keys]
     assert "not both" in said(load_config, None, overrides)
-    section = overrides[0].partition(".")[0]
-    file = write(yaml.safe_dump({section: {key.partition(".")[2]: ONE_OF[key] for key in keys}}))
-    assert "not both" in said(load_config, file)
+    assert "not both" in said(load_config, write(in_a_file(keys)))
 
 
 def test_what_describes_the_replaced_data_goes_with_it_and_the_rest_stays(write):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import re
@@ -27,6 +28,7 @@ from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
 from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands.cli import run
 from sgm_finetune.commands.export import ExportRequest, export_result
 from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.plan_file import plan_document
@@ -36,15 +38,24 @@ from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.results.export import check, merge
 from sgm_finetune.results.export.card import model_card
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, find_format, modelfile
+from sgm_finetune.results.export.cut import cut_result
 from sgm_finetune.results.export.gguf_file import rope_order
 from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
-from sgm_finetune.results.export.merge import linear_update, merged_tensors, stack_update
+from sgm_finetune.results.export.merge import layer_factors, linear_update, merged_tensors, stack_update
 from sgm_finetune.results.export.shards import write_shards
 from sgm_finetune.results.export.target import check_packages
-from sgm_finetune.results.load import Result, attach_adapter, load_unquantised, read_result
+from sgm_finetune.results.load import (
+    Result,
+    attach_adapter,
+    attach_untrained,
+    base_skeleton,
+    load_unquantised,
+    read_result,
+)
 from sgm_finetune.results.pth import save_pth
 from sgm_finetune.results.stops import Stops
-from sgm_finetune.train.adapters.apply import apply_plan
+from sgm_finetune.train.adapters.apply import apply_plan, num_experts
+from sgm_finetune.train.adapters.pool import plain_factors
 
 ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 """Largest relative error of one rounding to the type."""
@@ -153,6 +164,83 @@ def test_the_adapter_of_every_architecture_loads_in_peft(finished, tmp_path):
     report = exported(finished, "adapter", output=tmp_path / "a")
     assert report["difference"] < 1e-6
     assert report["by"] == "PEFT"
+
+
+# a smaller rank
+
+
+def layer_updates(result) -> dict[str, torch.Tensor]:
+    """Name of a matrix -> the updates of its experts, (experts, d_out, d_in), float64; a layer is one expert."""
+    state = plain_factors(result.content["adapter"])
+    model = attach_untrained(base_skeleton(result), result.content, result.path)
+    return {
+        name: stack_update(state[a].double(), state[b].double(), layer.scaling["default"], num_experts(layer), False)
+        for name, (layer, (a, b)) in layer_factors(model, state, result.path).items()
+    }
+
+
+def test_a_cut_adapter_holds_the_largest_directions_of_every_layer_and_expert(finished):
+    result = read(finished)
+    whole, cut = layer_updates(result), cut_result(result, 2)
+    found = layer_updates(cut.result)
+    assert found.keys() == whole.keys()
+    kept = norm = 0.0
+    for name, update in whole.items():
+        U, values, Vt = torch.linalg.svd(update, full_matrices=False)
+        expected = (U[..., :2] * values[..., None, :2]) @ Vt[..., :2, :]
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+        kept, norm = kept + float(values[..., :2].square().sum()), norm + float(values.square().sum())
+    assert cut.kept == pytest.approx(kept / norm)
+    for name, update in layer_updates(cut_result(result, 4).result).items():
+        torch.testing.assert_close(update, whole[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_cut_adapter_says_what_it_costs_and_loads_with_whole_numbers(finished, tmp_path):
+    where = [*finished, "data.num_validation=4"]
+    words = Console(file=StringIO(), width=300)
+    request = ExportRequest("adapter", tmp_path / "a", rank=2)
+    report = export_result(load_config(None, where), where, request, words)
+    cut = report["cut"]
+    assert report["difference"] < 1e-5
+    assert (cut["rank"], cut["rank_before"]) == (2, 4)
+    assert cut["validation_loss"] != cut["validation_loss_before"]
+    assert 0.5 < cut["kept"] < 1
+    line = f"validation loss {cut['validation_loss_before']:.4f} -> {cut['validation_loss']:.4f} at rank 2 of 4 ("
+    assert line in words.file.getvalue()
+    assert json.loads((tmp_path / "a/export.json").read_text())["cut"] == cut
+    settings = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (2, 2)
+    assert "cut to its best approximation of rank 2" in (tmp_path / "a/README.md").read_text()
+
+
+def test_at_its_own_rank_a_cut_changes_no_logit_and_no_loss(llama, tmp_path):
+    result = read(llama)
+    before, after = (check.compute_reference(one, 1) for one in (result, cut_result(result, 4).result))
+    torch.testing.assert_close(after.trained, before.trained, rtol=1e-5, atol=1e-5)
+    cut = exported(llama, "adapter", output=tmp_path / "a", rank=4)["cut"]
+    assert cut["validation_loss"] == pytest.approx(cut["validation_loss_before"], rel=1e-6)
+    assert cut["kept"] == pytest.approx(1)
+
+
+def test_no_adapter_is_cut_to_a_larger_rank_or_for_another_format(llama, tmp_path):
+    with pytest.raises(UserError, match=r"--rank 5 is more than the rank 4 of this adapter; give --rank 4 or less"):
+        exported(llama, "adapter", output=tmp_path / "a", rank=5)
+    with pytest.raises(UserError, match=r"--rank 2 goes with --to adapter, not with --to merged"):
+        run(["export", "--to", "merged", "--rank", "2", *llama])
+    with pytest.raises(UserError, match="'--rank'"):
+        run(["export", "--to", "adapter", "--rank", "0", *llama])
+
+
+def test_a_factor_that_does_not_fit_or_is_not_finite_is_named(llama):
+    result = read(llama)
+    name = next(key for key in result.content["adapter"] if "lora_A" in key)
+    for tensor, words in (
+        (torch.zeros(3, 5), r"is \[3, 5\] instead of"),
+        (torch.full((4, 64), torch.nan), "not finite"),
+    ):
+        content = {**result.content, "adapter": {**result.content["adapter"], name: tensor}}
+        with pytest.raises(UserError, match=words):
+            cut_result(dataclasses.replace(result, content=content), 2)
 
 
 def test_an_update_is_scaled_and_transposed_as_the_layer_stores_it():

@@ -806,3 +806,10 @@ def test_a_pool_resumes_bit_for_bit_and_exports_as_plain_lora(settings, tmp_path
     exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {tuple(t.shape) for name, t in exported.items() if "q_proj.lora_B" in name} == {(64, 6)}
     assert not [name for name in exported if "parametrizations" in name]
+    to = ["--to", "adapter", "--rank", "3", "--output", str(tmp_path / "cut")]
+    cut = command("export", [f"output.dir={tmp_path / 'whole'}"], *to)["cut"]
+    history = json.loads((tmp_path / "whole" / "history.json").read_text())
+    best = min(row["eval_loss"] for row in history if "eval_loss" in row)
+    assert cut["validation_loss_before"] == pytest.approx(best, rel=1e-4)
+    assert (cut["rank"], cut["rank_before"]) == (3, 6)
+    assert cut["validation_loss"] != pytest.approx(best, rel=1e-4)

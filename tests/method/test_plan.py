@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -10,8 +12,8 @@ import torch
 
 from sgm_finetune.method.agreement import side_agreement
 from sgm_finetune.method.build_plan import build_plan, merge_readers
-from sgm_finetune.method.parameter_count import adapter_parameters
-from sgm_finetune.method.plan import MatrixNumbers, PlanSettings
+from sgm_finetune.method.parameter_count import adapter_parameters, most_per_direction
+from sgm_finetune.method.plan import Group, MatrixNumbers, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.method.subspace import Sketch, test_matrix
 
 RANK = 3
@@ -182,3 +184,32 @@ def test_a_matrix_without_signal_has_no_decibels():
     plan = build_plan("m", [silent, layer(1, "input")], SETTINGS)
     assert (plan.matrices[0].snr, plan.matrices[0].snr_db) == (0.0, None)
     assert plan.matrices[1].snr_db == 10.0
+
+
+def plan_of(names: Sequence[str], shapes: dict[str, tuple[int, int]], in_pools: bool) -> Plan:
+    """A plan of rank 1 that trains `names` alone, one pool for each shape if `in_pools`."""
+    matrices = tuple(PlannedMatrix(name, "kind", None, shapes[name], True) for name in names)
+    members = {shape: tuple(name for name in names if shapes[name] == shape) for shape in set(shapes.values())}
+    pools = [Group(str(shape), "kind", "both", found) for shape, found in members.items() if len(found) > 1]
+    return Plan("m", PlanSettings(1, 2.0), matrices, tuple(pools) if in_pools else ())
+
+
+@pytest.mark.parametrize("in_pools", [True, False])
+@pytest.mark.parametrize("shapes", ["aaaa", "aaab", "aabb", "abc", "aabbc"])
+def test_the_most_parameters_are_those_of_the_largest_choice(shapes, in_pools):
+    """Whichever matrices a fraction chooses: exactly so where all have one shape, or all are chosen."""
+    sizes = {"a": (8, 6), "b": (5, 4), "c": (9, 9)}
+    of = {f"{i}": sizes[letter] for i, letter in enumerate(shapes)}
+    numbers = [MatrixNumbers(name, "kind", None, shape, 1.0, 0.0, None) for name, shape in of.items()]
+    for num in range(1, len(of) + 1):
+        settings = PlanSettings(1, 2.0, top_fraction=num / len(of))
+        most = most_per_direction(numbers, settings, in_pools)
+        largest = max(adapter_parameters(plan_of(chosen, of, in_pools))[0] for chosen in combinations(of, num))
+        assert largest <= most <= largest + num
+        if len(set(shapes)) == 1 or num == len(of) or not in_pools:
+            assert most == largest
+
+
+def test_every_expert_counts_and_is_in_no_pool():
+    stacks = [MatrixNumbers(f"{i}", "kind", i, (8, 6), 1.0, 0.0, None, num_experts=5) for i in range(3)]
+    assert most_per_direction(stacks, PlanSettings(1, 2.0), makes_pools=True) == 3 * 5 * 14

@@ -8,7 +8,7 @@ import re
 import typing
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from sgm_finetune.base.untrusted import Written
 
@@ -80,6 +80,28 @@ def _parse_size(value: Any) -> Any:
     return value
 
 
+_MOST_PARAMETERS = 10**12
+
+
+def _parse_count(value: Any) -> Any:
+    """Returns a number of parameters, which may end in k (thousand) or M (million), as a whole number.
+
+    Raises ValueError for everything that is not a whole number from 1 to 10^12.
+
+    >>> _parse_count("300k"), _parse_count("1.5M"), _parse_count("2e5"), _parse_count(300000)
+    (300000, 1500000, 200000, 300000)
+    """
+    found = re.fullmatch(r"\s*(\S+?)\s*([km])\s*", value, re.IGNORECASE) if isinstance(value, str) else None
+    try:
+        number = _parse_number(found[1]) * {"k": 10**3, "m": 10**6}[found[2].lower()] if found else _parse_whole(value)
+        count = round(number)
+    except (ValueError, TypeError, OverflowError):
+        number = count = 0
+    if not 1 <= count <= _MOST_PARAMETERS or not math.isclose(number, count, rel_tol=1e-12):
+        raise ValueError("write a whole number from 1 to 1e12, such as 300k, 1.5M or 300000")
+    return count
+
+
 def _parse_list(value: Any) -> Any:
     """Returns a single name as a list of one, and null as an empty list.
 
@@ -134,6 +156,18 @@ def _parse_path(value: Any) -> Any:
 
 
 Size = Annotated[int, BeforeValidator(_parse_number), BeforeValidator(_parse_size)]  # the last one comes first
+Count = Annotated[
+    int,
+    BeforeValidator(_parse_count),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": _MOST_PARAMETERS},
+                {"type": "string", "pattern": r"^[0-9.]+ ?[kKmM]$"},
+            ]
+        }
+    ),
+]
 Text = Annotated[str, BeforeValidator(_parse_text)]
 PathText = Annotated[str, BeforeValidator(_parse_path)]
 Flag = Annotated[bool, BeforeValidator(_parse_flag)]
@@ -149,6 +183,7 @@ _DESCRIPTION = ("data.columns", "data.format")
 ALTERNATIVES: tuple[dict[str, tuple[str, ...]], ...] = (
     {"data.name": _DESCRIPTION, "data.train": (*_DESCRIPTION, "data.validation", "data.test", "data.file_type")},
     {"selection.top_fraction": ("selection.prefer_depth",), "selection.snr_threshold": ()},
+    {"plan": (), "adapter.parameters": ()},
 )
 """Keys of which a configuration gives one at most, each with the keys that describe it and go when it goes. A key on
 the command line replaces its alternative in a file (base/config_file.py)."""
@@ -312,6 +347,10 @@ class AdapterConfig(_Section):
     """Scale of the update: it is multiplied by alpha / rank."""
     dropout: Real = Field(default=0.0, ge=0, lt=1)
     """Dropout probability on the adapter's input."""
+    parameters: Count | None = None
+    """Maximum number of trained adapter parameters, for example 300k, 1.5M or 300000, instead of a rank: SGM takes the
+    largest rank that stays within it, whatever the probe then lets matrices share, and alpha keeps its ratio to `rank`
+    (null: `rank` holds). A new classification head does not count. A `plan` has its own rank and excludes this key."""
 
 
 class TrainingConfig(_Section):
@@ -421,8 +460,15 @@ class Config(_Section):
     """Plan file (plan.json of an earlier run) to use instead of measuring again (null: measure)."""
 
     @model_validator(mode="after")
+    def _one_rank(self) -> Self:
+        if self.plan is not None and self.adapter.parameters is not None:
+            raise ValueError("give plan or adapter.parameters, not both: the plan has its rank")
+        return self
+
+    @model_validator(mode="after")
     def _sketch_holds_rank(self) -> Self:
-        if self.merge.side != "none" and self.probe.sketch_size < self.adapter.rank:
+        is_final = self.adapter.parameters is None  # else train/budget/parameters.py chooses and checks it
+        if is_final and self.merge.side != "none" and self.probe.sketch_size < self.adapter.rank:
             raise ValueError(
                 f"probe.sketch_size={self.probe.sketch_size} is smaller than adapter.rank={self.adapter.rank}; "
                 "raise probe.sketch_size"

@@ -134,17 +134,22 @@ def _replace_alternatives(values: dict[str, Any], given: typing.Mapping[str, Any
     return lines
 
 
-def _find(values: typing.Mapping[str, Any], dotted: str) -> Any:
+def _section_of(values: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
+    """The mapping of the file that would hold a key, and the key's name in it."""
+    section, _, leaf = dotted.rpartition(".")
+    inner = values.get(section) if section else values
+    return inner if isinstance(inner, dict) else {}, leaf
+
+
+def _find(values: dict[str, Any], dotted: str) -> Any:
     """The value of a key of the file; None where the file does not have it."""
-    section, _, leaf = dotted.partition(".")
-    inner = values.get(section)
-    return inner.get(leaf) if isinstance(inner, dict) else None
+    inner, leaf = _section_of(values, dotted)
+    return inner.get(leaf)
 
 
-def _remove(values: typing.Mapping[str, Any], dotted: str) -> None:
-    section, _, leaf = dotted.partition(".")
-    if isinstance(values.get(section), dict):
-        values[section].pop(leaf, None)
+def _remove(values: dict[str, Any], dotted: str) -> None:
+    inner, leaf = _section_of(values, dotted)
+    inner.pop(leaf, None)
 
 
 def _default(dotted: str) -> Any:

@@ -473,6 +473,12 @@ def export_command(
         Literal["f32", "f16", "bf16", "q8_0"] | None,
         typer.Option(help="gguf: type of the matrices; f16 if not given.", show_default=False),
     ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="adapter: cut each update to its best approximation of this rank.", show_default=False
+        ),
+    ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the checked export to this repository.")
     ] = None,
@@ -484,10 +490,12 @@ def export_command(
     """
     if gguf_type is not None and to != "gguf":
         raise UserError(f"--gguf-type {gguf_type} goes with --to gguf, not with --to {to}")
+    if rank is not None and to != "adapter":
+        raise UserError(f"--rank {rank} goes with --to adapter, not with --to {to}")
     settings = _config_of_result(config, overrides)
     from sgm_finetune.commands.requests import ExportRequest
 
-    request = ExportRequest(to, output, gguf_type, push_to_hub)
+    request = ExportRequest(to, output, gguf_type, push_to_hub, rank)
     request.check(settings)
     with _loading():
         from sgm_finetune.commands.export import export_result

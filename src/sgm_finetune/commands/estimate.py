@@ -6,7 +6,7 @@ from rich.console import Console
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.memory import memory_within_reach
-from sgm_finetune.commands.session import fitted_estimate, prepare_session, step_log
+from sgm_finetune.commands.session import fit_to_parameters, fitted_estimate, prepare_session, step_log
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.train.arguments import check_machine
 from sgm_finetune.train.budget.needs import Estimate
@@ -19,6 +19,7 @@ def estimate_for(config: Config, console: Console) -> Estimate:
     s = prepare_session(config, step_log(console))
     if config.plan is not None:
         s.given_plan = load_plan(config.plan)
+    fit_to_parameters(s)
     _, needed = fitted_estimate(s, memory_within_reach())
     console.print(estimate_table(needed, memory_within_reach()))
     return needed

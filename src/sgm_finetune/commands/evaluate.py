@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.commands.session import prepare_session, step_log
+from sgm_finetune.commands.session import prepare_trained, step_log
 from sgm_finetune.commands.steps import load_base, prepare_fast_adapters, test
 from sgm_finetune.results.load import StoredResult, attach_adapter, read_stored
 
@@ -23,13 +23,7 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     log = step_log(console)
     stored = read_stored(config, overrides, log)
     _check_harness_files(stored, config.evaluation.harness)
-    s = prepare_session(stored.config, log, stored.head)
-    labels = s.prepared.splits.labels
-    if labels != stored.labels:
-        raise UserError(
-            f"The data has the labels {list(labels)}, {stored.path} was trained with {list(stored.labels)}; "
-            "choose other test data"
-        )
+    s = prepare_trained(stored, log)
     base = load_base(s)
     model = attach_adapter(base.model, stored.content, stored.path)
     prepare_fast_adapters(s, model)

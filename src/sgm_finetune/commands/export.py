@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sgm_finetune.base.files import disk_free, whole_folder, write_json, write_t
 from sgm_finetune.base.memory import peak_memory, release_memory
 from sgm_finetune.base.text import mib
 from sgm_finetune.commands.requests import ExportRequest
+from sgm_finetune.commands.session import prepare_trained
 from sgm_finetune.data.template_trial import try_template
 from sgm_finetune.results.answers import generates_text
 from sgm_finetune.results.export import gguf_file
@@ -32,12 +34,17 @@ from sgm_finetune.results.export.check import (
     check_gguf,
     check_merged,
     compute_reference,
+    reference_loss,
 )
+from sgm_finetune.results.export.cut import Cut, cut_result
 from sgm_finetune.results.export.hub import push
 from sgm_finetune.results.export.merge import MergedTensor, merged_tensors
 from sgm_finetune.results.export.shards import SHARD_BYTES, check_own_files, write_config_files, write_shards
 from sgm_finetune.results.export.target import REPORT, ExportFormat, base_for_peft, hub_model
 from sgm_finetune.results.load import Result, base_skeleton, dtype_name, read_result
+from sgm_finetune.results.pth import lora_config
+from sgm_finetune.train.budget.reuse import replaced
+from sgm_finetune.train.losses import TestSet
 
 _TEXT_BYTES = 2**24
 """Approximate size of the tokenizer, configuration and model card together."""
@@ -49,6 +56,9 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
     The folder gets its name only after its logits and answers have been compared with the reference's. A failed
     comparison raises UserError and leaves nothing. UserError is also raised, before anything large is loaded, when
     there is no result, the format cannot hold it, the disk is too full, or a hub token is missing.
+
+    With `request.rank` the export is compared with the cut adapter, which computes something else than the result on
+    purpose. The loss on the run's validation data, before and after the cut, says how much that costs.
     """
     started = time.perf_counter()
     log = StepLog(console)
@@ -62,10 +72,15 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
             f"{result.config.model.name} is not a hub id; push --to merged or --to gguf, or name the base with "
             "model.name=owner/name"
         )
-    export = _PREPARE[request.to](result, request, log)
+    cut = None if request.rank is None else cut_result(result, request.rank)
+    exported = result if cut is None else cut.result
+    export = _PREPARE[request.to](exported, request, log)
     _check_room(folder, export.num_bytes)
     log.line("export", export.description)
-    expected = compute_reference(result, export.num_parameters)
+    if cut is None:
+        expected, cost = compute_reference(result, export.num_parameters), None
+    else:
+        expected, cost = _measure_cut(result, cut, export.num_parameters, log)
     with whole_folder(folder) as scratch:
         files = export.write(scratch)
         release_memory()
@@ -86,6 +101,7 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
             "stored_in": export.stored_in,
             "model": result.config.model.name,
             **found.to_dict(),
+            **({} if cost is None else {"cut": cost}),
             "bytes": sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file()),
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
@@ -95,11 +111,44 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
     log.line("check", _describe_check(found))
     for remark in _answer_remarks(result, found, expected):
         log.line("", remark)
+    if cost is not None:
+        log.line("cut", _describe_cut(cost))
     log.line("saved", f"{folder} ({report['bytes'] / 2**20:,.1f} MiB, {report['seconds']:.0f} s)")
     if request.push_to_hub is not None:
         report["address"] = push(folder, request.push_to_hub)
         log.line("pushed", report["address"])
     return {"folder": str(folder), **report}
+
+
+def _measure_cut(
+    result: Result, cut: Cut, num_parameters: int, log: StepLog
+) -> tuple[ReferenceLogits, dict[str, float | int]]:
+    """The reference of the cut adapter, and the loss on the validation data before and after the cut."""
+    config = replaced(result.config, "evaluation", harness=[])  # the file's tasks may be code, and are not run here
+    prepared = prepare_trained(dataclasses.replace(result, config=config), log).prepared
+    encoded, size = prepared.validation.dataset, config.training.eval_batch_size
+    validation = TestSet(encoded, prepared.collate, config.model.task, size, result.labels)
+    with log.bar("before") as progress:
+        before = reference_loss(result, num_parameters, validation, progress)
+    with log.bar("after") as progress:
+        expected = compute_reference(cut.result, num_parameters, validation, progress)
+    assert expected.validation_loss is not None
+    return expected, {
+        "rank": cut.rank,
+        "rank_before": cut.rank_before,
+        "kept": cut.kept,
+        "validation_loss": expected.validation_loss,
+        "validation_loss_before": before,
+        "num_validation": len(encoded),
+    }
+
+
+def _describe_cut(cut: Mapping[str, float | int]) -> str:
+    return (
+        f"validation loss {cut['validation_loss_before']:.4f} -> {cut['validation_loss']:.4f} at rank {cut['rank']} of "
+        f"{cut['rank_before']} ({cut['num_validation']:,} examples), which keeps {cut['kept']:.1%} of the update's "
+        "squared norm"
+    )
 
 
 def _percent(share: float | None) -> str:
@@ -173,7 +222,7 @@ def _prepare_adapter(result: Result, request: ExportRequest, log: StepLog) -> _P
         stored_in="float32",
         num_parameters=_num_parameters(skeleton),
         num_bytes=num_bytes,
-        description=f"a PEFT adapter for {result.config.model.name}",
+        description=f"a PEFT adapter of rank {lora_config(result.content).r} for {result.config.model.name}",
         write=write,
         compare=lambda folder, expected: check_adapter(result, folder, expected),
     )

@@ -152,6 +152,8 @@ class ExportRequest:
     output: Path | None = None
     gguf_type: GgufType | None = None
     push_to_hub: str | None = None
+    rank: int | None = None
+    """The rank to which the adapter is cut; None: its own."""
 
     def folder(self, config: Config) -> Path:
         """The folder of the export."""

@@ -21,13 +21,16 @@ from sgm_finetune.commands.checked_data import checked_data
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.model.load import Head
+from sgm_finetune.model.load import Head, skeleton
+from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.results.claim import as_it_began, claim_output
 from sgm_finetune.results.folder import check_same_data
+from sgm_finetune.results.load import StoredResult
 from sgm_finetune.train.arguments import check_machine
 from sgm_finetune.train.budget.estimate import PredictionError, estimate
 from sgm_finetune.train.budget.fit import check_fits, fit
 from sgm_finetune.train.budget.needs import Estimate
+from sgm_finetune.train.budget.parameters import fit_parameters
 from sgm_finetune.train.budget.table import describe_estimate
 from sgm_finetune.train.launch import apply_launcher, check_launch
 
@@ -37,9 +40,9 @@ class Session:
     """The configuration, the data and the console of a command, and where its run continues."""
 
     config: Config
-    """The configuration of the run; `fit_to_memory` may have changed it to fit memory.budget."""
+    """The configuration of the run, with what `fit_to_parameters` and `fit_to_memory` chose."""
     asked: Config
-    """The configuration before that change."""
+    """The configuration before these changes."""
     prepared: PreparedData
     log: StepLog
     given_plan: Plan | None = None
@@ -90,6 +93,18 @@ def prepare_session(config: Config, log: StepLog, trained: Head | None = None) -
     return Session(config, config, checked_data(config, log, trained), log)
 
 
+def prepare_trained(stored: StoredResult, log: StepLog) -> Session:
+    """A session with the data of a trained result. Raises UserError also for data with other labels."""
+    s = prepare_session(stored.config, log, stored.head)
+    labels = s.prepared.splits.labels
+    if labels != stored.labels:
+        raise UserError(
+            f"The data has the labels {list(labels)}, {stored.path} was trained with {list(stored.labels)}; "
+            "choose other test data"
+        )
+    return s
+
+
 @contextmanager
 def open_session(config: Config, console: Console, dry_run: bool = False) -> Iterator[Session]:
     """The session of a training run: output folder claimed and locked, checkpoint found, data read, memory checked.
@@ -118,6 +133,7 @@ def open_session(config: Config, console: Console, dry_run: bool = False) -> Ite
             config, asked, prepared, log, given_plan, checkpoint,
             started=started, lock=lock, held=held,
         )  # fmt: skip
+        fit_to_parameters(s)
         fit_to_memory(s)
         yield s
 
@@ -126,6 +142,21 @@ def _given_plan(config: Config, output: Path, checkpoint: Path | None) -> Plan |
     if checkpoint is not None:
         return load_plan(output / "plan.json")
     return load_plan(config.plan) if config.plan is not None else None
+
+
+def fit_to_parameters(s: Session) -> None:
+    """Chooses the rank that adapter.parameters allows, and prints it.
+
+    A resumed run keeps the rank that it began with. Raises UserError when there is no such rank.
+    """
+    if s.config.adapter.parameters is None or s.given_plan is not None:
+        return
+
+    def decide() -> tuple[Config, str]:
+        return fit_parameters(s.config, adaptable(skeleton(s.config.model, s.prepared.folder, s.prepared.head)))
+
+    s.config, line = on_main(decide)
+    s.log.line("adapter", line)
 
 
 def fit_to_memory(s: Session) -> None:

@@ -11,6 +11,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.probe import Probe
 from sgm_finetune.measure.scan_result import MatrixScan, Scan, by_parameter
 from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.parameter_count import adapter_parameters
 from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.names import stored_to_model_names
@@ -35,8 +36,9 @@ def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Mod
     """The plan that follows from a scan and a probe; without a probe nothing is merged. Print it, edit it, save it.
 
     The plan has the matrices that both measured; without a probe, the weights of `model` that were scanned; without a
-    model, the scanned matrices inside numbered layers. Raises UserError when scan and model have no matrix in common,
-    and as `check_rank` does.
+    model, the scanned matrices inside numbered layers. The rank is `adapter.rank`, which a command has chosen if there
+    is `adapter.parameters`. Raises UserError when scan and model have no matrix in common, when the plan would train
+    more than `adapter.parameters`, and as `check_rank` does.
     """
     experts: Mapping[str, int | None] = {}
     model_name: Callable[[str], str] = str
@@ -73,7 +75,14 @@ def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Mod
             f"The scan of {scanned.model} and the model have no matrix in common; scan the model's own files"
         )
     settings = _plan_settings(config, merges=probed is not None)
-    return build_plan(config.model.name, numbers, settings, scanned.estimator)
+    plan = build_plan(config.model.name, numbers, settings, scanned.estimator)
+    allowed, (trained, _) = config.adapter.parameters, adapter_parameters(plan)
+    if allowed is not None and trained > allowed:
+        raise UserError(
+            f"adapter.rank={config.adapter.rank} trains {trained} parameters, more than adapter.parameters={allowed}; "
+            "lower adapter.rank"
+        )
+    return plan
 
 
 def threshold_of(merge: MergeConfig) -> float:
@@ -81,6 +90,12 @@ def threshold_of(merge: MergeConfig) -> float:
     if merge.threshold is not None:
         return merge.threshold
     return -1.0 if merge.scope == "pool" else 0.85
+
+
+def makes_whole_pools(merge: MergeConfig) -> bool:
+    """Whether the layers of a kind and shape make one pool, whatever the probe measures: nothing can divide them."""
+    divides = (merge.snr_tolerance_db is not None, merge.max_group_size is not None, threshold_of(merge) > -1)
+    return merge.scope == "pool" and merge.side != "none" and merge.criterion == "subspace" and not any(divides)
 
 
 def _plan_settings(config: Config, merges: bool) -> PlanSettings:

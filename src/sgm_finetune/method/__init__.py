@@ -38,7 +38,8 @@
         grouping: group_layers
         build_plan: find_groups
     4. Merged updates
-        parameter_count: adapter_parameters
+        parameter_count: adapter_parameters, most_per_direction
+        low_rank: cut_update
     6. The step for a factor
         descent: polar_factor, inverse_root, inverse_roots, channel_profile, partner_metric, partner_floor
         descent: descent_directions

@@ -2,6 +2,7 @@
 
     merge             W + ΔW, tensor by tensor, from the base's own files
     adapter           a PEFT folder
+    cut               an adapter of smaller rank
     shards            a merged model as a Transformers folder
     gguf_file         a merged decoder as one GGUF file
     gguf_vocabulary   its tokenizer, as GGUF stores it

@@ -96,7 +96,15 @@ def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -
         "merged": "This is the whole model: the base's own weights plus the update, each tensor rounded once.",
         "gguf": "This is the whole model in one GGUF file: the base's own weights plus the update.",
     }
-    text = [kinds[to]]
+    text, update, trained = [kinds[to]], "the update", "the trained model"
+    if cut := comparison.get("cut"):
+        update, trained = "the cut update", "the trained model with the cut update"
+        text.append(
+            f"Each update was trained at rank {cut['rank_before']} and cut to its best approximation of rank "
+            f"{cut['rank']}: the loss on {cut['num_validation']:,} validation examples was "
+            f"{cut['validation_loss_before']:.4f} before the cut and is {cut['validation_loss']:.4f} after it. The "
+            "scores below were measured before it."
+        )
     if quantised != "none":
         text.append(
             f"The adapter was trained on the base in {quantised}; this export uses the base as published. The scores "
@@ -104,13 +112,13 @@ def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -
         )
     text.append(
         f"{comparison['by']} loaded this export, and its logits were compared with those of the unquantised base with "
-        f"the update at {comparison['num_positions']} positions: they differ by {comparison['difference']:.1e} "
+        f"{update} at {comparison['num_positions']} positions: they differ by {comparison['difference']:.1e} "
         f"(relative norm), and the top token is the same at {comparison['top_agreement']:.0%} of the positions."
     )
     if answers := comparison.get("answers"):
         text.append(
             f"Of {answers['num_compared']} prompts of the test data, the export answered {answers['num_equal']} token "
-            "by token as the trained model does, and ended its answers there too."
+            f"by token as {trained} does, and ended its answers there too."
         )
     return "\n".join(text)
 

@@ -29,6 +29,7 @@ from sgm_finetune.base.memory import memory_within_reach, release_memory
 from sgm_finetune.base.text import gib
 from sgm_finetune.data.template_trial import try_template
 from sgm_finetune.model.architecture import auto_class
+from sgm_finetune.results.evaluation import evaluate_model
 from sgm_finetune.results.export.answer_check import (
     AnswerCheck,
     OwnAnswers,
@@ -37,6 +38,8 @@ from sgm_finetune.results.export.answer_check import (
     plain_answers,
 )
 from sgm_finetune.results.load import Result, attach_adapter, load_unquantised
+from sgm_finetune.train.fast.head_loss import find_head_loss
+from sgm_finetune.train.losses import Progress, TestSet
 
 TOLERANCES = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2, "q8_0": 5e-2}
 """Type of an export's matrices -> largest ‖z' − z‖/‖z‖ of its logits that passes."""
@@ -106,10 +109,18 @@ class ReferenceLogits:
     computed_in: str
     own: OwnAnswers | None = None
     """The answers of the base with the adapter."""
+    validation_loss: float | None = None
+    """The loss of the base with the adapter; None: it was not asked for."""
 
 
-def compute_reference(result: Result, num_parameters: int) -> ReferenceLogits:
-    """Returns the logits of the unquantised base with and without the adapter, and the answers with it.
+def compute_reference(
+    result: Result,
+    num_parameters: int,
+    validation: TestSet | None = None,
+    progress: Progress = lambda done, total: None,
+) -> ReferenceLogits:
+    """Returns the logits of the unquantised base with and without the adapter, and the answers and the loss on
+    `validation` with it.
 
     Computes in float32 if that fits into memory, else in bfloat16. Raises UserError if neither fits.
     """
@@ -118,11 +129,33 @@ def compute_reference(result: Result, num_parameters: int) -> ReferenceLogits:
     model = attach_adapter(load_unquantised(result, dtype), result.content, result.path)
     trained = compute_logits(model, ids)
     own = own_answers(result, model)
+    loss = None if validation is None else _mean_loss(model, validation, progress)
     with model.disable_adapter():
         base = compute_logits(model, ids)
     del model
     free_models()
-    return ReferenceLogits(ids, trained, base, dtype, own)
+    return ReferenceLogits(ids, trained, base, dtype, own, loss)
+
+
+def reference_loss(
+    result: Result, num_parameters: int, validation: TestSet, progress: Progress = lambda done, total: None
+) -> float:
+    """Returns the loss of the unquantised base with the adapter on `validation`, as `compute_reference` does."""
+    model = load_unquantised(result, _computing_dtype(num_parameters))
+    model = attach_adapter(model, result.content, result.path)
+    loss = _mean_loss(model, validation, progress)
+    del model
+    free_models()
+    return loss
+
+
+def _mean_loss(model: PeftModel, examples: TestSet, progress: Progress) -> float:
+    """The mean loss in nats. A language model's comes in parts where that is possible, without all of its logits."""
+    head_loss = None
+    if examples.task == "causal-lm":
+        ids = torch.tensor([examples.encoded[0]["input_ids"]], device=model.device)
+        head_loss = find_head_loss(model, {"input_ids": ids})
+    return evaluate_model(model, replace(examples, head_loss=head_loss), progress).metrics["loss"]
 
 
 def _computing_dtype(num_parameters: int) -> str:

@@ -6,13 +6,14 @@ experts holds its factors as PEFT does: A expert by expert, B direction by direc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -184,20 +185,38 @@ def _layer_updates(
     model: PeftModel, state: dict[str, Tensor], transposed: Iterable[str], result: Result
 ) -> dict[str, Callable[[], Tensor]]:
     """Returns name of an adapted matrix -> function that computes its update. Removes the factors from `state`."""
-    paths = {id(module): path for path, module in model.named_modules()}
     found: dict[str, Callable[[], Tensor]] = {}
-    for name, layer in lora_layers(model).items():
-        try:
-            A, B = (state.pop(f"{paths[id(layer)]}.{factor}.weight").float() for factor in ("lora_A", "lora_B"))
-        except KeyError as key:
-            raise UserError(
-                f"{result.path} lacks {key}; train again, or restore the file as the run wrote it"
-            ) from None
+    for name, (layer, factors) in layer_factors(model, state, result.path).items():
+        A, B = (state.pop(factor).float() for factor in factors)
         scale, experts = float(layer.scaling[ADAPTER]), num_experts(layer)  # type: ignore[index]
         if experts == 1 and name not in transposed:
             found[name] = partial(linear_update, A, B, scale, bool(layer.fan_in_fan_out))
         else:
             found[name] = partial(stack_update, A, B, scale, experts, name in transposed)
+    return found
+
+
+def layer_factors(
+    model: PeftModel, state: Mapping[str, Tensor], path: Path
+) -> dict[str, tuple[nn.Module, tuple[str, str]]]:
+    """Returns name of an adapted matrix -> its layer in `model`, and the names of its factors A and B in `state`.
+
+    Raises UserError when a factor is missing in `state`, which comes from the .pth file `path`, or has another shape.
+    """
+    paths = {id(module): name for name, module in model.named_modules()}
+    found = {}
+    for name, layer in lora_layers(model).items():
+        a, b = (f"{paths[id(layer)]}.{factor}.weight" for factor in ("lora_A", "lora_B"))
+        if missing := next((key for key in (a, b) if key not in state), None):
+            raise UserError(f"{path} lacks `{missing}`; train again, or restore the file as the run wrote it")
+        for key, factor in ((a, layer.lora_A), (b, layer.lora_B)):
+            expected = factor[ADAPTER].weight.shape  # type: ignore[index]
+            if state[key].shape != expected:
+                raise UserError(
+                    f"{path} does not fit the base model: `{key}` is {list(state[key].shape)} instead of "
+                    f"{list(expected)}; name the base that it was trained on with model.name=..."
+                )
+        found[name] = layer, (a, b)
     return found
 
 

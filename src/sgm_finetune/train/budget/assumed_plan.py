@@ -19,12 +19,8 @@ def assume_plan(config: Config, matrices: Mapping[str, Matrix], find_readers: Ca
     share `lora_A`; `find_readers` gives the names of all matrices, those that read the same together. With
     `merge.scope=pool`, those of one kind and shape make one pool.
     """
-    settings = PlanSettings(
-        config.adapter.rank, config.adapter.alpha, config.adapter.dropout,
-        top_fraction=config.selection.top_fraction, prefer_depth=config.selection.prefer_depth,
-    )  # fmt: skip
-    alike = [MatrixNumbers(n, kind_of(n), layer_of(n), m.shape, 1.0, 0.0, None) for n, m in matrices.items()]
-    selected = set(select_matrices(alike, settings))
+    settings = assumed_settings(config)
+    selected = set(select_matrices(unmeasured(matrices), settings))
     planned = tuple(
         PlannedMatrix(n, kind_of(n), layer_of(n), m.shape, n in selected, num_experts=m.num_experts)
         for n, m in matrices.items()
@@ -43,3 +39,19 @@ def assume_plan(config: Config, matrices: Mapping[str, Matrix], find_readers: Ca
             if len(members) > 1:
                 groups.append(Group(members[0], kind_of(members[0]), "input", members, "random"))
     return Plan(config.model.name, settings, planned, tuple(groups))
+
+
+def assumed_settings(config: Config) -> PlanSettings:
+    """The settings that decide the plan's size. With `selection.snr_threshold` every matrix may be trained."""
+    return PlanSettings(
+        config.adapter.rank, config.adapter.alpha, config.adapter.dropout,
+        top_fraction=config.selection.top_fraction, prefer_depth=config.selection.prefer_depth,
+    )  # fmt: skip
+
+
+def unmeasured(matrices: Mapping[str, Matrix]) -> list[MatrixNumbers]:
+    """The numbers of matrices before a scan and a probe: all are equally good."""
+    return [
+        MatrixNumbers(name, kind_of(name), layer_of(name), m.shape, 1.0, 0.0, None, num_experts=m.num_experts)
+        for name, m in matrices.items()
+    ]

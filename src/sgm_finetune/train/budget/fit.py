@@ -13,7 +13,7 @@ from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.train.budget.estimate import estimate
 from sgm_finetune.train.budget.needs import PHASES, Estimate
-from sgm_finetune.train.budget.reuse import replaced
+from sgm_finetune.train.budget.reuse import replaced, with_rank
 
 SMALLEST_RANK = 4
 SMALLEST_FRACTION = 0.25
@@ -84,8 +84,7 @@ def _smaller_step(config: Config, needed: Estimate, plan: Plan | None) -> Config
     if plan is not None:
         return None
     if config.adapter.rank > SMALLEST_RANK:
-        rank = max(SMALLEST_RANK, config.adapter.rank // 2)
-        return replaced(config, "adapter", rank=rank, alpha=config.adapter.alpha * rank / config.adapter.rank)
+        return with_rank(config, max(SMALLEST_RANK, config.adapter.rank // 2))
     fraction = config.selection.top_fraction or 1.0
     if fraction > SMALLEST_FRACTION and config.selection.snr_threshold is None:
         return replaced(config, "selection", top_fraction=max(SMALLEST_FRACTION, fraction / 2), prefer_depth=True)

@@ -1,4 +1,5 @@
-"""The keys that `memory.budget` may change, and how a resumed run keeps the values that it began with."""
+"""The keys that `memory.budget` and `adapter.parameters` may change, and how a resumed run keeps the values that it
+began with."""
 
 from __future__ import annotations
 
@@ -12,22 +13,34 @@ ADJUSTABLE = {
     "selection": ("top_fraction", "prefer_depth"),
 }
 """The keys that `fit` may change, by section."""
+OF_PARAMETERS = {"adapter": ("rank", "alpha")}
+"""The keys that `adapter.parameters` decides, by section."""
 
 
 def reuse_fit(config: Config, earlier: Config, asked: Config | None = None) -> Config:
-    """Returns `config` with the settings that `fit` found when the run began, if the budget is the same.
+    """Returns `config` with the settings that were chosen when the run began: by `fit`, if the budget of memory is the
+    same, and by `fit_parameters`.
 
     `earlier` is the fitted configuration of the run, `asked` the one that it was fitted from (default: `config`). A key
     that differs between `asked` and `config` was changed by the user since, and keeps the user's value.
     """
-    if config.memory.budget is None or config.memory.budget != earlier.memory.budget:
-        return config
+    chosen = {} if earlier.adapter.parameters is None else OF_PARAMETERS
+    if config.memory.budget is not None and config.memory.budget == earlier.memory.budget:
+        chosen = ADJUSTABLE
     asked = asked or config
-    for section, keys in ADJUSTABLE.items():
+    for section, keys in chosen.items():
         now, then, began = (getattr(part, section) for part in (config, asked, earlier))
         unchanged = {key: getattr(began, key) for key in keys if getattr(now, key) == getattr(then, key)}
         config = replaced(config, section, **unchanged)
     return config
+
+
+def with_rank(config: Config, rank: int) -> Config:
+    """`config` with another rank, and alpha in the same ratio to it."""
+    adapter = config.adapter
+    if rank == adapter.rank:
+        return config
+    return replaced(config, "adapter", rank=rank, alpha=adapter.alpha * rank / adapter.rank)
 
 
 def replaced(config: Config, section: str, **values: Any) -> Config:
