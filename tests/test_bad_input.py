@@ -136,7 +136,11 @@ CONFIGURATION: list[Row] = [
     ("a choice that there is not", lambda p: ["merge.side=left"], ["'left'", "'auto', 'input', 'output' or 'none'"]),
     ("a task that there is not", lambda p: ["model.task=poetry"], ["'poetry'", "'causal-lm'"]),
     ("a fraction above one", lambda p: ["selection.top_fraction=1.5"], ["1.5", "less than or equal to 1"]),
-    ("a similarity above one", lambda p: ["merge.threshold=2"], ["`merge.threshold` is 2", "less than or equal to 1"]),
+    (
+        "a similarity above one",
+        lambda p: ["merge.threshold=2"],
+        ["`merge.threshold` is '2'", "less than or equal to 1"],
+    ),
     ("cosines of unequal shapes", lambda p: ["merge.criterion=cosine"], ["criterion=cosine", "merge.scope=layers"]),
     ("readers' output sides", lambda p: ["merge.side=output"], ["merge.side=output", "give merge.scope=layers"]),
     ("two rules of selection", lambda p: ["selection.top_fraction=0.5", "selection.snr_threshold=1"], ["not both"]),

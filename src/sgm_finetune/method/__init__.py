@@ -33,16 +33,18 @@
         subspace: pairwise_retention, retention_of_pairs
         agreement: side_agreement, kind_agreement, probed_halves, pair_values, mean_of_pairs
     3.2 Who may share
-        build_plan: sort_by_kind, sort_by_activation, join_kinds, choose_side
+        build_plan: sort_by_kind, sort_by_activation, join_kinds, choose_side, choose_sharing
+        sides: sides_of
     3.3 Groups
         grouping: group_layers
         build_plan: find_groups
     4. Merged updates
         parameter_count: adapter_parameters, most_per_direction
+        pools: owners, first_codes
         low_rank: cut_update
     6. The step for a factor
         descent: polar_factor, inverse_root, inverse_roots, channel_profile, partner_metric, partner_floor
-        descent: descent_directions
+        descent: descent_directions, weighted_gram, largest_change, code_steps
 
 `plan` holds the data that sections 1 to 3 produce. Sections 5 and 8 change models: see `model` and `train/fast`.
 """

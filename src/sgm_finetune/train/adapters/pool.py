@@ -1,8 +1,8 @@
 """A rank pool: the layers of a group share both factors, and each weights their directions by codes of its own.
 
-ΔW_l = s·B·diag(c_l)·A (docs/method.md section 4). PEFT's layer of each member holds the shared lora_A, and a lora_B
-whose weight is the shared B times the member's codes, by `torch.nn.utils.parametrize`: to whatever reads or merges it,
-it is a plain LoRA layer.
+ΔW_l = s·B·diag(c_l)·A (docs/method.md section 4, eq. 15b). PEFT's layer of each member holds the shared lora_A, and a
+lora_B whose weight is the shared B times the member's codes, by `torch.nn.utils.parametrize`: to whatever reads or
+merges it, it is a plain LoRA layer.
 """
 
 from __future__ import annotations
