@@ -3,7 +3,7 @@
     python tests/costly_files.py [NAME ...]
 
 prints a row for each file: its size, the processor seconds and the memory above the start that reading it takes, and
-the outcome. tests/test_costly_files.py holds them to bounds.
+the outcome. SGM_RECORD=FILE appends the rows to FILE. tests/test_costly_files.py holds them to bounds.
 """
 
 from __future__ import annotations
@@ -262,6 +262,11 @@ def main(*chosen: str) -> None:
         found = cost(COSTLY[name])
         print(f"| {name} | {found.num_bytes / 1000:,.0f} kB | {found.seconds:.1f} s | {found.mib:,.0f} MiB | "
               f"{found.outcome[:150]} |", flush=True)  # fmt: skip
+        if file := os.environ.get("SGM_RECORD"):
+            row = {"date": time.strftime("%Y-%m-%d"), "file": name, **found._asdict()}
+            row |= {"seconds": round(found.seconds, 2), "mib": round(found.mib), "outcome": found.outcome[:150]}
+            with open(file, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

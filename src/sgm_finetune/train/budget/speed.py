@@ -12,6 +12,10 @@ import torch
 
 from sgm_finetune.base.device import has_gpu
 
+_REACHED_ON_CPU = 0.55
+"""Share of these rates that a run reaches on a CPU: predicted over measured time, the median of the 120 runs in
+benchmarks/results/memory.jsonl (docs/estimate.md)."""
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -19,11 +23,13 @@ class Speed:
 
     flops: float
     traffic: float
+    reached: float = 1.0
+    """Share of both rates that a whole step reaches."""
 
     def seconds(self, flops: int, traffic: int) -> float:
         """Seconds for `flops` operations of matrix products and `traffic` bytes read and written, one after the
         other."""
-        return flops / self.flops + traffic / self.traffic
+        return (flops / self.flops + traffic / self.traffic) / self.reached
 
 
 @cache
@@ -38,6 +44,7 @@ def measure_speed(width: int, dtype: torch.dtype) -> Speed:
     return Speed(
         flops=2 * 1024 * width * 2 * width / _least_seconds(lambda: x @ w.T),
         traffic=2 * block.numel() * block.element_size() / _least_seconds(lambda: block.clone()),
+        reached=1.0 if has_gpu() else _REACHED_ON_CPU,
     )
 
 
