@@ -225,8 +225,8 @@ def steps(model, lr=0.02, num=1):
 def test_spectral_descent_learns_a_pool():
     adapted, _ = pooled()
     before = float(adapted(**make_batches()[0]).loss.detach())
-    steps(adapted, num=60)
-    assert float(adapted(**make_batches()[0]).loss.detach()) < 0.5 * before
+    steps(adapted, num=30)
+    assert float(adapted(**make_batches()[0]).loss.detach()) < 0.7 * before
 
 
 def test_a_step_changes_no_layer_by_more_than_its_rate():
