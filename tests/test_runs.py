@@ -387,7 +387,7 @@ def test_interrupted_and_resumed_is_uninterrupted(number, status, settings, tmp_
 
 def test_two_processes_are_one(settings, tmp_path, command):
     """The same losses and parameters, also in the short batch at the end of the first epoch."""
-    settings = [*settings, "training.learning_rate=1e-3"]
+    settings = [*settings, "training.learning_rate=1e-3", "data.num_train=40", "training.max_steps=5"]
     (tmp_path / "empty.yaml").write_text("")
     two = tmp_path / "two"
     torchrun("src/finetune.py", "--config", str(tmp_path / "empty.yaml"), *settings, f"output.dir={two}")
@@ -698,7 +698,7 @@ def test_packed_examples_train_in_fewer_sequences_and_running_text_needs_none(se
     assert "running text is packed without it" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("task", ["sequence-classification", "causal-lm"])
+@pytest.mark.parametrize("task", [pytest.param("sequence-classification", marks=pytest.mark.slow), "causal-lm"])
 def test_the_fast_step_is_the_same_run(task, settings, tmp_path, command):
     settings = [*settings, "training.learning_rate=1e-3", f"model.task={task}"]
     if task == "causal-lm":
