@@ -69,16 +69,18 @@ def group_colour(number: int) -> str:
 def groups_figure(plan: Plan) -> Markup:
     """Draws layers x kinds: coloured by group, grey if trained alone, empty if not trained.
 
-    A bracket joins a group within a layer. A group of layers has a number.
+    A bracket joins a group within a layer. Groups of layers have numbers where a column has more than one.
     """
     numbers = group_numbers(plan)
     grid = grid_of(plan.matrices)
     brackets = _brackets(plan, grid)
+    of_kind = Counter(group.kind for group in plan.groups)
+    unnumbered = {*brackets, *(group.name for group in plan.groups if of_kind[group.kind] == 1)}
 
     def look(matrix: PlannedMatrix) -> tuple[str, str]:
         if matrix.group is not None:
             number = numbers[matrix.group]
-            return group_colour(number), "" if matrix.group in brackets else str(number)
+            return group_colour(number), "" if matrix.group in unnumbered else str(number)
         return (ALONE if matrix.selected else "none"), ""
 
     return _grid_figure(grid, "groups", "Which matrices share a factor", look, list(brackets.values()))
