@@ -487,13 +487,12 @@ def equal_codes(members: int, rank: int) -> torch.Tensor:
 
 def pool_method(
     name: str,
-    *overrides: str,
     share: float = 1.0,
     change: Change = as_planned,
     codes: Callable[[int, int], torch.Tensor] | None = None,
 ) -> list[Method]:
     """A rank pool of each kind (`merge.scope=pool`), trained by AdamW and by spectral descent."""
-    plain = sgm_method(f"{name}, AdamW", POOL_ADAMW, "merge.scope=pool", *overrides, share=share, change=change)
+    plain = sgm_method(f"{name}, AdamW", POOL_ADAMW, "merge.scope=pool", share=share, change=change)
     if codes is not None:
         plain = changed(plain, with_codes(codes))
     return [plain, descending(plain, name, POOL_SPECTRAL)]

@@ -174,11 +174,11 @@ INTRODUCTION = """# Results: adapters compared
 [benchmarks/results/quality.jsonl](../benchmarks/results/quality.jsonl); do not edit it by hand.
 
 Every method adapts all linear layers inside the blocks of the same base model (the controls of selection adapt half of
-them), on the same batches, for the same number of steps. We try three or four learning rates for each
-method with a separate seed, and more beyond the best one where that was the smallest or the largest (a star marks where
-this has not been done yet). We choose one by validation loss. Only then do we train other seeds and
-measure them on test data. The learning rate warms up over 6 % of the steps and then falls linearly to zero; gradients
-are clipped to norm 1; the optimizer is AdamW without weight decay unless the method's name says otherwise. The rank is
+them), on the same batches, for the same number of steps. We try three or four learning rates for each method with a
+separate seed, and more beyond the best one where that was the smallest or the largest (a star marks where this has not
+been done yet). We choose one by validation loss. Only then do we train other seeds and measure them on test data. The
+learning rate warms up over 6 % of the steps and then falls linearly to zero; gradients are clipped to norm 1; the
+optimizer is AdamW without weight decay unless the method's name says otherwise. The rank is
 the largest one whose trained adapter parameters stay within the task's budget, which is plain LoRA's; VeRA's rank is
 256, as its authors have it.
 

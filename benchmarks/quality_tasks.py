@@ -146,14 +146,16 @@ TASKS = {
                 "data.max_length=128", "data.num_validation=100", "data.test_fraction=0.25", "model.dtype=bfloat16",
             ),
         ),
+        Task(
+            name="facts", about="A made-up table of names and codes, to be remembered; the loss is on the code.",
+            model=SMOLLM2, kind="causal-lm", batch_size=16, num_steps=100, rank=1, write=facts,
+            overrides=(
+                "data.max_length=48", "data.validation_fraction=0.1", "data.test_fraction=0.2", "model.dtype=bfloat16",
+            ),
+        ),
     )
 }  # fmt: skip
 
-TASKS["facts"] = Task(
-    name="facts", about="A made-up table of names and codes, to be remembered; the loss is on the code.",
-    model=SMOLLM2, kind="causal-lm", batch_size=16, num_steps=100, rank=1, write=facts,
-    overrides=("data.max_length=48", "data.validation_fraction=0.1", "data.test_fraction=0.2", "model.dtype=bfloat16"),
-)  # fmt: skip
 DECODER = {"model": SMOLLM2, "kind": "causal-lm"}
 LONG = (
     replace(TASKS["arithmetic"], name="long-arithmetic", num_steps=300),

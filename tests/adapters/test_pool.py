@@ -10,9 +10,11 @@ import torch
 from conftest import make_batches, make_model, measured_numbers
 from peft import PeftModel, get_peft_model_state_dict
 
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.plan_summary import describe_plan, plan_remarks
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.method.build_plan import build_plan
+from sgm_finetune.method.descent import inverse_root, largest_change, pool_metric
 from sgm_finetune.method.parameter_count import adapter_parameters
 from sgm_finetune.method.plan import PlanSettings
 from sgm_finetune.method.pools import first_codes, owners
@@ -271,3 +273,23 @@ def test_the_directions_of_an_owner_are_those_of_its_own_gradient():
         rows = [leading_rows(half, 6) for half in loud[2 * at : 2 * at + 2]]
         expected = shared_basis(rows, len(mine))
         torch.testing.assert_close(plan.starts[group.name][:, mine], expected, msg=name)
+
+
+def test_codes_whose_gradient_is_not_finite_stop_the_step_before_anything_changes():
+    adapted, _ = pooled(away=True)
+    optimizer, before = create_optimizer(adapted, 0.02), updates(adapted)
+    adapted(**make_batches()[0]).loss.backward()
+    next(codes_of(layer.lora_B["default"]) for layer in lora_layers(adapted).values()).grad[0, 0] = float("nan")
+    with pytest.raises(UserError, match="A gradient is not finite"):
+        optimizer.step()
+    assert all(torch.equal(before[name], after) for name, after in updates(adapted).items())
+
+
+def test_the_metric_of_a_pool_is_the_mean_over_its_members():
+    gram, codes = torch.randn(4, 4), torch.randn(3, 4)
+    gram = gram @ gram.T
+    parts = torch.stack([torch.diag(c) @ gram @ torch.diag(c) for c in codes])
+    torch.testing.assert_close(pool_metric(gram, codes), parts.mean(0))
+    root = inverse_root(parts.mean(0))
+    expected = torch.linalg.matrix_norm(root @ parts @ root, 2).max().sqrt()
+    torch.testing.assert_close(largest_change(root, gram, codes, iterations=100).squeeze(), expected, rtol=1e-3, atol=0)

@@ -81,6 +81,8 @@ def _parse_size(value: Any) -> Any:
 
 
 _MOST_PARAMETERS = 10**12
+LARGEST_RANK = 4096
+"""The largest `adapter.rank`."""
 
 
 def _parse_count(value: Any) -> Any:
@@ -341,7 +343,7 @@ class MergeConfig(_Section):
 
 
 class AdapterConfig(_Section):
-    rank: Whole = Field(default=16, ge=1, le=4096)
+    rank: Whole = Field(default=16, ge=1, le=LARGEST_RANK)
     """Rank of every LoRA update."""
     alpha: Real = Field(default=32, gt=0)
     """Scale of the update: it is multiplied by alpha / rank."""

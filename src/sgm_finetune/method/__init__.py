@@ -44,7 +44,7 @@
         low_rank: cut_update
     6. The step for a factor
         descent: polar_factor, inverse_root, inverse_roots, channel_profile, partner_metric, partner_floor
-        descent: descent_directions, weighted_gram, largest_change, code_steps
+        descent: descent_directions, pool_metric, largest_change, code_steps
 
 `plan` holds the data that sections 1 to 3 produce. Sections 5 and 8 change models: see `model` and `train/fast`.
 """

@@ -46,8 +46,7 @@ def build_plan(
 
     With scope "activation", matrices that read the same activations may share their input side. With scope "layers",
     matrices of one kind and shape may share the side that the kind has in common; with scope "pool", both sides. Stacks
-    of experts share nothing. A
-    matrix without a group starts its lora_A at its own basis.
+    of experts share nothing. A matrix without a group starts its lora_A at its own basis.
     Without probe numbers (`halves` is None), or with side "none", there are no groups and no starts: a plain LoRA plan.
     """
     chosen = set(select_matrices(matrices, settings))
@@ -236,13 +235,14 @@ class Candidates:
     agreements: Sequence[SideAgreement]
     """Of each of these sides, the input side first."""
 
-    def kept_shared(self, indices: Sequence[int]) -> list[float]:
-        """What one basis for all of `indices` keeps of each (`SideAgreement.kept_shared`), on its worse side."""
-        return np.min([one.kept_shared(indices) for one in self.agreements], axis=0).tolist()
+    def kept_shared(self, indices: Sequence[int]) -> list[list[float]]:
+        """For each side: what one basis for all of `indices` keeps of each (`SideAgreement.kept_shared`)."""
+        return [one.kept_shared(indices) for one in self.agreements]
 
-    def joint_retention(self, indices: Sequence[int]) -> float:
-        """The smallest share that one basis keeps of a member, over what the member's own basis keeps."""
-        return min(min(one.relative_to_own(one.kept_shared(indices), indices)) for one in self.agreements)
+    def joint_retention(self, kept: Sequence[Sequence[float]], indices: Sequence[int]) -> float:
+        """The smallest share in `kept`, of `kept_shared`, over what the member's own basis keeps."""
+        relative = [one.relative_to_own(k, indices) for one, k in zip(self.agreements, kept, strict=True)]
+        return min(map(min, relative))
 
 
 def find_groups(
@@ -262,7 +262,7 @@ def find_groups(
     def accept(indices: list[int]) -> bool:
         if settings.criterion != "subspace":
             return True
-        return candidates.joint_retention(indices) >= settings.threshold
+        return candidates.joint_retention(candidates.kept_shared(indices), indices) >= settings.threshold
 
     found = []
     for indices in group_layers(similarity, threshold, snr_db, tolerance, settings.max_group_size, accept):
@@ -274,12 +274,12 @@ def find_groups(
                 side=candidates.side,
                 members=tuple(members[i].name for i in indices),
                 similarity=min(float(similarity[pair]) for pair in combinations(indices, 2)),
-                joint_retention=candidates.joint_retention(indices),
+                joint_retention=candidates.joint_retention(kept, indices),
                 snr_spread_db=max(levels) - min(levels),
             )
             on_input = candidates.agreements[0]
             start = on_input.pool_start(indices) if candidates.side == "both" else on_input.start(indices)
-            found.append(FoundGroup(group, kept, start))
+            found.append(FoundGroup(group, np.min(kept, axis=0).tolist(), start))
     return found
 
 

@@ -79,30 +79,31 @@ def partner_metric(partner_gram: Tensor, floor: Tensor | float) -> Tensor:
     return partner_gram + floor * eye
 
 
-def weighted_gram(gram: Tensor, codes: Tensor | None) -> Tensor:
-    """diag(c)·BᵀB·diag(c) (eq. 17c), or the same of A·Aᵀ, for a member of a pool with `codes` c (1 x r); else `gram`.
+def pool_metric(gram: Tensor, codes: Tensor) -> Tensor:
+    """The mean over the members of a pool of diag(c)·BᵀB·diag(c) (eq. 17c), or of the same of A·Aᵀ.
 
-    >>> weighted_gram(torch.ones(2, 2), torch.tensor([[1.0, -3.0]])).tolist()
+    `gram` (..., r, r) is BᵀB and `codes` (..., members, r) are the members' c.
+
+    >>> pool_metric(torch.ones(2, 2), torch.tensor([[1.0, -3.0]])).tolist()
     [[1.0, -3.0], [-3.0, 9.0]]
     """
-    return gram if codes is None else gram * (codes.mT * codes).to(gram.dtype)
+    return gram * (codes.mT @ codes) / codes.shape[-2]
 
 
-def largest_change(root: Tensor, grams: Tensor, iterations: int = 12) -> Tensor:
-    """The largest ‖P·S⁻¹‖₂ of the members of a pool (n x 1 x experts x 1), and at least 1.
+def largest_change(root: Tensor, gram: Tensor, codes: Tensor, iterations: int = 12) -> Tensor:
+    """The largest ‖B·diag(c)·S⁻¹‖₂ of the members of a pool (..., 1, 1), and at least 1.
 
-    `root` is S⁻¹ (n x experts x r x r) of the mean metric and `grams` (n x members x experts x r x r) are the members'
-    PᵀP. Members with few directions in common have a mean metric in which a unit step changes each of them by more
-    than one unit; a step over this number changes none of them by more. Power iteration on all members at once.
+    `root` is S⁻¹ (..., r, r) of the `pool_metric` of `gram` and `codes`. Members with few directions in common have a
+    mean metric in which a unit step changes each of them by more than one unit; a step over this number changes none of
+    them by more. Power iteration on all members at once.
     """
-    root = root.unsqueeze(1)
-    vectors = torch.ones_like(grams[..., :1])
-    sizes = torch.ones_like(vectors[..., :1, :])
+    vectors = torch.ones_like(codes)
+    sizes = torch.ones_like(codes[..., :1])
     for _ in range(iterations):
-        vectors = root @ (grams @ (root @ vectors))
-        sizes = torch.linalg.vector_norm(vectors, dim=-2, keepdim=True)
+        vectors = (codes * ((codes * (vectors @ root)) @ gram)) @ root
+        sizes = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
         vectors = vectors / sizes.clamp_min(torch.finfo(sizes.dtype).tiny)
-    return sizes.sqrt().amax(dim=1).clamp_min(1.0)
+    return sizes.sqrt().amax(dim=-2, keepdim=True).clamp_min(1.0)
 
 
 def code_steps(momentum: Tensor, loudness: Tensor, floor: Tensor, step: float) -> Tensor:

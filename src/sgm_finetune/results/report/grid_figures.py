@@ -23,7 +23,7 @@ from sgm_finetune.results.report.svg import ALONE, HEAT_COLOURS, INK, LINE, canv
 GROUP_COLOURS = (
     "#4477aa", "#ee7733", "#228833", "#aa3377", "#ccbb44", "#33a8c7", "#cc3311", "#8866cc", "#997755", "#009988",
 )  # fmt: skip
-"""Colours of the groups of one column or row, in turn. Each cell also shows the number of its group."""
+"""Colours of the groups of one column or row, in turn. Where there are several, a cell shows its number too."""
 
 Matrix = TypeVar("Matrix", PlannedMatrix, MatrixScan)
 

@@ -22,7 +22,7 @@ from sgm_finetune.method.descent import (
     largest_change,
     partner_floor,
     partner_metric,
-    weighted_gram,
+    pool_metric,
 )
 from sgm_finetune.train.adapters.apply import ADAPTER, lora_layers, num_experts
 from sgm_finetune.train.adapters.pool import codes_of, shared_b
@@ -129,28 +129,29 @@ class FactorDescent(torch.optim.Optimizer):
             if factor.grad is not None and factor in self.members:
                 buckets.setdefault(self._bucket(factor), []).append(factor)
         # checked before anything changes, and only once: on a GPU each check waits for all the work queued before it
-        norm = nn.utils.get_total_norm([f.grad for factors in buckets.values() for f in factors])  # type: ignore[misc]
+        norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
         if not torch.isfinite(norm):
             raise UserError("A gradient is not finite; try a smaller training.learning_rate or model.dtype=float32")
         grams = self._gram_matrices()
-        metrics, partners = [], []
+        metrics, pools = [], {}
         for bucket, factors in buckets.items():
             own = torch.stack([grams[f] for f in factors])
             floor = partner_floor(_mean_square(own), group["lr"] * bucket.unit, self.trust)
-            partners.append(self._partner_grams(factors, grams))
-            metrics.append(partner_metric(partners[-1].mean(1), floor))
+            if bucket.pooled:
+                pools[bucket] = self._partner_and_codes(factors, grams)
+                gram = pool_metric(*pools[bucket])
+            else:
+                gram = self._partner_gram(factors, grams)
+            metrics.append(partner_metric(gram, floor))
         roots = inverse_roots(metrics)
-        peaks = [
-            largest_change(root, grams) if bucket.pooled else None
-            for bucket, root, grams in zip(buckets, roots, partners, strict=True)
-        ]
+        peaks = {b: largest_change(root, *pools[b]) for b, root in zip(buckets, roots, strict=True) if b.pooled}
         codes = self._code_steps(group, grams)
         directions = descent_directions(self._step_inputs(buckets, roots, group["momentum"]))
         # all directions are computed before any factor changes, so A and B step from the same point
-        for (bucket, factors), steps, peak in zip(buckets.items(), directions, peaks, strict=True):
+        for (bucket, factors), steps in zip(buckets.items(), directions, strict=True):
             steps *= group["lr"] * bucket.unit
-            if peak is not None:
-                steps /= peak
+            if bucket.pooled:
+                steps /= peaks[bucket]
             if group["weight_decay"]:
                 torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])  # type: ignore
             torch._foreach_sub_(factors, [pack_factor(bucket.side, step) for step in steps.unbind()])  # type: ignore
@@ -238,18 +239,23 @@ class FactorDescent(torch.optim.Optimizer):
             grams.update(zip(factors, (rows @ rows.mT).unbind(), strict=True))
         return grams
 
-    def _partner_grams(self, factors: list[nn.Parameter], grams: dict[nn.Parameter, Tensor]) -> Tensor:
-        """Gram matrices of each factor's partners (n x members x experts x r x r), each in its own layer's unit."""
+    def _partner_and_codes(
+        self, factors: list[nn.Parameter], grams: dict[nn.Parameter, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Of pools: the Gram matrix of the other factor (n x 1 x r x r), and the codes (n x 1 x members x r)."""
         members = [self.members[f] for f in factors]
-        partners = [
-            weighted_gram(grams[pair.b if side == "a" else pair.a], pair.codes)
-            for side, pairs in members
-            for pair in pairs
-        ]
+        others = [grams[pairs[0].b if side == "a" else pairs[0].a] for side, pairs in members]
+        codes = [torch.cat([pair.codes for pair in pairs]) for _, pairs in members]  # type: ignore[misc]  # in pools
+        return torch.stack(others), torch.stack(codes).float().unsqueeze(1)
+
+    def _partner_gram(self, factors: list[nn.Parameter], grams: dict[nn.Parameter, Tensor]) -> Tensor:
+        """Mean Gram matrix of each factor's partners (n x experts x r x r), each partner in its own layer's unit."""
+        members = [self.members[f] for f in factors]
+        partners = [grams[pair.b if side == "a" else pair.a] for side, pairs in members for pair in pairs]
         gram = torch.stack(partners).unflatten(0, (len(factors), -1))
         if gram.shape[1] > 1:
             gram = gram * self._member_weights(factors, gram.device)
-        return gram
+        return gram.mean(1)
 
     def _member_weights(self, factors: list[nn.Parameter], device: torch.device) -> Tensor:
         """How much the change of each member counts, (n, members, 1, 1, 1). Cached, because making it blocks a GPU."""

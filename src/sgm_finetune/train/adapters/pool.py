@@ -33,14 +33,13 @@ class Codes(nn.Module):
 def make_pool(layers: Sequence[Any], codes: Tensor) -> None:
     """Makes LoRA layers of equal shape the members of one pool; `codes` (members x r) are theirs.
 
-    The factors of the first are shared. May be called again for the members of one pool: their codes stay.
+    The factors of the first are shared.
     """
     first = layers[0]
     for layer, own in zip(layers, codes.split(1), strict=True):
         layer.lora_A[ADAPTER].weight = first.lora_A[ADAPTER].weight
         b = layer.lora_B[ADAPTER]
-        if codes_of(b) is None:
-            parametrize.register_parametrization(b, "weight", Codes(own.to(b.weight)), unsafe=True)
+        parametrize.register_parametrization(b, "weight", Codes(own.to(b.weight)), unsafe=True)
         b.parametrizations.weight.original = first.lora_B[ADAPTER].parametrizations.weight.original
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from sgm_finetune.base.config import Config
+from sgm_finetune.method.build_plan import sort_by_kind
 from sgm_finetune.method.plan import Group, MatrixNumbers, Plan, PlannedMatrix, PlanSettings
 from sgm_finetune.method.selection import select_matrices
 from sgm_finetune.model.matrices import Matrix
@@ -20,18 +21,18 @@ def assume_plan(config: Config, matrices: Mapping[str, Matrix], find_readers: Ca
     `merge.scope=pool`, those of one kind and shape make one pool.
     """
     settings = assumed_settings(config)
-    selected = set(select_matrices(unmeasured(matrices), settings))
+    alike = unmeasured(matrices)
+    selected = set(select_matrices(alike, settings))
     planned = tuple(
         PlannedMatrix(n, kind_of(n), layer_of(n), m.shape, n in selected, num_experts=m.num_experts)
         for n, m in matrices.items()
     )
     groups: list[Group] = []
     if config.merge.side != "none" and config.merge.scope == "pool":
-        kinds: dict[tuple[str, tuple[int, int]], list[str]] = {}
-        for one in planned:
-            if one.selected and one.num_experts is None:
-                kinds.setdefault((one.kind, one.shape), []).append(one.name)
-        groups += [Group(m[0], kind_of(m[0]), "both", tuple(m), "random") for m in kinds.values() if len(m) > 1]
+        poolable = [one for one in alike if one.name in selected and one.num_experts is None]
+        for kind, members in sort_by_kind(poolable).items():
+            if len(members) > 1:
+                groups.append(Group(members[0].name, kind, "both", tuple(one.name for one in members), "random"))
     if config.merge.side != "none" and config.merge.scope == "activation":
         shareable = {name for name in selected if matrices[name].num_experts is None}
         for readers in find_readers():

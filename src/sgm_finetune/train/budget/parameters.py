@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sgm_finetune.base.config import Config
+from sgm_finetune.base.config import LARGEST_RANK, Config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.make_plan import makes_whole_pools
 from sgm_finetune.method.parameter_count import most_per_direction
 from sgm_finetune.model.matrices import Matrix
 from sgm_finetune.train.budget.assumed_plan import assumed_settings, unmeasured
 from sgm_finetune.train.budget.reuse import with_rank
-
-LARGEST_RANK = 4096
-"""The largest `adapter.rank`."""
 
 
 def fit_parameters(config: Config, matrices: Mapping[str, Matrix]) -> tuple[Config, str]:
