@@ -34,9 +34,9 @@ test: $(VENV)/installed-test
 test-all: $(VENV)/installed-all
 	$(BIN)/python -m pytest -m "not gpu and not network"
 
-# -W: the oldest versions use what newer packages below them call deprecated
+# -W: the oldest versions use what newer packages below them call deprecated, and leave files to be closed by Python
 test-oldest: $(VENV)-oldest/installed
-	$(VENV)-oldest/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning -W ignore::FutureWarning
+	$(VENV)-oldest/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning -W ignore::FutureWarning -W ignore::ResourceWarning $(ARGS)
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff format --check .

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from quality_tasks import TASKS, TUNING_SEED
 
 if TYPE_CHECKING:
-    from quality_methods import Method
+    from quality_adapt import Method
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,41 +1,22 @@
-"""The methods of benchmarks/quality.py: how each adapts a base model, and which optimizer steps it takes.
-
-Every method adapts all linear layers inside the model's blocks unless its name says otherwise. A method's rank (or the
-number that sets its size) is the largest one whose trained adapter parameters stay within the task's budget: plain
-LoRA's at the task's rank. "Equal bytes" counts trained parameters and optimizer states together instead.
-"""
+"""Our methods and their controls in benchmarks/quality.py, and METHODS, all that it knows (quality_rivals.py)."""
 
 from __future__ import annotations
 
 import os
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from peft import (
-    HiraConfig,
-    LilyConfig,
-    LoraConfig,
-    LoraGAConfig,
-    MissConfig,
-    PeftConfig,
-    PsoftConfig,
-    RandLoraConfig,
-    VBLoRAConfig,
-    VeraConfig,
-    get_peft_model,
-)
-from peft.tuners.lora.loraga import preprocess_loraga
+from quality_adapt import ADAMW, LORA, Adapted, Base, Method, Rates, adamw, lora, peft_method
+from quality_rivals import RIVALS
 from torch import nn
 
-from sgm_finetune.base.config import DEFAULT_RATES, Config
-from sgm_finetune.base.config_file import parse_config, set_overrides
-from sgm_finetune.base.console import Clock, StepLog
+from sgm_finetune.base.config import DEFAULT_RATES
+from sgm_finetune.base.console import Clock
 from sgm_finetune.base.device import has_gpu
-from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.measure.probe_batches import probe_batches
@@ -52,191 +33,15 @@ from sgm_finetune.method.subspace import (
     shared_basis,
     spectral_basis,
 )
-from sgm_finetune.model.matrices import adaptable
-from sgm_finetune.train.adapters.apply import apply_plan, lora_layers, task_type
+from sgm_finetune.train.adapters.apply import apply_plan, lora_layers
 from sgm_finetune.train.adapters.optimizer import FactorDescent, factor_pairs
 from sgm_finetune.train.adapters.pool import ADAPTER, codes_of
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.attention import recompute_attention
-from sgm_finetune.train.fast.head_loss import HeadLoss, find_head_loss
+from sgm_finetune.train.fast.head_loss import find_head_loss
 
 MEASUREMENTS = "SGM_QUALITY_MEASUREMENTS"
 """Environment variable: the folder in which the runs of one benchmark share their measurements."""
-
-Rates = tuple[float, ...]
-Optimizers = Callable[[float], list[torch.optim.Optimizer]]
-
-
-@dataclass(frozen=True)
-class Base:
-    """The base model and the data that every method starts from."""
-
-    name: str
-    """Name of the task."""
-    config: Config
-    prepared: PreparedData
-    model: nn.Module
-    log: StepLog
-    budget: int
-    """Largest number of trained adapter parameters."""
-    seed: int
-
-    def with_overrides(self, *overrides: str) -> Config:
-        values = self.config.model_dump(mode="json")
-        return parse_config(values, "quality.py", set_overrides(values, list(overrides), "quality.py"))
-
-
-@dataclass(frozen=True)
-class Adapted:
-    model: nn.Module
-    optimizers: Optimizers
-    """Learning rate -> optimizers of the adapter's parameters."""
-    rank: int | None
-    seconds: float = 0.0
-    """Time of the measurements before the first step."""
-    energy_retained: float | None = None
-    """`energy_retained` of the plan; None for a method without one."""
-    head_loss: HeadLoss | None = None
-    """Computes the loss in parts; None when the method uses the model's logits."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """One method, and the learning rates that validation chooses from."""
-
-    name: str
-    rates: Rates
-    adapt: Callable[[Base], Adapted]
-    default: float | None = None
-    """The rate that users get without tuning; it is measured on test data even if it is not the best."""
-
-
-def budget_of(model: nn.Module, rank: int) -> int:
-    """Number of parameters of plain LoRA on every linear layer."""
-    return sum(rank * sum(matrix.shape) for matrix in adaptable(model).values())
-
-
-def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of a new classification head; every method trains it whole and no budget counts it."""
-    mark = "modules_to_save" if hasattr(model, "peft_config") else "classifier."
-    return [p for name, p in model.named_parameters() if p.requires_grad and mark in name]
-
-
-def adapter_only(model: nn.Module) -> list[nn.Parameter]:
-    heads = {id(p) for p in head_parameters(model)}
-    return [p for p in model.parameters() if p.requires_grad and id(p) not in heads]
-
-
-# Other methods, from PEFT
-
-
-def peft_method(
-    name: str,
-    rates: Rates,
-    settings: Callable[[int, list[str]], PeftConfig],
-    fixed: int | None = None,
-    falling: bool = False,
-    prepare: Callable[[Base, PeftConfig], None] | None = None,
-    choose: Callable[[Base], list[str]] = lambda base: list(adaptable(base.model)),
-    share: float = 1.0,
-) -> Method:
-    """A method of PEFT, from its configuration `settings(rank, layers)`.
-
-    The rank is fitted to `share` of the budget unless it is `fixed`; `falling`: a larger rank trains fewer parameters.
-    """
-
-    def adapt(base: Base) -> Adapted:
-        layers = choose(base)
-        rank = fixed or fitted_rank(
-            lambda r: shape_count(base.model, settings(r, layers)), share * base.budget, falling
-        )
-        chosen = settings(rank, layers)
-        chosen.task_type = task_type(base.model)
-        if prepare is not None:
-            prepare(base, chosen)
-        model = get_peft_model(base.model, chosen)  # type: ignore[arg-type]
-        return Adapted(model, adamw(model), rank)
-
-    return Method(name, rates, adapt)
-
-
-def adamw(model: nn.Module) -> Optimizers:
-    return lambda rate: [torch.optim.AdamW(adapter_only(model), lr=rate, weight_decay=0.0)]
-
-
-def shape_count(model: nn.Module, settings: PeftConfig) -> int:
-    """Number of adapter parameters that a configuration trains, counted on a copy of the layers without weights."""
-    with torch.device("meta"):
-        skeleton = nn.ModuleDict()
-        for name, matrix in adaptable(model).items():
-            rows, cols = matrix.shape
-            place = skeleton
-            *parents, leaf = name.split(".")
-            for parent in parents:
-                if parent not in place:
-                    place[parent] = nn.ModuleDict()
-                place = place[parent]  # type: ignore[assignment]
-            place[leaf] = nn.Linear(cols, rows, bias=matrix.module.bias is not None)
-        adapted = get_peft_model(skeleton, settings)  # type: ignore[arg-type]
-    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-
-
-def fitted_rank(count: Callable[[int], int], budget: float, falling: bool = False) -> int:
-    """The rank whose count is nearest to the budget from below; counts rise with the rank, or fall if `falling`."""
-
-    def fits(rank: int) -> bool:
-        return (count(rank) <= budget) is not falling
-
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return high if falling else low
-
-
-def lora(rank: int, layers: list[str], **changes) -> LoraConfig:
-    return LoraConfig(**{"r": rank, "lora_alpha": 2 * rank, "target_modules": layers, **changes})
-
-
-def lora_ga_gradient(base: Base, settings: PeftConfig) -> None:
-    """Prepares LoRA-GA with the gradients of the batches that the probe reads."""
-
-    def backward() -> None:
-        for batch in probe_batches(base.config, base.prepared):
-            base.model(**batch).loss.backward()
-
-    preprocess_loraga(base.model, settings, backward)  # type: ignore[arg-type]
-
-
-def plus(method: Method, name: str, rates: Rates, ratio: float = 16.0) -> Method:
-    """LoRA+: the learning rate of lora_B is `ratio` times that of lora_A (2⁴ in its paper)."""
-
-    def adapt(base: Base) -> Adapted:
-        made = method.adapt(base)
-        named = [(n, p) for n, p in made.model.named_parameters() if p.requires_grad]
-        first = [p for n, p in named if "lora_A" in n]
-        second = [p for n, p in named if "lora_B" in n]
-
-        def optimizers(rate: float) -> list[torch.optim.Optimizer]:
-            groups = [{"params": first, "lr": rate}, {"params": second, "lr": ratio * rate}]
-            return [torch.optim.AdamW(groups, weight_decay=0.0)]
-
-        return replace(made, optimizers=optimizers)
-
-    return Method(name, rates, adapt)
-
-
-def all_weights(base: Base) -> Adapted:
-    base.model.requires_grad_(True)
-    return Adapted(base.model, adamw(base.model), None)
-
-
-def untouched(base: Base) -> Adapted:
-    base.model.requires_grad_(False)
-    return Adapted(base.model, lambda rate: [], None)
-
 
 # Our methods
 
@@ -552,49 +357,19 @@ def at_random(matrices: list[PlannedMatrix], seed: int) -> list[PlannedMatrix]:
     return random.Random(f"{seed} {kind}").sample(matrices, len(matrices))
 
 
-ADAMW: Rates = (5e-4, 1.5e-3, 4e-3)
 SPECTRAL: Rates = (6e-3, 1.25e-2, 2.5e-2)
-LOW: Rates = (1e-4, 3e-4, 1e-3)
 POOL_ADAMW: Rates = (5e-3, 1e-2, 2e-2)
 POOL_SPECTRAL: Rates = (2.5e-2, 5e-2, 0.1)
 
 ACROSS = "merge.scope=layers"
 THRESHOLDS = (-1.0, 0.8, 0.85, 0.9, 0.95, 1.0)
 
-LORA = peft_method("LoRA", ADAMW, lora)
 SGM = sgm_method("SGM, AdamW", ADAMW)
 ACROSS_LAYERS = sgm_method("SGM, across layers, AdamW", ADAMW, ACROSS)
 METHODS = {
     method.name: method
     for method in (
-        Method("untouched", (0.0,), untouched),
-        Method("all weights", (1e-5, 3e-5, 1e-4), all_weights),
-        LORA,
-        peft_method("rsLoRA", (2e-4, 6e-4, 1.5e-3), lambda r, t: lora(r, t, use_rslora=True, lora_alpha=16)),
-        plus(LORA, "LoRA+", (5e-5, 1.5e-4, 5e-4)),
-        peft_method("DoRA", ADAMW, lambda r, t: lora(r, t, use_dora=True)),
-        peft_method("PiSSA", LOW, lambda r, t: lora(r, t, lora_alpha=r, init_lora_weights="pissa_niter_16")),
-        peft_method(
-            "LoRA-GA", LOW,
-            lambda r, t: lora(r, t, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()),
-            prepare=lora_ga_gradient,
-        ),
-        peft_method("VeRA", (5e-3, 1.5e-2, 4e-2, 0.1), lambda r, t: VeraConfig(r=r, target_modules=t), fixed=256),
-        peft_method(
-            "Lily", (5e-4, 1.5e-3, 4e-3),
-            lambda r, t: LilyConfig(r=r, target_modules=t, stride_A=3, num_B=3, scaling=2.0),
-        ),
-        peft_method(
-            "RandLoRA", (5e-4, 1.5e-3, 4e-3),
-            lambda r, t: RandLoraConfig(r=r, randlora_alpha=20 * r, target_modules=t), falling=True,
-        ),
-        peft_method("MiSS", (1e-4, 3e-4, 6e-4, 1.2e-3), lambda r, t: MissConfig(r=r, target_modules=t)),
-        peft_method("HiRA", (1.5e-3, 5e-3, 1.5e-2), lambda r, t: HiraConfig(r=r, target_modules=t)),
-        peft_method("PSOFT", (5e-4, 1.5e-3, 5e-3), lambda r, t: PsoftConfig(r=r, psoft_alpha=r, target_modules=t)),
-        peft_method(
-            "VB-LoRA", (1.5e-3, 5e-3, 1.5e-2),
-            lambda r, t: VBLoRAConfig(r=r, num_vectors=256, vector_length=192, target_modules=t),
-        ),
+        *RIVALS,
         SGM,
         descending(SGM, "SGM", SPECTRAL),
         fast(descending(SGM, "", SPECTRAL), "SGM, fast step"),

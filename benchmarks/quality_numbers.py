@@ -6,7 +6,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from quality_methods import Method
+from quality_adapt import Method
 
 
 @dataclass(frozen=True)

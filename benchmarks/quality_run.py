@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from quality_methods import METHODS, Adapted, Base, adapter_only, budget_of, head_parameters
+from quality_adapt import Adapted, Base, adapter_only, budget_of, head_parameters
+from quality_methods import METHODS
 from quality_tasks import TASKS, TUNING_SEED, Task
 from recording import processor
 from rich.console import Console

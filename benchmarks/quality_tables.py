@@ -11,7 +11,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from quality_methods import THRESHOLDS, Method
+from quality_adapt import Method
+from quality_methods import THRESHOLDS
 from quality_numbers import Finished, at_default_rates, best_rate, finished_runs, standard_error, validation_losses
 from quality_pictures import picture, readme_pictures, threshold_picture
 from record_runs import whole_runs_table

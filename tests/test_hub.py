@@ -103,7 +103,7 @@ def run(arguments: list[str], **environment: str) -> tuple[int, list[str], list[
 
 def test_a_model_behind_a_licence_is_one_line(gated_hub, tmp_path):
     status, out, err = run(["scan", "owner/name"], HF_ENDPOINT=gated_hub, HF_HOME=str(tmp_path))
-    assert (status, out) == (2, [])
+    assert (status, "".join(out)) == (2, "")  # older versions of the hub's client print an empty line
     assert err == [
         "owner/name is not a local folder and cannot be downloaded from the hub: it is behind a licence; accept that "
         f"on {gated_hub}/owner/name, then run `hf auth login`"

@@ -78,14 +78,22 @@ def test_differences_are_taken_at_equal_seeds(benchmark):
 
 @pytest.mark.parametrize(("falling", "expected"), [(False, 7), (True, 8)])
 def test_the_fitted_rank_is_the_nearest_within_the_budget(benchmark, falling, expected):
-    _, methods, _, _ = benchmark
+    import quality_adapt
+
     count = (lambda rank: 3000 // rank) if falling else (lambda rank: 100 * rank)
     budget = 399 if falling else 799
-    assert methods.fitted_rank(count, budget, falling) == expected
+    assert quality_adapt.fitted_rank(count, budget, falling) == expected
     assert count(expected) <= budget
 
 
-UNFITTED = ("untouched", "all weights", "VeRA")
+def test_a_size_that_cannot_reach_the_budget_is_an_error(benchmark):
+    import quality_adapt
+
+    with pytest.raises(ValueError, match="no rank comes near the budget of 799"):
+        quality_adapt.fitted_rank(lambda rank: min(rank, 700), 799)
+
+
+UNFITTED = ("untouched", "all weights", "VeRA", "IA3")
 """Methods whose size no budget sets; so are those whose names tell another size."""
 OTHER_SIZES = ("threshold", "equal bytes", "four times the rank")
 
