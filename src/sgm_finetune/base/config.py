@@ -81,6 +81,7 @@ def _parse_size(value: Any) -> Any:
 
 
 _MOST_PARAMETERS = 10**12
+_LARGEST_RATE = 10
 LARGEST_RANK = 4096
 """The largest `adapter.rank`."""
 
@@ -102,6 +103,23 @@ def _parse_count(value: Any) -> Any:
     if not 1 <= count <= _MOST_PARAMETERS or not math.isclose(number, count, rel_tol=1e-12):
         raise ValueError("write a whole number from 1 to 1e12, such as 300k, 1.5M or 300000")
     return count
+
+
+def _parse_rate(value: Any) -> Any:
+    """Returns a learning rate as a number, and `auto` as it is. Raises ValueError for everything else.
+
+    >>> _parse_rate("2e-5"), _parse_rate("auto")
+    (2e-05, 'auto')
+    """
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    try:
+        rate = float(_parse_number(value))
+    except (ValueError, TypeError, OverflowError):
+        rate = math.nan
+    if not 0 < rate <= _LARGEST_RATE:
+        raise ValueError(f"write a number above 0 and up to {_LARGEST_RATE}, such as 0.0125, or auto")
+    return rate
 
 
 def _parse_list(value: Any) -> Any:
@@ -169,6 +187,11 @@ Count = Annotated[
             ]
         }
     ),
+]
+Rate = Annotated[
+    float | Literal["auto"],
+    BeforeValidator(_parse_rate),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": _LARGEST_RATE}, {"const": "auto"}]}),
 ]
 Text = Annotated[str, BeforeValidator(_parse_text)]
 PathText = Annotated[str, BeforeValidator(_parse_path)]
@@ -383,9 +406,10 @@ class TrainingConfig(_Section):
     about half of AdamW's state; AdamW at 1e-3 then trains a new classification head. adamw: AdamW for every parameter.
     adamw_8bit: AdamW with a quarter of the state, by bitsandbytes. paged_adamw_8bit: the same, and the state moves to
     host memory when it does not fit in GPU memory."""
-    learning_rate: Real | None = Field(default=None, gt=0, le=10)
+    learning_rate: Rate | None = None
     """Peak learning rate. spectral: the RMS-to-RMS norm of the change that one step makes to a weight matrix, for every
-    rank and model (null: 0.0125). adamw: AdamW's learning rate (null: 1e-3)."""
+    rank and model (null: 0.0125). adamw: AdamW's learning rate (null: 1e-3). auto: short trials choose it before the
+    training, by their loss on training examples that they leave out (docs/method.md 6.1)."""
     warmup_fraction: Real = Field(default=0.06, ge=0, lt=1)
     """Fraction of the steps in which the learning rate rises linearly. It then falls linearly to zero."""
     weight_decay: Real = Field(default=0.0, ge=0, lt=1)
@@ -407,8 +431,8 @@ class TrainingConfig(_Section):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate: `learning_rate`, or the optimizer's default when it is null."""
-        return DEFAULT_RATES[self.optimizer] if self.learning_rate is None else self.learning_rate
+        """The learning rate: `learning_rate`, or the optimizer's default when it is null or still to be chosen."""
+        return DEFAULT_RATES[self.optimizer] if self.learning_rate in (None, "auto") else self.learning_rate
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:

@@ -16,7 +16,7 @@ from sgm_finetune.base.errors import Interrupted
 from sgm_finetune.base.files import write_json, write_text
 from sgm_finetune.base.memory import peak_memory, release_memory
 from sgm_finetune.base.processes import processes
-from sgm_finetune.base.text import gib
+from sgm_finetune.base.text import about, gib
 from sgm_finetune.commands.session import Session, open_session
 from sgm_finetune.commands.steps import (
     TEST_LOSS,
@@ -51,10 +51,13 @@ from sgm_finetune.results.verdict import improved, shortfall
 from sgm_finetune.train.adapters.apply import check_plan, check_starts
 from sgm_finetune.train.arguments import training_arguments
 from sgm_finetune.train.base_model import Base
+from sgm_finetune.train.budget.reuse import replaced
 from sgm_finetune.train.callbacks import Pace
 from sgm_finetune.train.checkpoints import discard_after
 from sgm_finetune.train.launch import gather_factors
+from sgm_finetune.train.rate_trials import try_rates
 from sgm_finetune.train.trainer import Trained, TrainingJob, train
+from sgm_finetune.train.trial_size import FEWEST, MOST, TrialSize, trial_size
 
 _STEPS = ("scan", "probe", "train", "evaluate")
 
@@ -71,6 +74,7 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
         base = load_base(s, will_train=True)  # the frozen model
         start = measure_start(s, base, scanned)  # the test before, the probe, the plan
         adapted = apply(s, base, start.plan)  # a PEFT model whose groups share one factor
+        start = choose_rate(s, base, adapted, start)  # by trials, if the configuration asks for them
         arguments = trainer_arguments(s)  # not before: with DeepSpeed, Transformers would partition the base
         if dry_run:
             return preview(s, adapted, arguments)
@@ -112,6 +116,28 @@ def measure_start(s: Session, base: Base, scanned: Scan | None) -> Start:
     return Start(plan, before.metrics, before.predictions, numbers)
 
 
+def choose_rate(s: Session, base: Base, adapted: Adapted, start: Start) -> Start:
+    """With training.learning_rate=auto, chooses it by trials, which `start` then holds. The model stays as it is."""
+    if s.config.training.learning_rate != "auto":
+        return start
+    size = trial_size(s.config, len(s.prepared.train.dataset))
+    s.log.line("rate", _describe_trials(s, size))
+    with s.clock.time("rate"), s.log.bar("rate") as progress:
+        trials = try_rates(training_job(s, base, adapted, start, trainer_arguments(s)), progress)
+    s.config = replaced(s.config, "training", learning_rate=trials.chosen)
+    tried = " · ".join(f"{rate:.3g}: {loss:.4f}" for rate, loss in sorted(trials.losses.items()))
+    s.log.line("rate", f"training.learning_rate={trials.chosen:g} after {trials.seconds:.0f} s (loss at {tried})")
+    return replace(start, rate_trials=trials.to_dict())
+
+
+def _describe_trials(s: Session, size: TrialSize) -> str:
+    line = f"{FEWEST} to {MOST} trials of {size.steps} steps, tested on {size.num_held_out} training examples left out"
+    if s.estimate is None:
+        return line
+    one = s.estimate.seconds["rate"] / FEWEST
+    return f"{line}: about {about(FEWEST * one)} to {about(MOST * one)}"
+
+
 def trainer_arguments(s: Session) -> TrainingArguments:
     num_train = len(s.prepared.train.dataset)
     return training_arguments(s.config, s.output / "checkpoints", num_train, processes().num_processes)
@@ -138,19 +164,7 @@ def claim_folder(s: Session, start: Start, histograms: tuple[Histogram, ...]) ->
 def train_adapters(s: Session, base: Base, adapted: Adapted, start: Start, arguments: TrainingArguments) -> Trained:
     """Trains the adapters. Raises Interrupted if a signal stopped it."""
     release_memory()
-    job = TrainingJob(
-        config=s.config,
-        model=adapted.model,
-        plan=start.plan,
-        train=s.prepared.train.dataset,
-        validation=s.prepared.validation.dataset,
-        collate=s.prepared.collate,
-        arguments=arguments,
-        head_loss=base.head_loss,
-        resume_from=s.checkpoint,
-        pace=expected_pace(s),
-        check_output=s.check_output,
-    )
+    job = training_job(s, base, adapted, start, arguments)
     with s.clock.time("train"):
         trained = train(job, s.log.console)
     release_memory()
@@ -168,6 +182,22 @@ def train_adapters(s: Session, base: Base, adapted: Adapted, start: Start, argum
     return trained
 
 
+def training_job(s: Session, base: Base, adapted: Adapted, start: Start, arguments: TrainingArguments) -> TrainingJob:
+    return TrainingJob(
+        config=s.config,
+        model=adapted.model,
+        plan=start.plan,
+        train=s.prepared.train.dataset,
+        validation=s.prepared.validation.dataset,
+        collate=s.prepared.collate,
+        arguments=arguments,
+        head_loss=base.head_loss,
+        resume_from=s.checkpoint,
+        pace=expected_pace(s),
+        check_output=s.check_output,
+    )
+
+
 def expected_pace(s: Session) -> Pace:
     """What the test of the untouched model says about the time of the validations and of the last test."""
     seconds, training = s.clock.seconds, s.config.training
@@ -179,7 +209,7 @@ def expected_pace(s: Session) -> Pace:
         tokens_per_step=training.batch_size * tokens["train"] / len(s.prepared.train.dataset),
         validation=seconds.get(TEST_LOSS, test) * tokens["validation"] / tokens["test"],
         test=test,
-        spent=test + seconds.get("probe", 0.0),
+        spent=test + seconds.get("probe", 0.0) + seconds.get("rate", 0.0),
         predicted=None if s.estimate is None or s.checkpoint is not None else sum(s.estimate.seconds.values()),
     )
 
@@ -207,6 +237,7 @@ def save(s: Session, start: Start, adapted: Adapted, state: TrainerState, after:
 def _metrics(s: Session, start: Start, adapted: Adapted, state: TrainerState, after: Tested) -> dict[str, Any]:
     """The content of metrics.json."""
     config, seconds = s.config, s.clock.seconds
+    trials = () if start.rate_trials is None else ("rate",)
     return {
         "model": config.model.name,
         "task": config.model.task,
@@ -217,11 +248,12 @@ def _metrics(s: Session, start: Start, adapted: Adapted, state: TrainerState, af
         "before": start.before,
         "after": after.metrics,
         **adapted.to_dict(),
-        "seconds": {name: round(seconds.get(name, 0.0), 3) for name in (*_STEPS, "total")},
+        "seconds": {name: round(seconds.get(name, 0.0), 3) for name in (*_STEPS, *trials, "total")},
         "peak_memory_bytes": peak_memory(),
         "predicted": s.estimate and s.estimate.to_dict(),
         "optimizer": config.training.optimizer,
         "learning_rate": config.training.peak_learning_rate,
+        "rate_trials": start.rate_trials,
         "num_train": len(s.prepared.train.dataset),
         "steps": state.global_step,
         "best_step": state.best_global_step,

@@ -33,6 +33,7 @@ from sgm_finetune.train.budget.needs import Estimate
 from sgm_finetune.train.budget.parameters import fit_parameters
 from sgm_finetune.train.budget.table import describe_estimate
 from sgm_finetune.train.launch import apply_launcher, check_launch
+from sgm_finetune.train.trial_size import trial_size
 
 
 @dataclass
@@ -129,6 +130,8 @@ def open_session(config: Config, console: Console, dry_run: bool = False) -> Ite
         prepared = checked_data(config, log)
         if checkpoint is not None:
             check_same_data(prepared, output)
+        if config.training.learning_rate == "auto":
+            trial_size(config, len(prepared.train.dataset))  # whether there are enough examples
         s = Session(
             config, asked, prepared, log, given_plan, checkpoint,
             started=started, lock=lock, held=held,

@@ -22,7 +22,7 @@ PROGRESS = Path("checkpoints") / "progress.json"
 
 
 def as_it_began(config: Config, output: Path) -> Config:
-    """The configuration of a resumed run, with what memory.budget chose when the run began."""
+    """The configuration of a resumed run, with what was chosen when the run began."""
     if not (output / "config.yaml").is_file() or not (output / PROGRESS).is_file():
         return config
     return reuse_fit(config, load_config(output / "config.yaml"), read_progress(output).asked)
@@ -34,6 +34,7 @@ class Progress(BaseModel):
     before: dict[str, Any]
     predicted: list[Any] = []
     probe: dict[str, Any] | None
+    rate_trials: dict[str, Any] | None = None
     seconds: dict[str, float]
     asked: Config | None = None
     data: dict[str, str] = {}

@@ -30,6 +30,8 @@ class Start:
     """Its predictions for `kept_indices` of the test examples."""
     probe: dict[str, Any] | None
     """What metrics.json reports about the probe; None: there was none."""
+    rate_trials: dict[str, Any] | None = None
+    """What metrics.json reports about the trials of training.learning_rate=auto; None: there were none."""
 
 
 def begin(
@@ -37,7 +39,7 @@ def begin(
 ) -> None:
     """Removes an earlier run's results from the output folder and writes this run's plan and numbers.
 
-    `asked` is the configuration before it was fitted to memory.budget. The first file shows that a run has begun, so
+    `asked` is the configuration before the run chose anything. The first file shows that a run has begun, so
     that one that was killed before its first checkpoint can begin anew.
     """
     if config.output.overwrite or has_only_begun(output):
@@ -46,6 +48,7 @@ def begin(
         "before": start.before,
         "predicted": start.predictions,
         "probe": start.probe,
+        "rate_trials": start.rate_trials,
         "seconds": seconds,
         "asked": with_absolute_paths(asked).model_dump(mode="json"),
         "data": _fingerprints(prepared),
@@ -60,7 +63,7 @@ def recall_start(output: Path, plan: Plan, seconds: dict[str, float]) -> Start:
     """Returns what the interrupted run knew before its first step, and adds its seconds to `seconds`."""
     progress = read_progress(output)
     seconds |= progress.seconds
-    return Start(plan, progress.before, progress.predicted, progress.probe)
+    return Start(plan, progress.before, progress.predicted, progress.probe, progress.rate_trials)
 
 
 def check_same_data(prepared: PreparedData, output: Path) -> None:

@@ -16,12 +16,32 @@ from sgm_finetune.data.batches import divide_batch, num_steps
 
 def training_arguments(config: Config, checkpoints: Path, num_train: int, world_size: int) -> TrainingArguments:
     """Transformers' arguments for the run. Raises UserError when the batch cannot be divided over the processes."""
+    steps = num_steps(config, num_train)
+    every = config.training.eval_steps or max(1, -(-steps // 4))
+    return _arguments(
+        config,
+        checkpoints,
+        steps,
+        world_size,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        load_best_model_at_end=True,
+        report_to=list(config.training.report_to) or "none",
+    )
+
+
+def trial_arguments(config: Config, folder: Path, steps: int, world_size: int) -> TrainingArguments:
+    """Transformers' arguments for `steps` steps with the whole schedule of a run, which leave nothing behind."""
+    return _arguments(config, folder, steps, world_size, eval_strategy="no", save_strategy="no", report_to="none")
+
+
+def _arguments(config: Config, folder: Path, steps: int, world_size: int, **what: Any) -> TrainingArguments:
     training = config.training
     micro, num_micro = divide_batch(config, world_size)
-    steps = num_steps(config, num_train)
-    every = training.eval_steps or max(1, -(-steps // 4))
     return TrainingArguments(
-        output_dir=str(checkpoints),
+        output_dir=str(folder),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=num_micro,
         per_device_eval_batch_size=training.eval_batch_size,
@@ -38,11 +58,6 @@ def training_arguments(config: Config, checkpoints: Path, num_train: int, world_
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="all" if config.data.packing else "non_padding",
         restore_callback_states_from_checkpoint=True,
-        eval_strategy="steps",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         prediction_loss_only=True,
@@ -50,12 +65,12 @@ def training_arguments(config: Config, checkpoints: Path, num_train: int, world_
         data_seed=training.seed,
         use_cpu=not has_gpu(),
         bf16=False,
-        report_to=list(training.report_to) or "none",
         disable_tqdm=True,
         dataloader_pin_memory=has_gpu(),
         remove_unused_columns=True,
         ddp_find_unused_parameters=False,
         ddp_backend="gloo" if world_size > 1 and not has_gpu() else None,
+        **what,
     )
 
 

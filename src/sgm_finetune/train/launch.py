@@ -56,6 +56,11 @@ def _check_fsdp() -> None:
 def _check_deepspeed(config: Config, num_processes: int) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"The launcher asks for DeepSpeed, which is not installed; {install_line('deepspeed')}")
+    if config.training.learning_rate == "auto":
+        raise UserError(
+            "training.learning_rate=auto restores whole factors after each trial, but DeepSpeed's ZeRO cuts them; "
+            "give a number, or use FSDP2 (configs/accelerate/fsdp2.yaml)"
+        )
     plugin = DeepSpeedPlugin()
     stage = int(plugin.zero_stage)
     if config.training.shard:

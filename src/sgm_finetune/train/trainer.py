@@ -218,7 +218,7 @@ def train(job: TrainingJob, console: Console) -> Trained:
     training = job.config.training
     interruption = Interruption()
     time_left = [TimeLeft(job.pace, console)] if job.pace is not None else []
-    trainer = _trainer(job, [interruption, TrainingBar(console), *time_left])
+    trainer = make_trainer(job, [interruption, TrainingBar(console), *time_left])
     if job.resume_from is not None and not trainer.is_deepspeed_enabled:
         with _reading(job.resume_from, trainer):
             state = _read_state(job.resume_from / TRAINER_STATE)
@@ -278,7 +278,7 @@ def _require_whole(best: Path | None) -> None:
         raise UserError(f"{best}, the best checkpoint of this run, {what}; start a new run")
 
 
-def _trainer(job: TrainingJob, callbacks: Sequence[TrainerCallback]) -> SGMTrainer:
+def make_trainer(job: TrainingJob, callbacks: Sequence[TrainerCallback]) -> SGMTrainer:
     """The trainer of `job`, with the optimizer that its configuration names."""
     training = job.config.training
     first: list[TrainerCallback] = [NonFiniteLoss(), WholeCheckpoints(job.check_output)]

@@ -44,7 +44,7 @@ WHY_ABOVE_ONE = (
     "chance less than a basis of one matrix, and keeps more on other data."
 )
 _SIDES = {"input": "input side", "output": "output side", None: "cosine"}
-_STAGES = ("scan", "probe", "train", "evaluate", "total")
+_STAGES = ("scan", "probe", "rate", "train", "evaluate", "total")
 
 
 def remake_report(folder: Path) -> Path:
@@ -97,7 +97,15 @@ def _training(run: Run) -> dict[str, Any]:
     seconds = metrics.get("seconds") or {}
     best, predicted = metrics.get("best_step"), (metrics.get("predicted") or {}).get("peak_bytes")
     figure, memory = training_figures.step_figure, training_figures.MEMORY
+    trials = metrics.get("rate_trials")
     small = [
+        (
+            training_figures.rates_figure(trials),
+            f"loss of {trials['num_held_out']} training examples after {trials['steps']} steps at several learning "
+            "rates (dotted: the one chosen)"
+            if trials
+            else "",
+        ),
         (figure(history, "learning_rate", "Learning rate by step"), "learning rate"),
         (
             figure(history, "grad_norm", "Gradient norm by step"),
@@ -115,7 +123,7 @@ def _training(run: Run) -> dict[str, Any]:
         "step_figures": [(drawn, caption) for drawn, caption in small if drawn is not None],
         "has_validation": bool(training_figures.points_of(history, "eval_loss")),
         "has_mean": bool(training_figures.running_mean(training_figures.points_of(history, "loss"))),
-        "stages": [(stage, seconds.get(stage)) for stage in _STAGES],
+        "stages": [(stage, seconds.get(stage)) for stage in _STAGES if stage != "rate" or stage in seconds],
     }
 
 

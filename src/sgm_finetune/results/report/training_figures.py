@@ -88,6 +88,26 @@ def step_figure(
     return svg(key.replace("_", "-"), title, width, height, draw)
 
 
+def rates_figure(trials: Mapping[str, Any] | None) -> Markup | None:
+    """Draws the losses of the trials of training.learning_rate=auto over the rate, with a line at the chosen one.
+    Returns None if there were none."""
+    pairs = zip(trials["rates"], trials["losses"], strict=True) if trials else ()
+    points = sorted((rate, loss) for rate, loss in pairs if loss is not None)
+    if not points or trials is None:
+        return None
+    width, height = 330, 170
+
+    def draw(figure: Figure) -> None:
+        axes = plot(figure, width, height, "learning rate", y_ticks=4)
+        axes.set_xscale("log")
+        axes.set_xticks([rate for rate, _ in points], [f"{rate:.3g}" for rate, _ in points])
+        axes.minorticks_off()
+        axes.axvline(trials["chosen"], color=INK, linewidth=1, linestyle=(0, (2, 3)))
+        axes.plot(*zip(*points, strict=True), color=VALIDATION, linewidth=1.8, marker="o", markersize=6)
+
+    return svg("rates", "Loss of short trials by learning rate", width, height, draw)
+
+
 def compared_losses_figure(
     runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], key: str, title: str
 ) -> Markup | None:

@@ -36,6 +36,7 @@ from sgm_finetune.train.budget.phases import Follower, Work
 from sgm_finetune.train.budget.speed import measure_speed
 from sgm_finetune.train.fast.gated_mlp import recomputed_width
 from sgm_finetune.train.fast.prepare import prepare_adapters
+from sgm_finetune.train.trial_size import FEWEST, trial_size
 
 LIBRARIES_LATER = 80 * 2**20
 """Bytes of library code and tables that a run on a CPU loads after its model (docs/estimate.md)."""
@@ -271,8 +272,14 @@ class _Estimator:
         num_probed = min(probe.num_batches * probe.batch_size, size["train"])
         one_step = per_token(works.step) * tokens["train"] * training.batch_size / self.num_processes
         validate = per_token(works.validate) * tokens["validation"] * size["validation"] / self.num_processes
+        trials = {}
+        if training.learning_rate == "auto":
+            trial = trial_size(self.config, size["train"])
+            tested = per_token(works.validate) * tokens["train"] * trial.num_held_out / self.num_processes
+            trials = {"rate": FEWEST * (trial.steps * one_step + tested)}
         seconds = {
             "probe": per_token(works.probe) * tokens["train"] * num_probed,
+            **trials,
             "train": steps * one_step + num_validations * validate,
             "evaluate": 2 * per_token(works.test) * tokens["test"] * size["test"],
         }

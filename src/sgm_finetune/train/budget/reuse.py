@@ -1,5 +1,5 @@
-"""The keys that `memory.budget` and `adapter.parameters` may change, and how a resumed run keeps the values that it
-began with."""
+"""The keys that `memory.budget`, `adapter.parameters` and `training.learning_rate=auto` may change, and how a resumed
+run keeps the values that it began with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OF_PARAMETERS = {"adapter": ("rank", "alpha")}
 
 def reuse_fit(config: Config, earlier: Config, asked: Config | None = None) -> Config:
     """Returns `config` with the settings that were chosen when the run began: by `fit`, if the budget of memory is the
-    same, and by `fit_parameters`.
+    same, by `fit_parameters`, and by trials of the learning rate.
 
     `earlier` is the fitted configuration of the run, `asked` the one that it was fitted from (default: `config`). A key
     that differs between `asked` and `config` was changed by the user since, and keeps the user's value.
@@ -32,6 +32,8 @@ def reuse_fit(config: Config, earlier: Config, asked: Config | None = None) -> C
         now, then, began = (getattr(part, section) for part in (config, asked, earlier))
         unchanged = {key: getattr(began, key) for key in keys if getattr(now, key) == getattr(then, key)}
         config = replaced(config, section, **unchanged)
+    if config.training.learning_rate == asked.training.learning_rate == "auto":
+        config = replaced(config, "training", learning_rate=earlier.training.learning_rate)
     return config
 
 
