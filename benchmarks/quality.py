@@ -51,6 +51,9 @@ CPU_METHODS = (
     "LoRA, highest SNR", "LoRA, upper half", "LoRA, random half", "LoRA, lowest SNR", "LoRA, published SNR",
 )  # fmt: skip
 
+MOST_TRIES = 9
+"""Learning rates of a method on a task, at most."""
+
 _appending = threading.Lock()
 
 
@@ -97,12 +100,12 @@ def run_method(task: str, method: Method, seeds: int, submit: Callable[..., Futu
     `submit(task, method, rate, seed)` starts a run. While the best rate is the smallest or the largest one, the next
     one beyond it is tried too.
     """
-    from quality_numbers import best_rate, next_rate
+    from sgm_finetune.method.rate_search import best_rate, next_rate
 
     tries = {rate: submit(task, method.name, rate, TUNING_SEED) for rate in method.rates}
     while True:
         losses = {rate: run.result()["validation"]["loss"] for rate, run in tries.items()}
-        beyond = next_rate(losses)
+        beyond = next_rate(losses, MOST_TRIES)
         if beyond is None:
             break
         tries[beyond] = submit(task, method.name, beyond, TUNING_SEED)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from quality_adapt import Method
 
+from sgm_finetune.method.rate_search import best_rate
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -43,26 +45,6 @@ class Finished:
 def standard_error(values: list[float]) -> float:
     """Standard error of the mean; 0 for a single value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def best_rate(losses: dict[float, float]) -> float:
-    """The learning rate with the lowest validation loss; a loss that is not finite counts as infinite."""
-    return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
-
-
-def next_rate(losses: dict[float, float], most: int = 9) -> float | None:
-    """The learning rate to try beyond those of `losses`: the next one on the side where the best lies at the edge.
-
-    It is as far from the best as the best is from its neighbour. None if the best lies inside, and after `most` tries.
-
-    >>> next_rate({1.0: 0.5, 2.0: 0.4, 4.0: 0.3}), next_rate({1.0: 0.5, 2.0: 0.3, 4.0: 0.4})
-    (8.0, None)
-    """
-    rates, best = sorted(losses), best_rate(losses)
-    if not 1 < len(rates) < most or best not in (rates[0], rates[-1]):
-        return None
-    neighbour = rates[1] if best == rates[0] else rates[-2]
-    return float(f"{best * best / neighbour:.2g}")
 
 
 def validation_losses(runs: list[dict], task: str, method: str, tuning_seed: int) -> dict[float, float]:

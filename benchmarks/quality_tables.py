@@ -13,9 +13,11 @@ from pathlib import Path
 
 from quality_adapt import Method
 from quality_methods import THRESHOLDS
-from quality_numbers import Finished, at_default_rates, best_rate, finished_runs, standard_error, validation_losses
+from quality_numbers import Finished, at_default_rates, finished_runs, standard_error, validation_losses
 from quality_pictures import picture, readme_pictures, threshold_picture
 from record_runs import whole_runs_table
+
+from sgm_finetune.method.rate_search import best_rate
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
