@@ -51,6 +51,8 @@ CPU_METHODS = (
     "LoRA, highest SNR", "LoRA, upper half", "LoRA, random half", "LoRA, lowest SNR", "LoRA, published SNR",
 )  # fmt: skip
 
+OVER_BUDGET = "over_budget"
+"""Key of a run that a method's smallest size makes impossible."""
 MOST_TRIES = 9
 """Learning rates of a method on a task, at most."""
 
@@ -81,6 +83,8 @@ def run_missing(task: str, method: str, rate: float, seed: int, threads: int, ru
         if (run["task"], run["method"], run["rate"], run["seed"]) == (task, method, rate, seed):
             return run
     run, peak = in_a_process(task, method, rate, seed, threads)
+    if OVER_BUDGET in run:
+        return run
     run["peak_resident_bytes"] = peak
     run["command"] = f"python benchmarks/quality.py --tasks {task} --methods '{method}'"
     run["date"] = time.strftime("%Y-%m-%d")
@@ -102,7 +106,12 @@ def run_method(task: str, method: Method, seeds: int, submit: Callable[..., Futu
     """
     from sgm_finetune.method.rate_search import best_rate, next_rate
 
-    tries = {rate: submit(task, method.name, rate, TUNING_SEED) for rate in method.rates}
+    first, *others = method.rates
+    tries = {first: submit(task, method.name, first, TUNING_SEED)}
+    if why := tries[first].result().get(OVER_BUDGET):
+        print(f"{task} · {method.name} · left out: {why}", file=sys.stderr, flush=True)
+        return
+    tries |= {rate: submit(task, method.name, rate, TUNING_SEED) for rate in others}
     while True:
         losses = {rate: run.result()["validation"]["loss"] for rate, run in tries.items()}
         beyond = next_rate(losses, MOST_TRIES)
@@ -172,15 +181,20 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
+        from quality_adapt import OverBudgetError
         from quality_run import time_steps, train_once
 
         *wanted, answer = json.loads(options.one)
-        made = train_once(*wanted) if len(wanted) == 5 else time_steps(*wanted)
+        try:
+            made = train_once(*wanted) if len(wanted) == 5 else time_steps(*wanted)
+        except OverBudgetError as error:
+            made = {OVER_BUDGET: str(error)}
         Path(answer).write_text(json.dumps(made), encoding="utf-8")
         return
     if options.speed:
         compare_speed(options.tasks, options.methods, options.threads)
         return
+    from quality_budgets import write_budgets
     from quality_methods import MEASUREMENTS, METHODS
     from quality_tables import write_page
 
@@ -189,6 +203,7 @@ def main() -> None:
             os.environ[MEASUREMENTS] = shared
             run_all(options.tasks, [METHODS[name] for name in options.methods], options)
     write_page(recorded_runs(), TASKS, METHODS, TUNING_SEED)
+    write_budgets(recorded_runs(), TASKS, METHODS, TUNING_SEED)
 
 
 if __name__ == "__main__":

@@ -137,15 +137,21 @@ def shape_count(model: nn.Module, settings: PeftConfig) -> int:
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
+class OverBudgetError(ValueError):
+    """The smallest size of a method trains more parameters than the budget allows."""
+
+
 def fitted_rank(count: Callable[[int], int], budget: float, falling: bool = False) -> int:
     """The rank whose count is nearest to the budget from below; counts rise with the rank, or fall if `falling`.
 
-    Raises ValueError where no rank reaches the budget.
+    Raises OverBudgetError where the smallest size is too large, and ValueError where no rank comes near the budget.
     """
 
     def fits(rank: int) -> bool:
         return (count(rank) <= budget) is not falling
 
+    if not falling and not fits(1):
+        raise OverBudgetError(f"{count(1):,} trained parameters at least, for a budget of {budget:,.0f}")
     low, high = 1, 2
     while fits(high):
         low, high = high, 2 * high

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from quality_adapt import ADAMW, LORA, Adapted, Base, Method, Rates, adamw, lora, peft_method
-from quality_rivals import RIVALS
+from quality_adapt import ADAMW, LORA, Adapted, Base, Method, OverBudgetError, Rates, adamw, lora, peft_method
+from quality_rivals import RIVALS, layers_by_kind
 from torch import nn
 
 from sgm_finetune.base.config import DEFAULT_RATES
@@ -33,6 +33,7 @@ from sgm_finetune.method.subspace import (
     shared_basis,
     spectral_basis,
 )
+from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.train.adapters.apply import apply_plan, lora_layers
 from sgm_finetune.train.adapters.optimizer import FactorDescent, factor_pairs
 from sgm_finetune.train.adapters.pool import ADAPTER, codes_of
@@ -76,6 +77,7 @@ def first_batch(base: Base) -> dict[str, torch.Tensor]:
     return base.prepared.collate([base.prepared.train.dataset[i] for i in range(2)])
 
 
+POOL = "merge.scope=pool"
 Change = Callable[[Plan, Probe, int], Plan]
 T = TypeVar("T")
 
@@ -98,19 +100,23 @@ def sgm_method(
     """
 
     def adapt(base: Base) -> Adapted:
-        (scanned, probed), seconds = scan_and_probe(base)
+        widest = min(min(matrix.shape) for matrix in adaptable(base.model).values())
+        size = sketch_size(base)
+        if POOL in overrides:  # which buys about one direction for each layer and rank of plain LoRA
+            members = max(map(len, layers_by_kind(base.model).values()))
+            size = max(size, min(widest, members * (base.config.adapter.rank + 1)))
+        (scanned, probed), seconds = scan_and_probe(base, size)
 
         def planned(rank: int) -> Plan:
             config = base.with_overrides(
-                f"adapter.rank={rank}", f"adapter.alpha={2 * rank}", f"probe.sketch_size={sketch_size(base)}",
-                *overrides,
-            )  # fmt: skip
+                f"adapter.rank={rank}", f"adapter.alpha={2 * rank}", f"probe.sketch_size={size}", *overrides
+            )
             return change(make_plan(scanned, probed, config), probed, base.seed)
 
         rank = base.config.adapter.rank
         if share is not None:
             key = f"rank-{share}-{change.__name__}-{'-'.join(overrides)}"
-            rank = share_between_runs(base, key, lambda: largest_within(planned, share * base.budget, rank))
+            rank = share_between_runs(base, key, lambda: largest_within(planned, share * base.budget, rank, widest))
         clock = Clock()
         with clock.time("plan"):
             plan = planned(rank)
@@ -139,18 +145,18 @@ def share_between_runs(base: Base, what: str, make: Callable[[], T]) -> T:
     return torch.load(path, weights_only=False)
 
 
-def scan_and_probe(base: Base) -> tuple[tuple[Scan, Probe], float]:
-    """The scan and the probe of the base, and the seconds that they took."""
+def scan_and_probe(base: Base, size: int) -> tuple[tuple[Scan, Probe], float]:
+    """The scan and the probe of the base, with sketches of `size` vectors, and the seconds that they took."""
 
     def measure() -> tuple[tuple[Scan, Probe], float]:
         clock = Clock()
         with clock.time("measure"):
             scanned = scan(base.prepared.folder, estimator=base.config.snr.estimator)
             batches = probe_batches(base.config, base.prepared)
-            probed = probe(base.model, batches, sketch_size=sketch_size(base), seed=base.config.probe.seed)
+            probed = probe(base.model, batches, sketch_size=size, seed=base.config.probe.seed)
         return (scanned, probed), clock.seconds["measure"]
 
-    return share_between_runs(base, "measured", measure)
+    return share_between_runs(base, f"measured-{size}", measure)
 
 
 def energy_retained(plan: Plan, probed: Probe) -> float:
@@ -177,12 +183,17 @@ def at_threshold(threshold: float) -> Method:
     return descending(method, f"threshold {threshold:g}", (DEFAULT_RATES["spectral"],))
 
 
-def largest_within(planned: Callable[[int], Plan], budget: float, rank: int) -> int:
-    """The largest rank within the budget, searched from an estimate that assumes the groups of `rank`."""
-    rank = max(1, int(rank * budget / adapter_parameters(planned(rank))[0]))
-    while adapter_parameters(planned(rank))[0] > budget and rank > 1:
+def largest_within(planned: Callable[[int], Plan], budget: float, rank: int, most: int) -> int:
+    """The largest rank within the budget, `most` at most, searched from an estimate that assumes the groups of `rank`.
+
+    Raises OverBudgetError where rank 1 is too large.
+    """
+    rank = min(most, max(1, int(rank * budget / adapter_parameters(planned(rank))[0])))
+    while (count := adapter_parameters(planned(rank))[0]) > budget:
+        if rank == 1:
+            raise OverBudgetError(f"{count:,} trained parameters at least, for a budget of {budget:,.0f}")
         rank -= 1
-    while adapter_parameters(planned(rank + 1))[0] <= budget:
+    while rank < most and adapter_parameters(planned(rank + 1))[0] <= budget:
         rank += 1
     return rank
 
@@ -297,7 +308,7 @@ def pool_method(
     codes: Callable[[int, int], torch.Tensor] | None = None,
 ) -> list[Method]:
     """A rank pool of each kind (`merge.scope=pool`), trained by AdamW and by spectral descent."""
-    plain = sgm_method(f"{name}, AdamW", POOL_ADAMW, "merge.scope=pool", share=share, change=change)
+    plain = sgm_method(f"{name}, AdamW", POOL_ADAMW, POOL, share=share, change=change)
     if codes is not None:
         plain = changed(plain, with_codes(codes))
     return [plain, descending(plain, name, POOL_SPECTRAL)]

@@ -37,6 +37,7 @@ from sgm_finetune.data.prepared import PreparedData, prepare_data
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.train.adapters.optimizer import HEAD_RATE
 from sgm_finetune.train.base_model import load_base_weights
+from sgm_finetune.train.budget.reuse import with_rank
 
 WARMUP = 0.06
 
@@ -50,7 +51,10 @@ def load(task: Task, seed: int) -> Base:
         config = load_config(None, settings)
         prepared = prepare_data(config, log)
     model, _ = load_base_weights(config, prepared.folder, prepared.head, log)
-    return Base(task.name, config, prepared, model, log, budget_of(model, task.rank), seed)
+    if task.parameters is None:
+        return Base(task.name, config, prepared, model, log, budget_of(model, task.rank), seed)
+    config = with_rank(config, max(1, task.parameters // budget_of(model, 1)))
+    return Base(task.name, config, prepared, model, log, task.parameters, seed)
 
 
 def train_once(task_name: str, method_name: str, rate: float, seed: int, threads: int) -> dict[str, Any]:

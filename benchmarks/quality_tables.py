@@ -245,6 +245,8 @@ def write_page(runs: list[dict], tasks: dict, methods: dict[str, Method], tuning
         WHOLE_RUNS.format(table=whole_runs_table()),
     ]
     for name, task in tasks.items():
+        if task.parameters is not None:  # docs/budgets.md
+            continue
         finished = every[name]
         reference = finished.get(REFERENCE)
         sections = [

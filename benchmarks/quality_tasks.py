@@ -32,6 +32,8 @@ class Task:
     rank: int
     """Rank of plain LoRA on every linear layer, which sets the budget of trained adapter parameters."""
     write: Callable[[], Iterable[dict]] | None = None
+    parameters: int | None = None
+    """Budget of trained adapter parameters; with it, `rank` is the largest one of plain LoRA within it."""
 
     def configuration(self, folder: Path) -> list[str]:
         """The overrides for `load_config`; writes the data file to `folder`."""
@@ -192,3 +194,20 @@ LONG = (
 )  # fmt: skip
 """The GPU tier: hundreds of steps of a decoder (benchmarks/gpu/quality_tier.py)."""
 TASKS |= {task.name: task for task in LONG}
+
+BUDGETS = {"0.1 M": 102_000, "0.3 M": 306_000, "1 M": 1_020_000, "3 M": 3_060_000}
+"""Trained adapter parameters; 2 % above the round number, so that plain LoRA of rank 1 and 10 is in on SmolLM2."""
+BUDGETED = ("sentiment", "topics", "facts", "stories")
+"""Tasks that are also measured at each of `BUDGETS` (docs/budgets.md)."""
+
+
+def at_budget(task: str, budget: str) -> str:
+    """The name of a task at one of `BUDGETS`."""
+    return f"{task} at {budget}"
+
+
+TASKS |= {
+    at_budget(name, budget): replace(TASKS[name], name=at_budget(name, budget), parameters=parameters)
+    for name in BUDGETED
+    for budget, parameters in BUDGETS.items()
+}
