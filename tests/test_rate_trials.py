@@ -67,7 +67,7 @@ def test_a_run_with_a_chosen_rate_is_the_run_with_that_rate(settings, tmp_path, 
     assert min(trials["rates"]) < auto["learning_rate"] == trials["chosen"] <= max(trials["rates"])
     assert f"training.learning_rate={trials['chosen']:g} after" in said
     assert "3 to 6 trials of 8 steps, tested on 18 training examples left out: about" in said
-    assert auto["seconds"]["rate"] > 0 < auto["predicted"]["seconds"]["rate"]
+    assert auto["seconds"]["rate_trials"] > 0 < auto["predicted"]["seconds"]["rate_trials"]
     out = tmp_path / "out"
     assert f"learning_rate: {trials['chosen']}" in (out / "config.yaml").read_text()
     page = (out / "report.html").read_text()

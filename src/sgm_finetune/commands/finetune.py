@@ -122,7 +122,7 @@ def choose_rate(s: Session, base: Base, adapted: Adapted, start: Start) -> Start
         return start
     size = trial_size(s.config, len(s.prepared.train.dataset))
     s.log.line("rate", _describe_trials(s, size))
-    with s.clock.time("rate"), s.log.bar("rate") as progress:
+    with s.clock.time("rate_trials"), s.log.bar("rate") as progress:
         trials = try_rates(training_job(s, base, adapted, start, trainer_arguments(s)), progress)
     s.config = replaced(s.config, "training", learning_rate=trials.chosen)
     tried = " · ".join(f"{rate:.3g}: {loss:.4f}" for rate, loss in sorted(trials.losses.items()))
@@ -134,7 +134,7 @@ def _describe_trials(s: Session, size: TrialSize) -> str:
     line = f"{FEWEST} to {MOST} trials of {size.steps} steps, tested on {size.num_held_out} training examples left out"
     if s.estimate is None:
         return line
-    one = s.estimate.seconds["rate"] / FEWEST
+    one = s.estimate.seconds["rate_trials"] / FEWEST
     return f"{line}: about {about(FEWEST * one)} to {about(MOST * one)}"
 
 
@@ -209,7 +209,7 @@ def expected_pace(s: Session) -> Pace:
         tokens_per_step=training.batch_size * tokens["train"] / len(s.prepared.train.dataset),
         validation=seconds.get(TEST_LOSS, test) * tokens["validation"] / tokens["test"],
         test=test,
-        spent=test + seconds.get("probe", 0.0) + seconds.get("rate", 0.0),
+        spent=test + seconds.get("probe", 0.0) + seconds.get("rate_trials", 0.0),
         predicted=None if s.estimate is None or s.checkpoint is not None else sum(s.estimate.seconds.values()),
     )
 
@@ -237,7 +237,7 @@ def save(s: Session, start: Start, adapted: Adapted, state: TrainerState, after:
 def _metrics(s: Session, start: Start, adapted: Adapted, state: TrainerState, after: Tested) -> dict[str, Any]:
     """The content of metrics.json."""
     config, seconds = s.config, s.clock.seconds
-    trials = () if start.rate_trials is None else ("rate",)
+    trials = () if start.rate_trials is None else ("rate_trials",)
     return {
         "model": config.model.name,
         "task": config.model.task,

@@ -29,12 +29,26 @@ def training_arguments(config: Config, checkpoints: Path, num_train: int, world_
         save_steps=every,
         load_best_model_at_end=True,
         report_to=list(config.training.report_to) or "none",
+        per_device_eval_batch_size=config.training.eval_batch_size,
     )
 
 
 def trial_arguments(config: Config, folder: Path, steps: int, world_size: int) -> TrainingArguments:
-    """Transformers' arguments for `steps` steps with the whole schedule of a run, which leave nothing behind."""
-    return _arguments(config, folder, steps, world_size, eval_strategy="no", save_strategy="no", report_to="none")
+    """Transformers' arguments for `steps` steps with the whole schedule of a run, which leave nothing behind.
+
+    The test after them takes batches as small as a step's, so that it needs no more memory than a step.
+    """
+    micro, _ = divide_batch(config, world_size)
+    return _arguments(
+        config,
+        folder,
+        steps,
+        world_size,
+        eval_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        per_device_eval_batch_size=micro,
+    )
 
 
 def _arguments(config: Config, folder: Path, steps: int, world_size: int, **what: Any) -> TrainingArguments:
@@ -44,7 +58,6 @@ def _arguments(config: Config, folder: Path, steps: int, world_size: int, **what
         output_dir=str(folder),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=num_micro,
-        per_device_eval_batch_size=training.eval_batch_size,
         max_steps=steps,
         learning_rate=training.peak_learning_rate,
         lr_scheduler_type="linear",

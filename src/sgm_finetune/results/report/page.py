@@ -44,7 +44,7 @@ WHY_ABOVE_ONE = (
     "chance less than a basis of one matrix, and keeps more on other data."
 )
 _SIDES = {"input": "input side", "output": "output side", None: "cosine"}
-_STAGES = ("scan", "probe", "rate", "train", "evaluate", "total")
+_STAGES = ("scan", "probe", "rate_trials", "train", "evaluate", "total")
 
 
 def remake_report(folder: Path) -> Path:
@@ -123,7 +123,11 @@ def _training(run: Run) -> dict[str, Any]:
         "step_figures": [(drawn, caption) for drawn, caption in small if drawn is not None],
         "has_validation": bool(training_figures.points_of(history, "eval_loss")),
         "has_mean": bool(training_figures.running_mean(training_figures.points_of(history, "loss"))),
-        "stages": [(stage, seconds.get(stage)) for stage in _STAGES if stage != "rate" or stage in seconds],
+        "stages": [
+            (stage.replace("_", " "), seconds.get(stage))
+            for stage in _STAGES
+            if stage != "rate_trials" or stage in seconds
+        ],
     }
 
 

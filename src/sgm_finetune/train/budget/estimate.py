@@ -276,7 +276,7 @@ class _Estimator:
         if training.learning_rate == "auto":
             trial = trial_size(self.config, size["train"])
             tested = per_token(works.validate) * tokens["train"] * trial.num_held_out / self.num_processes
-            trials = {"rate": FEWEST * (trial.steps * one_step + tested)}
+            trials = {"rate_trials": FEWEST * (trial.steps * one_step + tested)}
         seconds = {
             "probe": per_token(works.probe) * tokens["train"] * num_probed,
             **trials,

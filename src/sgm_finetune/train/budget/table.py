@@ -47,7 +47,7 @@ def estimate_table(needed: Estimate, within_reach: int) -> Table:
     table.add_row("[bold]disk[/bold]", _in_mib(needed.disk_bytes), "adapter, .pth, checkpoints")
     table.add_row("[bold]time after the scan[/bold]", "s", f"{needed.steps:,} steps, at this machine's speed")
     for what, seconds in needed.seconds.items():
-        table.add_row(f"  {what}", f"{seconds:,.0f}")
+        table.add_row(f"  {what.replace('_', ' ')}", f"{seconds:,.0f}")
     return table
 
 
