@@ -14,7 +14,7 @@ from quality_adapt import ADAMW, LORA, Adapted, Base, Method, OverBudgetError, R
 from quality_rivals import RIVALS, layers_by_kind
 from torch import nn
 
-from sgm_finetune.base.config import DEFAULT_RATES
+from sgm_finetune.base.config import default_rate
 from sgm_finetune.base.console import Clock
 from sgm_finetune.base.device import has_gpu
 from sgm_finetune.measure.make_plan import make_plan
@@ -47,7 +47,11 @@ MEASUREMENTS = "SGM_QUALITY_MEASUREMENTS"
 # Our methods
 
 
-def descending(method: Method, name: str, rates: Rates) -> Method:
+def spectral_default(rank: int) -> float:
+    return default_rate("spectral", rank)
+
+
+def descending(method: Method, name: str, rates: Rates, default: Callable[[int], float] = spectral_default) -> Method:
     """The same adapter, trained by spectral descent on its factors."""
 
     def adapt(base: Base) -> Adapted:
@@ -55,7 +59,7 @@ def descending(method: Method, name: str, rates: Rates) -> Method:
         pairs = factor_pairs(made.model)  # type: ignore[arg-type]
         return replace(made, optimizers=lambda rate: [FactorDescent(pairs, lr=rate)])
 
-    return Method(name, rates, adapt, DEFAULT_RATES["spectral"])
+    return Method(name, rates, adapt, default)
 
 
 def fast(method: Method, name: str) -> Method:
@@ -178,9 +182,9 @@ def energy_retained(plan: Plan, probed: Probe) -> float:
 
 
 def at_threshold(threshold: float) -> Method:
-    """SGM across layers at plain LoRA's rank and the default learning rate; lower thresholds merge more."""
+    """SGM across layers at plain LoRA's rank and one learning rate; lower thresholds merge more."""
     method = sgm_method("", (), ACROSS, f"merge.threshold={threshold}", share=None)
-    return descending(method, f"threshold {threshold:g}", (DEFAULT_RATES["spectral"],))
+    return descending(method, f"threshold {threshold:g}", (0.0125,))
 
 
 def largest_within(planned: Callable[[int], Plan], budget: float, rank: int, most: int) -> int:
@@ -311,7 +315,7 @@ def pool_method(
     plain = sgm_method(f"{name}, AdamW", POOL_ADAMW, POOL, share=share, change=change)
     if codes is not None:
         plain = changed(plain, with_codes(codes))
-    return [plain, descending(plain, name, POOL_SPECTRAL)]
+    return [plain, descending(plain, name, POOL_SPECTRAL, lambda rank: spectral_default(1))]
 
 
 def changed(method: Method, change: Callable[[Adapted], None]) -> Method:

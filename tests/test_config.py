@@ -472,13 +472,16 @@ def test_every_file_of_the_repository_loads_and_writes_known_keys_only(path):
     ("overrides", "rate"),
     [
         ([], 0.0125),
+        (["adapter.rank=2"], 0.025),
+        (["merge.scope=pool"], 0.0354),
+        (["adapter.rank=2", "training.learning_rate=0.0125"], 0.0125),
         (["training.optimizer=adamw"], 1e-3),
         (["training.learning_rate=3e-3"], 3e-3),
         (["training.optimizer=adamw", "training.learning_rate=2e-5"], 2e-5),
     ],
 )
 def test_each_optimizer_has_its_own_default_learning_rate(overrides, rate):
-    assert load_config(None, overrides).training.peak_learning_rate == rate
+    assert load_config(None, overrides).peak_learning_rate == rate
 
 
 CONFIGURED = ("data", "estimate", "plan", "finetune")

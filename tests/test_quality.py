@@ -59,10 +59,12 @@ def test_the_best_rate_is_tested_and_the_default_one(benchmark, default, tested)
     def submit(task, method, rate, seed):
         asked.append((rate, seed))
         done = Future()
-        done.set_result({"validation": {"loss": abs(rate - 2.0)}})
+        done.set_result({"validation": {"loss": abs(rate - 2.0)}, "rank": 4})
         return done
 
-    method = methods.Method("m", (1.0, 2.0, 3.0), lambda base: base, default)
+    method = methods.Method(
+        "m", (1.0, 2.0, 3.0), lambda base: base, default and (lambda rank: default if rank == 4 else 1.0)
+    )
     quality.run_method("t", method, 2, submit)
     assert asked == [(rate, 100) for rate in method.rates] + [(rate, seed) for rate in tested for seed in (0, 1)]
 

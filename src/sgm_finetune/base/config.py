@@ -25,6 +25,21 @@ Side = Literal["input", "output"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Optimizer = Literal["spectral", "adamw", "adamw_8bit", "paged_adamw_8bit"]
 DEFAULT_RATES: dict[Optimizer, float] = {"spectral": 0.0125, **dict.fromkeys(typing.get_args(Optimizer)[1:], 1e-3)}
+_SPECTRAL_RANK = 8
+"""The rank from which on `DEFAULT_RATES` holds for spectral descent."""
+
+
+def default_rate(optimizer: Optimizer, rank: int) -> float:
+    """The learning rate of who gives none.
+
+    A spectral step moves all `rank` directions by its length. Below rank 8, the default keeps the step's Frobenius norm
+    instead of its length (docs/method.md section 6).
+
+    >>> [default_rate("spectral", rank) for rank in (1, 2, 4, 8, 64)], default_rate("adamw", 1)
+    ([0.0354, 0.025, 0.0177, 0.0125, 0.0125], 0.001)
+    """
+    fewer = _SPECTRAL_RANK / min(rank, _SPECTRAL_RANK) if optimizer == "spectral" else 1.0
+    return float(f"{DEFAULT_RATES[optimizer] * math.sqrt(fewer):.3g}")
 
 
 _NUMBER = re.compile(
@@ -408,8 +423,9 @@ class TrainingConfig(_Section):
     host memory when it does not fit in GPU memory."""
     learning_rate: Rate | None = None
     """Peak learning rate. spectral: the RMS-to-RMS norm of the change that one step makes to a weight matrix, for every
-    rank and model (null: 0.0125). adamw: AdamW's learning rate (null: 1e-3). auto: short trials choose it before the
-    training, by their loss on training examples that they leave out (docs/method.md 6.1)."""
+    model (null: 0.0125 from rank 8 on, and up to 0.0354 below). adamw: AdamW's learning rate (null: 1e-3). auto: short
+    trials choose it before the training, by their loss on training examples that they leave out (docs/method.md
+    6.1)."""
     warmup_fraction: Real = Field(default=0.06, ge=0, lt=1)
     """Fraction of the steps in which the learning rate rises linearly. It then falls linearly to zero."""
     weight_decay: Real = Field(default=0.0, ge=0, lt=1)
@@ -428,11 +444,6 @@ class TrainingConfig(_Section):
     package's own settings say (pip install the package)."""
     resume: Flag = False
     """Resume from the last complete checkpoint in output.dir."""
-
-    @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate: `learning_rate`, or the optimizer's default when it is null or still to be chosen."""
-        return DEFAULT_RATES[self.optimizer] if self.learning_rate in (None, "auto") else self.learning_rate
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -485,6 +496,14 @@ class Config(_Section):
     plan: PathText | None = None
     """Plan file (plan.json of an earlier run) to use instead of measuring again (null: measure)."""
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate: `training.learning_rate`, or the default when it is null or still to be chosen."""
+        given = self.training.learning_rate
+        if given is not None and given != "auto":
+            return given
+        return default_rate(self.training.optimizer, 1 if self.merge.scope == "pool" else self.adapter.rank)
+
     @model_validator(mode="after")
     def _one_rank(self) -> Self:
         if self.plan is not None and self.adapter.parameters is not None:
@@ -493,7 +512,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _sketch_holds_rank(self) -> Self:
-        is_final = self.adapter.parameters is None  # else train/budget/parameters.py chooses and checks it
+        is_final = self.adapter.parameters is None and self.plan is None  # else another file checks it
         if is_final and self.merge.side != "none" and self.probe.sketch_size < self.adapter.rank:
             raise ValueError(
                 f"probe.sketch_size={self.probe.sketch_size} is smaller than adapter.rank={self.adapter.rank}; "

@@ -31,6 +31,7 @@ from sgm_finetune.train.budget.estimate import PredictionError, estimate
 from sgm_finetune.train.budget.fit import check_fits, fit
 from sgm_finetune.train.budget.needs import Estimate
 from sgm_finetune.train.budget.parameters import fit_parameters
+from sgm_finetune.train.budget.reuse import replaced
 from sgm_finetune.train.budget.table import describe_estimate
 from sgm_finetune.train.launch import apply_launcher, check_launch
 from sgm_finetune.train.trial_size import trial_size
@@ -127,6 +128,8 @@ def open_session(config: Config, console: Console, dry_run: bool = False) -> Ite
         check_machine(config)
         check_launch(config, processes().num_processes, checkpoint)
         given_plan = _given_plan(config, output, checkpoint)
+        if given_plan is not None:
+            config = replaced(config, "adapter", rank=given_plan.settings.rank, alpha=given_plan.settings.alpha)
         prepared = checked_data(config, log)
         if checkpoint is not None:
             check_same_data(prepared, output)

@@ -69,7 +69,7 @@ def try_rates(job: TrainingJob, progress: Callable[[int, int], None]) -> RateTri
     def moved(step: int) -> None:
         progress(len(losses) * size.steps + step, max(FEWEST, len(losses) + 1) * size.steps)
 
-    for rate in _rates(job.config.training.peak_learning_rate, losses):
+    for rate in _rates(job.config.peak_learning_rate, losses):
         losses[rate] = _loss_after_trial(job, rate, size.steps, moved)
     if not any(map(math.isfinite, losses.values())):
         raise UserError(

@@ -113,7 +113,7 @@ def differing_keys(configs: Sequence[Config]) -> dict[str, tuple[Any, ...]]:
     for key in dict.fromkeys(key for one in flat for key in one):
         values = tuple(one.get(key) for one in flat)
         if key == _RATE and len(set(values)) > 1:
-            values = tuple(config.training.peak_learning_rate for config in configs)
+            values = tuple(config.peak_learning_rate for config in configs)
         if key not in _UNCOMPARED and any(value != values[0] for value in values):
             differing[key] = values
     return differing
@@ -131,7 +131,7 @@ def shown_value(config: Config, key: str) -> str:
     if value is not None:
         return str(value).lower() if isinstance(value, bool) else str(value)
     if key == _RATE:
-        return f"{config.training.peak_learning_rate:g} (default)"
+        return f"{config.peak_learning_rate:g} (default)"
     if key.startswith("data.columns."):
         return f"{key.removeprefix('data.columns.')} (default)"
     section, _, leaf = key.rpartition(".")

@@ -13,18 +13,18 @@ ADJUSTABLE = {
     "selection": ("top_fraction", "prefer_depth"),
 }
 """The keys that `fit` may change, by section."""
-OF_PARAMETERS = {"adapter": ("rank", "alpha")}
-"""The keys that `adapter.parameters` decides, by section."""
+OF_RANK = {"adapter": ("rank", "alpha")}
+"""The keys that `adapter.parameters` and a given plan decide, by section."""
 
 
 def reuse_fit(config: Config, earlier: Config, asked: Config | None = None) -> Config:
     """Returns `config` with the settings that were chosen when the run began: by `fit`, if the budget of memory is the
-    same, by `fit_parameters`, and by trials of the learning rate.
+    same, by `fit_parameters`, by a given plan, and by trials of the learning rate.
 
     `earlier` is the fitted configuration of the run, `asked` the one that it was fitted from (default: `config`). A key
     that differs between `asked` and `config` was changed by the user since, and keeps the user's value.
     """
-    chosen = {} if earlier.adapter.parameters is None else OF_PARAMETERS
+    chosen = {} if earlier.adapter.parameters is None and earlier.plan is None else OF_RANK
     if config.memory.budget is not None and config.memory.budget == earlier.memory.budget:
         chosen = ADJUSTABLE
     asked = asked or config
