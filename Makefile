@@ -65,11 +65,12 @@ format: $(VENV)/installed-check
 	$(BIN)/ruff check --fix .
 
 # The newest version of every package within pyproject.toml's bounds, for every platform; it has no hosts and no hashes, so that
-# pip and uv take the packages from the user's own index or mirror.
+# pip and uv take the packages from the user's own index or mirror. CUDA's packages are left out: each build of torch asks for its own.
 lock:
 	@: > requirements/lock.txt
 	uv pip compile requirements/all.txt --universal --python-version 3.11.5 --no-annotate --no-emit-package sgm-finetune \
 	  --custom-compile-command "make lock" --output-file requirements/lock.txt
+	sed -i -E '/^(cuda|nvidia)-/d' requirements/lock.txt
 
 $(VENV)/bin/python:
 	@echo "Making the environment $(VENV)"

@@ -15,6 +15,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: tests run beside each o
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line does
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if os.environ.get("PYTHONPATH"):  # tests start processes in other folders, where PYTHONPATH=src names nothing
+    folders = os.environ["PYTHONPATH"].split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, folders))
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sgm-tests-")  # of models that bring their code
 
 import hypothesis

@@ -284,6 +284,12 @@ def test_what_is_no_number_of_parameters_is_refused_with_one_that_is(text):
     assert "a whole number from 1 to 1e12, such as 300k, 1.5M or 300000" in line
 
 
+@pytest.mark.parametrize("text", ["8g", "GiB", "08GiB", "300k", "1e400GB", "true"])
+def test_what_is_no_size_is_refused_with_one_that_is(text):
+    line = said(load_config, None, [f"memory.budget={text}"])
+    assert f"`memory.budget` is '{text}'; write a number of bytes, or a size such as 8GiB or 512MB" in line
+
+
 @pytest.mark.parametrize(
     ("override", "bound"),
     [

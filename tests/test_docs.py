@@ -87,10 +87,12 @@ def test_every_line_that_installs_sgm_is_the_one_that_works_in_a_clone():
     assert set(named) <= set(extras)
 
 
-def test_the_lock_fits_every_bound_and_names_no_host():
+def test_the_lock_fits_every_bound_and_names_no_host_and_no_cuda():
+    """A pinned CUDA keeps every build of torch for another CUDA out."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     text = (ROOT / "requirements" / "lock.txt").read_text(encoding="utf-8")
     assert "//" not in text
+    assert not re.search(r"^(cuda|nvidia)-", text, re.MULTILINE)
     locked = {found[1]: found[2] for found in re.finditer(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE)}
     needed = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
     for requirement in map(Requirement, needed):

@@ -225,8 +225,8 @@ def test_json_stays_json_and_holds_what_was_there(results, outside, capfd):
 def test_messages_of_libraries_and_tracebacks_are_text():
     program = (
         "import logging, sys\n"
-        "from sgm_finetune.commands import cli, exit_status\n"
-        "cli._configure_libraries(False)\n"
+        "from sgm_finetune.commands import exit_status, libraries\n"
+        "libraries.configure_libraries(False)\n"
         f"logging.getLogger('library').error('\\x1b[1mit\\x1b[0m is %s', {TITLE!r})\n"
         f"def fail(): raise RuntimeError({TITLE!r})\n"
         "exit_status.run_and_exit(fail)\n"

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from sgm_finetune.base.config import Task, known_keys
 from sgm_finetune.base.config_file import load_config, parse_config
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.reference import commented_yaml, json_schema, keys, reference_page
 from sgm_finetune.commands.cli import main
 from sgm_finetune.commands.init import Answers, write_first_config
@@ -181,7 +182,46 @@ def test_the_schema_accepts_the_files_that_are_here(path):
     jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), json_schema())
 
 
-def test_the_schema_refuses_an_unknown_key_and_a_number_out_of_range():
-    for wrong in ({"training": {"epoch": 1}}, {"adapter": {"rank": 0}}, {"model": {"task": "poetry"}}):
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(wrong, json_schema())
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"training": {"epoch": 1}}, {"adapter": {"rank": 0}}, {"model": {"task": "poetry"}}, {"data": {"num_train": 0}},
+        {"merge": {"threshold": 2}}, {"memory": {"budget": 1000}}, {"adapter": {"parameters": 0}},
+    ],
+)  # fmt: skip
+def test_the_schema_refuses_an_unknown_key_and_a_number_out_of_range(wrong):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, json_schema())
+
+
+NUMBERS = {
+    "memory.budget": {
+        True: ["8GiB", "8 gib", "' 512MB '", "1.5 tb", ".5GiB", "1_000 MB", "1e1GiB", "+8GiB", "2000000000", "2e9"],
+        False: ["8g", "08GiB", "8GiBs", "1_0GiB", "300k", "-8GiB", "1000", "true", "1:30", "GiB", "[8GiB]"],
+    },
+    "adapter.parameters": {
+        True: ["300k", "300 K", "1.5M", "3e2k", "' 1.k '", ".5k", "1_000k", "+3k", "300000", "1_000", "3e5", "200.0"],
+        False: ["3 kk", "-3k", "03k", "8GiB", "k", "0", "-1", "2.5", "true", "1_0k", "2000000000000", "[3k]"],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "accepted"),
+    [(key, text, accepted) for key, texts in NUMBERS.items() for accepted in texts for text in texts[accepted]],
+)
+def test_the_schema_and_the_program_accept_the_same_sizes_and_counts(key, text, accepted, tmp_path):
+    """An editor follows YAML 1.2, in which 1_000 is a text; PyYAML follows 1.1, in which 3e5 is one."""
+    section, _, leaf = key.partition(".")
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{section}: {{{leaf}: {text}}}")
+    value = yaml.safe_load(path.read_text())[section][leaf]
+    validator = jsonschema.Draft202012Validator(json_schema())
+    read = [value, text.strip("'")] if accepted else [value]
+    assert [validator.is_valid({section: {leaf: form}}) for form in read] == [accepted] * len(read)
+    try:
+        load_config(path)
+    except UserError:
+        assert not accepted
+    else:
+        assert accepted

@@ -174,10 +174,8 @@ def test_groups_within_a_layer_have_brackets():
     assert list(grid_figures.group_numbers(plan).values()) == [0, 0, 1, 1]
     page = render(plan=plan)
     assert "under one bracket: one group" in read(page).text
-    drawn = re.search(r'aria-label="Which matrices share a factor".*?</svg>', page, re.DOTALL)
-    assert drawn is not None
-    texts = re.findall(r">([^<]+)</text>", drawn[0])
-    assert [text for text in texts if text.isdigit()] == ["0", "1"]  # the layers, and no numbers of groups
+    assert grid_figures.shown_numbers(plan) == {}
+    assert digits_of_the_grid(page) == ["0", "1"]  # the layers, and no numbers of groups
 
 
 def test_pools_are_called_pools_and_shown_layer_by_direction():
@@ -188,8 +186,8 @@ def test_pools_are_called_pools_and_shown_layer_by_direction():
         "Pools 7 with 42 matrices scope pool, criterion subspace, threshold -1 Pools",
         "share the directions of their update. Each layer only weights them by numbers of its own.",
         "each multiplies the 24 columns of lora_B by weights of its own",
-        "same colour and number in a column: one pool",
-        "Each row is a layer, each column one of the directions that all layers share; bright: the layer uses it much.",
+        "same colour in a column: one pool",
+        "Each row is a layer, each column one of the directions that the layers share; bright: the layer uses it much.",
         "q_proj: 2.5 of 6 layers use a direction; 6 weaker directions left out",
         "q_proj 6 both 0.95 0.44", "q_proj/both/0 6 0–5 both 0.70 0.60",
         "for the worst member on its worse side", "Bright on both sides",
@@ -204,7 +202,44 @@ def test_pools_are_called_pools_and_shown_layer_by_direction():
 def test_several_pools_of_a_kind_have_numbers_of_their_own_and_only_the_first_are_drawn():
     plan = pooled_plan(6, pools_of_a_kind=2)
     assert list(grid_figures.group_numbers(plan).values()) == [0, 1] * 7
-    assert "8 of 14 pools" in read(render(plan=plan, pictures=sample_pictures(plan))).text
+    text = read(render(plan=plan, pictures=sample_pictures(plan))).text
+    for words in ("8 of 14 pools", "q_proj, pool 0: 2.5 of 3 layers", "q_proj, pool 1: 2.5 of 3 layers"):
+        assert words in text
+
+
+def digits_of_the_grid(page: str) -> list[str]:
+    """Returns the numbers of its rows and cells."""
+    drawn = re.search(r'aria-label="Which matrices share a factor".*?</svg>', page, re.DOTALL)
+    assert drawn is not None
+    return [text for text in re.findall(r">([^<]+)</text>", drawn[0]) if text.isdigit()]
+
+
+def without(plan: Plan, kind: str, number: int) -> Plan:
+    """Returns `plan` without a pool."""
+    gone = f"{kind}/both/{number}"
+    matrices = tuple(replace(matrix, group=None) if matrix.group == gone else matrix for matrix in plan.matrices)
+    return replace(plan, matrices=matrices, groups=tuple(group for group in plan.groups if group.name != gone))
+
+
+@pytest.mark.parametrize(
+    ("plan", "same", "numbered"),
+    [
+        (pooled_plan(4), "same colour in a column: one pool", 0),
+        (pooled_plan(4, pools_of_a_kind=2), "same colour, and number if any, in a column: one pool", 14),
+        (without(pooled_plan(4, 2), "q_proj", 1), "same colour, and number if any, in a column: one pool", 12),
+        (sample_plan(30), "same colour, and number if any, in a column: one group", 43),
+    ],
+    ids=["one of each kind", "several", "one of a kind", "groups"],
+)
+def test_numbers_stand_where_a_kind_has_several_groups_and_the_words_say_so(plan, same, numbered):
+    page = render(plan=plan)
+    layers = {matrix.layer for matrix in plan.matrices}
+    shown = [group for group in plan.groups if group.name in grid_figures.shown_numbers(plan)]
+    assert len(shown) == numbered
+    assert same in read(page).text
+    assert len(digits_of_the_grid(page)) == len(layers) + sum(len(group.members) for group in shown)
+    beside = re.findall(r'<span class="number"[^>]*>([^<]*)</span>', page)
+    assert [text.isdigit() for text in beside] == [group in shown for group in plan.groups]
 
 
 def test_a_pool_is_outlined_on_both_sides():

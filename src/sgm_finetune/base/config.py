@@ -42,9 +42,9 @@ def default_rate(optimizer: Optimizer, rank: int) -> float:
     return float(f"{DEFAULT_RATES[optimizer] * math.sqrt(fewer):.3g}")
 
 
-_NUMBER = re.compile(
-    r"[+-]?(?P<whole>0|[1-9]\d*|[1-9]\d{0,2}(?:_\d{3})+)?(?P<rest>(?:\.\d*)?(?:e[+-]?\d+)?)", re.ASCII | re.IGNORECASE
-)
+_UNSIGNED = r"(?=\.?[0-9])(0|[1-9][0-9]*|[1-9][0-9]{0,2}(_[0-9]{3})+)?(\.[0-9]*)?([eE][+-]?[0-9]+)?"
+"""A plain number without its sign, for Python and for the JSON Schema. Groups 3 and 4: its fraction, its exponent."""
+_NUMBER = re.compile(rf"[+-]?{_UNSIGNED}")
 
 
 def _parse_number(value: Any) -> Any:
@@ -60,9 +60,9 @@ def _parse_number(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     found = _NUMBER.fullmatch(value.strip())
-    if len(value) > 60 or found is None or not re.search(r"^[+-]?\.?\d", value.strip()):
+    if len(value) > 60 or found is None:
         raise ValueError("write a plain number, such as 90, 0.5 or 1e-3")
-    number = float(value) if found["rest"] else int(value)
+    number = float(value) if any(found.group(3, 4)) else int(value)
     if math.isinf(number):
         raise ValueError("it is too large a number")
     return number
@@ -83,16 +83,18 @@ _UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 1e3, "mb
 
 
 def _parse_size(value: Any) -> Any:
-    """Returns a size with a unit as a number of bytes. Every other value comes back as it is.
+    """Returns a size, with or without a unit, as a number of bytes. Raises ValueError for a text that is none.
 
     pydantic.ByteSize is not used: it ignores what follows the unit ("16GB/2" would mean 16 GB).
 
-    >>> _parse_size("8GiB"), _parse_size("1.5 gb"), _parse_size("much")
-    (8589934592, 1500000000, 'much')
+    >>> _parse_size("8GiB"), _parse_size("1.5 gb"), _parse_size("2e9")
+    (8589934592, 1500000000, 2000000000.0)
     """
-    if isinstance(value, str) and (found := re.fullmatch(r"\s*([\d.]+)\s*([kmgt]i?b)\s*", value.lower())):
-        return int(_parse_number(found[1]) * _UNITS[found[2]])
-    return value
+    found = re.fullmatch(r"\s*(\S+?)\s*([kmgt]i?b)\s*", value.lower()) if isinstance(value, str) else None
+    try:
+        return int(_parse_number(found[1]) * _UNITS[found[2]]) if found else _parse_number(value)
+    except (ValueError, OverflowError):
+        raise ValueError("write a number of bytes, or a size such as 8GiB or 512MB") from None
 
 
 _MOST_PARAMETERS = 10**12
@@ -190,19 +192,14 @@ def _parse_path(value: Any) -> Any:
     return expanded
 
 
-Size = Annotated[int, BeforeValidator(_parse_number), BeforeValidator(_parse_size)]  # the last one comes first
-Count = Annotated[
-    int,
-    BeforeValidator(_parse_count),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "integer", "minimum": 1, "maximum": _MOST_PARAMETERS},
-                {"type": "string", "pattern": r"^[0-9.]+ ?[kKmM]$"},
-            ]
-        }
-    ),
-]
+def _with_unit(unit: str, **bounds: int) -> WithJsonSchema:
+    """The JSON Schema of a whole number within `bounds`, or a text: a number and perhaps a `unit`."""
+    text = {"type": "string", "pattern": rf"^\s*\+?{_UNSIGNED}\s*({unit})?\s*$"}
+    return WithJsonSchema({"anyOf": [{"type": "integer", **bounds}, text]})
+
+
+Size = Annotated[int, BeforeValidator(_parse_size), _with_unit("[kKmMgGtT][iI]?[bB]")]
+Count = Annotated[int, BeforeValidator(_parse_count), _with_unit("[kKmM]", minimum=1, maximum=_MOST_PARAMETERS)]
 Rate = Annotated[
     float | Literal["auto"],
     BeforeValidator(_parse_rate),

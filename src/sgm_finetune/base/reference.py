@@ -76,8 +76,22 @@ def commented_yaml(config: Config, shown: Collection[str] = (), schema: str | No
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a configuration file."""
-    schema = Config.model_json_schema()
+    schema = _with_bounds(Config.model_json_schema())
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sgm-finetune configuration", **schema}
+
+
+def _with_bounds(node: Any) -> Any:
+    """A JSON Schema whose bounds all have the names that programs know.
+
+    Pydantic leaves its own names where a key may be null.
+
+    >>> _with_bounds({"anyOf": [{"ge": 1, "type": "integer"}, {"type": "null"}]})
+    {'anyOf': [{'minimum': 1, 'type': 'integer'}, {'type': 'null'}]}
+    """
+    names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+    if isinstance(node, dict):
+        return {names.get(name, name): _with_bounds(inner) for name, inner in node.items()}
+    return [_with_bounds(inner) for inner in node] if isinstance(node, list) else node
 
 
 def reference_page() -> str:

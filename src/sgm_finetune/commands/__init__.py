@@ -1,1 +1,1 @@
-"""One file a command; cli.py reads the arguments."""
+"""One file a command; cli.py lists the commands, and arguments/ reads the command line of each."""

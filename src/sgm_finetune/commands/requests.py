@@ -1,6 +1,6 @@
 """What a command was asked for, and the mistakes in it that show before PyTorch is loaded.
 
-`commands/cli.py` calls these checks first, so that a mistake costs no seconds. The commands call the same functions
+`commands/arguments/` calls these checks first, so that a mistake costs no seconds. The commands call the same functions
 again, for callers from Python and because a file may have changed.
 """
 

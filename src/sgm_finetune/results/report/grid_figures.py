@@ -62,6 +62,14 @@ def group_numbers(plan: Plan) -> dict[str, int]:
     return numbers
 
 
+def shown_numbers(plan: Plan) -> dict[str, int]:
+    """Returns group name -> number for the groups whose cells show it: several of one kind, and no brackets."""
+    brackets = _brackets(plan, grid_of(plan.matrices))
+    of_kind = Counter(group.kind for group in plan.groups)
+    shown = {group.name for group in plan.groups if of_kind[group.kind] > 1} - brackets.keys()
+    return {name: number for name, number in group_numbers(plan).items() if name in shown}
+
+
 def group_colour(number: int) -> str:
     return GROUP_COLOURS[number % len(GROUP_COLOURS)]
 
@@ -71,19 +79,15 @@ def groups_figure(plan: Plan) -> Markup:
 
     A bracket joins a group within a layer. Groups of layers have numbers where a column has more than one.
     """
-    numbers = group_numbers(plan)
+    numbers, shown = group_numbers(plan), shown_numbers(plan)
     grid = grid_of(plan.matrices)
-    brackets = _brackets(plan, grid)
-    of_kind = Counter(group.kind for group in plan.groups)
-    unnumbered = {*brackets, *(group.name for group in plan.groups if of_kind[group.kind] == 1)}
 
     def look(matrix: PlannedMatrix) -> tuple[str, str]:
         if matrix.group is not None:
-            number = numbers[matrix.group]
-            return group_colour(number), "" if matrix.group in unnumbered else str(number)
+            return group_colour(numbers[matrix.group]), str(shown.get(matrix.group, ""))
         return (ALONE if matrix.selected else "none"), ""
 
-    return _grid_figure(grid, "groups", "Which matrices share a factor", look, list(brackets.values()))
+    return _grid_figure(grid, "groups", "Which matrices share a factor", look, list(_brackets(plan, grid).values()))
 
 
 def _brackets(plan: Plan, grid: Grid[PlannedMatrix]) -> dict[str, tuple[int, list[int]]]:

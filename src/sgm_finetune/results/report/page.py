@@ -135,13 +135,13 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
     trainable, plain = metrics.get("trainable_parameters"), metrics.get("plain_lora_parameters")
     saved = 1 - trainable / plain if finite(trainable) and finite(plain) and plain else None
     by_name = {matrix.name: matrix for matrix in plan.matrices}
-    numbers, prefix = grid_figures.group_numbers(plan), shared_prefix(plan)
+    numbers, shown, prefix = grid_figures.group_numbers(plan), grid_figures.shown_numbers(plan), shared_prefix(plan)
     colours = {name: grid_figures.group_colour(number) for name, number in numbers.items()}
     groups = [
         {
             "group": group,
             "name": group.name.removeprefix(prefix),
-            "number": numbers[group.name],
+            "number": shown.get(group.name, "\N{NO-BREAK SPACE}"),
             "colour": colours[group.name],
             "text": readable_on(colours[group.name]),
             "layers": layer_ranges(by_name[name].layer for name in group.members),
@@ -171,6 +171,7 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
             for kind in plan.kinds
         ],
         "groups": groups,
+        "has_numbers": bool(shown),
         "groups_folded": len(groups) > MANY_GROUPS,
     }
 
@@ -178,13 +179,14 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _pools(run: Run) -> dict[str, Any]:
     """Draws who uses which direction of each pool that the run measured."""
     kinds, prefix = {group.name: group.kind for group in run.plan.groups}, shared_prefix(run.plan)
-    names = [kinds.get(table.pool, table.pool).removeprefix(prefix) for table in run.pictures.pools]
-    return {
-        "pools": [
-            (name, table, pool_figure(table, name, run.plan, number))
-            for number, (name, table) in enumerate(zip(names, run.pictures.pools, strict=True))
-        ],
-    }
+    shown = grid_figures.shown_numbers(run.plan)
+    drawn = []
+    for index, table in enumerate(run.pictures.pools):
+        name = kinds.get(table.pool, table.pool).removeprefix(prefix)
+        if table.pool in shown:
+            name += f", pool {shown[table.pool]}"
+        drawn.append((name, table, pool_figure(table, name, run.plan, index)))
+    return {"pools": drawn}
 
 
 def _spread(group: Group, members: Sequence[PlannedMatrix]) -> str:

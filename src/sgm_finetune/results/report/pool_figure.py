@@ -16,7 +16,7 @@ def pool_figure(table: PoolTable, kind: str, plan: Plan, number: int) -> Markup:
     """Draws layers x directions, bright where a layer uses a direction much."""
     layers, strengths = layers_of(table.members, plan), np.array(table.strengths)
     rows, columns = strengths.shape
-    cell_width, cell_height = max(4, min(16, 256 // columns)), max(3, min(12, 120 // rows))
+    cell_width, cell_height = max(4, min(24, 256 // columns)), max(3, min(16, 120 // rows))
     left, top = 34, 20
     width, height = left + cell_width * columns + 4, top + cell_height * rows + 4
 
