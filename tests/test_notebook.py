@@ -74,8 +74,9 @@ def test_the_cells_of_the_notebook_run_in_their_order(tmp_path, monkeypatch):
     assert metrics["after"]["loss"] < metrics["before"]["loss"]
     assert metrics["after"]["accuracy"] > metrics["after"]["majority_accuracy"] + 0.1
     assert said["examples"].count("(true: ") == 8
-    (page,) = [output.data["text/html"] for cell in kept if cell.get("id") == "report" for output in cell.outputs]
-    assert page.startswith("<iframe srcdoc=")
+    (shown,) = [cell.outputs for cell in kept if cell.get("id") == "report"]
+    assert [output.output_type for output in shown] == ["execute_result"], shown  # no warning beside it
+    assert shown[0].data["text/html"].startswith("<div><iframe srcdoc=")
     good, bad = (json.loads(line.partition("]")[0] + "]") for line in said["peft-load"].splitlines()[-2:])
     assert good[1] > bad[1]  # class 1 is a good review
     assert (tmp_path / "runs" / "mine" / "adapter" / "adapter_model.safetensors").is_file()
