@@ -126,7 +126,10 @@ def choose_rate(s: Session, base: Base, adapted: Adapted, start: Start) -> Start
         trials = try_rates(training_job(s, base, adapted, start, trainer_arguments(s)), progress)
     s.config = replaced(s.config, "training", learning_rate=trials.chosen)
     tried = " · ".join(f"{rate:.3g}: {loss:.4f}" for rate, loss in sorted(trials.losses.items()))
-    s.log.line("rate", f"training.learning_rate={trials.chosen:g} after {trials.seconds:.0f} s (loss at {tried})")
+    s.log.line(
+        "rate", f"training.learning_rate={trials.chosen:g} for {trials.steps} steps, after {trials.seconds:.0f} s"
+    )
+    s.log.line("", f"learning rate and loss of the trials: {tried}")
     return replace(start, rate_trials=trials.to_dict())
 
 

@@ -46,7 +46,7 @@
         descent: polar_factor, inverse_root, inverse_roots, channel_profile, partner_metric, partner_floor
         descent: descent_directions, pool_metric, largest_change, code_steps
     6.1 The learning rate by trials
-        rate_search: best_rate, next_rate, lowest_point
+        rate_search: best_rate, next_rate, lowest_point, rate_for
 
 `plan` holds the data that sections 1 to 3 produce. Sections 5 and 8 change models: see `model` and `train/fast`.
 """

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+_EXPONENT = 0.75
+"""Of the number of steps, by whose power the best learning rate falls."""
+
 
 def best_rate(losses: Mapping[float, float]) -> float:
     """The learning rate with the lowest loss; a loss that is not finite counts as infinite.
@@ -29,6 +32,15 @@ def next_rate(losses: Mapping[float, float], most: int) -> float | None:
         return None
     neighbour = rates[1] if best == rates[0] else rates[-2]
     return float(f"{best * best / neighbour:.2g}")
+
+
+def rate_for(rate: float, steps: int, more: int) -> float:
+    """The learning rate for `more` steps that corresponds to `rate` for `steps`: η·(steps/more)^¾ (eq. 18b).
+
+    >>> rate_for(0.08, 30, 120)
+    0.028284271247461898
+    """
+    return rate * (steps / more) ** _EXPONENT
 
 
 def lowest_point(losses: Mapping[float, float]) -> float:

@@ -18,7 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.memory import release_memory
 from sgm_finetune.base.processes import processes
-from sgm_finetune.method.rate_search import lowest_point, next_rate
+from sgm_finetune.data.batches import num_steps
+from sgm_finetune.method.rate_search import lowest_point, next_rate, rate_for
 from sgm_finetune.train.arguments import trial_arguments
 from sgm_finetune.train.budget.reuse import replaced
 from sgm_finetune.train.trainer import TrainingJob, make_trainer
@@ -35,18 +36,21 @@ class RateTrials:
     losses: dict[float, float]
     """Learning rate -> mean loss of the examples left out; infinite where the trial failed."""
     size: TrialSize
+    steps: int
+    """Steps of the training that the rate is for."""
     seconds: float
 
     @property
     def chosen(self) -> float:
-        """The lowest point of the losses, with three digits."""
-        return float(f"{lowest_point(self.losses):.3g}")
+        """The learning rate of the training, with three digits: that of the lowest point, for more steps."""
+        return float(f"{rate_for(lowest_point(self.losses), self.size.steps, self.steps):.3g}")
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of metrics.json; a trial that failed has no loss."""
         return {
             "rates": list(self.losses),
             "losses": [loss if math.isfinite(loss) else None for loss in self.losses.values()],
+            "best": float(f"{lowest_point(self.losses):.3g}"),
             "steps": self.size.steps,
             "num_held_out": self.size.num_held_out,
             "seconds": round(self.seconds, 3),
@@ -57,26 +61,29 @@ class RateTrials:
 def try_rates(job: TrainingJob, progress: Callable[[int, int], None]) -> RateTrials:
     """Trains from the model's present state at several learning rates, and restores it after each.
 
-    The rates are the optimizer's default, half of it and twice it, and more beyond the best one as long as that is the
-    smallest or the largest. A trial whose loss or gradient is not finite counts as infinite. `progress` takes the steps
-    done and those planned. Raises UserError where all trials fail.
+    The rates are the optimizer's default for so few steps, half of it and twice it, and more beyond the best one as
+    long as that is the smallest or the largest. A trial whose loss or gradient is not finite counts as infinite.
+    `progress` takes the steps done and those planned. Raises UserError where all trials fail.
     """
     started = time.perf_counter()
-    size = trial_size(job.config, len(job.train))
+    num_train = len(job.train)
+    size = trial_size(job.config, num_train)
     job = _without(job, size.num_held_out)
     losses: dict[float, float] = {}
 
     def moved(step: int) -> None:
         progress(len(losses) * size.steps + step, max(FEWEST, len(losses) + 1) * size.steps)
 
-    for rate in _rates(job.config.peak_learning_rate, losses):
+    steps = num_steps(job.config, num_train)
+    default = float(f"{rate_for(job.config.peak_learning_rate, steps, size.steps):.3g}")
+    for rate in _rates(default, losses):
         losses[rate] = _loss_after_trial(job, rate, size.steps, moved)
     if not any(map(math.isfinite, losses.values())):
         raise UserError(
             f"No trial of training.learning_rate=auto had a finite loss, from {min(losses):g} to {max(losses):g}; "
             "try model.dtype=float32, or give a number"
         )
-    return RateTrials(losses, size, time.perf_counter() - started)
+    return RateTrials(losses, size, steps, time.perf_counter() - started)
 
 
 def _rates(default: float, losses: Mapping[float, float]) -> Iterator[float]:

@@ -101,8 +101,8 @@ def _training(run: Run) -> dict[str, Any]:
     small = [
         (
             training_figures.rates_figure(trials),
-            f"loss of {trials['num_held_out']} training examples after {trials['steps']} steps at several learning "
-            "rates (dotted: the one chosen)"
+            f"loss of {trials['num_held_out']} training examples after trials of {trials['steps']} steps, by learning "
+            f"rate (dotted: the lowest point, {trials['best']:g}; for all steps that is {trials['chosen']:g})"
             if trials
             else "",
         ),

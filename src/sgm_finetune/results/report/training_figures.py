@@ -89,7 +89,7 @@ def step_figure(
 
 
 def rates_figure(trials: Mapping[str, Any] | None) -> Markup | None:
-    """Draws the losses of the trials of training.learning_rate=auto over the rate, with a line at the chosen one.
+    """Draws the losses of the trials of training.learning_rate=auto over the rate, with a line at the lowest point.
     Returns None if there were none."""
     pairs = zip(trials["rates"], trials["losses"], strict=True) if trials else ()
     points = sorted((rate, loss) for rate, loss in pairs if loss is not None)
@@ -102,7 +102,7 @@ def rates_figure(trials: Mapping[str, Any] | None) -> Markup | None:
         axes.set_xscale("log")
         axes.set_xticks([rate for rate, _ in points], [f"{rate:.3g}" for rate, _ in points])
         axes.minorticks_off()
-        axes.axvline(trials["chosen"], color=INK, linewidth=1, linestyle=(0, (2, 3)))
+        axes.axvline(trials["best"], color=INK, linewidth=1, linestyle=(0, (2, 3)))
         axes.plot(*zip(*points, strict=True), color=VALIDATION, linewidth=1.8, marker="o", markersize=6)
 
     return svg("rates", "Loss of short trials by learning rate", width, height, draw)
