@@ -119,7 +119,8 @@ def run_method(task: str, method: Method, seeds: int, submit: Callable[..., Futu
             break
         tries[beyond] = submit(task, method.name, beyond, TUNING_SEED)
     best = best_rate(losses)
-    tested = dict.fromkeys([best] if method.default is None else [best, method.default(tries[first].result()["rank"])])
+    tried = tries[first].result()
+    tested = dict.fromkeys([best] if method.default is None else [best, method.default(tried["rank"], tried["steps"])])
     for run in [submit(task, method.name, rate, seed) for rate in tested for seed in range(seeds)]:
         run.result()
 

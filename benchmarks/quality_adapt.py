@@ -66,8 +66,8 @@ class Method:
     name: str
     rates: Rates
     adapt: Callable[[Base], Adapted]
-    default: Callable[[int], float] | None = None
-    """Rank -> the rate that users get without tuning; it is measured on test data even if it is not the best."""
+    default: Callable[[int, int], float] | None = None
+    """Rank and steps -> the rate that users get without tuning; it is measured on test data, the best one or not."""
 
 
 def budget_of(model: nn.Module, rank: int) -> int:

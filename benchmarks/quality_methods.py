@@ -47,11 +47,13 @@ MEASUREMENTS = "SGM_QUALITY_MEASUREMENTS"
 # Our methods
 
 
-def spectral_default(rank: int) -> float:
-    return default_rate("spectral", rank)
+def spectral_default(rank: int, steps: int) -> float:
+    return default_rate("spectral", rank, steps)
 
 
-def descending(method: Method, name: str, rates: Rates, default: Callable[[int], float] = spectral_default) -> Method:
+def descending(
+    method: Method, name: str, rates: Rates, default: Callable[[int, int], float] = spectral_default
+) -> Method:
     """The same adapter, trained by spectral descent on its factors."""
 
     def adapt(base: Base) -> Adapted:
@@ -315,7 +317,7 @@ def pool_method(
     plain = sgm_method(f"{name}, AdamW", POOL_ADAMW, POOL, share=share, change=change)
     if codes is not None:
         plain = changed(plain, with_codes(codes))
-    return [plain, descending(plain, name, POOL_SPECTRAL, lambda rank: spectral_default(1))]
+    return [plain, descending(plain, name, POOL_SPECTRAL, lambda rank, steps: spectral_default(1, steps))]
 
 
 def changed(method: Method, change: Callable[[Adapted], None]) -> Method:

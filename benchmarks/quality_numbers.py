@@ -83,7 +83,7 @@ def finished_runs(
 
 def at_default_rates(runs: list[dict], task: str, methods: dict[str, Method], tuning_seed: int) -> dict[str, Finished]:
     """Method -> its test runs at its default learning rate, for every method that has one."""
-    ranks = {run["method"]: run["rank"] for run in runs if run["task"] == task}
-    rates = {name: m.default(ranks[name]) for name, m in methods.items() if m.default is not None and name in ranks}
+    sizes = {run["method"]: (run["rank"], run["steps"]) for run in runs if run["task"] == task}
+    rates = {name: m.default(*sizes[name]) for name, m in methods.items() if m.default is not None and name in sizes}
     tested = {name: tests_at(runs, task, name, rate, tuning_seed) for name, rate in rates.items()}
     return {name: Finished(name, rates[name], False, tests) for name, tests in tested.items() if tests}

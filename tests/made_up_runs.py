@@ -259,6 +259,7 @@ def leave_run(folder: Path, accuracy: float, fingerprint: str | None = "a", metr
     metrics = metrics or classification_metrics()
     metrics["after"] |= {} if "perplexity" in metrics["after"] else {"accuracy": accuracy}
     metrics |= {} if fingerprint is None else {"test_fingerprint": fingerprint}
+    metrics["learning_rate"] = training.get("learning_rate", 0.0125)
     config = parse_config({"training": training, "model": {"task": metrics["task"]}, "output": {"dir": str(folder)}})
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     (folder / "metrics.json").write_text(json.dumps(metrics))

@@ -487,7 +487,7 @@ def test_every_file_of_the_repository_loads_and_writes_known_keys_only(path):
     ],
 )
 def test_each_optimizer_has_its_own_default_learning_rate(overrides, rate):
-    assert load_config(None, overrides).peak_learning_rate == rate
+    assert load_config(None, overrides).peak_learning_rate(60) == rate
 
 
 CONFIGURED = ("data", "estimate", "plan", "finetune")

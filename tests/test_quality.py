@@ -59,12 +59,11 @@ def test_the_best_rate_is_tested_and_the_default_one(benchmark, default, tested)
     def submit(task, method, rate, seed):
         asked.append((rate, seed))
         done = Future()
-        done.set_result({"validation": {"loss": abs(rate - 2.0)}, "rank": 4})
+        done.set_result({"validation": {"loss": abs(rate - 2.0)}, "rank": 4, "steps": 60})
         return done
 
-    method = methods.Method(
-        "m", (1.0, 2.0, 3.0), lambda base: base, default and (lambda rank: default if rank == 4 else 1.0)
-    )
+    of_size = None if default is None else (lambda rank, steps: {(4, 60): default}[rank, steps])
+    method = methods.Method("m", (1.0, 2.0, 3.0), lambda base: base, of_size)
     quality.run_method("t", method, 2, submit)
     assert asked == [(rate, 100) for rate in method.rates] + [(rate, seed) for rate in tested for seed in (0, 1)]
 

@@ -25,21 +25,25 @@ Side = Literal["input", "output"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Optimizer = Literal["spectral", "adamw", "adamw_8bit", "paged_adamw_8bit"]
 DEFAULT_RATES: dict[Optimizer, float] = {"spectral": 0.0125, **dict.fromkeys(typing.get_args(Optimizer)[1:], 1e-3)}
-_SPECTRAL_RANK = 8
-"""The rank from which on `DEFAULT_RATES` holds for spectral descent."""
+_SPECTRAL_RANK, _SPECTRAL_STEPS = 8, 120
+"""The rank from which on, and the steps up to which, `DEFAULT_RATES` holds for spectral descent."""
 
 
-def default_rate(optimizer: Optimizer, rank: int) -> float:
-    """The learning rate of who gives none.
+def default_rate(optimizer: Optimizer, rank: int, steps: int) -> float:
+    """The learning rate of who gives none, for a training of `steps` steps.
 
     A spectral step moves all `rank` directions by its length. Below rank 8, the default keeps the step's Frobenius norm
-    instead of its length (docs/method.md section 6).
+    instead of its length; beyond 120 steps it falls with the square root of their number (docs/method.md section 6).
 
-    >>> [default_rate("spectral", rank) for rank in (1, 2, 4, 8, 64)], default_rate("adamw", 1)
+    >>> [default_rate("spectral", rank, 60) for rank in (1, 2, 4, 8, 64)], default_rate("adamw", 1, 60)
     ([0.0354, 0.025, 0.0177, 0.0125, 0.0125], 0.001)
+    >>> [default_rate("spectral", 16, steps) for steps in (120, 480, 12_000)]
+    [0.0125, 0.00625, 0.00125]
     """
-    fewer = _SPECTRAL_RANK / min(rank, _SPECTRAL_RANK) if optimizer == "spectral" else 1.0
-    return float(f"{DEFAULT_RATES[optimizer] * math.sqrt(fewer):.3g}")
+    if optimizer != "spectral":
+        return DEFAULT_RATES[optimizer]
+    share = _SPECTRAL_RANK / min(rank, _SPECTRAL_RANK) * _SPECTRAL_STEPS / max(steps, _SPECTRAL_STEPS)
+    return float(f"{DEFAULT_RATES[optimizer] * math.sqrt(share):.3g}")
 
 
 _UNSIGNED = r"(?=\.?[0-9])(0|[1-9][0-9]*|[1-9][0-9]{0,2}(_[0-9]{3})+)?(\.[0-9]*)?([eE][+-]?[0-9]+)?"
@@ -420,9 +424,9 @@ class TrainingConfig(_Section):
     host memory when it does not fit in GPU memory."""
     learning_rate: Rate | None = None
     """Peak learning rate. spectral: the RMS-to-RMS norm of the change that one step makes to a weight matrix, for every
-    model (null: 0.0125 from rank 8 on, and up to 0.0354 below). adamw: AdamW's learning rate (null: 1e-3). auto: short
-    trials choose it before the training, by their loss on training examples that they leave out (docs/method.md
-    6.1)."""
+    model (null: 0.0125 for up to 120 steps from rank 8 on; more below rank 8, less for more steps). adamw: AdamW's
+    learning rate (null: 1e-3). auto: short trials choose it before the training, by their loss on training examples
+    that they leave out (docs/method.md 6.1)."""
     warmup_fraction: Real = Field(default=0.06, ge=0, lt=1)
     """Fraction of the steps in which the learning rate rises linearly. It then falls linearly to zero."""
     weight_decay: Real = Field(default=0.0, ge=0, lt=1)
@@ -493,13 +497,13 @@ class Config(_Section):
     plan: PathText | None = None
     """Plan file (plan.json of an earlier run) to use instead of measuring again (null: measure)."""
 
-    @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate: `training.learning_rate`, or the default when it is null or still to be chosen."""
+    def peak_learning_rate(self, steps: int) -> float:
+        """The learning rate of a training of `steps` steps: `training.learning_rate`, or the default when it is null or
+        still to be chosen."""
         given = self.training.learning_rate
         if given is not None and given != "auto":
             return given
-        return default_rate(self.training.optimizer, 1 if self.merge.scope == "pool" else self.adapter.rank)
+        return default_rate(self.training.optimizer, 1 if self.merge.scope == "pool" else self.adapter.rank, steps)
 
     @model_validator(mode="after")
     def _one_rank(self) -> Self:

@@ -255,7 +255,7 @@ def _metrics(s: Session, start: Start, adapted: Adapted, state: TrainerState, af
         "peak_memory_bytes": peak_memory(),
         "predicted": s.estimate and s.estimate.to_dict(),
         "optimizer": config.training.optimizer,
-        "learning_rate": config.peak_learning_rate,
+        "learning_rate": config.peak_learning_rate(state.max_steps),
         "rate_trials": start.rate_trials,
         "num_train": len(s.prepared.train.dataset),
         "steps": state.global_step,

@@ -59,7 +59,7 @@ def _arguments(config: Config, folder: Path, steps: int, world_size: int, **what
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=num_micro,
         max_steps=steps,
-        learning_rate=config.peak_learning_rate,
+        learning_rate=config.peak_learning_rate(steps),
         lr_scheduler_type="linear",
         warmup_steps=round(training.warmup_fraction * steps),
         weight_decay=training.weight_decay,

@@ -75,7 +75,7 @@ def try_rates(job: TrainingJob, progress: Callable[[int, int], None]) -> RateTri
         progress(len(losses) * size.steps + step, max(FEWEST, len(losses) + 1) * size.steps)
 
     steps = num_steps(job.config, num_train)
-    default = float(f"{rate_for(job.config.peak_learning_rate, steps, size.steps):.3g}")
+    default = float(f"{rate_for(job.config.peak_learning_rate(steps), steps, size.steps):.3g}")
     for rate in _rates(default, losses):
         losses[rate] = _loss_after_trial(job, rate, size.steps, moved)
     if not any(map(math.isfinite, losses.values())):

@@ -286,7 +286,7 @@ def make_trainer(job: TrainingJob, callbacks: Sequence[TrainerCallback]) -> SGMT
         first.append(EarlyStoppingCallback(training.early_stopping_patience))
     optimizer = None
     if training.optimizer == "spectral":
-        optimizer = create_optimizer(job.model, job.config.peak_learning_rate, weight_decay=training.weight_decay)
+        optimizer = create_optimizer(job.model, job.arguments.learning_rate, weight_decay=training.weight_decay)
     trainer = SGMTrainer(
         model=job.model,
         optimizers=(optimizer, None),

@@ -19,7 +19,7 @@ from sgm_finetune.results.report.run_files import Run, load_run
 _UNCOMPARED = ("output.dir", "output.overwrite", "training.resume")
 """Configuration keys that do not change a result."""
 _RATE = "training.learning_rate"
-"""The key whose default depends on another key."""
+"""The key whose default depends on other keys and on the data; metrics.json has the number."""
 _PER_TOKEN = ("loss", "perplexity")
 """Metrics that are comparable only over the same tokens."""
 
@@ -95,43 +95,46 @@ def compare_runs(folders: Sequence[Path]) -> RunComparison:
     rows = [_metric_row(metric, runs, alike) for metric in metrics] + _harness_rows(runs)
     verdict, chance = _verdict(names, runs, alike, metrics)
     return RunComparison(
-        names, runs, alike, (*rows, *_cost_rows(runs)), differing_keys([run.config for run in runs]), verdict,
+        names, runs, alike, (*rows, *_cost_rows(runs)), differing_keys(runs), verdict,
         (*_test_remarks(names, fingerprints, alike), *chance),
     )  # fmt: skip
 
 
-def differing_keys(configs: Sequence[Config]) -> dict[str, tuple[Any, ...]]:
-    """Returns each key whose values differ, with its value in every configuration.
+def differing_keys(runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
+    """Returns each key whose values differ, with its value in every run.
 
-    >>> differing_keys([Config(), Config(plan="plan.json")])
-    {'plan': (None, 'plan.json')}
-    >>> differing_keys([Config(), Config.model_validate({"training": {"learning_rate": 0.0125}})])
-    {}
+    A learning rate that is written out is compared with the number that the default was.
     """
-    flat = [dict(_leaves(config.model_dump(mode="json"))) for config in configs]
+    flat = [dict(_leaves(run.config.model_dump(mode="json"))) for run in runs]
     differing = {}
     for key in dict.fromkeys(key for one in flat for key in one):
         values = tuple(one.get(key) for one in flat)
         if key == _RATE and len(set(values)) > 1:
-            values = tuple(config.peak_learning_rate for config in configs)
+            values = tuple(
+                run.metrics.get("learning_rate") or one.get(key) for run, one in zip(runs, flat, strict=True)
+            )
         if key not in _UNCOMPARED and any(value != values[0] for value in values):
             differing[key] = values
     return differing
 
 
-def shown_value(config: Config, key: str) -> str:
+def shown_value(config: Config, key: str, rate: float | None = None) -> str:
     """The value of a key that differs, as YAML writes it; for a key that is not set, what its default means.
 
-    >>> [shown_value(Config(), key) for key in ("training.learning_rate", "data.num_train", "data.columns.text")]
-    ['0.0125 (default)', 'all (default)', 'text (default)']
-    >>> [shown_value(Config(plan="plan.json"), key) for key in ("plan", "merge.side", "data.packing", "data.name")]
-    ['plan.json', 'auto', 'false', '–']
+    `rate` is the learning rate of the run.
+
+    >>> [shown_value(Config(), key, 0.0125) for key in ("training.learning_rate", "data.num_train", "merge.side")]
+    ['0.0125 (default)', 'all (default)', 'auto']
+    >>> [shown_value(Config(plan="plan.json"), key) for key in ("plan", "data.columns.text", "data.packing")]
+    ['plan.json', 'text (default)', 'false']
+    >>> shown_value(Config(), "data.name")
+    '–'
     """
     value = dict(_leaves(config.model_dump(mode="json"))).get(key)
     if value is not None:
         return str(value).lower() if isinstance(value, bool) else str(value)
     if key == _RATE:
-        return f"{config.peak_learning_rate:g} (default)"
+        return "default" if rate is None else f"{rate:g} (default)"
     if key.startswith("data.columns."):
         return f"{key.removeprefix('data.columns.')} (default)"
     section, _, leaf = key.rpartition(".")
@@ -239,10 +242,15 @@ def _verdict(
         f"{names[second]}."
     )
     chance = _chance(metric, known[first], known[second], runs[first].metrics["after"].get("num_examples"))
-    return line, [*_attribution(runs[first].config, runs[second].config), *chance]
+    return line, [*_attribution(runs[first], runs[second]), *chance]
 
 
-def _attribution(one: Config, two: Config) -> list[str]:
+def value_of(run: Run, key: str) -> str:
+    """`shown_value` of a run."""
+    return shown_value(run.config, key, run.metrics.get("learning_rate"))
+
+
+def _attribution(one: Run, two: Run) -> list[str]:
     """Returns a remark on what the difference between two runs can come from: the one key that differs, or none of
     several."""
     keys = list(differing_keys([one, two]))
@@ -253,7 +261,7 @@ def _attribution(one: Config, two: Config) -> list[str]:
             f"{len(keys)} keys differ between the two ({', '.join(keys)}), so the difference cannot be attributed to "
             "one of them; compare runs that differ in one key."
         ]
-    values = " and ".join(shown_value(config, keys[0]) for config in (one, two))
+    values = " and ".join(value_of(run, keys[0]) for run in (one, two))
     if keys[0] == "training.seed":
         return [f"Only training.seed differs between the two ({values}), so the difference is chance."]
     return [f"Only {keys[0]} differs between the two ({values}): the difference comes from it, or from chance."]

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sgm_finetune.base.console import print_line
-from sgm_finetune.results.report.comparison import RunComparison, shown_value
+from sgm_finetune.results.report.comparison import RunComparison, value_of
 from sgm_finetune.results.report.render import render
 
 
@@ -26,7 +26,7 @@ def print_comparison(comparison: RunComparison, console: Console) -> None:
     if comparison.differing:
         table.add_section()
         for key in comparison.differing:
-            table.add_row(Text(key), *(Text(shown_value(run.config, key)) for run in comparison.runs))
+            table.add_row(Text(key), *(Text(value_of(run, key)) for run in comparison.runs))
     console.print(table)
     for line in (comparison.verdict, *comparison.remarks):
         print_line(console, line)
@@ -46,5 +46,5 @@ def render_comparison(comparison: RunComparison) -> str:
         comparison=comparison,
         colours=[RUN_COLOURS[index % len(RUN_COLOURS)] for index in range(len(curves))],
         figures=[(figure, caption) for figure, caption in figures if figure is not None],
-        differing=[(key, [shown_value(run.config, key) for run in comparison.runs]) for key in comparison.differing],
+        differing=[(key, [value_of(run, key) for run in comparison.runs]) for key in comparison.differing],
     )
