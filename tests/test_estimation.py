@@ -20,11 +20,13 @@ from sgm_finetune.commands.cli import main
 from sgm_finetune.data.prepared import PreparedData, prepare_data
 from sgm_finetune.model.load import Head, load_model, skeleton
 from sgm_finetune.model.matrices import adaptable
+from sgm_finetune.model.residence.store import sizes_on_disk
 from sgm_finetune.model.stand_ins import stored_bytes
 from sgm_finetune.train.budget.estimate import ALLOCATOR, estimate
 from sgm_finetune.train.budget.fit import check_fits, fit
 from sgm_finetune.train.budget.needs import Estimate
-from sgm_finetune.train.budget.reuse import reuse_fit
+from sgm_finetune.train.budget.reuse import replaced, reuse_fit
+from sgm_finetune.train.budget.weights import count_weights
 
 QUIET = StepLog(Console(quiet=True))
 
@@ -136,9 +138,41 @@ def test_a_budget_changes_the_least_costly_first_and_is_kept(described, monkeypa
     assert {"training.micro_batch_size", "training.eval_batch_size", "training.checkpointing"} <= set(seen)
 
 
+def test_of_a_base_on_disk_a_block_the_output_layer_and_rows_of_embeddings_count(described) -> None:
+    config, prepared = made(described, "model.dtype=bfloat16", "merge.side=none")
+    followed: dict = {}
+    resident = estimate(config, prepared, cache=followed)
+    disk = estimate(replaced(config, "model", residence="disk"), prepared, cache=followed)
+    sizes = sizes_on_disk(skeleton(config.model, prepared.folder, prepared.head))
+    assert resident.weights_bytes - disk.weights_bytes == sizes.total - disk.mapped_bytes > 0
+    assert disk.mapped_bytes == sizes.largest_block + sizes.output_layer + sizes.embeddings  # they are small
+    assert disk.store_bytes == sizes.total  # the files are float32
+    assert resident.mapped_bytes == resident.store_bytes == 0
+    for settings, store in (("model.dtype=auto",), 0), (("model.dtype=float32", "model.quantization=nf4"), 1):
+        config, _ = made(described, *settings)
+        counted = count_weights(config, prepared, skeleton(config.model, prepared.folder, prepared.head), {}, 1)
+        assert counted.mapped == counted.store == 0
+        config = replaced(config, "model", residence="disk")
+        empty = skeleton(config.model, prepared.folder, prepared.head)
+        counted = count_weights(config, prepared, empty, {}, 1)
+        assert counted.held > counted.mapped > 0
+        assert counted.store == store * sizes_on_disk(empty).blocks  # the files' own embeddings compute as they are
+
+
+@pytest.mark.slow
+def test_the_base_goes_to_the_disk_where_the_weights_are_more_than_the_budget(described, monkeypatch) -> None:
+    monkeypatch.setattr("sgm_finetune.train.budget.estimate.held_memory", lambda: 0)
+    config, prepared = made(described, "model.dtype=bfloat16", "adapter.rank=2", "merge.side=none")
+    resident = estimate(config, prepared)
+    too_little = resident.process_bytes + resident.weights_bytes - 1
+    fitted = fit(config, prepared, too_little)
+    assert "model.residence=disk (was null)" in fitted.given_up
+    assert fitted.estimate.firm_bytes <= too_little
+
+
 def test_a_budget_that_is_not_enough_is_refused_with_a_remedy(described, monkeypatch) -> None:
     monkeypatch.setattr("sgm_finetune.train.budget.estimate.held_memory", lambda: 0)
-    config, prepared = made(described)
+    config, prepared = made(described, "model.residence=device")
     with pytest.raises(UserError, match=r"memory.budget=0.01 GiB is not enough: .*model.quantization=nf4"):
         fit(config, prepared, 10 * 2**20)
     needed = estimate(config, prepared)

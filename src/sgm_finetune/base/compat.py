@@ -102,6 +102,11 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
         "tests/measure/test_quantized.py::test_a_4_bit_matrix_is_the_modules_own_dequantised_weight",
     ),
     PrivatePart(
+        "bitsandbytes", "Params4bit.quant_state", "model/residence/store.py",
+        "A block that is on disk must not leave its scales in memory, which its 4-bit layers hold too.",
+        "tests/model/test_residence.py::test_loss_and_every_gradient_are_those_of_the_resident_base",
+    ),
+    PrivatePart(
         "gguf", "GGUFReader._get", "model/weights/gguf.py",
         "Every read of a header goes through it, so the override refuses counts beyond the end of the file; the reader "
         "has no bounds of its own.",
@@ -245,6 +250,15 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
         "model/names.py",
         "They give the name in the model of a parameter in its files; Transformers applies them only while it loads.",
         "tests/test_experts.py::test_every_expert_has_its_snr_from_the_files_and_the_start_of_its_stack",
+    ),
+    *_entries(
+        "transformers",
+        ("modeling_utils.convert_and_load_state_dict_in_model", "core_model_loading.set_param_for_module"),
+        "model/residence/store.py",
+        "Inside from_pretrained the first converts all tensors at once; in its place it is called block by block, and "
+        "the second puts mapped tensors where it put converted ones. Transformers' own offload copies a block, and "
+        "refuses 4 bits.",
+        "tests/model/test_residence.py::test_loss_and_every_gradient_are_those_of_the_resident_base",
     ),
     PrivatePart(
         "transformers", "core_model_loading.revert_weight_conversion", "results/export/merge.py",

@@ -248,6 +248,10 @@ class ModelConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Floating-point type of the base. auto: the type of the stored weights; for a quantised base bfloat16, or float32
     on a processor without bfloat16 instructions."""
+    residence: Literal["device", "disk"] | None = None
+    """Place of the frozen base. device: in memory. disk: in files, of which one block at a time is in memory, for
+    models that are larger than it; the results are the same. It is for machines without a GPU, and takes quantization
+    none or nf4. null: device, or disk if `memory.budget` is too small for that."""
     revision: Text | None = None
     """Branch, tag or commit of a hub model (null: the main branch)."""
     trust_remote_code: Flag = False
@@ -470,7 +474,8 @@ class EvaluationConfig(_Section):
 class MemoryConfig(_Section):
     budget: Size | None = Field(default=None, ge=2**20)
     """Maximum memory of one process, for example 8GiB: GPU memory, or resident memory without a GPU. SGM chooses batch
-    sizes, checkpointing, rank and layers to fit and prints each change (null: keep the configured values)."""
+    sizes, checkpointing, `model.residence`, rank and layers to fit and prints each change (null: keep the configured
+    values)."""
 
 
 class OutputConfig(_Section):

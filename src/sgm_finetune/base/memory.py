@@ -55,3 +55,8 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def can_map_files() -> bool:
+    """Whether this system shows which files a process has mapped, and takes advice about their pages: Linux."""
+    return sys.platform == "linux" and Path("/proc/self/maps").is_file()

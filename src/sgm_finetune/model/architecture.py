@@ -54,9 +54,12 @@ def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
     """Checks a model before its weights are loaded; raises UserError for what cannot work.
 
     It checks that config.json is readable, that the architecture supports the task, that it has positions for
-    `max_length` tokens, and that bitsandbytes is installed when `config` asks for quantisation.
+    `max_length` tokens, that bitsandbytes is installed when `config` asks for quantisation, and that the base can be
+    where `config` says.
     """
     described = read_model_config(config, folder)
+    if config.residence == "disk" and (reason := why_not_on_disk(config, described)) is not None:
+        raise UserError(f"model.residence=disk {reason}; set model.residence=device")
     check_shards(folder)
     known = _MODELS[config.task]
     remote = _AUTO[config.task].__name__ in (getattr(described, "auto_map", None) or {})
@@ -80,6 +83,22 @@ def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
         existing = getattr(described, "quantization_config", None)
         if existing is not None:
             raise UserError(f"{config.name} is already quantised; use model.quantization=none")
+
+
+def why_not_on_disk(config: ModelConfig, described: PreTrainedConfig | None = None) -> str | None:
+    """Why the base cannot stay on disk, as the end of a sentence; None where it can. `described` is its config.json."""
+    from sgm_finetune.base.device import has_gpu
+    from sgm_finetune.base.memory import can_map_files
+
+    if has_gpu():
+        return "is for machines without a GPU so far, and this one has one"
+    if config.quantization == "int8":
+        return "takes model.quantization=none or nf4, not int8"
+    if getattr(described, "quantization_config", None) is not None:
+        return "takes files with plain numbers, and those of this model are quantised"
+    if not can_map_files():
+        return "needs Linux, which says which pages of a file are in memory"
+    return None
 
 
 def fitting_tasks(name: str) -> tuple[Task, ...]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sgm_finetune.model.architecture import auto_class, check_size, read_model_c
 from sgm_finetune.model.classes import Head
 from sgm_finetune.model.four_bit import ready_for_backward
 from sgm_finetune.model.names import block_of
+from sgm_finetune.model.residence.store import keep_on_disk, loading_from_disk, open_store
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,14 +37,16 @@ def load_model(
     folder: Path,
     head: Head = Head(),
     device: torch.device | None = None,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The base model in eval mode, quantised as `config` says, and the names of its modules that its files lack.
 
     These modules are a new head: one that the files do not have, or have for other classes (`head.is_new`) or in
     another size. Its weights come from torch's global random state. The dtype "auto" is the stored one; with
     quantisation it is bfloat16 where the processor multiplies bfloat16, else float32. Only layers inside numbered
-    blocks are quantised. Backward passes through the model are correct (`ready_for_backward`). Raises UserError when
-    the weights cannot be read or do not fit the model.
+    blocks are quantised. Backward passes through the model are correct (`ready_for_backward`). With `residence: disk`
+    the blocks are views of files; `announce` is called with a line before SGM writes such files. Raises UserError when
+    the weights cannot be read or do not fit the model, and when such files cannot be written.
     """
     device = device or device_for()
     settings: dict[str, Any] = {"device_map": {"": device}, "attn_implementation": _attention()}
@@ -52,7 +55,11 @@ def load_model(
     if head.fits_labels:
         settings["ignore_mismatched_sizes"] = True  # the stored head may be for other labels
     auto, trusted = auto_class(config.task), config.trust_remote_code
-    with _building(config):
+    store = None
+    if config.residence == "disk":
+        how = f"{type(described).__name__} {config.task} {_dtype(config)} {config.quantization}"
+        store = open_store(folder, how, announce)
+    with _building(config), loading_from_disk(store) if store else nullcontext():
         if quantised or not trusted:
             with torch.device("meta"):
                 empty = auto.from_config(described, trust_remote_code=trusted)
@@ -68,7 +75,9 @@ def load_model(
             **settings,
         )
     ready_for_backward(model)
-    if quantised and device.type == "cpu":
+    if store is not None:
+        keep_on_disk(model, store)
+    elif quantised and device.type == "cpu":
         # embeddings and norms are views of the mapped file: without a copy, all of it stays in memory
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():

@@ -60,7 +60,9 @@ def load_base_weights(
     device = device_for(processes().local_process_index)
     shard = config.training.shard and processes().num_processes > 1
     set_seed(config.training.seed)  # a new classification head is random
-    model, new_modules = load_model(config.model, folder, head, torch.device("cpu") if shard else device)
+    model, new_modules = load_model(
+        config.model, folder, head, torch.device("cpu") if shard else device, lambda line: log.line("model", line)
+    )
     if shard:
         log.line("shard", _describe_sharding(shard_base(model, device, new_modules)))
     if model.dtype == torch.bfloat16 and not multiplies_bfloat16():

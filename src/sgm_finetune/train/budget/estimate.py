@@ -26,14 +26,13 @@ from sgm_finetune.measure.make_plan import check_rank
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.model.load import check_checkpointing, skeleton
 from sgm_finetune.model.matrices import adaptable
-from sgm_finetune.model.names import layer_of
-from sgm_finetune.model.stand_ins import stored_bytes
 from sgm_finetune.train.adapters.apply import apply_plan, check_plan
 from sgm_finetune.train.adapters.optimizer import state_bytes, workspace_bytes
 from sgm_finetune.train.budget.assumed_plan import assume_plan
 from sgm_finetune.train.budget.needs import Estimate
 from sgm_finetune.train.budget.phases import Follower, Work
 from sgm_finetune.train.budget.speed import measure_speed
+from sgm_finetune.train.budget.weights import count_weights, num_entries
 from sgm_finetune.train.fast.gated_mlp import recomputed_width
 from sgm_finetune.train.fast.prepare import prepare_adapters
 from sgm_finetune.train.trial_size import FEWEST, trial_size
@@ -119,12 +118,14 @@ class _Estimator:
         self.process_bytes, self.cache = process_bytes, cache
         self.matrices = adaptable(model)  # now: an adapter's factors are linear layers too
         self.num_processes = processes().num_processes
-        self.weights_bytes = stored_bytes(model)
         self.follower = Follower(config, prepared, model)
+        largest = max(self.follower.micro_batch_size, config.training.eval_batch_size)
+        num_tokens = largest * max(map(max, self.follower.lengths.values()))
+        self.weights = count_weights(config, prepared, model, self.matrices, num_tokens)
 
     def run(self, plan: Plan | None) -> Estimate:
         self._check_predictable(plan)
-        held = self._held_bytes()
+        held = self.process_bytes + self.weights.held
         trained, works = self._follow(plan)
         phases = self._phase_bytes(held, trained, works)
         peak_phase = max(phases, key=phases.__getitem__)
@@ -135,7 +136,9 @@ class _Estimator:
             peak_phase=peak_phase,
             phases=phases,
             process_bytes=self.process_bytes,
-            weights_bytes=held - self.process_bytes,
+            weights_bytes=self.weights.held,
+            mapped_bytes=self.weights.mapped,
+            store_bytes=self.weights.store,
             adapter_bytes=trained.factor_bytes,
             gradient_bytes=trained.factor_bytes,
             optimizer_bytes=trained.state_bytes,
@@ -218,7 +221,7 @@ class _Estimator:
         test, test_after = max(works.test.peak, works.answer.peak), max(works.test_after.peak, works.answer_after.peak)
         half = works.sketch_bytes // 2  # the part of the sketches that is in the probe's peak
         return {
-            "load": held + self._loading_bytes(),
+            "load": held + self.weights.loading,
             "test": held + _resident(test, "test"),
             "probe": held + works.sketch_bytes + _resident(works.probe.peak - half, "probe"),
             "step": training + _resident(step, "step") + self._hole_bytes(works.num_dropped),
@@ -226,37 +229,13 @@ class _Estimator:
             "test after": training + _resident(test_after, "test"),
         }
 
-    def _held_bytes(self) -> int:
-        """Bytes that the process holds all the time: its own and the weights, or its share of sharded ones and one
-        whole block."""
-        if not (self.config.training.shard and self.num_processes > 1):
-            return self.process_bytes + self.weights_bytes
-        num_blocks = len({layer_of(name) for name in self.matrices})
-        num_all = sum(p.numel() for p in self.model.parameters())
-        inside = min(self.weights_bytes, self._num_entries() * self.weights_bytes // num_all)
-        outside = self.weights_bytes - inside
-        return self.process_bytes + outside + inside // self.num_processes + inside // num_blocks
-
-    def _loading_bytes(self) -> int:
-        """Bytes of files that are in memory while the weights made of them are too: on a CPU, of weights that change
-        their type."""
-        stored = getattr(self.model.config, "dtype", None)
-        converted = self.config.model.quantization != "none" or (
-            self.config.model.dtype != "auto" and str(stored) != f"torch.{self.config.model.dtype}"
-        )
-        sizes = [path.stat().st_size for path in self.prepared.folder.glob("*.safetensors")]
-        return sum(sizes) if converted and not has_gpu() else 0
-
     def _hole_bytes(self, num_dropped: int) -> int:
         """Bytes of the holes that a step on a CPU leaves between the activations that it keeps: as large as the weights
         that it dequantises and the `num_dropped` entries of products of gated MLPs that it drops."""
         if has_gpu():
             return 0
-        dequantized = self._num_entries() if self.config.model.quantization != "none" else 0
+        dequantized = num_entries(self.matrices) if self.config.model.quantization != "none" else 0
         return (dequantized + num_dropped) * self.model.dtype.itemsize
-
-    def _num_entries(self) -> int:
-        return sum(rows * cols for rows, cols in (matrix.shape for matrix in self.matrices.values()))
 
     def _seconds(self, works: _Works, steps: int) -> dict[str, float]:
         """Seconds after the scan: each batch's time in proportion to the average number of tokens of an example."""

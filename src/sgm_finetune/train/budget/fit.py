@@ -11,6 +11,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import gib
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.method.plan import Plan
+from sgm_finetune.model.architecture import read_model_config, why_not_on_disk
 from sgm_finetune.train.budget.estimate import estimate
 from sgm_finetune.train.budget.needs import PHASES, Estimate
 from sgm_finetune.train.budget.reuse import replaced, with_rank
@@ -33,8 +34,9 @@ def fit(config: Config, prepared: PreparedData, budget: int, plan: Plan | None =
 
     Each change concerns the phase that needs most. A test takes smaller batches, which keeps its results. A step or the
     probe takes, in this order: smaller micro-batches (the same gradient); checkpointing (the same gradient, parts of it
-    computed twice), then on a GPU checkpointing with offload to the host; a smaller rank; fewer layers, those nearest
-    to the output. A given plan keeps its rank and layers. Raises UserError when all of this is not enough.
+    computed twice), then on a GPU checkpointing with offload to the host, without one the base on disk; a smaller rank;
+    fewer layers, those nearest to the output. A given plan keeps its rank and layers. Where the weights alone are more
+    than the budget, the base goes to the disk first. Raises UserError when all of this is not enough.
     """
     current = config
     cache: dict[tuple, Any] = {}
@@ -43,12 +45,15 @@ def fit(config: Config, prepared: PreparedData, budget: int, plan: Plan | None =
         if needed.firm_bytes <= budget:
             return Fitted(current, needed, tuple(_changes(config, current)))
         fixed = needed.weights_bytes + needed.process_bytes
+        if fixed > budget and (moved := _onto_disk(current, prepared)) is not None:
+            current = moved
+            continue
         if fixed > budget:
             raise UserError(
                 f"memory.budget={gib(budget)} is not enough: weights, libraries and data take {gib(fixed)} before "
-                f"the run computes anything; {_smaller_weights(config)}"
+                f"the run computes anything; {_smaller_weights(current)}"
             )
-        smaller = _concession(current, needed, plan)
+        smaller = _concession(current, prepared, needed, plan) or _onto_disk(current, prepared)
         if smaller is None:
             raise UserError(
                 f"memory.budget={gib(budget)} is not enough: {PHASES[needed.firm_phase]} needs "
@@ -59,20 +64,20 @@ def fit(config: Config, prepared: PreparedData, budget: int, plan: Plan | None =
         current = smaller
 
 
-def _concession(config: Config, needed: Estimate, plan: Plan | None) -> Config | None:
+def _concession(config: Config, prepared: PreparedData, needed: Estimate, plan: Plan | None) -> Config | None:
     """`config` with the cheapest change that makes its largest phase smaller, or None when none is left."""
     training = config.training
     match needed.firm_phase:
         case "test" | "validate" | "test after" if training.eval_batch_size > 1:
             return replaced(config, "training", eval_batch_size=training.eval_batch_size // 2)
         case "step":
-            return _smaller_step(config, needed, plan)
+            return _smaller_step(config, prepared, needed, plan)
         case "probe" if needed.micro_batch_size > 1:  # the probe's pieces are half a micro-batch
-            return _smaller_step(config, needed, plan)
+            return _smaller_step(config, prepared, needed, plan)
     return None
 
 
-def _smaller_step(config: Config, needed: Estimate, plan: Plan | None) -> Config | None:
+def _smaller_step(config: Config, prepared: PreparedData, needed: Estimate, plan: Plan | None) -> Config | None:
     training = config.training
     if needed.micro_batch_size > 1:
         divisors = (n for n in range(needed.micro_batch_size // 2, 0, -1) if training.batch_size % n == 0)
@@ -81,6 +86,8 @@ def _smaller_step(config: Config, needed: Estimate, plan: Plan | None) -> Config
         return replaced(config, "training", checkpointing=True)
     if training.checkpointing != "offload" and has_gpu():
         return replaced(config, "training", checkpointing="offload")
+    if (moved := _onto_disk(config, prepared)) is not None:
+        return moved
     if plan is not None:
         return None
     if config.adapter.rank > SMALLEST_RANK:
@@ -89,6 +96,15 @@ def _smaller_step(config: Config, needed: Estimate, plan: Plan | None) -> Config
     if fraction > SMALLEST_FRACTION and config.selection.snr_threshold is None:
         return replaced(config, "selection", top_fraction=max(SMALLEST_FRACTION, fraction / 2), prefer_depth=True)
     return None
+
+
+def _onto_disk(config: Config, prepared: PreparedData) -> Config | None:
+    """`config` with the base on disk; None where it is there, or cannot or must not be."""
+    if config.model.residence is not None or config.training.shard:
+        return None
+    if why_not_on_disk(config.model, read_model_config(config.model, prepared.folder)) is not None:
+        return None
+    return replaced(config, "model", residence="disk")
 
 
 def _changes(before: Config, now: Config) -> list[str]:
@@ -112,7 +128,10 @@ def _format_value(value: Any) -> str:
 
 def _smaller_weights(config: Config) -> str:
     """A remedy: how to make the weights smaller."""
-    return "try model.quantization=nf4" if config.model.quantization == "none" else "try a smaller model"
+    remedies = ["model.quantization=nf4"] if config.model.quantization == "none" else []
+    if config.model.residence != "disk" and not config.training.shard and why_not_on_disk(config.model) is None:
+        remedies.append("model.residence=disk")
+    return f"try {' or '.join(remedies) or 'a smaller model'}"
 
 
 def check_fits(needed: Estimate, within_reach: int, config: Config) -> None:

@@ -31,6 +31,11 @@ class Estimate:
     process_bytes: int
     """Libraries and data, measured when the estimate is made (0 on a GPU)."""
     weights_bytes: int
+    """Those that are in memory at one time."""
+    mapped_bytes: int
+    """Bytes of `weights_bytes` that are pages of files, with `model.residence=disk`; the system may take them back."""
+    store_bytes: int
+    """Bytes of the files that hold the base's blocks in the form in which they compute, if its own files do not."""
     adapter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int

@@ -8,6 +8,7 @@ from typing import Any
 from sgm_finetune.base.config import Config
 
 ADJUSTABLE = {
+    "model": ("residence",),
     "training": ("micro_batch_size", "eval_batch_size", "checkpointing"),
     "adapter": ("rank", "alpha"),
     "selection": ("top_fraction", "prefer_depth"),

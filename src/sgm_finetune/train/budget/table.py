@@ -24,6 +24,7 @@ def describe_estimate(needed: Estimate, within_reach: int) -> str:
         f"about {gib(needed.peak_bytes)} at most ({PHASES[needed.peak_phase]}), "
         f"{gib(needed.weights_bytes)} of it weights; {gib(within_reach)} within reach",
         f"{mib(needed.disk_bytes)} on disk",
+        *([f"{gib(needed.store_bytes)} of base in SGM's cache"] if needed.store_bytes else []),
         f"about {about(sum(needed.seconds.values()))} after the scan",
     ]
     return " · ".join(parts)
@@ -39,12 +40,16 @@ def estimate_table(needed: Estimate, within_reach: int) -> Table:
     table.add_row("[bold]a step consists of[/bold]", "MiB", where)
     for key, name in _PARTS.items():
         table.add_row(f"  {name}", _in_mib(getattr(needed, key)))
+        if key == "weights_bytes" and needed.mapped_bytes:
+            table.add_row("    on disk", _in_mib(needed.mapped_bytes), "a block, the output layer, rows of embeddings")
     table.add_row(
         "[bold]most memory while[/bold]", "MiB", f"on this {needed.device}: {_in_mib(within_reach)} within reach"
     )
     for phase, num_bytes in needed.phases.items():
         table.add_row(f"  {PHASES[phase]}", _in_mib(num_bytes), "peak" if phase == needed.peak_phase else "")
     table.add_row("[bold]disk[/bold]", _in_mib(needed.disk_bytes), "adapter, .pth, checkpoints")
+    if needed.store_bytes:
+        table.add_row("  the base's blocks", _in_mib(needed.store_bytes), "in SGM's cache, once for all runs")
     table.add_row("[bold]time after the scan[/bold]", "s", f"{needed.steps:,} steps, at this machine's speed")
     for what, seconds in needed.seconds.items():
         table.add_row(f"  {what.replace('_', ' ')}", f"{seconds:,.0f}")

@@ -1,0 +1,1 @@
+"""A frozen base that stays on disk: its files, their place in memory, and which block of them is resident."""

@@ -1,0 +1,68 @@
+"""What the weights of the base take: in memory at one time, as pages of files, on the disk, while they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from sgm_finetune.base.config import Config
+from sgm_finetune.base.device import has_gpu
+from sgm_finetune.base.processes import processes
+from sgm_finetune.data.prepared import PreparedData
+from sgm_finetune.model.architecture import read_model_config
+from sgm_finetune.model.matrices import Matrix
+from sgm_finetune.model.names import layer_of
+from sgm_finetune.model.residence.store import sizes_on_disk
+from sgm_finetune.model.stand_ins import stored_bytes
+
+_AROUND = 2**16
+"""Bytes that Linux maps around a byte of a mapped file that is read."""
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of the base's weights in one process."""
+
+    held: int
+    """In memory at one time."""
+    mapped: int = 0
+    """Of `held`, pages of the files of a base on disk."""
+    store: int = 0
+    """Files that hold a base on disk in the form in which it computes, if its own files do not."""
+    loading: int = 0
+    """In memory beside the weights while they are loaded: files whose weights change their type."""
+
+
+def count_weights(
+    config: Config, prepared: PreparedData, model: PreTrainedModel, matrices: Mapping[str, Matrix], num_tokens: int
+) -> WeightBytes:
+    """The weights of `model`, which has no numbers and no adapter, whose largest batch has `num_tokens` tokens."""
+    whole, quantised = stored_bytes(model), config.model.quantization != "none"
+    # the type of the files; the skeleton's own configuration has the type that was asked for
+    changes = read_model_config(config.model, prepared.folder).dtype not in (None, model.dtype)
+    if config.model.residence == "disk":
+        sizes = sizes_on_disk(model)
+        # a block, the output layer, and the rows of the embeddings with the pages around them
+        mapped = sizes.largest_block + sizes.output_layer + min(sizes.embeddings, num_tokens * _AROUND)
+        store = sizes.total if changes else sizes.blocks if quantised else 0
+        one = max(sizes.largest_block, sizes.output_layer if changes else 0, sizes.embeddings if changes else 0)
+        return WeightBytes(whole - sizes.total + mapped, mapped, store, 2 * one if store else 0)
+    files = sum(path.stat().st_size for path in prepared.folder.glob("*.safetensors"))
+    loading = files if (changes or quantised) and not has_gpu() else 0
+    return WeightBytes(_share(config, model, matrices, whole), loading=loading)
+
+
+def num_entries(matrices: Mapping[str, Matrix]) -> int:
+    return sum(rows * cols for rows, cols in (matrix.shape for matrix in matrices.values()))
+
+
+def _share(config: Config, model: PreTrainedModel, matrices: Mapping[str, Matrix], whole: int) -> int:
+    """All weights; where they are sharded, this process's share of the matrices and one whole block."""
+    num_processes = processes().num_processes
+    if not (config.training.shard and num_processes > 1):
+        return whole
+    num_blocks = len({layer_of(name) for name in matrices})
+    inside = min(whole, num_entries(matrices) * whole // sum(p.numel() for p in model.parameters()))
+    return whole - inside + inside // num_processes + inside // num_blocks

@@ -1,0 +1,308 @@
+"""A base that stays on disk: equal to the resident one bit for bit, and never more than a block of it in memory."""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import DECODERS, ENCODER_DECODERS, ENCODERS, save_pico
+from conftest import adapted, llama_config, make_batches
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from sgm_finetune.base.config import ModelConfig, Task
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.measure.probe import probe
+from sgm_finetune.model.architecture import check_model
+from sgm_finetune.model.classes import Head
+from sgm_finetune.model.load import load_model
+from sgm_finetune.model.residence import store
+from sgm_finetune.model.residence.part_file import map_part, write_part
+from sgm_finetune.model.residence.window import are_mapped, slide_over, spans_of
+from sgm_finetune.train.fast.adapter_forward import use_fast_step
+
+PLAIN, CONVERTED, PACKED = ("float32", "none"), ("bfloat16", "none"), ("bfloat16", "nf4")
+"""A base whose own files hold what the kernels read; one in another type; one in 4 bits."""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SGM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def task_of(name: str) -> Task:
+    return "causal-lm" if name in DECODERS else "seq2seq-lm" if name in ENCODER_DECODERS else "sequence-classification"
+
+
+def load(folder: Path, name: str, form: tuple[str, str], residence: str, said: list[str] | None = None) -> nn.Module:
+    task = task_of(name)
+    config = ModelConfig(name=str(folder), task=task, dtype=form[0], quantization=form[1], residence=residence)  # type: ignore
+    torch.manual_seed(3)  # a new head is random
+    head = Head(("a", "b"), "class", 0) if task == "sequence-classification" else Head(pad_token_id=0)
+    return load_model(config, folder, head, announce=(said if said is not None else []).append)[0]
+
+
+def a_step(model: nn.Module, name: str, checkpointing: bool) -> dict[str, Tensor]:
+    """The loss and every gradient of one step, after an evaluation."""
+    torch.manual_seed(4)
+    model = adapted(model, fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()))
+    use_fast_step(model)
+    batch = make_batches(task="causal-lm" if task_of(name) != "sequence-classification" else task_of(name))[0]
+    model.eval()
+    with torch.no_grad():
+        tested = model(**batch).loss
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert gradients
+    return {"tested": tested, "loss": loss.detach(), **gradients}
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, different
+
+
+QUICK = {("llama", PACKED, True), ("bert", CONVERTED, False), ("t5", PLAIN, True), ("mixtral", CONVERTED, False)}
+
+
+def cases() -> Iterator[Any]:
+    for name in (*DECODERS, *ENCODERS, *ENCODER_DECODERS):
+        for form in (PLAIN, CONVERTED, PACKED):
+            for way in (False, True):
+                marks = [] if (name, form, way) in QUICK else [pytest.mark.slow]
+                if name != "deberta" or form == PLAIN:  # Transformers' code mixes its types
+                    yield pytest.param(name, form, way, id=f"{name}-{'-'.join(form)}-{way}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "form", "checkpointing"), list(cases()))
+def test_loss_and_every_gradient_are_those_of_the_resident_base(name, form, checkpointing, tmp_path, cache):
+    """ALBERT has one block, used twice; an encoder-decoder's blocks differ in shape; Mixtral's files are converted."""
+    folder = save_pico(name, tmp_path / name)
+    resident = load(folder, name, form, "device")
+    if checkpointing and not resident.supports_gradient_checkpointing:
+        pytest.skip("no checkpointing")
+    expected = a_step(resident, name, checkpointing)
+    assert_equal(expected, a_step(load(folder, name, form, "disk"), name, checkpointing))  # the store is made
+    assert_equal(expected, a_step(load(folder, name, form, "disk"), name, checkpointing))  # and used
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pico("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+def files_of(cache: Path) -> list[Path]:
+    return sorted(cache.glob("bases/*/*.safetensors"))
+
+
+def test_blocks_embeddings_and_output_layer_are_views_of_files(llama, cache):
+    said: list[str] = []
+    model = load(llama, "llama", CONVERTED, "disk", said)
+    parts = [p for n, p in model.named_parameters() if ".layers." in n or "embed" in n or "lm_head" in n]
+    assert len(parts) > 10
+    assert are_mapped(parts)
+    assert [path.stem for path in files_of(cache)] == [
+        "lm_head",
+        "model.embed_tokens",
+        "model.layers.0",
+        "model.layers.1",
+    ]
+    assert all(p.data_ptr() % 64 == 0 for p in parts)
+    assert len(said) == 1
+    assert f"to {files_of(cache)[0].parent} (once" in said[0]
+    load(llama, "llama", CONVERTED, "disk", said)
+    assert len(said) == 1
+
+
+def test_a_base_whose_files_hold_what_computes_needs_no_store(llama, cache):
+    model = load(llama, "llama", PLAIN, "disk")
+    assert are_mapped(p for n, p in model.named_parameters() if ".layers." in n)
+    assert not files_of(cache)
+
+
+def test_the_key_is_the_content(llama, tmp_path, cache):
+    """A copy elsewhere has the same store; another type, and another model under the same name, have others."""
+    copy = tmp_path / "copy"
+    shutil.copytree(llama, copy)
+    load(llama, "llama", CONVERTED, "disk")
+    load(copy, "llama", CONVERTED, "disk")
+    assert len(files_of(cache)) == 4
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    load(copy, "llama", CONVERTED, "disk")
+    load(copy, "llama", PACKED, "disk")
+    assert len({path.parent for path in files_of(cache)}) == 3
+
+
+def test_a_store_continues_where_it_was_interrupted(llama, cache, monkeypatch):
+    load(llama, "llama", CONVERTED, "disk")
+    *ends, first, second = files_of(cache)
+    first.unlink()
+    kept = ends[0].stat().st_mtime_ns, second.stat().st_mtime_ns
+    said: list[str] = []
+    load(llama, "llama", CONVERTED, "disk", said)
+    assert first.is_file()
+    assert kept == (ends[0].stat().st_mtime_ns, second.stat().st_mtime_ns)
+    assert "0.00 GiB" in said[0]
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4)
+
+
+def claim_more(path: Path) -> None:
+    path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+def exchange(path: Path) -> None:
+    write_part(path, {"model.layers.0.input_layernorm.weight": torch.ones(32)}, "another key")
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (damage, "is damaged"),
+        (cut, "lies outside of it|is damaged"),
+        (claim_more, "is no safetensors file"),
+        (exchange, "belongs to another model"),
+        (lambda path: path.write_bytes(b""), "is no safetensors file"),
+    ],
+)
+def test_a_file_that_is_damaged_or_foreign_is_named(harm, said, llama, cache):
+    load(llama, "llama", CONVERTED, "disk")
+    harm(files_of(cache)[2])
+    with pytest.raises(UserError, match=rf"layers.0.safetensors.*({said}).*delete .*, and SGM writes it again$"):
+        load(llama, "llama", CONVERTED, "disk")
+
+
+def test_a_full_disk_is_said_before_anything_is_written(llama, cache, monkeypatch):
+    monkeypatch.setattr(store, "disk_free", lambda folder: 1000)
+    with pytest.raises(UserError, match=r"take 0.00 GiB in .*, which has 0.00 GiB free; free some space.*SGM_CACHE"):
+        load(llama, "llama", CONVERTED, "disk")
+    assert not files_of(cache)
+
+
+def test_a_disk_that_fills_up_leaves_no_half_file(llama, cache, monkeypatch):
+    def fill(scratch: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sgm_finetune.base.files.sync", fill)
+    with pytest.raises(
+        UserError, match=r"^Cannot write .*: No space left on device; free some space.*residence=device$"
+    ):
+        load(llama, "llama", CONVERTED, "disk")
+    assert not [path for path in cache.glob("bases/**/*") if path.is_file() and path.suffix != ".lock"][1:]
+
+
+def test_a_file_system_that_cannot_map_is_said(tmp_path, monkeypatch):
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("unable to mmap")
+
+    write_part(tmp_path / "part.safetensors", {"w": torch.ones(3)}, "key")
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
+    with pytest.raises(UserError, match="cannot map files into memory; choose another place with SGM_CACHE, or model"):
+        map_part(tmp_path / "part.safetensors", "key")
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu", "said"),
+    [({"quantization": "int8"}, False, "none or nf4, not int8"), ({}, True, "machines without a GPU")],
+)
+def test_what_cannot_be_on_disk_is_refused_before_it_is_loaded(changes, gpu, said, llama, monkeypatch):
+    monkeypatch.setattr("sgm_finetune.base.device.has_gpu", lambda: gpu)
+    config = ModelConfig(name=str(llama), task="causal-lm", residence="disk", **changes)
+    with pytest.raises(UserError, match=rf"^model.residence=disk .*{said}.*; set model.residence=device$"):
+        check_model(config, llama)
+
+
+def test_a_quantised_checkpoint_is_refused(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "gptq")
+    described = json.loads((llama / "config.json").read_text())
+    described["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "gptq" / "config.json").write_text(json.dumps(described))
+    config = ModelConfig(name="gptq", task="causal-lm", residence="disk")
+    with pytest.raises(UserError, match=r"plain numbers, and those of this model are quantised; set model.residence"):
+        check_model(config, tmp_path / "gptq")
+
+
+def resident_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the mapped pages that hold the tensors and are in this process's memory (Linux)."""
+    wanted = {
+        span.first // mmap.PAGESIZE + at for span in spans_of(tensors) for at in range(span.length // mmap.PAGESIZE)
+    }
+    with open("/proc/self/pagemap", "rb", buffering=0) as pages:
+        return sum(mmap.PAGESIZE * (os.pread(pages.fileno(), 8, 8 * page)[7] >> 7) for page in wanted)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_block_at_a_time_is_in_memory_forward_and_backward(checkpointing, tmp_path, cache):
+    """Blocks are large enough here to have pages of their own. A hook of every block looks at all of them."""
+    model = LlamaForCausalLM(llama_config(hidden_size=256, intermediate_size=512, num_hidden_layers=5))
+    model.save_pretrained(tmp_path / "m")
+    disk = load(tmp_path / "m", "llama", ("bfloat16", "none"), "disk")
+    blocks = [list(block.parameters()) for block in disk.model.layers]  # type: ignore[union-attr]
+    seen: list[list[int]] = []
+
+    def look(*_: Any) -> None:
+        seen.append([resident_bytes(block) for block in blocks])
+
+    for block in disk.model.layers:  # type: ignore[union-attr]
+        block.register_forward_hook(look)
+        block.register_full_backward_hook(look)
+    if checkpointing:
+        disk.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    disk.train()
+    disk.requires_grad_(False)
+    ids = torch.arange(32)[None]
+    inputs = disk.get_input_embeddings()(ids).requires_grad_()  # type: ignore[operator]
+    disk(inputs_embeds=inputs, labels=ids).loss.backward()
+    size = sum(p.numel() * p.element_size() for p in blocks[0])
+    assert len(seen) >= 10
+    assert max(map(sum, seen)) <= 1.05 * size
+    assert max(max(one) for one in seen) > 0.9 * size
+
+
+def test_nothing_can_write_to_the_base(tmp_path, cache):
+    """It would be lost with its page, and later numbers wrong."""
+    tensor = torch.ones(2 * mmap.PAGESIZE)
+    write_part(tmp_path / "part.safetensors", {"w": tensor}, "key")
+    mapped = map_part(tmp_path / "part.safetensors", "key")["w"]
+    slide_over(nn.ModuleDict({"block": nn.Identity()}), {"block": [mapped]}, [])
+    assert torch.equal(mapped, tensor)
+    (span,) = spans_of([mapped])
+    ranges = [line.split()[:2] for line in Path("/proc/self/maps").read_text().splitlines()]
+    assert "r--p" in [how for where, how in ranges if int(where.partition("-")[0], 16) == span.first]
+
+
+def test_the_probe_finds_the_same_sketches(llama, cache):
+    batches = make_batches(task="causal-lm")
+    for form in (CONVERTED, PACKED):
+        one, other = (probe(load(llama, "llama", form, place), batches, sketch_size=8) for place in ("device", "disk"))
+        assert one.loss == other.loss
+        for name, halves in one.halves.items():
+            for half, same in zip(halves, other.halves[name], strict=True):
+                assert torch.equal(half.input, same.input)
+                assert torch.equal(half.output, same.output)
