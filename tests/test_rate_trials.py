@@ -57,8 +57,8 @@ def test_too_few_examples_are_one_line():
 
 
 def test_a_run_with_a_chosen_rate_is_the_run_with_that_rate(settings, tmp_path, command):
-    """Bit for bit, also when it is resumed; the trials are in the metrics, the report and the words."""
-    settings = [s for s in settings if "learning_rate" not in s] + ["training.eval_steps=10"]
+    """Bit for bit; the trials are in the metrics, the report and the words."""
+    settings = [s for s in settings if "learning_rate" not in s]
     auto = command("finetune", [*settings, "training.learning_rate=auto"])
     trials, said = auto["rate_trials"], command.said
     assert trials["steps"] == 8
@@ -82,13 +82,20 @@ def test_a_run_with_a_chosen_rate_is_the_run_with_that_rate(settings, tmp_path, 
     one, other = adapter(out), adapter(tmp_path / "b")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_the_rate_that_its_trials_chose(settings, tmp_path, command):
+    settings = [s for s in settings if "learning_rate" not in s]
+    settings += ["training.eval_steps=10", "training.learning_rate=auto"]
+    whole = command("finetune", settings)
     for name in ("sgm_finetuned.pth", "metrics.json", "report.html"):
-        (out / name).unlink()
-    again = command("finetune", [*settings, "training.learning_rate=auto", "training.resume=true"])
-    assert again["rate_trials"] == trials
-    assert again["after"] == auto["after"]
+        (tmp_path / "out" / name).unlink()
+    again = command("finetune", [*settings, "training.resume=true"])
+    assert again["rate_trials"] == whole["rate_trials"]
+    assert again["after"] == whole["after"]
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_no_choice(settings, tmp_path, command, monkeypatch):
     """A rate that makes the loss infinite ends its trial and not the run."""
     real = rate_trials._loss_after_trial

@@ -37,8 +37,8 @@ def next_rate(losses: Mapping[float, float], most: int) -> float | None:
 def rate_for(rate: float, steps: int, more: int) -> float:
     """The learning rate for `more` steps that corresponds to `rate` for `steps`: η·(steps/more)^¾ (eq. 18b).
 
-    >>> rate_for(0.08, 30, 120)
-    0.028284271247461898
+    >>> round(rate_for(0.08, 30, 120), 4)
+    0.0283
     """
     return rate * (steps / more) ** _EXPONENT
 
