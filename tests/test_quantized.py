@@ -198,6 +198,7 @@ def command(tmp_path, capfd):
     return run
 
 
+@pytest.mark.slow
 def test_an_8_bit_run_learns_and_evaluates_to_the_same_numbers(folder, settings, command):
     changes = [f"model.name={folder}", "model.quantization=int8", "model.dtype=auto", "training.max_steps=30"]
     metrics = command("finetune", [*settings, *changes])

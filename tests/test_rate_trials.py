@@ -58,7 +58,7 @@ def test_too_few_examples_are_one_line():
 
 def test_a_run_with_a_chosen_rate_is_the_run_with_that_rate(settings, tmp_path, command):
     """Bit for bit; the trials are in the metrics, the report and the words."""
-    settings = [s for s in settings if "learning_rate" not in s]
+    settings = [s for s in settings if "learning_rate" not in s] + ["data.num_train=80", "data.num_test=8"]
     auto = command("finetune", [*settings, "training.learning_rate=auto"])
     trials, said = auto["rate_trials"], command.said
     assert trials["steps"] == 8
@@ -67,7 +67,7 @@ def test_a_run_with_a_chosen_rate_is_the_run_with_that_rate(settings, tmp_path, 
     assert min(trials["rates"]) <= trials["best"] <= max(trials["rates"])
     assert auto["learning_rate"] == trials["chosen"] == pytest.approx(trials["best"] * 0.4**0.75, rel=0.01)
     assert f"training.learning_rate={trials['chosen']:g} for 20 steps, after" in said
-    assert "3 to 6 trials of 8 steps, tested on 18 training examples left out: about" in said
+    assert "3 to 6 trials of 8 steps, tested on 8 training examples left out: about" in said
     assert auto["seconds"]["rate_trials"] > 0 < auto["predicted"]["seconds"]["rate_trials"]
     out = tmp_path / "out"
     assert f"learning_rate: {trials['chosen']}" in (out / "config.yaml").read_text()

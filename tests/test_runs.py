@@ -319,7 +319,13 @@ def write_text(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("write", [write_text, write_pairs], ids=["running text", "prompts and completions"])
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(write_text, id="running text"),
+        pytest.param(write_pairs, id="prompts and completions", marks=pytest.mark.slow),
+    ],
+)
 def test_a_language_model_improves_and_evaluates_to_the_same_digits(write, settings, command, tmp_path):
     path = write(tmp_path / ("x.txt" if write is write_text else "x.jsonl"))
     metrics = command("finetune", [*settings, "model.task=causal-lm", f"data.train={path}", "training.max_steps=60"])
@@ -713,6 +719,7 @@ def test_the_fast_step_is_the_same_run(task, settings, tmp_path, command):
     assert again["loss"] == fast["after"]["loss"]
 
 
+@pytest.mark.slow
 def test_checkpointing_is_the_same_run(settings, tmp_path, command):
     settings = [*settings, "training.learning_rate=1e-3"]
     kept = command("finetune", settings)
