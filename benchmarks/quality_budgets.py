@@ -31,7 +31,7 @@ users get without tuning. A method without a cell has not been measured at this 
 def write_budgets(
     runs: list[dict], tasks: dict[str, Task], methods: dict[str, Method], tuning_seed: int, root: Path = ROOT
 ) -> None:
-    """Writes docs/budgets.md and its pictures below `root`."""
+    """Writes docs/budgets.md and its pictures below `root`, once a task has two methods at one size."""
     rates = {name: method.rates for name, method in methods.items()}
     parts = [INTRODUCTION]
     for name in BUDGETED:
@@ -52,7 +52,8 @@ def write_budgets(
                 parts.append(
                     f"### {name} at {budget}: Learning rates tried\n\n{tries(runs, task, rates, tuning_seed)}\n"
                 )
-    (root / "docs" / "budgets.md").write_text("\n".join(parts), encoding="utf-8")
+    if len(parts) > 1:
+        (root / "docs" / "budgets.md").write_text("\n".join(parts), encoding="utf-8")
 
 
 Sized = dict[str, dict[str, Finished]]
