@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -237,8 +236,6 @@ def llama(asked: argparse.Namespace) -> dict[str, Any]:
         worker = Worker("--work", place, *shape, threads=asked.threads)
         steps = [worker.steps(1) for _ in range(asked.steps)]
         worker.end()
-        shutil.rmtree(place)
-        Path(place).mkdir()
     return {
         "layers": asked.layers, "store_gib": round(store / 2**30, 2), "making": made.loaded, "loading": worker.loaded,
         "steps": steps,

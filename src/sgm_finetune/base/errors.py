@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class NotFiniteError(UserError):
+    """A loss or a gradient is not finite."""
+
+
 class PeerLost(Exception):  # noqa: N818 - of several processes, any may be the one that can tell
     """Another process of this run has ended or never came. Every process prints the line: the first may be the lost
     one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from filelock import FileLock, Timeout
 
 from sgm_finetune.base.errors import UserError
@@ -232,6 +234,12 @@ def _replace_non_finite(value: Any) -> Any:
         case float() if not math.isfinite(value):
             return None
     return value
+
+
+def checksum(path: Path) -> str:
+    """The checksum of a file's content (xxh3, 128 bits)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]
 
 
 def disk_free(folder: Path) -> int:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import rotate_checkpoints
 
 from sgm_finetune.base.console import StepLog
-from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.errors import NotFiniteError
 from sgm_finetune.base.memory import peak_memory
 from sgm_finetune.base.processes import any_process
 from sgm_finetune.base.text import about
@@ -106,7 +106,7 @@ class NonFiniteLoss(TrainerCallback):
         for name in ("loss", "grad_norm", "eval_loss"):
             value = (logs or {}).get(name)
             if value is not None and not torch.isfinite(torch.tensor(float(value))):
-                raise UserError(
+                raise NotFiniteError(
                     f"{name} is {value} at step {state.global_step}; try a smaller training.learning_rate "
                     "or model.dtype=float32"
                 )

@@ -7,13 +7,10 @@ checkpoints deleted. So a run that is killed at any moment still has its last wh
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-import xxhash
-
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import remove, sync, write_json
+from sgm_finetune.base.files import checksum, remove, sync, write_json
 from sgm_finetune.base.untrusted import read_json, refuse, require_json_object
 
 CONTENTS = "contents.json"
@@ -28,7 +25,7 @@ def seal(folder: Path) -> None:
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CONTENTS):
         sync(path)
-        found[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3": _hash(path)}
+        found[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3": checksum(path)}
     write_json(folder / CONTENTS, found)
     sync(folder.parent)
 
@@ -38,7 +35,7 @@ def is_whole(folder: Path) -> bool:
     try:
         listed = read_json(folder / CONTENTS)
         return bool(listed) and all(
-            (folder / name).stat().st_size == about["bytes"] and _hash(folder / name) == about["xxh3"]
+            (folder / name).stat().st_size == about["bytes"] and checksum(folder / name) == about["xxh3"]
             for name, about in listed.items()
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -85,8 +82,3 @@ def _checkpoints_by_step(checkpoints: Path) -> list[Path]:
     """The checkpoints in the order of their steps, whatever their files' times."""
     found = [path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # type: ignore[arg-type]

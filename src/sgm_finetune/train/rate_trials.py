@@ -15,10 +15,9 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.errors import NotFiniteError, UserError
 from sgm_finetune.base.memory import release_memory
 from sgm_finetune.base.processes import processes
-from sgm_finetune.data.batches import num_steps
 from sgm_finetune.method.rate_search import lowest_point, next_rate, rate_for
 from sgm_finetune.train.arguments import trial_arguments
 from sgm_finetune.train.budget.reuse import replaced
@@ -66,16 +65,15 @@ def try_rates(job: TrainingJob, progress: Callable[[int, int], None]) -> RateTri
     `progress` takes the steps done and those planned. Raises UserError where all trials fail.
     """
     started = time.perf_counter()
-    num_train = len(job.train)
-    size = trial_size(job.config, num_train)
+    size = trial_size(job.config, len(job.train))
     job = _without(job, size.num_held_out)
     losses: dict[float, float] = {}
 
     def moved(step: int) -> None:
         progress(len(losses) * size.steps + step, max(FEWEST, len(losses) + 1) * size.steps)
 
-    steps = num_steps(job.config, num_train)
-    default = float(f"{rate_for(job.config.peak_learning_rate(steps), steps, size.steps):.3g}")
+    steps = job.arguments.max_steps
+    default = float(f"{rate_for(job.arguments.learning_rate, steps, size.steps):.3g}")
     for rate in _rates(default, losses):
         losses[rate] = _loss_after_trial(job, rate, size.steps, moved)
     if not any(map(math.isfinite, losses.values())):
@@ -111,7 +109,7 @@ def _loss_after_trial(job: TrainingJob, rate: float, steps: int, moved: Callable
         try:
             trainer.train()
             loss = trainer.evaluate()["eval_loss"]
-        except UserError:  # a loss or a gradient is not finite
+        except NotFiniteError:
             loss = math.inf
         del trainer
     release_memory()

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from sgm_finetune.base.config import Config, Task
-from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.errors import NotFiniteError, UserError
 from sgm_finetune.base.files import writing
 from sgm_finetune.base.processes import sum_over_processes
 from sgm_finetune.base.untrusted import refuse, rehearse_torch, require_json_object
@@ -141,7 +141,7 @@ class SGMTrainer(Trainer):
         super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """Clips as `Trainer` does, after a check: raises UserError that names a gradient that is not finite.
+        """Clips as `Trainer` does, after a check: raises NotFiniteError that names a gradient that is not finite.
 
         The weights are still those of the step before. No public hook comes between the gradients and their clipping,
         which makes all of them NaN if one is.
@@ -151,7 +151,7 @@ class SGMTrainer(Trainer):
         named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for _, p in named])
         if not torch.isfinite(total):
-            raise UserError(_describe_not_finite(named, self.state.global_step + 1))
+            raise NotFiniteError(_describe_not_finite(named, self.state.global_step + 1))
         return super()._clip_grad_norm(model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

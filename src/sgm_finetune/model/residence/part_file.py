@@ -6,6 +6,7 @@ kernels depend on it in their last digits.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -23,7 +24,6 @@ _ALIGNMENT = 64
 _FILLER = "~filler."
 """How the names of the tensors begin that only move the next one to a multiple of `_ALIGNMENT` bytes."""
 _LARGEST_HEADER = 2**26
-_CHUNK = 2**22
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -74,9 +74,7 @@ def map_part(path: Path, key: str) -> dict[str, Tensor]:
         with path.open("rb") as file:
             header, begin = _read_header(file)
             metadata = header.pop("__metadata__")
-            checksum = xxhash.xxh3_128()
-            while chunk := file.read(_CHUNK):
-                checksum.update(chunk)
+            checksum = hashlib.file_digest(file, xxhash.xxh3_128)  # type: ignore[arg-type]  # of all behind the header
             size = file.tell()
         own, whole = metadata["store"] == key, metadata["checksum"] == checksum.hexdigest()
         places = {name: _place(entry, begin, size) for name, entry in header.items() if not name.startswith(_FILLER)}

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, modeling_utils
 from transformers.core_model_loading import set_param_for_module
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import disk_free, write_text, writing
+from sgm_finetune.base.files import checksum, disk_free, write_text, writing
 from sgm_finetune.base.text import gib
 from sgm_finetune.model.folder import cache_dir
 from sgm_finetune.model.names import block_of, stored_to_model_names
@@ -70,13 +70,10 @@ def _fingerprint(file: Path) -> str:
     kept = cache_dir() / "checksums" / xxhash.xxh3_128(json.dumps(state).encode()).hexdigest()
     with suppress(OSError, UnicodeDecodeError):
         return kept.read_text(encoding="ascii")
-    checksum = xxhash.xxh3_128()
-    with real.open("rb") as content:
-        while chunk := content.read(2**22):
-            checksum.update(chunk)
+    fresh = checksum(real)
     with suppress(UserError):  # a cache that cannot be written is said where the store is
-        write_text(kept, checksum.hexdigest())
-    return checksum.hexdigest()
+        write_text(kept, fresh)
+    return fresh
 
 
 @contextmanager

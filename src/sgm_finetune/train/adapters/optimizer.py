@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from sgm_finetune.base.config import Optimizer
-from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.errors import NotFiniteError
 from sgm_finetune.method.descent import (
     channel_profile,
     code_steps,
@@ -86,7 +86,7 @@ class FactorDescent(torch.optim.Optimizer):
     factor changes by more than about 1/`trust` of itself (eq. 18). The state of an r x d factor is its momentum and d
     running means (AdamW's: twice the factor). Factors of equal shape step together, in float32; each expert of a stack
     has its own step. AdamW steps the `others` at `others_lr`. Weight decay is decoupled, as in AdamW.
-    `step` raises UserError, before any factor changes, when a gradient is not finite.
+    `step` raises NotFiniteError, before any factor changes, when a gradient is not finite.
     """
 
     def __init__(
@@ -131,7 +131,9 @@ class FactorDescent(torch.optim.Optimizer):
         # checked before anything changes, and only once: on a GPU each check waits for all the work queued before it
         norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
         if not torch.isfinite(norm):
-            raise UserError("A gradient is not finite; try a smaller training.learning_rate or model.dtype=float32")
+            raise NotFiniteError(
+                "A gradient is not finite; try a smaller training.learning_rate or model.dtype=float32"
+            )
         grams = self._gram_matrices()
         metrics, pools = [], {}
         for bucket, factors in buckets.items():
