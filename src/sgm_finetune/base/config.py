@@ -24,6 +24,7 @@ Scope = Literal["activation", "layers", "pool"]
 Side = Literal["input", "output"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Optimizer = Literal["spectral", "adamw", "adamw_8bit", "paged_adamw_8bit"]
+Schedule = Literal["linear", "cosine", "constant", "wsd"]
 DEFAULT_RATES: dict[Optimizer, float] = {"spectral": 0.0125, **dict.fromkeys(typing.get_args(Optimizer)[1:], 1e-3)}
 _SPECTRAL_RANK, _SPECTRAL_STEPS = 8, 120
 """The rank from which on, and the steps up to which, `DEFAULT_RATES` holds for spectral descent."""
@@ -431,8 +432,12 @@ class TrainingConfig(_Section):
     model (null: 0.0125 for up to 120 steps from rank 8 on; more below rank 8, less for more steps). adamw: AdamW's
     learning rate (null: 1e-3). auto: short trials choose it before the training, by their loss on training examples
     that they leave out (docs/method.md 6.1)."""
+    schedule: Schedule = "linear"
+    """Course of the learning rate after the warm-up. linear: it falls in a straight line to zero. cosine: it falls
+    along half a cosine to zero. constant: it stays at its peak. wsd: it stays there (warm-up, stable, decay) and falls
+    in the last fifth of the steps along a cosine to zero."""
     warmup_fraction: Real = Field(default=0.06, ge=0, lt=1)
-    """Fraction of the steps in which the learning rate rises linearly. It then falls linearly to zero."""
+    """Fraction of the steps in which the learning rate rises linearly to its peak."""
     weight_decay: Real = Field(default=0.0, ge=0, lt=1)
     """Decoupled weight decay, as in AdamW."""
     max_grad_norm: Real = Field(default=1.0, gt=0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from sgm_finetune.base.config import Config
+from sgm_finetune.base.config import Config, Schedule
 from sgm_finetune.base.device import has_gpu
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import divide_batch, num_steps
@@ -54,14 +54,16 @@ def trial_arguments(config: Config, folder: Path, steps: int, world_size: int) -
 def _arguments(config: Config, folder: Path, steps: int, world_size: int, **what: Any) -> TrainingArguments:
     training = config.training
     micro, num_micro = divide_batch(config, world_size)
+    warmup = round(training.warmup_fraction * steps)
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=num_micro,
         max_steps=steps,
         learning_rate=config.peak_learning_rate(steps),
-        lr_scheduler_type="linear",
-        warmup_steps=round(training.warmup_fraction * steps),
+        lr_scheduler_type=_SCHEDULES[training.schedule],
+        lr_scheduler_kwargs=_schedule_settings(training.schedule, steps, warmup),
+        warmup_steps=warmup,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         **_OPTIMIZERS.get(training.optimizer, {}),
@@ -87,6 +89,19 @@ def _arguments(config: Config, folder: Path, steps: int, world_size: int, **what
     )
 
 
+def _schedule_settings(schedule: Schedule, steps: int, warmup: int) -> dict[str, int] | None:
+    """What Transformers' function of `schedule` takes beside the numbers of all steps and of the `warmup`."""
+    if schedule != "wsd":
+        return None
+    return {"num_decay_steps": min(max(1, round(_DECAY * steps)), steps - warmup)}
+
+
+_DECAY = 0.2
+"""Share of the steps, at their end, in which training.schedule=wsd falls."""
+_SCHEDULES: dict[Schedule, str] = {
+    "linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup", "wsd": "warmup_stable_decay",
+}  # fmt: skip
+"""Our name of a schedule -> Transformers'."""
 _OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw_8bit": {"optim": "adamw_bnb_8bit"}, "paged_adamw_8bit": {"optim": "paged_adamw_8bit"},
 }  # fmt: skip
