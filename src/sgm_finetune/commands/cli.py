@@ -19,7 +19,7 @@ from sgm_finetune.commands.exit_status import run_and_exit
 from sgm_finetune.commands.libraries import configure_libraries
 
 COMMANDS = {
-    "Begin": {"init": begin.init_command, "doctor": begin.doctor_command},
+    "Begin": {"init": begin.init_command, "import": begin.import_command, "doctor": begin.doctor_command},
     "Look first": {
         "data": look.data_command,
         "scan": look.scan_command,

@@ -85,11 +85,11 @@ def write_first_config(
     config = parse_config(values, "sgm init")
     shown_data = {f"data.{key}" for key in (*values["data"], "max_length")}
     shown = [key for key in ALWAYS_SHOWN if key in shown_data or not key.startswith("data.")]
-    write_text(path, commented_yaml(config, shown, schema=_write_schema()))
+    write_text(path, commented_yaml(config, shown, schema=write_schema()))
     return config
 
 
-def _write_schema() -> str | None:
+def write_schema() -> str | None:
     """The path of the installed version's JSON Schema, with which editors complete keys; None where the cache cannot be
     written: the configuration needs no schema."""
     path = cache_dir() / "config.schema.json"

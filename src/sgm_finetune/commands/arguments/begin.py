@@ -1,4 +1,4 @@
-"""The arguments of `sgm init` and `sgm doctor`."""
+"""The arguments of `sgm init`, `sgm import` and `sgm doctor`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,29 @@ def init_command(
 
     given = Answers(model, data, task, quantization)
     write_first_config(path, console, given, ask=not yes, overwrite=force)
+    print_saved(console, f"{path}\n{next_steps(path)}")
+
+
+def import_command(
+    source: Annotated[Path, typer.Argument(help="A configuration of Axolotl or LLaMA-Factory.", metavar="FILE")],
+    path: Annotated[Path, typer.Argument(help="The file to write.", metavar="config.yaml")] = Path("config.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a configuration from that of Axolotl or LLaMA-Factory, and list what has no counterpart.
+
+    Example: sgm import qlora.yml
+    """
+    from sgm_finetune.base.console import StepLog
+    from sgm_finetune.commands.import_config import import_config
+    from sgm_finetune.commands.init import next_steps
+
+    console = console_for(False, result=True)
+    imported = import_config(source, path, overwrite=force)
+    log = StepLog(console)
+    for step, line in zip(["differs", *[""] * len(imported.notes)], imported.notes, strict=False):
+        log.line(step, line)
+    if imported.unneeded:
+        log.line("not needed", ", ".join(sorted(imported.unneeded)))
     print_saved(console, f"{path}\n{next_steps(path)}")
 
 

@@ -1,0 +1,1 @@
+"""The configurations of other programs, translated into ours."""

@@ -1,0 +1,177 @@
+"""Axolotl's configuration, translated into ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands.foreign.translation import (
+    Translation,
+    describe,
+    set_data_source,
+    set_format,
+    translate_evaluation,
+    translate_held_out,
+    translate_steps,
+    translate_targets,
+    translate_template,
+    translate_trust,
+)
+
+NAME, MODEL_KEY = "Axolotl", "base_model"
+
+_UNNEEDED = (
+    "attn_implementation", "base_model_config", "conversation", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataset_prepared_path", "dataset_processes", "debug", "eager_attention", "eval_batch_size",
+    "eval_max_new_tokens", "eval_sample_packing", "eval_strategy", "eval_table_size", "flash_attention",
+    "flash_attn_cross_entropy", "flash_attn_fuse_mlp", "flash_attn_fuse_qkv", "flash_attn_rms_norm", "flex_attention",
+    "gradient_checkpointing_kwargs", "group_by_length", "is_llama_derived_model", "is_mistral_derived_model",
+    "liger_fused_linear_cross_entropy", "liger_glu_activation", "liger_layer_norm", "liger_rms_norm", "liger_rope",
+    "load_best_model_at_end", "local_rank", "logging_steps", "lora_fan_in_fan_out", "lora_mlp_kernel",
+    "lora_o_kernel", "lora_qkv_kernel", "low_cpu_mem_usage", "mlflow_experiment_name", "model_type",
+    "pad_to_sequence_len", "plugins", "s2_attention", "save_first_step", "save_only_model", "save_safetensors",
+    "save_steps", "save_strategy", "save_total_limit", "saves_per_epoch", "sdp_attention", "shuffle_merged_datasets",
+    "strict", "tf32", "tokenizer_type", "tokenizer_use_fast", "torch_compile", "wandb_entity", "wandb_log_model",
+    "wandb_mode", "wandb_name", "wandb_run_id", "wandb_watch", "xformers_attention",
+)  # fmt: skip
+"""Keys without an effect on what is learnt: SGM decides these by itself, or does so always."""
+
+
+def translate(t: Translation) -> None:
+    """Translates every key of `t`. Raises UserError for a training that SGM does not do."""
+    for key in ("rl", "reward_model", "process_reward_model"):
+        if (kind := t.text(key)) is not None and str(kind).lower() != "false":
+            raise UserError(f"{key}: {kind} trains on preferences, which sgm finetune does not do")
+    t.set("model.task", "causal-lm")
+    t.move("base_model", "model.name")
+    t.move("revision_of_model", "model.revision")
+    translate_trust(t)
+    _translate_precision(t)
+    _translate_adapter(t)
+    _translate_data(t)
+    translate_steps(t, "optimizer", "lr_scheduler", "num_epochs", "micro_batch_size", 2e-4, "cosine")
+    t.move("early_stopping_patience", "training.early_stopping_patience")
+    translate_evaluation(t, t.number("eval_steps"))
+    t.drop("evals_per_epoch")
+    checkpointing = t.text("gradient_checkpointing")
+    if checkpointing is not None and str(checkpointing).lower() != "false":
+        t.set("training.checkpointing", "offload" if "offload" in str(checkpointing) else True)
+    if t.flag("auto_resume_from_checkpoints"):
+        t.set("training.resume", True)
+    _translate_output(t)
+    t.drop(*_UNNEEDED)
+    t.finish()
+
+
+def _translate_precision(t: Translation) -> None:
+    four, eight = t.flag("load_in_4bit"), t.flag("load_in_8bit")
+    if four or eight:
+        t.set("model.quantization", "nf4" if four else "int8")
+    for keys, dtype in ((("bf16", "bfloat16"), "bfloat16"), (("fp16", "float16"), "float16")):
+        asked = [str(t.text(key)).lower() for key in keys]
+        if any(word in ("true", "full") for word in asked) and not (four or eight):
+            t.set("model.dtype", dtype)
+
+
+def _translate_adapter(t: Translation) -> None:
+    kind = t.text("adapter")
+    if kind is None:
+        t.note("adapter: none trains all weights; SGM trains adapters")
+    elif kind not in ("lora", "qlora"):
+        raise UserError(f"adapter: {kind} has no counterpart; sgm import reads lora and qlora")
+    t.move("lora_r", "adapter.rank")
+    t.move("lora_alpha", "adapter.alpha")
+    t.move("lora_dropout", "adapter.dropout")
+    everything, modules = t.flag("lora_target_linear"), t.take("lora_target_modules")
+    if kind is not None and not everything:
+        translate_targets(t, modules)
+
+
+def _translate_data(t: Translation) -> None:
+    t.move("sequence_len", "data.max_length")
+    datasets, tests = t.take("datasets") or t.take("pretraining_dataset"), t.take("test_datasets")
+    datasets = datasets if isinstance(datasets, list) else [datasets]
+    first, *others = [{"path": one} if isinstance(one, str) else one for one in datasets if one] or [{}]
+    if not isinstance(first, dict):
+        raise UserError(f"`datasets` holds {describe(first)}, not a mapping with `path`; correct it")
+    if others:
+        t.note(
+            f"datasets: {len(others)} more ({describe([one.get('path') for one in others if isinstance(one, dict)])}): "
+            "SGM takes one; put their rows into one file"
+        )
+    _translate_data_set(t, Translation(first))
+    if isinstance(tests, list) and tests and isinstance(tests[0], dict) and "data.train" in t.values:
+        t.set("data.validation", tests[0].get("path"))
+        t.drop("val_set_size")
+    else:
+        translate_held_out(t, "val_set_size")
+    if t.values.get("data.format") != "text" and t.flag("sample_packing"):
+        t.set("data.packing", True)
+    t.drop("sample_packing")
+    if t.flag("train_on_inputs"):
+        t.note("train_on_inputs: the loss is on the answers alone here")
+    translate_template(t, "chat_template")
+
+
+def _translate_data_set(t: Translation, one: Translation) -> None:
+    """One entry of `datasets`, whose keys end in the notes of `t`."""
+    path, files = one.text("path"), one.take("data_files")
+    if isinstance(files, list):
+        if len(files) > 1:
+            t.note(f"data_files: {describe(files[1:])} left out: SGM takes one file")
+        files = files[0]
+    if path is None:
+        raise UserError("it names no data; give datasets a path")
+    name = str(files) if files and path in ("json", "csv", "parquet", "text") else str(path)
+    set_data_source(t, name, one.text("name"))
+    split = one.text("split")
+    if split not in (None, "train"):
+        t.note(f"split: {split}: SGM reads the part `train`")
+    kind: Any = one.take("type")
+    if isinstance(kind, dict):
+        asked = Translation(kind)
+        columns = {"instruction": asked.text("field_instruction"), "input": asked.text("field_input"),
+                   "output": asked.text("field_output"), "system": asked.text("field_system")}  # fmt: skip
+        set_format(t, "alpaca", columns)
+        asked.finish()
+        t.notes += [f"datasets, type, {line}" for line in asked.notes]
+    elif kind is None or str(kind).startswith(("completion", "pretrain")):
+        set_format(t, "text", {"text": one.text("field") or one.text("text_column")})
+    elif str(kind).startswith("alpaca"):
+        set_format(t, "alpaca", {})
+    elif str(kind).startswith(("chat_template", "sharegpt")):
+        _translate_messages(t, one, str(kind))
+    else:
+        t.note(f"datasets, type: {kind}: SGM finds the format by the columns (sgm data shows it)")
+    one.drop("ds_type", "conversation", "roles", "message_field_training", "shards", "train_on_eos", "chat_template")
+    one.finish()
+    t.notes += [f"datasets, {line}" for line in one.notes]
+
+
+def _translate_messages(t: Translation, one: Translation, kind: str) -> None:
+    role = one.mapping("message_property_mappings").get("role") or one.text("message_field_role")
+    one.drop("message_field_content")
+    shared = kind.startswith("sharegpt") or role == "from"
+    default = "conversations" if kind.startswith("sharegpt") else "messages"
+    columns = {"messages": one.text("field_messages") or default, "system": one.text("field_system"),
+               "tools": one.text("field_tools")}  # fmt: skip
+    set_format(t, "sharegpt" if shared else "chat", columns)
+    if (trained := one.take("roles_to_train")) not in (None, ["assistant"], ["gpt"], ["assistant", "gpt"]):
+        t.note(f"datasets, roles_to_train: {describe(trained)}: the loss is on the assistant's turns here")
+
+
+def _translate_output(t: Translation) -> None:
+    t.move("output_dir", "output.dir")
+    trackers = {"wandb_project": "wandb", "mlflow_tracking_uri": "mlflow", "use_tensorboard": "tensorboard"}
+    asked = [tracker for key, tracker in trackers.items() if str(t.take(key) or "false").lower() != "false"]
+    t.set("training.report_to", asked or None)
+    if (repository := t.text("hub_model_id")) is not None:
+        t.note(f"hub_model_id: after the training, sgm export --push-to-hub {repository}")
+    for key in ("deepspeed", "fsdp", "fsdp_config"):
+        if t.take(key) is not None:
+            t.note(
+                f"{key}: start with torchrun or accelerate launch (docs/scale.md); training.shard=true cuts the base"
+            )
+    special = t.take("special_tokens")
+    if isinstance(special, dict) and set(special) - {"pad_token"}:
+        t.note(f"special_tokens: {describe(special)}: SGM takes those that come with the tokenizer")
