@@ -194,6 +194,11 @@ def test_the_schema_refuses_an_unknown_key_and_a_number_out_of_range(wrong):
         jsonschema.validate(wrong, json_schema())
 
 
+@pytest.mark.parametrize("written", ["wandb", ["wandb", "mlflow"], None, []])
+def test_the_schema_takes_one_tracker_or_several(written):
+    jsonschema.validate({"training": {"report_to": written}}, json_schema())
+
+
 NUMBERS = {
     "memory.budget": {
         True: ["8GiB", "8 gib", "' 512MB '", "1.5 tb", ".5GiB", "1_000 MB", "1e1GiB", "+8GiB", "2000000000", "2e9"],

@@ -242,6 +242,16 @@ def test_numbers_stand_where_a_kind_has_several_groups_and_the_words_say_so(plan
     assert [text.isdigit() for text in beside] == [group in shown for group in plan.groups]
 
 
+def test_the_legend_names_what_the_grid_shows():
+    pooled = pooled_plan(4)
+    left = replace(pooled, matrices=(replace(pooled.matrices[0], selected=False, group=None), *pooled.matrices[1:]))
+    shown = [
+        [words in read(render(plan=plan)).text for words in ("trained alone", "not trained")]
+        for plan in (pooled, without(pooled_plan(4, 2), "q_proj", 1), left)
+    ]
+    assert shown == [[False, False], [True, False], [False, True]]
+
+
 def test_a_pool_is_outlined_on_both_sides():
     plan = pooled_plan(4)
     for table in sample_pictures(plan).similarities[:2]:
@@ -258,6 +268,8 @@ def test_pools_that_were_not_found_say_that_both_sides_count():
         matrices=tuple(replace(matrix, group=None) for matrix in plan.matrices),
     )
     assert "criterion “subspace” at threshold 0.9 on both sides, so every matrix" in read(render(plan=plan)).text
+    below = replace(plan, settings=replace(plan.settings, threshold=-0.5))
+    assert "at threshold −0.5 on both sides" in read(render(plan=below)).text
 
 
 def test_a_criterion_that_finds_nothing_is_named():

@@ -210,6 +210,12 @@ Rate = Annotated[
     BeforeValidator(_parse_rate),
     WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": _LARGEST_RATE}, {"const": "auto"}]}),
 ]
+_TRACKER = {"type": "string", "enum": list(typing.get_args(Tracker))}
+Trackers = Annotated[
+    list[Tracker],
+    BeforeValidator(_parse_list),
+    WithJsonSchema({"anyOf": [{"type": "array", "items": _TRACKER}, _TRACKER, {"type": "null"}]}),
+]
 Text = Annotated[str, BeforeValidator(_parse_text)]
 PathText = Annotated[str, BeforeValidator(_parse_path)]
 Flag = Annotated[bool, BeforeValidator(_parse_flag)]
@@ -448,7 +454,7 @@ class TrainingConfig(_Section):
     """Number of validations without a lower loss after which training stops (0: never)."""
     seed: Whole = Field(default=0, ge=0, lt=2**32)
     """Seed of initialisation, data order and dropout."""
-    report_to: Annotated[list[Tracker], BeforeValidator(_parse_list)] = []
+    report_to: Trackers = []
     """Trackers that also receive the loss, learning rate and memory of every step, through Transformers. tensorboard:
     files in output.dir/checkpoints/runs (`pip install -e ".[tracking]"`). wandb, mlflow, trackio: as that
     package's own settings say (pip install the package)."""

@@ -165,6 +165,8 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
         "num_merged": sum(len(group.members) for group in plan.groups),
         "why_no_groups": _why_no_groups(plan),
         "groups_figure": grid_figures.groups_figure(plan),
+        "has_alone": any(matrix.selected and matrix.group is None for matrix in plan.matrices),
+        "has_frozen": not all(matrix.selected for matrix in plan.matrices),
         "prefix": prefix,
         "kinds": [
             (kind, kind.kind.removeprefix(prefix), sum(group.kind == kind.kind for group in plan.groups))
@@ -223,9 +225,10 @@ def _why_no_groups(plan: Plan) -> str:
     if not any(kind.side for kind in plan.kinds):
         return "Merging was off or not possible, so every matrix has its own two factors, as in plain LoRA."
     settings = plan.settings
+    threshold = f"{settings.threshold:g}".replace("-", "−")
     both = " on both sides" if settings.scope == "pool" and settings.criterion == "subspace" else ""
     return (
-        f"No two matrices passed the criterion “{settings.criterion}” at threshold {settings.threshold:g}{both}, "
+        f"No two matrices passed the criterion “{settings.criterion}” at threshold {threshold}{both}, "
         "so every matrix has its own two factors, as in plain LoRA."
     )
 
