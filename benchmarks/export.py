@@ -21,7 +21,11 @@ from typing import Any
 
 from recording import RESULTS, process_memory, processor
 
-EXPORTS = (("adapter", None), ("merged", None), *(("gguf", kind) for kind in ("f32", "f16", "bf16", "q8_0")))
+EXPORTS = (
+    ("adapter", None),
+    ("merged", None),
+    *(("gguf", kind) for kind in ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")),
+)
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "llama-cpp-python")
 SGM = [sys.executable, "-c", "import sys; from sgm_finetune.commands.cli import main; main(sys.argv[1:])"]
 

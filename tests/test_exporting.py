@@ -436,7 +436,7 @@ GGUF_MODELS: dict[str, dict] = {
 }
 
 
-def save_decoder(name: str, folder: Path, tokenizer=None) -> Path:
+def save_decoder(name: str, folder: Path, tokenizer=None, **more: int) -> Path:
     import transformers as hf
 
     kind = name.partition(",")[0]
@@ -447,7 +447,7 @@ def save_decoder(name: str, folder: Path, tokenizer=None) -> Path:
         "eos_token_id": 2, "pad_token_id": 2,
     }  # fmt: skip
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config(**{**sizes, **GGUF_MODELS[name]}))
+    model = hf.AutoModelForCausalLM.from_config(config(**{**sizes, **GGUF_MODELS[name], **more}))
     with torch.no_grad():
         for parameter in model.parameters():  # makes biases non-zero and norms unequal
             parameter += 0.05 * torch.randn_like(parameter)
@@ -486,6 +486,45 @@ def test_a_smaller_type_stays_within_its_tolerance(kind, small, tmp_path):
     report = exported(small, "gguf", gguf_type=kind, output=tmp_path / "g")
     assert 0 < report["difference"] < report["tolerance"]
     assert 0.9 < report["arrived"] < 1.1
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, data) -> list[str]:
+    """Rows of 256 numbers, which is the size of a block of a k-quant."""
+    folder = tmp_path_factory.mktemp("wide")
+    model = save_decoder("llama", folder / "m", hidden_size=256, intermediate_size=256)
+    return train(model, "causal-lm", data["causal-lm"], folder / "out")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(("kind", "stored"), [("q6_k", "Q6_K"), ("q5_k_m", "Q5_K"), ("q4_k_m", "Q4_K")])
+def test_a_k_quant_is_what_llama_cpp_s_quantiser_writes(kind, stored, wide, tmp_path):
+    from gguf import GGUFReader
+
+    report = exported(wide, "gguf", gguf_type=kind, output=tmp_path / "g")
+    assert 1e-3 < report["difference"] < report["tolerance"]
+    assert sorted(path.name for path in (tmp_path / "g").glob("*.gguf")) == [f"model-{kind}.gguf"]
+    types = {
+        tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "g" / f"model-{kind}.gguf").tensors
+    }
+    assert types["blk.0.attn_q.weight"] == stored
+
+
+@needs_llama_cpp
+def test_a_quantiser_that_fails_leaves_nothing(small, tmp_path, monkeypatch):
+    from sgm_finetune.results.export import quantise_gguf
+
+    monkeypatch.setattr(quantise_gguf, "__file__", str(tmp_path / "none.py"))
+    with pytest.raises(UserError, match=r"llama\.cpp cannot write q4_k_m: .*; nothing was kept"):
+        exported(small, "gguf", gguf_type="q4_k_m", output=tmp_path / "g")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_k_quant_without_llama_cpp_is_refused_before_the_result_is_loaded(small, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "llama_cpp" else find(name))
+    with pytest.raises(UserError, match=r"--gguf-type q4_k_m needs llama\.cpp, whose quantiser writes it"):
+        exported(small, "gguf", gguf_type="q4_k_m", output=tmp_path / "g")
 
 
 def test_without_llama_cpp_transformers_reads_the_file(small, tmp_path, monkeypatch):

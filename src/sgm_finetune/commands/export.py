@@ -39,8 +39,9 @@ from sgm_finetune.results.export.check import (
 from sgm_finetune.results.export.cut import Cut, cut_result
 from sgm_finetune.results.export.hub import push
 from sgm_finetune.results.export.merge import MergedTensor, merged_tensors
+from sgm_finetune.results.export.quantise_gguf import quantise
 from sgm_finetune.results.export.shards import SHARD_BYTES, check_own_files, write_config_files, write_shards
-from sgm_finetune.results.export.target import REPORT, ExportFormat, base_for_peft, hub_model
+from sgm_finetune.results.export.target import K_QUANTS, REPORT, ExportFormat, base_for_peft, hub_model
 from sgm_finetune.results.load import Result, base_skeleton, dtype_name, read_result
 from sgm_finetune.results.pth import lora_config
 from sgm_finetune.train.budget.reuse import replaced
@@ -254,10 +255,15 @@ def _prepare_gguf(result: Result, request: ExportRequest, log: StepLog) -> _Prep
     vocabulary = gguf_file.check_exportable(result, AutoConfig.from_pretrained(result.folder))
     tensors, skeleton = merged_tensors(result)
     name = f"model-{kind}.gguf"
+    rounded = kind in K_QUANTS
 
     def write(folder: Path) -> dict[str, str]:
+        first, written = (folder / "model-f16.gguf", "f16") if rounded else (folder / name, kind)
         with log.bar("gguf") as progress:
-            gguf_file.write_gguf(tensors, skeleton.config, vocabulary, kind, folder / name, progress)
+            gguf_file.write_gguf(tensors, skeleton.config, vocabulary, written, first, progress)
+        if rounded:
+            quantise(first, folder / name, kind)
+            first.unlink()
         chat_format = _find_chat_format(result)
         bos = str(result.tokenizer.bos_token) if vocabulary.adds["bos"] else None
         write_text(folder / "Modelfile", modelfile(name, chat_format, bos, _stop_texts(result, skeleton.config)))

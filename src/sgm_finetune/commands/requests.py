@@ -162,7 +162,7 @@ class ExportRequest:
     def check(self, config: Config) -> None:
         """Raises UserError when there is no result or package, the folder is taken, or the hub would refuse."""
         check_result(config)
-        check_packages(self.to)
+        check_packages(self.to, self.gguf_type)
         check_folder(self.folder(config), config.output.overwrite)
         if self.push_to_hub is not None:
             check_push(self.push_to_hub)

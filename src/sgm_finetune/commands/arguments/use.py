@@ -168,7 +168,7 @@ def export_command(
         Path | None, typer.Option("--output", "-o", help="Folder; OUTPUT.DIR/export/FORMAT if not given.")
     ] = None,
     gguf_type: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0"] | None,
+        Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"] | None,
         typer.Option(help="gguf: type of the matrices; f16 if not given.", show_default=False),
     ] = None,
     rank: Annotated[

@@ -41,11 +41,13 @@ from sgm_finetune.results.load import Result, attach_adapter, load_unquantised
 from sgm_finetune.train.fast.head_loss import find_head_loss
 from sgm_finetune.train.losses import Progress, TestSet
 
-TOLERANCES = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2, "q8_0": 5e-2}
+TOLERANCES = {
+    "float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2, "q8_0": 5e-2, "q6_k": 0.1, "q5_k_m": 0.2, "q4_k_m": 0.35,
+}  # fmt: skip
 """Type of an export's matrices -> largest ‖z' − z‖/‖z‖ of its logits that passes."""
 ARRIVED = (0.5, 1.5)
-"""Smallest and largest share of the update's effect on the logits that passes. Applies where the effect is at least a
-quarter of the tolerance, because rounding hides a smaller one."""
+"""Smallest and largest share of the update's effect on the logits that passes. Applies where the effect is at least
+`visible_effect`, because rounding hides a smaller one."""
 _TEXTS = (
     "The old mill by the river had been empty for 27 years when Anna first walked through its door.",
     "Water boils at a lower temperature on a mountain, because the air presses less on it there.",
@@ -85,6 +87,12 @@ class LogitCheck:
     answers: AnswerCheck | None = None
     """None: the task has no answers, or the run kept no test prompts."""
 
+    @property
+    def visible_effect(self) -> float:
+        """The smallest effect of an update that rounding does not hide: a quarter of the tolerance, and all of it for
+        types of fewer than 8 bits, whose errors add up in one direction."""
+        return self.tolerance if self.tolerance > TOLERANCES["q8_0"] else self.tolerance / 4
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -92,7 +100,7 @@ class LogitCheck:
         """Returns whether the export computes what was trained (`TOLERANCES`, `ARRIVED`)."""
         if not self.difference <= self.tolerance:  # so written because NaN must fail, too
             return False
-        visible = self.arrived is not None and self.effect >= self.tolerance / 4
+        visible = self.arrived is not None and self.effect >= self.visible_effect
         return not visible or ARRIVED[0] <= self.arrived <= ARRIVED[1]  # type: ignore[operator]
 
 

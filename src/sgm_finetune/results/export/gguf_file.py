@@ -20,10 +20,12 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.results.export.answer_check import result_stops
 from sgm_finetune.results.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from sgm_finetune.results.export.merge import MergedTensor, checked_finite
-from sgm_finetune.results.export.target import GgufType
+from sgm_finetune.results.export.target import K_QUANTS, GgufType
 from sgm_finetune.results.load import Result
 
-STORED_IN: dict[GgufType, str] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
+STORED_IN: dict[GgufType, str] = {
+    "f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0", **{kind: kind for kind in K_QUANTS},
+}  # fmt: skip
 """Option --gguf-type -> key of check.TOLERANCES."""
 _FILE_TYPES: dict[GgufType, str] = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
@@ -120,8 +122,9 @@ def write_gguf(
 
 
 def num_bytes(tensors: Sequence[MergedTensor], kind: GgufType) -> int:
-    """Returns the approximate size of the file in bytes."""
-    width = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}[kind]
+    """Returns the approximate bytes on the disk while the file is written: a k-quant is made from a file in f16."""
+    widths = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q6_k": 0.82, "q5_k_m": 0.71, "q4_k_m": 0.6}
+    width = widths[kind] + (2.0 if kind in K_QUANTS else 0.0)
     return int(sum(math.prod(t.shape) * (width if len(t.shape) > 1 else 4) for t in tensors)) + 2**24
 
 

@@ -12,15 +12,22 @@ from sgm_finetune.base.files import absolute_path
 from sgm_finetune.base.install import install_line
 
 ExportFormat = Literal["adapter", "merged", "gguf"]
-GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
+K_QUANTS: tuple[GgufType, ...] = ("q6_k", "q5_k_m", "q4_k_m")
+"""Types that llama.cpp's own quantiser writes."""
 REPORT = "export.json"
 """File with what was measured. A folder that holds it counts as an earlier export."""
 
 
-def check_packages(to: ExportFormat) -> None:
+def check_packages(to: ExportFormat, gguf_type: GgufType | None = None) -> None:
     """Raises UserError unless the packages that write the format are installed."""
     if to == "gguf" and importlib.util.find_spec("gguf") is None:
         raise UserError(f"--to gguf needs the package gguf; {install_line('gguf')}")
+    if gguf_type in K_QUANTS and importlib.util.find_spec("llama_cpp") is None:
+        raise UserError(
+            f"--gguf-type {gguf_type} needs llama.cpp, whose quantiser writes it; {install_line('llama-cpp')}, or take "
+            "--gguf-type q8_0"
+        )
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
