@@ -9,6 +9,7 @@ import ctypes
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from sgm_finetune.base.errors import UserError
 
@@ -30,7 +31,8 @@ def main(source: Path, target: Path, kind: str) -> None:
     llama_cpp.llama_backend_init()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters)):
+    settings: Any = ctypes.byref(parameters)
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings):
         sys.exit("its quantiser failed")
 
 
