@@ -17,6 +17,7 @@ from architectures import DECODERS, ENCODER_DECODERS, ENCODERS, save_pico
 from conftest import adapted, llama_config, make_batches
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import LlamaForCausalLM
 
 from sgm_finetune.base.config import ModelConfig, Task
@@ -28,7 +29,9 @@ from sgm_finetune.model.load import load_model
 from sgm_finetune.model.residence import store
 from sgm_finetune.model.residence.part_file import map_part, write_part
 from sgm_finetune.model.residence.window import are_mapped, slide_over, spans_of
+from sgm_finetune.train.fast import head_loss
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
+from sgm_finetune.train.fast.head_loss import cross_entropy_in_parts
 
 PLAIN, CONVERTED, PACKED = ("float32", "none"), ("bfloat16", "none"), ("bfloat16", "nf4")
 """A base whose own files hold what the kernels read; one in another type; one in 4 bits."""
@@ -283,6 +286,53 @@ def test_one_block_at_a_time_is_in_memory_forward_and_backward(checkpointing, tm
     assert len(seen) >= 10
     assert max(map(sum, seen)) <= 1.05 * size
     assert max(max(one) for one in seen) > 0.9 * size
+
+
+def a_head_loss(weight: Tensor, seen: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    """The loss of a few hidden states and its gradient; `seen` gets the resident bytes of `weight` at each product."""
+
+    class Look(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if seen is not None and function is nn.functional.linear:
+                seen.append(resident_bytes([weight]))
+            return result
+
+    draw = torch.Generator().manual_seed(1)
+    hidden = torch.randn(9, weight.shape[1], generator=draw).to(weight.dtype).requires_grad_()
+    with Look():
+        loss = cross_entropy_in_parts(hidden, weight, torch.randint(0, len(weight), (9,), generator=draw))
+    return loss.detach(), *torch.autograd.grad(loss, hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_loss_reads_the_output_layer_slice_by_slice(dtype, tmp_path, monkeypatch):
+    """Its loss and gradient are those of the layer in memory. It is read twice here: for six rows, and for three."""
+    monkeypatch.setattr(head_loss, "SLICE", {"cpu": 4096})
+    monkeypatch.setattr(head_loss, "NUM_LOGITS", {"cpu": 6 * 4096})
+    weight = torch.randn(20_000, 256).to(dtype)  # the last of five slices is smaller
+    write_part(tmp_path / "part.safetensors", {"w": weight}, "key")
+    mapped = map_part(tmp_path / "part.safetensors", "key")["w"]
+    window = slide_over(nn.ModuleDict(), {}, [mapped])
+    seen: list[int] = []
+    for found, wanted in zip(a_head_loss(mapped, seen), a_head_loss(weight), strict=True):
+        assert torch.equal(found, wanted)
+    size, around = 4096 * 256 * dtype.itemsize, 2 * 2**21  # the system may map 2 MiB around a page that is read
+    assert len(seen) == 2 * 5
+    assert size / 2 < max(seen) < size + around < resident_bytes([weight])
+    assert window.ends
+
+
+def test_a_loss_reads_no_more_of_the_output_layer_than_its_slices(llama, cache):
+    """The model's own logits are computed for no position."""
+    model = load(llama, "llama", CONVERTED, "disk").requires_grad_(False)
+    batch = make_batches(task="causal-lm")[0]
+    in_parts = head_loss.find_head_loss(model, batch)
+    assert in_parts is not None
+    sizes = []
+    model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))  # type: ignore
+    in_parts.mean(model, batch)
+    assert sizes == [0]
 
 
 def test_nothing_can_write_to_the_base(tmp_path, cache):
