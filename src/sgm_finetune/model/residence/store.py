@@ -227,11 +227,12 @@ class Sizes:
     output_layer: int
     """0 for a model without one."""
     embeddings: int
-    """Those that are not the output layer's weights too."""
+    is_tied: bool
+    """Whether the output layer's weights are one of the embeddings too."""
 
     @property
     def total(self) -> int:
-        return self.blocks + self.output_layer + self.embeddings
+        return self.blocks + self.embeddings + (0 if self.is_tied else self.output_layer)
 
 
 def sizes_on_disk(model: PreTrainedModel) -> Sizes:
@@ -242,13 +243,15 @@ def sizes_on_disk(model: PreTrainedModel) -> Sizes:
             blocks.setdefault(block, set()).add(name)
     sizes = [_num_bytes(model, names) for names in blocks.values()]
     output = model.get_output_embeddings()
-    ends = {id(module.weight): module.weight for module in _ends(model).values()}
-    head: Any = ends.pop(id(output.weight), None) if output is not None else None
+    ends = list(_ends(model).values())
+    tables = {id(module.weight): module.weight for module in ends if isinstance(module, nn.Embedding)}
+    head: Any = output.weight if output in ends else None
     return Sizes(
         sum(sizes),
         max(sizes, default=0),
         0 if head is None else head.numel() * head.element_size(),
-        sum(weight.numel() * weight.element_size() for weight in ends.values()),  # type: ignore[operator, union-attr]
+        sum(weight.numel() * weight.element_size() for weight in tables.values()),
+        id(head) in tables,
     )
 
 
