@@ -18,7 +18,7 @@ from conftest import adapted, llama_config, make_batches
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import LlamaForCausalLM
+from transformers import Gemma3nTextConfig, JambaConfig, LlamaForCausalLM, PreTrainedConfig, ZambaConfig
 
 from sgm_finetune.base.config import ModelConfig, Task
 from sgm_finetune.base.errors import UserError
@@ -91,6 +91,48 @@ def cases() -> Iterator[Any]:
                 marks = [] if (name, form, way) in QUICK else [pytest.mark.slow]
                 if name != "deberta" or form == PLAIN:  # Transformers' code mixes its types
                     yield pytest.param(name, form, way, id=f"{name}-{'-'.join(form)}-{way}", marks=marks)
+
+
+_LLAMA_LIKE = {
+    "vocab_size": 32, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2, "hidden_size": 32,
+    "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4,
+}  # fmt: skip
+_MAMBA = {"mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
+UNEVEN: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "jamba": (JambaConfig, {"num_hidden_layers": 4, "num_experts": 2, **_MAMBA}),
+    "zamba": (ZambaConfig, {"num_hidden_layers": 6, "n_mamba_heads": 2, **_MAMBA}),
+    "gemma3n": (
+        Gemma3nTextConfig,
+        {
+            "num_hidden_layers": 4, "head_dim": 8, "num_kv_shared_layers": 0, "laurel_rank": 4,
+            "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 32, "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.0] * 4, "layer_types": ["full_attention"] * 4,
+            "intermediate_size": [64, 64, 128, 128],
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("zamba", CONVERTED),
+        *(
+            pytest.param(name, form, marks=pytest.mark.slow)
+            for name, form in [("zamba", PACKED), ("jamba", CONVERTED), ("jamba", PACKED), ("gemma3n", CONVERTED)]
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_blocks_may_differ_share_parameters_and_stand_beside_numbered_layers(name, form, tmp_path, cache, monkeypatch):
+    """Blocks of attention and of Mamba, with and without experts; one attention in several blocks; MLPs of two widths
+    and a list of linear layers."""
+    kind, settings = UNEVEN[name]
+    monkeypatch.setitem(DECODERS, name, lambda: kind(**_LLAMA_LIKE | settings))
+    folder = save_pico(name, tmp_path / name)
+    expected = a_step(load(folder, name, form, "device"), name, False)
+    assert_equal(expected, a_step(load(folder, name, form, "disk"), name, False))
+    assert_equal(expected, a_step(load(folder, name, form, "disk"), name, False))
 
 
 @pytest.mark.parametrize(("name", "form", "checkpointing"), list(cases()))

@@ -134,9 +134,16 @@ def _divide(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[dict[str, 
     for stored, tensor in state_dict.items():
         name = name_of(stored)
         owner = name.rpartition(".")[0]
-        part = owner if owner in ends else block_of(name)
+        part = owner if owner in ends else _block_of(model, name)
         (parts[part] if part in parts and name in kept else rest)[stored] = tensor
     return {part: tensors for part, tensors in parts.items() if tensors}, rest
+
+
+def _block_of(model: nn.Module, name: str) -> str | None:
+    """The block of a parameter that can stay on disk. A numbered layer outside of blocks stays in memory: hooks on it
+    would make an adapter's layer compute another way."""
+    block = block_of(name)
+    return None if block is None or not any(model.get_submodule(block).children()) else block
 
 
 def _ends(model: nn.Module) -> dict[str, nn.Module]:
@@ -239,7 +246,7 @@ def sizes_on_disk(model: PreTrainedModel) -> Sizes:
     """What `residence: disk` leaves on disk of a model without numbers."""
     blocks: dict[str, set[str]] = {}
     for name, _ in model.named_parameters():
-        if (block := block_of(name)) is not None:
+        if (block := _block_of(model, name)) is not None:
             blocks.setdefault(block, set()).add(name)
     sizes = [_num_bytes(model, names) for names in blocks.values()]
     output = model.get_output_embeddings()
