@@ -21,7 +21,7 @@ from sgm_finetune.model.residence.window import slices
 NUM_LOGITS = {"cpu": 2**21, "cuda": 2**25}
 """Number of logits that exist at one time. On a CPU more of them take more memory and no less time (docs/LOG.md)."""
 SLICE = {"cpu": 2**12}
-"""Rows of the output layer that are read at one time; on other devices all of them."""
+"""Rows of the output layer that are read at one time; on a GPU all of them."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -35,9 +35,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        device = hidden.device.type
+        device = hidden.device.type if hidden.device.type in NUM_LOGITS else "cpu"
         width = min(len(weight), SLICE.get(device, len(weight)))
-        size = max(1, NUM_LOGITS.get(device, NUM_LOGITS["cpu"]) // width)
+        size = max(1, NUM_LOGITS[device] // width)
         for first in range(0, len(hidden), size):
             rows = slice(first, first + size)
             loss, found = _loss_and_gradient(hidden[rows], weight, labels[rows], width, gradient is not None)
