@@ -6,12 +6,17 @@
 Both processes exist at once and take turns, a few steps each, so that what else the machine does costs both the same.
 Own memory is RssAnon, sampled while the model loads and while it trains, above what it is once the libraries are
 imported. The files lie in the system's cache. The store is made before, in a process of its own.
+
+With --llama a last step begins cold: before it, the system's cache gives up the store, and mincore must find none of
+it there.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -20,7 +25,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llama_8b import LLAMA_8B
 from recording import append_run, process_memory, processor
@@ -30,6 +35,56 @@ ROWS = ((1, 128, False), (2, 128, True), (1, 256, False))
 """Examples a step, tokens an example, checkpointing."""
 RANK, TURNS, STEPS = 16, 5, 1
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+class MappedStore:
+    """The files of a store in the system's cache, seen from the process that has mapped them (Linux)."""
+
+    def __init__(self, folder: Path):
+        self.files = sorted(folder.glob("*.safetensors"))
+        self.libc = ctypes.CDLL(None)
+
+    def share_in_cache(self) -> float:
+        """The share of the mapped pages that the system holds in memory."""
+        held = num = 0
+        for first, length in self._places():
+            found = (ctypes.c_ubyte * (length // mmap.PAGESIZE))()
+            if self.libc.mincore(ctypes.c_void_p(first), ctypes.c_size_t(length), found):
+                raise SystemExit("mincore failed")
+            held, num = held + sum(byte & 1 for byte in bytes(found)), num + len(found)
+        return held / num
+
+    def drop(self) -> None:
+        """Makes the system forget the files: the process gives back its pages, then the cache does."""
+        for first, length in self._places():
+            self.libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+        for path in self.files:
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def mib_per_second(self) -> float:
+        """How fast the largest file, which the cache lacks, is read from its beginning to its end."""
+        largest, buffer = max(self.files, key=lambda path: path.stat().st_size), bytearray(2**23)
+        with largest.open("rb", buffering=0) as file:
+            started = time.perf_counter()
+            while file.readinto(buffer):
+                pass
+            return largest.stat().st_size / 2**20 / (time.perf_counter() - started)
+
+    def _places(self) -> list[tuple[int, int]]:
+        """The first address and the length of each mapping of these files."""
+        found = []
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if line.split(maxsplit=5)[-1] in {str(path.resolve()) for path in self.files}:
+                first, _, end = line.split(maxsplit=1)[0].partition("-")
+                found.append((int(first, 16), int(end, 16) - int(first, 16)))
+        return found
+
+
+def bytes_read() -> int:
+    """Bytes that this process has had read from a disk (Linux)."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])
 
 
 class Peak:
@@ -158,13 +213,29 @@ def work(asked: argparse.Namespace) -> None:
     loaded = {"libraries": round(libraries, 1), "seconds": round(time.perf_counter() - started, 2), **peak.take()}
     small = {"rank": 8, "kinds": ("q_proj", "k_proj", "v_proj", "o_proj")} if asked.llama else {}
     step = adapt(base, asked.batch, asked.length, asked.checkpointing, **small)
-    print(json.dumps(loaded), flush=True)
+    print(json.dumps(loaded | {"preparing": peak.take()}), flush=True)
     for line in sys.stdin:
-        losses, started = [], time.perf_counter()
-        for _ in range(int(line)):
+        cold = grow_cold(Path(asked.work)) if line.strip() == "cold" else {}
+        losses, started, read = [], time.perf_counter(), bytes_read()
+        for _ in range(1 if cold else int(line)):
             losses.append(step())
         seconds = (time.perf_counter() - started) / len(losses)
-        print(json.dumps({"seconds": round(seconds, 4), "losses": losses, **peak.take()}), flush=True)
+        gib_read = round((bytes_read() - read) / len(losses) / 2**30, 3)
+        answer = {"seconds": round(seconds, 4), "gib_read": gib_read, "losses": losses, **peak.take(), **cold}
+        print(json.dumps(answer), flush=True)
+
+
+def grow_cold(folder: Path) -> dict[str, float]:
+    """Makes the system's cache forget a store, and says how much of it was there, and how fast the disk reads it."""
+    store = MappedStore(folder)
+    before = store.share_in_cache()
+    store.drop()
+    rate = store.mib_per_second()
+    store.drop()
+    return {
+        "share_in_cache_before": round(before, 3), "share_in_cache_after": round(store.share_in_cache(), 6),
+        "disk_mib_per_second": round(rate, 1),
+    }  # fmt: skip
 
 
 class Worker:
@@ -178,7 +249,8 @@ class Worker:
         )  # fmt: skip
         self.loaded = self._read()
 
-    def steps(self, number: int) -> dict[str, Any]:
+    def steps(self, number: int | Literal["cold"]) -> dict[str, Any]:
+        """What a number of steps cost, or one step that begins cold."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{number}\n")
         self.process.stdin.flush()
@@ -207,11 +279,11 @@ def compare(batch: int, length: int, checkpointing: bool, threads: int) -> dict[
     row: dict[str, Any] = {"batch": batch, "length": length, "checkpointing": checkpointing}
     for place, worker in workers.items():
         worker.end()
-        libraries = worker.loaded["libraries"]
+        libraries, training = worker.loaded["libraries"], [worker.loaded["preparing"], *turns[place]]
         row[place] = {
             "own_mib_loading": round(worker.loaded["RssAnon"] - libraries, 1),
-            "own_mib_training": round(max(turn["RssAnon"] for turn in turns[place]) - libraries, 1),
-            "resident_mib_training": max(turn["VmRSS"] for turn in turns[place]),
+            "own_mib_training": round(max(turn["RssAnon"] for turn in training) - libraries, 1),
+            "resident_mib_training": max(turn["VmRSS"] for turn in training),
             "seconds": [turn["seconds"] for turn in turns[place][1:]],
         }
     print(json.dumps(row), file=sys.stderr, flush=True)
@@ -235,10 +307,11 @@ def llama(asked: argparse.Namespace) -> dict[str, Any]:
         store = sum(path.stat().st_size for path in Path(place).glob("*.safetensors"))
         worker = Worker("--work", place, *shape, threads=asked.threads)
         steps = [worker.steps(1) for _ in range(asked.steps)]
+        cold = worker.steps("cold")
         worker.end()
     return {
         "layers": asked.layers, "store_gib": round(store / 2**30, 2), "making": made.loaded, "loading": worker.loaded,
-        "steps": steps,
+        "steps": steps, "cold": cold,
     }  # fmt: skip
 
 

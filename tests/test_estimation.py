@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.text import gib
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands import session
 from sgm_finetune.commands.cli import main
@@ -25,7 +28,9 @@ from sgm_finetune.model.stand_ins import stored_bytes
 from sgm_finetune.train.budget.estimate import ALLOCATOR, estimate
 from sgm_finetune.train.budget.fit import check_fits, fit
 from sgm_finetune.train.budget.needs import Estimate
+from sgm_finetune.train.budget.reading import ASSUMED_RATE, read_rate
 from sgm_finetune.train.budget.reuse import replaced, reuse_fit
+from sgm_finetune.train.budget.table import describe_estimate
 from sgm_finetune.train.budget.weights import count_weights
 
 QUIET = StepLog(Console(quiet=True))
@@ -138,25 +143,66 @@ def test_a_budget_changes_the_least_costly_first_and_is_kept(described, monkeypa
     assert {"training.micro_batch_size", "training.eval_batch_size", "training.checkpointing"} <= set(seen)
 
 
-def test_of_a_base_on_disk_a_block_the_output_layer_and_rows_of_embeddings_count(described) -> None:
+def test_of_a_base_on_disk_a_block_and_pages_of_output_layer_or_embeddings_count(described) -> None:
     config, prepared = made(described, "model.dtype=bfloat16", "merge.side=none")
     followed: dict = {}
     resident = estimate(config, prepared, cache=followed)
     disk = estimate(replaced(config, "model", residence="disk"), prepared, cache=followed)
     sizes = sizes_on_disk(skeleton(config.model, prepared.folder, prepared.head))
     assert resident.weights_bytes - disk.weights_bytes == sizes.total - disk.mapped_bytes > 0
-    assert disk.mapped_bytes == sizes.largest_block + sizes.output_layer + sizes.embeddings  # they are small
+    assert disk.mapped_bytes == sizes.largest_block + sizes.embeddings  # they are small
     assert disk.store_bytes == sizes.total  # the files are float32
     assert resident.mapped_bytes == resident.store_bytes == 0
     for settings, store in (("model.dtype=auto",), 0), (("model.dtype=float32", "model.quantization=nf4"), 1):
         config, _ = made(described, *settings)
-        counted = count_weights(config, prepared, skeleton(config.model, prepared.folder, prepared.head), {}, 1)
-        assert counted.mapped == counted.store == 0
+        counted = count_weights(config, prepared, skeleton(config.model, prepared.folder, prepared.head), {}, 1, True)
+        assert counted.block == counted.output == counted.store == 0
         config = replaced(config, "model", residence="disk")
         empty = skeleton(config.model, prepared.folder, prepared.head)
-        counted = count_weights(config, prepared, empty, {}, 1)
-        assert counted.held > counted.mapped > 0
+        counted = count_weights(config, prepared, empty, {}, 1, True)
+        assert counted.held > counted.block > 0
         assert counted.store == store * sizes_on_disk(empty).blocks  # the files' own embeddings compute as they are
+
+
+def test_of_an_output_layer_on_disk_a_slice_counts_where_the_loss_is_computed_in_parts(described, monkeypatch) -> None:
+    monkeypatch.setattr("sgm_finetune.train.budget.weights.SLICE", {"cpu": 8})
+    config, prepared = made(described, "model.residence=disk", "model.task=causal-lm")
+    empty = skeleton(config.model, prepared.folder, prepared.head)
+    slices, whole = (count_weights(config, prepared, empty, {}, 1, in_parts) for in_parts in (True, False))
+    assert sizes_on_disk(empty).is_tied
+    assert slices.output == slices.output_layer * 8 // empty.config.vocab_size < whole.output == whole.output_layer
+
+
+def test_a_base_that_does_not_stay_in_memory_is_read_in_every_step(described, monkeypatch) -> None:
+    reading = "sgm_finetune.train.budget.reading"
+    monkeypatch.setattr(f"{reading}.read_rate", lambda folder: 1000.0)
+    settings = ("model.residence=disk", "model.task=causal-lm", "merge.side=none", "training.micro_batch_size=4")
+    config, prepared = made(described, *settings)
+    cache: dict = {}
+    kept = estimate(config, prepared, cache=cache)
+    assert kept.read_bytes == 0
+    monkeypatch.setattr(f"{reading}.memory_within_reach", lambda: kept.process_bytes)
+    read = estimate(config, prepared, cache=cache)
+    sizes = sizes_on_disk(skeleton(config.model, prepared.folder, prepared.head))
+    assert read.read_bytes == config.training.batch_size // 4 * (2 * sizes.blocks + 2 * sizes.output_layer)
+    assert read.seconds["train"] >= read.steps * read.read_bytes / 1000 > kept.seconds["train"]
+    assert read.seconds["evaluate"] > kept.seconds["evaluate"]
+    assert f"a step reads {gib(read.read_bytes)} of base from the disk" in describe_estimate(read, 2**30)
+    assert estimate(replaced(config, "model", residence="device"), prepared, cache=cache).read_bytes == 0
+
+
+def test_the_speed_of_a_disk_is_measured_past_the_systems_cache(tmp_path, monkeypatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(2**24))
+    assert read_rate(tmp_path) > 0
+    monkeypatch.setattr(os, "preadv", refuse_to_read)
+    read_rate.cache_clear()
+    assert read_rate(tmp_path) == ASSUMED_RATE
+    assert read_rate(tmp_path / "nowhere") == ASSUMED_RATE
+    read_rate.cache_clear()
+
+
+def refuse_to_read(*_: object) -> int:
+    raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
 
 @pytest.mark.slow

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import save_pico
 from conftest import WORDS
+from processes import forkserver, run_command, torchrun
+from rich.console import Console
 from safetensors.torch import load_file
+from test_harness import TASK, film
 
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands.chat import chat
+from sgm_finetune.results.answers import Sampling
 from sgm_finetune.train.arguments import check_machine
 
 
@@ -58,27 +66,98 @@ def test_a_run_resumes_on_disk_as_it_began(settings, command, tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.slow
-def test_answers_chat_and_exports_come_from_a_base_on_disk(reviews, command, tmp_path):
+@pytest.fixture
+def language(tmp_path) -> list[str]:
+    """Overrides of a short run of a pico Llama that learns to answer."""
     folder = save_pico("llama", tmp_path / "llama")
     rows = tmp_path / "rows.jsonl"
     pairs = [(f"{one} {two} film", "was good") for one in WORDS for two in WORDS[:4]]
     rows.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
-    short = [
-        f"model.name={folder}", "model.task=causal-lm", *ON_DISK, f"data.train={rows}", "data.max_length=32",
+    return [
+        f"model.name={folder}", "model.task=causal-lm", ON_DISK[1], f"data.train={rows}", "data.max_length=32",
         "training.max_steps=2", "training.batch_size=4", "probe.num_batches=2", "probe.batch_size=4",
-        "probe.sketch_size=12", "adapter.rank=4", f"output.dir={tmp_path / 'out'}",
+        "probe.sketch_size=12", "adapter.rank=4", "evaluation.num_generated=4",
     ]  # fmt: skip
-    command("finetune", short)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_answers_chat_and_exports_come_from_a_base_on_disk(quantization, language, command, tmp_path, monkeypatch):
+    output = f"output.dir={tmp_path / 'out'}"
+    command("finetune", [*language, f"model.quantization={quantization}", ON_DISK[0], output])
     asked = ("--prompt", "the film", "--compare")
-    on_disk = command("generate", [f"output.dir={tmp_path / 'out'}"], *asked)
-    resident = command("generate", [f"output.dir={tmp_path / 'out'}", "model.residence=device"], *asked)
+    on_disk = command("generate", [output], *asked)
+    resident = command("generate", [output, "model.residence=device"], *asked)
     assert on_disk["rows"] == resident["rows"]
-    exported = command(
-        "export", [f"output.dir={tmp_path / 'out'}"], "--to", "merged", "--output", str(tmp_path / "whole")
-    )
-    assert exported
-    assert (tmp_path / "whole" / "config.json").is_file()
+    turns = []
+    for place in ("disk", "device"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("the film\nwas it good\n/exit\n"))
+        names = [output, f"model.residence={place}"]
+        turns.append(chat(load_config(None, names), names, Console(file=io.StringIO()), Sampling(max_new_tokens=4)))
+    assert turns[0] == turns[1]
+    assert len(turns[0]) == 2
+    for kind, file in (("merged", "config.json"), ("adapter", "adapter_config.json"), ("gguf", "model-f16.gguf")):
+        assert command("export", [output], "--to", kind, "--output", str(tmp_path / kind))
+        assert (tmp_path / kind / file).is_file()
+
+
+@pytest.mark.slow
+def test_a_harness_finds_on_disk_what_it_finds_in_memory(language, command, tmp_path):
+    rows, task = tmp_path / "films.jsonl", tmp_path / "pico.yaml"
+    rows.write_text("".join(json.dumps({"film": film(n), "verdict": n % 2}) + "\n" for n in range(200, 208)))
+    task.write_text(TASK.format(data=rows))
+    found = [
+        command(
+            "finetune", [*language, f"model.residence={place}", f"evaluation.harness=[{task}]", f"output.dir={out}"]
+        )
+        for place, out in (("disk", tmp_path / "disk"), ("device", tmp_path / "device"))
+    ]
+    assert found[0]["before"] == found[1]["before"]
+    assert found[0]["after"] == found[1]["after"]
+    assert "harness" in found[0]["after"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_disk_what_they_train_in_memory(settings, tmp_path, monkeypatch):
+    """They make the store together, and each has a window of its own."""
+    monkeypatch.setenv("SGM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "empty.yaml").write_text("")
+    short = ["--config", str(tmp_path / "empty.yaml"), *settings, "training.max_steps=4", "training.eval_steps=2"]
+    for place in ("device", "disk"):
+        more = (f"model.residence={place}", ON_DISK[1], f"output.dir={tmp_path / place}")
+        torchrun("src/finetune.py", *short, *more)
+    assert_same(tmp_path / "device", tmp_path / "disk")
+    files = list((tmp_path / "cache").glob("bases/*/*"))
+    assert len(files) > 5
+    assert not [path for path in files if path.suffix != ".safetensors" and path.name != ".lock"]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_twice_ends_as_one_that_was_not(settings, tmp_path, monkeypatch):
+    """Once while the store is made, once after a checkpoint in the middle of an epoch."""
+    monkeypatch.setenv("SGM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "empty.yaml").write_text("")
+    short = ["finetune", "--config", str(tmp_path / "empty.yaml"), *settings, *ON_DISK, "training.max_steps=8"]
+    short += ["training.eval_steps=2", "training.early_stopping_patience=0"]
+    cut, processes = tmp_path / "cut", forkserver()
+    for begun, more in (
+        ("cache/bases/*/*.layers.1.safetensors", []),
+        ("cut/checkpoints/checkpoint-4/*", ["output.overwrite=true"]),
+        ("cut/metrics.json", ["training.resume=true"]),
+    ):
+        process = processes.Process(target=run_command, args=([*short, f"output.dir={cut}", *more],))
+        process.start()
+        while not list(tmp_path.glob(begun)) and process.is_alive():
+            time.sleep(0.001)
+        if begun != "cut/metrics.json":
+            assert process.is_alive()
+            process.kill()
+        process.join()
+    assert process.exitcode == 0
+    process = processes.Process(target=run_command, args=([*short, f"output.dir={tmp_path / 'whole'}"],))
+    process.start()
+    process.join()
+    assert_same(cut, tmp_path / "whole")
 
 
 def test_disk_and_shards_exclude_each_other(tmp_path):

@@ -17,7 +17,8 @@ from architectures import DECODERS, ENCODER_DECODERS, ENCODERS, save_pico
 from conftest import adapted, llama_config, make_batches
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from torch.overrides import TorchFunctionMode
+from transformers import Gemma3nTextConfig, JambaConfig, LlamaForCausalLM, PreTrainedConfig, ZambaConfig
 
 from sgm_finetune.base.config import ModelConfig, Task
 from sgm_finetune.base.errors import UserError
@@ -28,7 +29,9 @@ from sgm_finetune.model.load import load_model
 from sgm_finetune.model.residence import store
 from sgm_finetune.model.residence.part_file import map_part, write_part
 from sgm_finetune.model.residence.window import are_mapped, slide_over, spans_of
+from sgm_finetune.train.fast import head_loss
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
+from sgm_finetune.train.fast.head_loss import cross_entropy_in_parts
 
 PLAIN, CONVERTED, PACKED = ("float32", "none"), ("bfloat16", "none"), ("bfloat16", "nf4")
 """A base whose own files hold what the kernels read; one in another type; one in 4 bits."""
@@ -88,6 +91,48 @@ def cases() -> Iterator[Any]:
                 marks = [] if (name, form, way) in QUICK else [pytest.mark.slow]
                 if name != "deberta" or form == PLAIN:  # Transformers' code mixes its types
                     yield pytest.param(name, form, way, id=f"{name}-{'-'.join(form)}-{way}", marks=marks)
+
+
+_LLAMA_LIKE = {
+    "vocab_size": 32, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 2, "hidden_size": 32,
+    "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4,
+}  # fmt: skip
+_MAMBA = {"mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
+UNEVEN: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "jamba": (JambaConfig, {"num_hidden_layers": 4, "num_experts": 2, **_MAMBA}),
+    "zamba": (ZambaConfig, {"num_hidden_layers": 6, "n_mamba_heads": 2, **_MAMBA}),
+    "gemma3n": (
+        Gemma3nTextConfig,
+        {
+            "num_hidden_layers": 4, "head_dim": 8, "num_kv_shared_layers": 0, "laurel_rank": 4,
+            "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 32, "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.0] * 4, "layer_types": ["full_attention"] * 4,
+            "intermediate_size": [64, 64, 128, 128],
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("zamba", CONVERTED),
+        *(
+            pytest.param(name, form, marks=pytest.mark.slow)
+            for name, form in [("zamba", PACKED), ("jamba", CONVERTED), ("jamba", PACKED), ("gemma3n", CONVERTED)]
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_blocks_may_differ_share_parameters_and_stand_beside_numbered_layers(name, form, tmp_path, cache, monkeypatch):
+    """Blocks of attention and of Mamba, with and without experts; one attention in several blocks; MLPs of two widths
+    and a list of linear layers."""
+    kind, settings = UNEVEN[name]
+    monkeypatch.setitem(DECODERS, name, lambda: kind(**_LLAMA_LIKE | settings))
+    folder = save_pico(name, tmp_path / name)
+    expected = a_step(load(folder, name, form, "device"), name, False)
+    assert_equal(expected, a_step(load(folder, name, form, "disk"), name, False))
+    assert_equal(expected, a_step(load(folder, name, form, "disk"), name, False))
 
 
 @pytest.mark.parametrize(("name", "form", "checkpointing"), list(cases()))
@@ -283,6 +328,53 @@ def test_one_block_at_a_time_is_in_memory_forward_and_backward(checkpointing, tm
     assert len(seen) >= 10
     assert max(map(sum, seen)) <= 1.05 * size
     assert max(max(one) for one in seen) > 0.9 * size
+
+
+def a_head_loss(weight: Tensor, seen: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    """The loss of a few hidden states and its gradient; `seen` gets the resident bytes of `weight` at each product."""
+
+    class Look(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if seen is not None and function is nn.functional.linear:
+                seen.append(resident_bytes([weight]))
+            return result
+
+    draw = torch.Generator().manual_seed(1)
+    hidden = torch.randn(9, weight.shape[1], generator=draw).to(weight.dtype).requires_grad_()
+    with Look():
+        loss = cross_entropy_in_parts(hidden, weight, torch.randint(0, len(weight), (9,), generator=draw))
+    return loss.detach(), *torch.autograd.grad(loss, hidden)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_loss_reads_the_output_layer_slice_by_slice(dtype, tmp_path, monkeypatch):
+    """Its loss and gradient are those of the layer in memory. It is read twice here: for six rows, and for three."""
+    monkeypatch.setattr(head_loss, "SLICE", {"cpu": 4096})
+    monkeypatch.setattr(head_loss, "NUM_LOGITS", {"cpu": 6 * 4096})
+    weight = torch.randn(20_000, 256).to(dtype)  # the last of five slices is smaller
+    write_part(tmp_path / "part.safetensors", {"w": weight}, "key")
+    mapped = map_part(tmp_path / "part.safetensors", "key")["w"]
+    window = slide_over(nn.ModuleDict(), {}, [mapped])
+    seen: list[int] = []
+    for found, wanted in zip(a_head_loss(mapped, seen), a_head_loss(weight), strict=True):
+        assert torch.equal(found, wanted)
+    size, around = 4096 * 256 * dtype.itemsize, 2 * 2**21  # the system may map 2 MiB around a page that is read
+    assert len(seen) == 2 * 5
+    assert size / 2 < max(seen) < size + around < resident_bytes([weight])
+    assert window.ends
+
+
+def test_a_loss_reads_no_more_of_the_output_layer_than_its_slices(llama, cache):
+    """The model's own logits are computed for no position."""
+    model = load(llama, "llama", CONVERTED, "disk").requires_grad_(False)
+    batch = make_batches(task="causal-lm")[0]
+    in_parts = head_loss.find_head_loss(model, batch)
+    assert in_parts is not None
+    sizes = []
+    model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))  # type: ignore
+    in_parts.mean(model, batch)
+    assert sizes == [0]
 
 
 def test_nothing_can_write_to_the_base(tmp_path, cache):

@@ -134,9 +134,16 @@ def _divide(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[dict[str, 
     for stored, tensor in state_dict.items():
         name = name_of(stored)
         owner = name.rpartition(".")[0]
-        part = owner if owner in ends else block_of(name)
+        part = owner if owner in ends else _block_of(model, name)
         (parts[part] if part in parts and name in kept else rest)[stored] = tensor
     return {part: tensors for part, tensors in parts.items() if tensors}, rest
+
+
+def _block_of(model: nn.Module, name: str) -> str | None:
+    """The block of a parameter that can stay on disk. A numbered layer outside of blocks stays in memory: hooks on it
+    would make an adapter's layer compute another way."""
+    block = block_of(name)
+    return None if block is None or not any(model.get_submodule(block).children()) else block
 
 
 def _ends(model: nn.Module) -> dict[str, nn.Module]:
@@ -227,28 +234,31 @@ class Sizes:
     output_layer: int
     """0 for a model without one."""
     embeddings: int
-    """Those that are not the output layer's weights too."""
+    is_tied: bool
+    """Whether the output layer's weights are one of the embeddings too."""
 
     @property
     def total(self) -> int:
-        return self.blocks + self.output_layer + self.embeddings
+        return self.blocks + self.embeddings + (0 if self.is_tied else self.output_layer)
 
 
 def sizes_on_disk(model: PreTrainedModel) -> Sizes:
     """What `residence: disk` leaves on disk of a model without numbers."""
     blocks: dict[str, set[str]] = {}
     for name, _ in model.named_parameters():
-        if (block := block_of(name)) is not None:
+        if (block := _block_of(model, name)) is not None:
             blocks.setdefault(block, set()).add(name)
     sizes = [_num_bytes(model, names) for names in blocks.values()]
     output = model.get_output_embeddings()
-    ends = {id(module.weight): module.weight for module in _ends(model).values()}
-    head: Any = ends.pop(id(output.weight), None) if output is not None else None
+    ends = list(_ends(model).values())
+    tables = {id(module.weight): module.weight for module in ends if isinstance(module, nn.Embedding)}
+    head: Any = output.weight if output in ends else None
     return Sizes(
         sum(sizes),
         max(sizes, default=0),
         0 if head is None else head.numel() * head.element_size(),
-        sum(weight.numel() * weight.element_size() for weight in ends.values()),  # type: ignore[operator, union-attr]
+        sum(weight.numel() * weight.element_size() for weight in tables.values()),
+        id(head) in tables,
     )
 
 

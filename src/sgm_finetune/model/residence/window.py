@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
@@ -74,11 +75,38 @@ def _mapped_files() -> list[tuple[int, int]]:
     return found
 
 
+class _OnDisk:
+    """A mapped tensor, which keeps its address from being used again as long as it exists."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+_on_disk: WeakValueDictionary[int, _OnDisk] = WeakValueDictionary()
+"""Address -> the embedding or output layer there, for all models whose base is on disk now."""
+
+
+def slices(weight: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    """The first row of each slice of a matrix, and its `size` rows. Of a matrix on disk one slice is in memory at a
+    time, and the next one is read ahead."""
+    parts, is_on_disk = weight.split(size), weight.data_ptr() in _on_disk
+    whole = spans_of([weight]) if is_on_disk else []
+    pages = [spans_of([part]) if is_on_disk else [] for part in parts]
+    for index, part in enumerate(parts):
+        _advise(pages[index], _POPULATE_READ)
+        for following in pages[index + 1 : index + 2]:
+            _advise(following, mmap.MADV_WILLNEED)
+        yield index * size, part
+        _advise(whole, mmap.MADV_DONTNEED)  # what is read at the border of two slices maps pages around it
+
+
 class Window:
     """The blocks of a model, of which one is in memory at a time; its methods are hooks on them."""
 
-    def __init__(self, blocks: Mapping[str, list[Span]], ends: list[Span]):
-        self.spans, self.ends = list(blocks.values()), ends
+    def __init__(self, blocks: Mapping[str, list[Tensor]], ends: list[Tensor]):
+        self.spans, self.ends = [spans_of(tensors) for tensors in blocks.values()], spans_of(ends)
+        self._known = [_OnDisk(tensor) for tensor in ends]
+        _on_disk.update({known.tensor.data_ptr(): known for known in self._known})
         self.current: int | None = None
 
     def enter(self, index: int, towards: int) -> None:
@@ -127,7 +155,7 @@ def slide_over(model: nn.Module, blocks: Mapping[str, list[Tensor]], ends: list[
     `blocks` maps the name of a block to its mapped tensors, `ends` are those of the embeddings and the output layer.
     They must never be written to.
     """
-    window = Window({name: spans_of(tensors) for name, tensors in blocks.items()}, spans_of(ends))
+    window = Window(blocks, ends)
     for span in (*window.ends, *(span for spans in window.spans for span in spans)):
         span.protect()
     for index, name in enumerate(blocks):

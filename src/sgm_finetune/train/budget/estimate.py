@@ -5,6 +5,7 @@ The model is built without numbers and the run's own code is followed over it (`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from sgm_finetune.train.adapters.optimizer import state_bytes, workspace_bytes
 from sgm_finetune.train.budget.assumed_plan import assume_plan
 from sgm_finetune.train.budget.needs import Estimate
 from sgm_finetune.train.budget.phases import Follower, Work
+from sgm_finetune.train.budget.reading import Reads, count_reads
 from sgm_finetune.train.budget.speed import measure_speed
 from sgm_finetune.train.budget.weights import count_weights, num_entries
 from sgm_finetune.train.fast.gated_mlp import recomputed_width
@@ -121,7 +123,8 @@ class _Estimator:
         self.follower = Follower(config, prepared, model)
         largest = max(self.follower.micro_batch_size, config.training.eval_batch_size)
         num_tokens = largest * max(map(max, self.follower.lengths.values()))
-        self.weights = count_weights(config, prepared, model, self.matrices, num_tokens)
+        in_parts = self.follower.head_loss is not None
+        self.weights = count_weights(config, prepared, model, self.matrices, num_tokens, in_parts)
 
     def run(self, plan: Plan | None) -> Estimate:
         self._check_predictable(plan)
@@ -129,6 +132,10 @@ class _Estimator:
         trained, works = self._follow(plan)
         phases = self._phase_bytes(held, trained, works)
         peak_phase = max(phases, key=phases.__getitem__)
+        at_once = max(self.weights.rows, self.weights.output)
+        reads = count_reads(
+            self.prepared.folder, self.weights, phases["step"] - at_once - self.weights.block, works.step.tokens
+        )
         steps = num_steps(self.config, len(self.prepared.train.dataset))
         return Estimate(
             device=torch.cuda.get_device_name() if has_gpu() else "CPU",
@@ -136,9 +143,11 @@ class _Estimator:
             peak_phase=peak_phase,
             phases=phases,
             process_bytes=self.process_bytes,
-            weights_bytes=self.weights.held,
-            mapped_bytes=self.weights.mapped,
+            weights_bytes=self.weights.held + at_once,
+            mapped_bytes=self.weights.block + at_once,
             store_bytes=self.weights.store,
+            read_bytes=reads.step * self.follower.num_micro_batches,
+            read_rate=reads.rate,
             adapter_bytes=trained.factor_bytes,
             gradient_bytes=trained.factor_bytes,
             optimizer_bytes=trained.state_bytes,
@@ -146,7 +155,7 @@ class _Estimator:
             logits_bytes=works.step.wide,
             probe_bytes=works.sketch_bytes // 2 + works.probe.peak,
             disk_bytes=_disk_bytes(trained),
-            seconds=self._seconds(works, steps),
+            seconds=self._seconds(works, steps, reads),
             trainable_parameters=trained.num_parameters,
             micro_batch_size=self.follower.micro_batch_size,
             longest=max(self.follower.lengths["train"]),
@@ -218,16 +227,24 @@ class _Estimator:
         """Phase -> bytes of the whole process."""
         training = held + trained.factor_bytes + trained.state_bytes
         step = max(works.step.peak, trained.factor_bytes + trained.workspace_bytes)
-        test, test_after = max(works.test.peak, works.answer.peak), max(works.test_after.peak, works.answer_after.peak)
         half = works.sketch_bytes // 2  # the part of the sketches that is in the probe's peak
+        answer = self.weights.output_layer + _resident(works.answer.peak, "test")  # the fast step is tried too
+        answer_after = works.answer_after.peak and self.weights.output_layer + _resident(
+            works.answer_after.peak, "test"
+        )
         return {
             "load": held + self.weights.loading,
-            "test": held + _resident(test, "test"),
-            "probe": held + works.sketch_bytes + _resident(works.probe.peak - half, "probe"),
-            "step": training + _resident(step, "step") + self._hole_bytes(works.num_dropped),
-            "validate": training + _resident(works.validate.peak, "test"),
-            "test after": training + _resident(test_after, "test"),
+            "test": held + max(self._beside(works.test.peak, "test"), answer),
+            "probe": held + works.sketch_bytes + self._beside(works.probe.peak - half, "probe"),
+            "step": training + self._beside(step, "step") + self._hole_bytes(works.num_dropped),
+            "validate": training + self._beside(works.validate.peak, "test"),
+            "test after": training + max(self._beside(works.test_after.peak, "test"), answer_after),
         }
+
+    def _beside(self, transient: int, phase: str) -> int:
+        """Bytes of a batch that takes `transient` bytes at its peak, with what is in memory of embeddings and output
+        layer on disk; the embeddings come and go before there are activations."""
+        return max(self.weights.rows, self.weights.output + _resident(transient, phase))
 
     def _hole_bytes(self, num_dropped: int) -> int:
         """Bytes of the holes that a step on a CPU leaves between the activations that it keeps: as large as the weights
@@ -237,8 +254,9 @@ class _Estimator:
         dequantized = num_entries(self.matrices) if self.config.model.quantization != "none" else 0
         return (dequantized + num_dropped) * self.model.dtype.itemsize
 
-    def _seconds(self, works: _Works, steps: int) -> dict[str, float]:
-        """Seconds after the scan: each batch's time in proportion to the average number of tokens of an example."""
+    def _seconds(self, works: _Works, steps: int, reads: Reads) -> dict[str, float]:
+        """Seconds after the scan: each batch's time in proportion to the average number of tokens of an example. While
+        a block of a base on disk computes, the next one is read, so that the longer of the two counts."""
         speed = measure_speed(self.model.config.get_text_config().hidden_size, self.model.dtype)
 
         def per_token(work: Work) -> float:
@@ -247,20 +265,30 @@ class _Estimator:
         size = {name: len(lengths) for name, lengths in self.follower.lengths.items()}
         tokens = {name: sum(lengths) / len(lengths) for name, lengths in self.follower.lengths.items()}
         training, probe = self.config.training, self.config.probe
+
+        def tested(work: Work, split: str, number: int) -> float:
+            batches = math.ceil(number / training.eval_batch_size)
+            return max(per_token(work) * tokens[split] * number, reads.seconds(batches * reads.forward))
+
         num_validations = 4 if training.eval_steps is None else max(1, steps // training.eval_steps)
         num_probed = min(probe.num_batches * probe.batch_size, size["train"])
-        one_step = per_token(works.step) * tokens["train"] * training.batch_size / self.num_processes
-        validate = per_token(works.validate) * tokens["validation"] * size["validation"] / self.num_processes
+        num_pieces = num_probed if training.checkpointing else num_probed / max(1, self.follower.micro_batch_size // 2)
+        one_step = max(
+            per_token(works.step) * tokens["train"] * training.batch_size / self.num_processes,
+            reads.seconds(reads.step * self.follower.num_micro_batches),
+        )
+        validate = tested(works.validate, "validation", math.ceil(size["validation"] / self.num_processes))
         trials = {}
         if training.learning_rate == "auto":
             trial = trial_size(self.config, size["train"])
-            tested = per_token(works.validate) * tokens["train"] * trial.num_held_out / self.num_processes
-            trials = {"rate_trials": FEWEST * (trial.steps * one_step + tested)}
+            held_out = tested(works.validate, "train", math.ceil(trial.num_held_out / self.num_processes))
+            trials = {"rate_trials": FEWEST * (trial.steps * one_step + held_out)}
+        probed = per_token(works.probe) * tokens["train"] * num_probed
         seconds = {
-            "probe": per_token(works.probe) * tokens["train"] * num_probed,
+            "probe": max(probed, reads.seconds(math.ceil(num_pieces) * reads.step)) if probed else 0.0,
             **trials,
             "train": steps * one_step + num_validations * validate,
-            "evaluate": 2 * per_token(works.test) * tokens["test"] * size["test"],
+            "evaluate": 2 * tested(works.test, "test", size["test"]),
         }
         return {name: round(number, 1) for name, number in seconds.items()}
 

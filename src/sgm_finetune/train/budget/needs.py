@@ -36,6 +36,10 @@ class Estimate:
     """Bytes of `weights_bytes` that are pages of files, with `model.residence=disk`; the system may take them back."""
     store_bytes: int
     """Bytes of the files that hold the base's blocks in the form in which they compute, if its own files do not."""
+    read_bytes: int
+    """Bytes of a base on disk that a step reads from the disk; 0 if the system's cache can keep its files."""
+    read_rate: float
+    """Bytes a second that the disk reads, measured or assumed; 0 if no step reads it."""
     adapter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int

@@ -25,6 +25,7 @@ def describe_estimate(needed: Estimate, within_reach: int) -> str:
         f"{gib(needed.weights_bytes)} of it weights; {gib(within_reach)} within reach",
         f"{mib(needed.disk_bytes)} on disk",
         *([f"{gib(needed.store_bytes)} of base in SGM's cache"] if needed.store_bytes else []),
+        *([f"a step reads {gib(needed.read_bytes)} of base from the disk"] if needed.read_bytes else []),
         f"about {about(sum(needed.seconds.values()))} after the scan",
     ]
     return " · ".join(parts)
@@ -41,7 +42,9 @@ def estimate_table(needed: Estimate, within_reach: int) -> Table:
     for key, name in _PARTS.items():
         table.add_row(f"  {name}", _in_mib(getattr(needed, key)))
         if key == "weights_bytes" and needed.mapped_bytes:
-            table.add_row("    on disk", _in_mib(needed.mapped_bytes), "a block, the output layer, rows of embeddings")
+            table.add_row(
+                "    on disk", _in_mib(needed.mapped_bytes), "a block, and what is read of output layer or embeddings"
+            )
     table.add_row(
         "[bold]most memory while[/bold]", "MiB", f"on this {needed.device}: {_in_mib(within_reach)} within reach"
     )
@@ -51,6 +54,9 @@ def estimate_table(needed: Estimate, within_reach: int) -> Table:
     if needed.store_bytes:
         table.add_row("  the base's blocks", _in_mib(needed.store_bytes), "in SGM's cache, once for all runs")
     table.add_row("[bold]time after the scan[/bold]", "s", f"{needed.steps:,} steps, at this machine's speed")
+    if needed.read_bytes:
+        what = f"the base does not stay in memory: a step reads {gib(needed.read_bytes)}, at {gib(needed.read_rate)}/s"
+        table.add_row("  of that, a step's reading", f"{needed.read_bytes / needed.read_rate:,.0f}", what)
     for what, seconds in needed.seconds.items():
         table.add_row(f"  {what.replace('_', ' ')}", f"{seconds:,.0f}")
     return table

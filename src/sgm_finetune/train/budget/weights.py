@@ -16,9 +16,10 @@ from sgm_finetune.model.matrices import Matrix
 from sgm_finetune.model.names import layer_of
 from sgm_finetune.model.residence.store import sizes_on_disk
 from sgm_finetune.model.stand_ins import stored_bytes
+from sgm_finetune.train.fast.head_loss import SLICE
 
-_AROUND = 2**16
-"""Bytes that Linux maps around a byte of a mapped file that is read."""
+_AROUND = 2**21
+"""Bytes that Linux maps at most around a byte of a mapped file that is read (docs/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,19 @@ class WeightBytes:
     """Bytes of the base's weights in one process."""
 
     held: int
-    """In memory at one time."""
-    mapped: int = 0
-    """Of `held`, pages of the files of a base on disk."""
+    """In memory all the time. Of a base on disk its largest block counts."""
+    block: int = 0
+    """Bytes of that block, which are pages of a file."""
+    rows: int = 0
+    """Pages of the embeddings on disk that a batch reads before its first block computes."""
+    output: int = 0
+    """Pages of the output layer on disk that are in memory at one time while the loss is computed."""
+    output_layer: int = 0
+    """The whole output layer on disk, which is in memory while answers are written."""
+    blocks: int = 0
+    """All blocks on disk."""
+    files: int = 0
+    """All of the base on disk."""
     store: int = 0
     """Files that hold a base on disk in the form in which it computes, if its own files do not."""
     loading: int = 0
@@ -36,19 +47,37 @@ class WeightBytes:
 
 
 def count_weights(
-    config: Config, prepared: PreparedData, model: PreTrainedModel, matrices: Mapping[str, Matrix], num_tokens: int
+    config: Config,
+    prepared: PreparedData,
+    model: PreTrainedModel,
+    matrices: Mapping[str, Matrix],
+    num_tokens: int,
+    in_parts: bool,
 ) -> WeightBytes:
-    """The weights of `model`, which has no numbers and no adapter, whose largest batch has `num_tokens` tokens."""
+    """The weights of `model`, which has no numbers and no adapter, whose largest batch has `num_tokens` tokens.
+
+    `in_parts`: the loss reads the output layer slice by slice.
+    """
     whole, quantised = stored_bytes(model), config.model.quantization != "none"
     # the type of the files; the skeleton's own configuration has the type that was asked for
     changes = read_model_config(config.model, prepared.folder).dtype not in (None, model.dtype)
     if config.model.residence == "disk":
         sizes = sizes_on_disk(model)
-        # a block, the output layer, and the rows of the embeddings with the pages around them
-        mapped = sizes.largest_block + sizes.output_layer + min(sizes.embeddings, num_tokens * _AROUND)
         store = sizes.total if changes else sizes.blocks if quantised else 0
         one = max(sizes.largest_block, sizes.output_layer if changes else 0, sizes.embeddings if changes else 0)
-        return WeightBytes(whole - sizes.total + mapped, mapped, store, 2 * one if store else 0)
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
+        output = sizes.output_layer * min(1.0, SLICE["cpu"] / vocabulary) if in_parts else sizes.output_layer
+        return WeightBytes(
+            held=whole - sizes.total + sizes.largest_block,
+            block=sizes.largest_block,
+            rows=min(sizes.embeddings, num_tokens * _AROUND),
+            output=int(output),
+            output_layer=sizes.output_layer,
+            blocks=sizes.blocks,
+            files=sizes.total,
+            store=store,
+            loading=2 * one if store else 0,
+        )
     files = sum(path.stat().st_size for path in prepared.folder.glob("*.safetensors"))
     loading = files if (changes or quantised) and not has_gpu() else 0
     return WeightBytes(_share(config, model, matrices, whole), loading=loading)

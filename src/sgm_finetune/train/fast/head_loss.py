@@ -2,7 +2,7 @@
 
 The logits are the largest tensor of a batch: tokens x vocabulary, in float32, and their gradient is as large again.
 Here they exist for a few rows at a time, of predicted tokens only, and the hidden states' gradient is computed from
-them at once.
+them at once. On a CPU they exist for a slice of the vocabulary at a time too, and so does an output layer on disk.
 """
 
 from __future__ import annotations
@@ -16,29 +16,34 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sgm_finetune.data.encoding import IGNORED
+from sgm_finetune.model.residence.window import slices
 
 NUM_LOGITS = {"cpu": 2**21, "cuda": 2**25}
 """Number of logits that exist at one time. On a CPU more of them take more memory and no less time (docs/LOG.md)."""
+SLICE = {"cpu": 2**12}
+"""Rows of the output layer that are read at one time; on a GPU all of them."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Σ (log Σ exp z − z[y]) with z = W h, summed in float32. h: (n, d). W: (vocabulary, d), frozen. y: (n,)."""
+    """Σ (log Σ exp z − z[y]) with z = W h, summed in float32. h: (n, d). W: (vocabulary, d), frozen. y: (n,).
+
+    With q = softmax(z) over all words but y and p = softmax(z)[y], the gradient is (1 − p)(Σ q W − W[y]). The sums are
+    over slices of the vocabulary, in float32: what an earlier slice added is scaled when a larger z is found.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, NUM_LOGITS.get(hidden.device.type, NUM_LOGITS["cpu"]) // weight.shape[0])
+        device = hidden.device.type if hidden.device.type in NUM_LOGITS else "cpu"
+        width = min(len(weight), SLICE.get(device, len(weight)))
+        size = max(1, NUM_LOGITS[device] // width)
         for first in range(0, len(hidden), size):
             rows = slice(first, first + size)
-            targets = labels[rows, None]
-            logits = nn.functional.linear(hidden[rows], weight).float()
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            total += (normaliser - logits.gather(-1, targets)).sum()
-            if gradient is not None:
-                probabilities = logits.sub_(normaliser).exp_()
-                probabilities.scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=torch.float32))
-                torch.mm(probabilities.to(weight.dtype), weight, out=gradient[rows])
+            loss, found = _loss_and_gradient(hidden[rows], weight, labels[rows], width, gradient is not None)
+            total += loss
+            if gradient is not None and found is not None:
+                gradient[rows] = found
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -47,6 +52,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * gradients[0].to(gradient.dtype), None, None
+
+
+def _loss_and_gradient(
+    hidden: Tensor, weight: Tensor, labels: Tensor, width: int, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of a few rows, and its gradient in float32; `width` rows of `weight` are read at a time."""
+    targets = labels[:, None]
+    column = torch.zeros(len(hidden), 1, dtype=torch.float32, device=hidden.device)
+    own, most, total = column, torch.full_like(column, torch.finfo(torch.float32).min), column
+    mean = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_gradient else None
+    right = torch.zeros_like(hidden)
+    for first, part in slices(weight, width):
+        logits = nn.functional.linear(hidden, part).float()
+        place = targets - first
+        inside = (place >= 0) & (place < len(part))
+        place = place.clamp(0, len(part) - 1)
+        found = logits.gather(-1, place)
+        own = torch.where(inside, found, own)
+        logits.scatter_(-1, place, found.masked_fill(inside, -torch.inf))
+        larger = torch.maximum(most, logits.amax(-1, keepdim=True))
+        scale, most = (most - larger).exp(), larger
+        others = logits.sub_(larger).exp_()
+        total = total * scale + others.sum(-1, keepdim=True)
+        if mean is not None:
+            right = torch.where(inside, part[place[:, 0]], right)
+            mean.mul_(scale).add_(others.to(weight.dtype) @ part)
+    rest = most + total.log()
+    normaliser = torch.logaddexp(rest, own)
+    if mean is not None:
+        mean.div_(total).sub_(right).mul_((rest - normaliser).exp())
+    return (normaliser - own).sum(), mean
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, int]:
@@ -76,10 +112,9 @@ class HeadLoss:
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int]:
         """The summed loss in nats, and the number of predictions. `model` may be wrapped; its own logits are computed
-        for one position only."""
-        # an index, not a slice: a slice is not contiguous, for which the output layer copies its weights
-        first = torch.zeros(1, dtype=torch.long, device=labels.device)
-        hidden, _ = _run_decoder(model, self.decoder, {**batch, "logits_to_keep": first})
+        for no position, so that its output layer is not read."""
+        nowhere = torch.zeros(0, dtype=torch.long, device=labels.device)
+        hidden, _ = _run_decoder(model, self.decoder, {**batch, "logits_to_keep": nowhere})
         return linear_cross_entropy(hidden, self.head.weight, labels)
 
     def mean(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
