@@ -74,7 +74,7 @@ def test_what_costs_memory_is_predicted_to(described) -> None:
     assert predicted(described, "training.optimizer=adamw_8bit").optimizer_bytes <= 2 * least.optimizer_bytes
     assert predicted(described, "merge.side=none").trainable_parameters > least.trainable_parameters
     assert predicted(described, "adapter.rank=8").trainable_parameters > 1.5 * least.trainable_parameters
-    upper = ("selection.top_fraction=0.25", "selection.prefer_depth=true")
+    upper = ("selection.top_fraction=0.25", "selection.by=depth")
     spread = predicted(described, upper[0])
     assert predicted(described, *upper).activation_bytes < spread.activation_bytes
     assert predicted(described, *upper).trainable_parameters <= spread.trainable_parameters

@@ -5,7 +5,7 @@ The model is built without numbers and the run's own code is followed over it (`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,6 +35,9 @@ from sgm_finetune.train.budget.speed import measure_speed
 from sgm_finetune.train.budget.weights import count_weights, num_entries
 from sgm_finetune.train.fast.gated_mlp import recomputed_width
 from sgm_finetune.train.fast.prepare import prepare_adapters
+from sgm_finetune.train.full.apply import train_whole
+from sgm_finetune.train.full.changed import trained_parameters
+from sgm_finetune.train.full.optimizers import whole_state_bytes
 from sgm_finetune.train.trial_size import FEWEST, trial_size
 
 LIBRARIES_LATER = 80 * 2**20
@@ -77,13 +80,14 @@ class _Trained:
 
     num_parameters: int
     written_bytes: int
-    """Bytes in an adapter's file, which holds a shared factor once a layer."""
+    """Bytes in an adapter's file, which holds a shared factor once a layer, or of the whole matrices."""
     state_bytes: int
     workspace_bytes: int
-
-    @property
-    def factor_bytes(self) -> int:
-        return 4 * self.num_parameters
+    """Of the optimizer's step after the backward pass. 0 for whole matrices, which step in the backward pass."""
+    factor_bytes: int
+    """Beside the base's weights: 0 for whole matrices, which are among these."""
+    gradient_bytes: int
+    """Of whole matrices, one gradient; where gradients accumulate, all of them."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +144,9 @@ class _Estimator:
             mapped_bytes=self.weights.mapped,
             store_bytes=self.weights.store,
             adapter_bytes=trained.factor_bytes,
-            gradient_bytes=trained.factor_bytes,
+            gradient_bytes=trained.gradient_bytes,
             optimizer_bytes=trained.state_bytes,
-            activation_bytes=max(0, works.step.peak - works.step.wide - trained.factor_bytes),
+            activation_bytes=max(0, works.step.peak - works.step.wide - trained.gradient_bytes),
             logits_bytes=works.step.wide,
             probe_bytes=works.sketch_bytes // 2 + works.probe.peak,
             disk_bytes=_disk_bytes(trained),
@@ -168,7 +172,8 @@ class _Estimator:
         test = self._once(("test", batch), lambda: follower.test("test", self.model))
         answer = self._once(("answers", batch), lambda: follower.answer(self.model))
         probe, sketch_bytes = Work(), 0
-        if plan is None and self.config.merge.side != "none":
+        probes = self.config.selection.by == "gradient" if self.config.is_full else self.config.merge.side != "none"
+        if plan is None and probes:
             probe, sketch_bytes = self._once(("probe", *micro_batch), follower.probe)
 
         plan = plan or self._once(("plan", *adapter), lambda: assume_plan(self.config, self.matrices, follower.readers))
@@ -181,15 +186,20 @@ class _Estimator:
         answer_after = self._once(("answers after", batch, *adapter), lambda: follower.answer(adapted))
         num_dropped = width * step.tokens
         works = _Works(test, answer, probe, sketch_bytes, step, validate, test_after, answer_after, num_dropped)
-        return self._count_trained(adapted), works
+        return self._count_trained(adapted, plan), works
 
     def _once(self, key: tuple, follow: Callable[[], _T]) -> _T:
         if key not in self.cache:
             self.cache[key] = follow()
         return self.cache[key]
 
-    def _adapt(self, plan: Plan) -> PeftModel:
+    def _adapt(self, plan: Plan) -> PeftModel | PreTrainedModel:
         check_plan(self.model, plan)
+        if plan.settings.kind == "full":
+            if self.config.training.checkpointing:
+                check_checkpointing(self.model)
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            return train_whole(self.model, plan, self._new_modules())
         with torch.device("meta"):
             adapted = apply_plan(self.model, plan, self._new_modules())
         prepare_adapters(self.config, adapted)
@@ -204,14 +214,30 @@ class _Estimator:
             return ()
         return tuple(name for name, _ in self.model.named_children() if name in ("classifier", "score"))
 
-    def _count_trained(self, adapted: nn.Module) -> _Trained:
+    def _count_trained(self, adapted: nn.Module, plan: Plan) -> _Trained:
         trained = [p for p in adapted.parameters() if p.requires_grad]
+        size = sum(p.numel() for p in trained)
+        if plan.settings.kind == "full":
+            return self._count_whole(trained_parameters(adapted), {f"{matrix.name}.weight" for matrix in plan.selected})
         named = adapted.named_parameters(remove_duplicate=False)
         return _Trained(
-            num_parameters=sum(p.numel() for p in trained),
+            num_parameters=size,
             written_bytes=sum(4 * p.numel() for _, p in named if p.requires_grad),
-            state_bytes=state_bytes(trained, self.config.training.optimizer),
+            state_bytes=state_bytes(trained, self.config.optimizer),
             workspace_bytes=workspace_bytes(trained),
+            factor_bytes=4 * size,
+            gradient_bytes=4 * size,
+        )
+
+    def _count_whole(self, trained: Mapping[str, nn.Parameter], matrices: Collection[str]) -> _Trained:
+        sizes = [p.numel() * p.element_size() for p in trained.values()]
+        return _Trained(
+            num_parameters=sum(p.numel() for p in trained.values()),
+            written_bytes=sum(sizes),
+            state_bytes=whole_state_bytes(self.config.optimizer, trained, matrices),
+            workspace_bytes=0,
+            factor_bytes=0,
+            gradient_bytes=sum(sizes) if self.follower.num_micro_batches > 1 else max(sizes),
         )
 
     def _phase_bytes(self, held: int, trained: _Trained, works: _Works) -> dict[str, int]:

@@ -94,7 +94,7 @@ def _smaller_step(config: Config, prepared: PreparedData, needed: Estimate, plan
         return with_rank(config, max(SMALLEST_RANK, config.adapter.rank // 2))
     fraction = config.selection.top_fraction or 1.0
     if fraction > SMALLEST_FRACTION and config.selection.snr_threshold is None:
-        return replaced(config, "selection", top_fraction=max(SMALLEST_FRACTION, fraction / 2), prefer_depth=True)
+        return replaced(config, "selection", top_fraction=max(SMALLEST_FRACTION, fraction / 2), by="depth")
     return None
 
 
