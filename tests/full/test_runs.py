@@ -67,7 +67,7 @@ def test_an_encoder_learns_and_all_commands_read_the_result(bert_folder, reviews
         "training.max_steps=40",
         "adapter.also=norms",
         "training.optimizer=adafactor",
-        "training.learning_rate=2e-3",
+        "training.learning_rate=1e-2",
     )
     metrics = command("finetune", overrides(bert_folder, reviews, tmp_path / "out", *more))
     assert metrics["after"]["loss"] < 0.8 * metrics["before"]["loss"]
