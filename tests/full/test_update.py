@@ -16,7 +16,7 @@ from sgm_finetune.method.running_norm import clip_factor, running_norm
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.names import kind_of, layer_of
 from sgm_finetune.train.full.apply import train_whole, trained_names
-from sgm_finetune.train.full.changed import trained_parameters
+from sgm_finetune.train.full.changed import exchange, exchanged, trained_parameters
 from sgm_finetune.train.full.optimizers import make_optimizers, update_bytes, whole_state_bytes
 from sgm_finetune.train.full.update import BackwardUpdates
 
@@ -212,3 +212,15 @@ def test_the_predicted_state_is_the_state(optimizer):
     matrices = {name for name in named if name.endswith("proj.weight")}
     assert whole_state_bytes(optimizer, named, matrices) == pytest.approx(found, rel=0.02)
     assert all(update_bytes(optimizer, p) <= 12 * p.numel() for p in named.values())
+
+
+def test_a_model_is_its_base_for_a_moment_and_then_itself_again():
+    base, trained = make_model(), make_model()
+    with torch.no_grad():
+        trained.model.layers[1].mlp.up_proj.weight.mul_(2)
+    former = exchange(base, {"model.layers.1.mlp.up_proj.weight": trained.model.layers[1].mlp.up_proj.weight.detach()})
+    model, start = weights(base), weights(make_model())
+    assert [name for name, value in model.items() if not torch.equal(value, weights(trained)[name])] == []
+    with exchanged(base, former):
+        assert [name for name, value in weights(base).items() if not torch.equal(value, start[name])] == []
+    assert [name for name, value in weights(base).items() if not torch.equal(value, model[name])] == []
