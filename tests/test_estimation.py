@@ -234,3 +234,23 @@ def test_the_command_prints_parts_phases_and_one_object(described, capsys, tmp_p
         assert "activations" in printed.err
         assert "training" in printed.err
     assert not (tmp_path / "out").exists()
+
+
+def test_whole_matrices_need_their_state_and_one_gradient_and_give_up_checkpointing_before_micro_batches(
+    described,
+) -> None:
+    whole = ("adapter.kind=full", "training.learning_rate=1e-3")
+    described = [given for given in described if not given.startswith("adapter.rank")]
+    config, prepared = made(described, *whole)
+    needed = estimate(config, prepared)
+    size = needed.trainable_parameters
+    assert needed.adapter_bytes == 0
+    assert needed.optimizer_bytes == 8 * size
+    assert 0 < needed.gradient_bytes < size / 4
+    accumulated = estimate(replaced(config, "training", micro_batch_size=1), prepared)
+    assert accumulated.gradient_bytes == 4 * size
+    half = predicted(described, *whole, "selection.top_fraction=0.5", "selection.by=depth")
+    assert half.optimizer_bytes < 0.6 * needed.optimizer_bytes
+    assert half.activation_bytes < 0.8 * needed.activation_bytes
+    fitted = fit(config, prepared, needed.peak_bytes - 1)
+    assert [line.partition("=")[0] for line in fitted.given_up] == ["training.checkpointing"]

@@ -149,7 +149,7 @@ class _Estimator:
             activation_bytes=max(0, works.step.peak - works.step.wide - trained.gradient_bytes),
             logits_bytes=works.step.wide,
             probe_bytes=works.sketch_bytes // 2 + works.probe.peak,
-            disk_bytes=_disk_bytes(trained),
+            disk_bytes=_disk_bytes(trained, self.config.is_full),
             seconds=self._seconds(works, steps),
             trainable_parameters=trained.num_parameters,
             micro_batch_size=self.follower.micro_batch_size,
@@ -198,7 +198,7 @@ class _Estimator:
         if plan.settings.kind == "full":
             if self.config.training.checkpointing:
                 check_checkpointing(self.model)
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+                self.model.activation_checkpointing_enable({"use_reentrant": False})
             return train_whole(self.model, plan, self._new_modules())
         with torch.device("meta"):
             adapted = apply_plan(self.model, plan, self._new_modules())
@@ -243,6 +243,7 @@ class _Estimator:
     def _phase_bytes(self, held: int, trained: _Trained, works: _Works) -> dict[str, int]:
         """Phase -> bytes of the whole process."""
         training = held + trained.factor_bytes + trained.state_bytes
+        kept = trained.written_bytes if self.config.is_full and self._keeps_a_copy() else 0
         step = max(works.step.peak, trained.factor_bytes + trained.workspace_bytes)
         test, test_after = max(works.test.peak, works.answer.peak), max(works.test_after.peak, works.answer_after.peak)
         half = works.sketch_bytes // 2  # the part of the sketches that is in the probe's peak
@@ -250,10 +251,14 @@ class _Estimator:
             "load": held + self.weights.loading,
             "test": held + _resident(test, "test"),
             "probe": held + works.sketch_bytes + _resident(works.probe.peak - half, "probe"),
-            "step": training + _resident(step, "step") + self._hole_bytes(works.num_dropped),
+            "step": training + kept + _resident(step, "step") + self._hole_bytes(works.num_dropped),
             "validate": training + _resident(works.validate.peak, "test"),
             "test after": training + _resident(test_after, "test"),
         }
+
+    def _keeps_a_copy(self) -> bool:
+        """Whether trials of the learning rate hold what they will restore in the memory that is predicted."""
+        return self.config.training.learning_rate == "auto" and not has_gpu()
 
     def _hole_bytes(self, num_dropped: int) -> int:
         """Bytes of the holes that a step on a CPU leaves between the activations that it keeps: as large as the weights
@@ -295,6 +300,9 @@ def _resident(transient: int, phase: str) -> int:
     return transient if has_gpu() else int(ALLOCATOR[phase] * transient)
 
 
-def _disk_bytes(trained: _Trained) -> int:
-    """The adapter as PEFT's file and as .pth, and the checkpoints, each with the optimizer's state."""
-    return 2 * trained.written_bytes + _NUM_CHECKPOINTS * (trained.written_bytes + trained.state_bytes)
+def _disk_bytes(trained: _Trained, is_full: bool) -> int:
+    """The adapter as PEFT's file and as .pth, whole matrices as .pth alone, and the checkpoints, each with the
+    optimizer's state."""
+    return (1 if is_full else 2) * trained.written_bytes + _NUM_CHECKPOINTS * (
+        trained.written_bytes + trained.state_bytes
+    )

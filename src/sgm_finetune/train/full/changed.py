@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sgm_finetune.base.errors import UserError
@@ -30,11 +31,16 @@ def save_trained(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def load_trained_into(model: nn.Module, folder: Path) -> None:
-    """Puts the parameters that `save_trained` wrote into `model`. Raises UserError where they do not fit."""
-    tensors = load_file(folder / FILE)
-    check_fit(model, tensors, str(folder))
-    for name, tensor in tensors.items():
-        model.get_parameter(name).copy_(tensor)
+    """Puts the parameters that `save_trained` wrote into `model`, one at a time. Raises UserError where they do not
+    fit."""
+    with safe_open(folder / FILE, "pt") as file:
+        names = list(file.keys())
+    for name in names:
+        with safe_open(folder / FILE, "pt") as file:  # anew each time, so that what was read leaves the memory
+            tensor = file.get_tensor(name)
+            check_fit(model, {name: tensor}, str(folder))
+            model.get_parameter(name).copy_(tensor)
+            del tensor
 
 
 def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -78,10 +78,10 @@ def _state_bytes(optimizer: Optimizer, parameter: nn.Parameter, is_matrix: bool)
 def update_bytes(optimizer: Optimizer, parameter: Tensor) -> int:
     """Bytes that the update of one parameter needs at its peak beside its weight, its gradient and its state.
 
-    A float32 parameter steps in place. For a bfloat16 one there are a float32 copy of it and one of its gradient, then
-    the copy, random bits as large, and the rounded result.
+    A float32 parameter steps in place. For a bfloat16 one there are a float32 copy of it and one of its gradient, whose
+    first form is freed then; later the copy, random bits as large, and the rounded result.
     """
     workspace = _WORKSPACE.get(optimizer, 0)
     if parameter.dtype == torch.float32:
         return workspace * parameter.numel()
-    return max(8 + workspace, 10) * parameter.numel()
+    return max(8, 6 + workspace) * parameter.numel()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sgm_finetune.base.errors import NotFiniteError
+from sgm_finetune.base.memory import release_memory
 from sgm_finetune.method.rounding import rounding_seed, stochastic_round
 from sgm_finetune.method.running_norm import clip_factor, running_norm
 
@@ -82,6 +83,8 @@ class BackwardUpdates(torch.optim.Optimizer):
         if self.now:
             self.last, self.now = self.now, {}
         self.num_steps += 1
+        if self.num_steps == 1:
+            release_memory()  # the states were made among activations, whose places stay empty
 
     @torch.no_grad()
     def _update(self, name: str, parameter: Tensor) -> None:
