@@ -547,6 +547,13 @@ class Config(_Section):
         """`training.optimizer`, or its default."""
         return self.training.optimizer or ("adamw" if self.is_full else "spectral")
 
+    def to_compare(self) -> dict[str, Any]:
+        """All values by section, as JSON has them, with the optimizer by its name: an earlier version wrote its default
+        into its files."""
+        values = self.model_dump(mode="json")
+        values["training"]["optimizer"] = self.optimizer
+        return values
+
     def peak_learning_rate(self, steps: int) -> float:
         """The learning rate of a training of `steps` steps: `training.learning_rate`, or the default when it is null or
         still to be chosen."""

@@ -251,7 +251,11 @@ class _Estimator:
             "load": held + self.weights.loading,
             "test": held + _resident(test, "test"),
             "probe": held + works.sketch_bytes + _resident(works.probe.peak - half, "probe"),
-            "step": training + kept + _resident(step, "step") + self._hole_bytes(works.num_dropped),
+            "step": training
+            + kept
+            + _resident(step, "step")
+            + self._hole_bytes(works.num_dropped)
+            + self._state_hole_bytes(trained, works.step.peak),
             "validate": training + _resident(works.validate.peak, "test"),
             "test after": training + _resident(test_after, "test"),
         }
@@ -267,6 +271,11 @@ class _Estimator:
             return 0
         dequantized = num_entries(self.matrices) if self.config.model.quantization != "none" else 0
         return (dequantized + num_dropped) * self.model.dtype.itemsize
+
+    def _state_hole_bytes(self, trained: _Trained, step: int) -> int:
+        """Bytes of the holes that the first step on a CPU leaves where whole matrices step: their states are made while
+        its activations are freed, and take their places, so that later steps find none as large."""
+        return min(trained.state_bytes, step) if self.config.is_full and not has_gpu() else 0
 
     def _seconds(self, works: _Works, steps: int) -> dict[str, float]:
         """Seconds after the scan: each batch's time in proportion to the average number of tokens of an example."""

@@ -135,10 +135,12 @@ class Follower:
                 loss = model(**batch).loss if own else self._loss(model, batch)
                 loss.backward()
 
-        updates = self.config.is_full and self.num_micro_batches == 1
-        with _updates(model, self.config.optimizer) if updates else nullcontext():
+        with _updates(model, self.config.optimizer) if self.config.is_full else nullcontext():
             needed, _ = self._follow(model, predicted, run)
-        earlier_gradients = needed.kept if self.num_micro_batches > 1 and not self.config.is_full else 0
+        earlier_gradients = 0
+        if self.num_micro_batches > 1:
+            whole = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+            earlier_gradients = whole if self.config.is_full else needed.kept
         return _work(needed, batch["input_ids"].numel(), peak=needed.peak + earlier_gradients)
 
     def readers(self) -> list[list[str]]:
