@@ -51,7 +51,7 @@ CONFIGURATIONS = {
     "SmolLM2, nothing shared, no probe": (*_LM, "training.batch_size=6", "merge.side=none"),
     "SmolLM2, checkpointing": (*_LM, "training.batch_size=12", "training.checkpointing=true", "probe.batch_size=2"),
     "SmolLM2, upper quarter of the layers": (
-        *_LM, "training.batch_size=6", "selection.top_fraction=0.25", "selection.prefer_depth=true", "merge.side=none",
+        *_LM, "training.batch_size=6", "selection.top_fraction=0.25", "selection.by=depth", "merge.side=none",
     ),
     "SmolLM2, PEFT's step": (*_LM, "training.batch_size=6", "training.step=peft"),
     "SmolLM2, float32": (*_LM, "training.batch_size=6", "model.dtype=float32"),

@@ -146,7 +146,7 @@ CONFIGURATION: list[Row] = [
     ("two rules of selection", lambda p: ["selection.top_fraction=0.5", "selection.snr_threshold=1"], ["not both"]),
     ("a sketch smaller than the rank", lambda p: ["adapter.rank=16"], ["sketch_size=12", "raise probe.sketch_size"]),
     ("micro-batches that do not divide", lambda p: ["training.micro_batch_size=5"], ["micro_batch_size=5"]),
-    ("depth without a fraction", lambda p: ["selection.prefer_depth=true"], ["prefer_depth", "selection.top_fraction"]),
+    ("depth without a fraction", lambda p: ["selection.by=depth"], ["selection.by=depth", "selection.top_fraction"]),
     ("a budget that is no size", lambda p: ["memory.budget=much"], ["memory.budget", "'much'"]),
     ("a budget of nothing", lambda p: ["memory.budget=1KiB"], ["`memory.budget`", "1048576"]),
     ("a budget below the weights", lambda p: ["memory.budget=20MiB"], ["is not enough", "model.quantization=nf4"]),

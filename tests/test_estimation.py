@@ -79,7 +79,7 @@ def test_what_costs_memory_is_predicted_to(described) -> None:
     assert predicted(described, "training.optimizer=adamw_8bit").optimizer_bytes <= 2 * least.optimizer_bytes
     assert predicted(described, "merge.side=none").trainable_parameters > least.trainable_parameters
     assert predicted(described, "adapter.rank=8").trainable_parameters > 1.5 * least.trainable_parameters
-    upper = ("selection.top_fraction=0.25", "selection.prefer_depth=true")
+    upper = ("selection.top_fraction=0.25", "selection.by=depth")
     spread = predicted(described, upper[0])
     assert predicted(described, *upper).activation_bytes < spread.activation_bytes
     assert predicted(described, *upper).trainable_parameters <= spread.trainable_parameters
@@ -280,3 +280,24 @@ def test_the_command_prints_parts_phases_and_one_object(described, capsys, tmp_p
         assert "activations" in printed.err
         assert "training" in printed.err
     assert not (tmp_path / "out").exists()
+
+
+def test_whole_matrices_need_their_state_and_one_gradient_and_give_up_checkpointing_before_micro_batches(
+    described,
+) -> None:
+    whole = ("adapter.kind=full", "training.learning_rate=1e-3")
+    described = [given for given in described if not given.startswith("adapter.rank")]
+    config, prepared = made(described, *whole)
+    needed = estimate(config, prepared)
+    size = needed.trainable_parameters
+    assert needed.adapter_bytes == 0
+    assert needed.optimizer_bytes == 8 * size
+    assert 0 < needed.gradient_bytes < size / 4
+    accumulated = estimate(replaced(config, "training", micro_batch_size=1), prepared)
+    assert accumulated.gradient_bytes == 4 * size
+    half = predicted(described, *whole, "selection.top_fraction=0.5", "selection.by=depth")
+    assert half.optimizer_bytes < 0.6 * needed.optimizer_bytes
+    assert half.activation_bytes < 0.8 * needed.activation_bytes
+    large = replaced(config, "training", batch_size=128)
+    fitted = fit(large, prepared, estimate(large, prepared).phases["step"] - 2**23)
+    assert [line.partition("=")[0] for line in fitted.given_up] == ["training.checkpointing"]

@@ -750,7 +750,7 @@ def test_adamw_with_a_state_of_8_bits_learns_and_goes_on_where_it_stopped(settin
 
 @pytest.mark.slow
 def test_depth_is_preferred_where_it_is_asked_for(settings, tmp_path, command):
-    command("finetune", [*settings, "selection.top_fraction=0.5", "selection.prefer_depth=true"])
+    command("finetune", [*settings, "selection.top_fraction=0.5", "selection.by=depth"])
     plan = load_plan(tmp_path / "out" / "plan.json")
     layers = [matrix.layer for matrix in plan.matrices]
     assert {matrix.layer for matrix in plan.selected} == {layer for layer in layers if layer > max(layers) / 2}

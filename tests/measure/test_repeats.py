@@ -82,7 +82,7 @@ def numbers(needed: Estimate) -> dict:
             *("llama", "causal-lm", ("training.checkpointing=true", "training.micro_batch_size=2")),
             marks=pytest.mark.slow,
         ),
-        ("llama", "causal-lm", ("selection.top_fraction=0.5", "selection.prefer_depth=true")),
+        ("llama", "causal-lm", ("selection.top_fraction=0.5", "selection.by=depth")),
         pytest.param(
             *("llama", "causal-lm", ("model.quantization=nf4", "model.dtype=float32", "training.step=peft")),
             marks=pytest.mark.slow,

@@ -277,6 +277,11 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
         "copied for it.",
         "tests/test_runs.py::test_two_processes_are_one",
     ),
+    *_entries(
+        "transformers", ("Trainer._save", "Trainer._load_best_model"), "train/trainer.py",
+        "A checkpoint of whole matrices holds what was trained; save_pretrained writes the whole model.",
+        "tests/full/test_runs.py::test_a_resumed_run_is_the_uninterrupted_one",
+    ),
     PrivatePart(
         "transformers", "Trainer._load_from_checkpoint", "train/trainer.py",
         "Groups are tied before a checkpoint is loaded into a model that was built from files; callbacks begin after "

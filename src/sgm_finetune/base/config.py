@@ -23,9 +23,16 @@ Criterion = Literal["subspace", "cosine", "snr"]
 Scope = Literal["activation", "layers", "pool"]
 Side = Literal["input", "output"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
-Optimizer = Literal["spectral", "adamw", "adamw_8bit", "paged_adamw_8bit"]
+AdapterKind = Literal["lora", "full"]
+Also = Literal["norms", "embeddings", "head"]
+SelectBy = Literal["snr", "depth", "random", "gradient"]
+Optimizer = Literal["spectral", "adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "muon"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 DEFAULT_RATES: dict[Optimizer, float] = {"spectral": 0.0125, **dict.fromkeys(typing.get_args(Optimizer)[1:], 1e-3)}
+FULL_RATE = 2e-5
+"""The default learning rate of whole matrices, for every optimizer that trains them."""
+OF_WHOLE_MATRICES: tuple[Optimizer, ...] = ("adafactor", "muon")
+"""Optimizers for `adapter.kind: full` alone."""
 _SPECTRAL_RANK, _SPECTRAL_STEPS = 8, 120
 """The rank from which on, and the steps up to which, `DEFAULT_RATES` holds for spectral descent."""
 
@@ -230,7 +237,7 @@ class _Section(BaseModel):
 _DESCRIPTION = ("data.columns", "data.format")
 ALTERNATIVES: tuple[dict[str, tuple[str, ...]], ...] = (
     {"data.name": _DESCRIPTION, "data.train": (*_DESCRIPTION, "data.validation", "data.test", "data.file_type")},
-    {"selection.top_fraction": ("selection.prefer_depth",), "selection.snr_threshold": ()},
+    {"selection.top_fraction": ("selection.by",), "selection.snr_threshold": ()},
     {"plan": (), "adapter.parameters": ()},
 )
 """Keys of which a configuration gives one at most, each with the keys that describe it and go when it goes. A key on
@@ -332,22 +339,40 @@ class SnrConfig(_Section):
     Spectrum script (with estimator: spectrum). null: scan the model."""
 
 
+def with_present_keys(selection: Any) -> Any:
+    """The values of section `selection`, with `by` for `prefer_depth`, which earlier versions wrote.
+
+    >>> with_present_keys({"top_fraction": 0.5, "prefer_depth": "true"}), with_present_keys({"prefer_depth": False})
+    ({'top_fraction': 0.5, 'by': 'depth'}, {})
+    """
+    if not isinstance(selection, dict) or "prefer_depth" not in selection:
+        return selection
+    kept = {key: value for key, value in selection.items() if key != "prefer_depth"}
+    return {**kept, "by": "depth"} if _parse_flag(selection["prefer_depth"]) is True else kept
+
+
 class SelectionConfig(_Section):
     top_fraction: Real | None = Field(default=None, gt=0, le=1)
-    """Fraction of the matrices of each kind to train, highest SNR first (null: all matrices)."""
+    """Fraction of the matrices of each kind to train, the first ones of the order in `by` (null: all matrices)."""
     snr_threshold: Real | None = Field(default=None, ge=0)
     """Minimum SNR of the matrices to train, as an energy ratio, not in dB (null: no minimum). It cannot be combined
     with `top_fraction`."""
-    prefer_depth: Flag = False
-    """With `top_fraction`: select the matrices nearest to the output instead of those with the highest SNR. The
-    backward pass stops at the lowest trained matrix and keeps no activations below it. On MiniLM, training the upper
-    half with equal parameters costs 0.012 ± 0.009 in loss (docs/results.md)."""
+    by: SelectBy = "snr"
+    """What `top_fraction` ranks the matrices of a kind by. snr: signal-to-noise ratio, by the formula that
+    `snr.estimator` names. depth: nearness to the output; the backward pass stops at the lowest trained matrix and keeps
+    no activations below it (on MiniLM, training the upper half with equal parameters costs 0.012 ± 0.009 in loss,
+    docs/results.md). random: chance, from `training.seed`. gradient: energy of the gradient that the probe measures."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_prefer_depth(cls, values: Any) -> Any:
+        return with_present_keys(values)
 
     @model_validator(mode="after")
     def _one_rule(self) -> Self:
         _refuse_both("selection", self)
-        if self.prefer_depth and self.top_fraction is None:
-            raise ValueError("selection.prefer_depth=true needs selection.top_fraction; give both")
+        if self.by != "snr" and self.top_fraction is None:
+            raise ValueError(f"selection.by={self.by} needs selection.top_fraction; give both")
         return self
 
 
@@ -393,6 +418,14 @@ class MergeConfig(_Section):
 
 
 class AdapterConfig(_Section):
+    kind: AdapterKind = "lora"
+    """What is trained of a selected matrix. lora: a low-rank update beside it. full: the matrix itself (docs/full.md).
+    With full the keys of `merge` and all other keys of `adapter` but `also` mean nothing, and stay at their
+    defaults."""
+    also: Annotated[list[Also], BeforeValidator(_parse_list)] = []
+    """With `kind: full`, what is trained beside the selected matrices. norms: norms from the lowest selected block on.
+    embeddings: all embeddings. head: the linear layers outside blocks, such as the output layer. A classification head
+    is always trained."""
     rank: Whole = Field(default=16, ge=1, le=LARGEST_RANK)
     """Rank of every LoRA update."""
     alpha: Real = Field(default=32, gt=0)
@@ -428,16 +461,18 @@ class TrainingConfig(_Section):
     little more time."""
     eval_batch_size: Whole = Field(default=32, ge=1)
     """Examples per forward pass during evaluation."""
-    optimizer: Optimizer = "spectral"
-    """Optimizer of the factors. spectral: descent in the spectral norm of the weight change (docs/method.md 6), with
-    about half of AdamW's state; AdamW at 1e-3 then trains a new classification head. adamw: AdamW for every parameter.
-    adamw_8bit: AdamW with a quarter of the state, by bitsandbytes. paged_adamw_8bit: the same, and the state moves to
-    host memory when it does not fit in GPU memory."""
+    optimizer: Optimizer | None = None
+    """Optimizer (null: spectral, and adamw with `adapter.kind: full`). spectral: descent in the spectral norm of the
+    weight change (docs/method.md 6), for factors, with about half of AdamW's state; AdamW at 1e-3 then trains a new
+    classification head. adamw: AdamW for every parameter. adamw_8bit: AdamW with a quarter of the state, by
+    bitsandbytes. paged_adamw_8bit: the same, and the state moves to host memory when it does not fit in GPU memory. For
+    whole matrices alone: adafactor, whose state is a row and a column of each matrix, and muon, with half of AdamW's
+    state; AdamW then trains what is no matrix."""
     learning_rate: Rate | None = None
     """Peak learning rate. spectral: the RMS-to-RMS norm of the change that one step makes to a weight matrix, for every
     model (null: 0.0125 for up to 120 steps from rank 8 on; more below rank 8, less for more steps). adamw: AdamW's
     learning rate (null: 1e-3). auto: short trials choose it before the training, by their loss on training examples
-    that they leave out (docs/method.md 6.1)."""
+    that they leave out (docs/method.md 6.1). Whole matrices (`adapter.kind: full`): null is 2e-5."""
     schedule: Schedule = "linear"
     """Course of the learning rate after the warm-up. linear: it falls in a straight line to zero. cosine: it falls
     along half a cosine to zero. constant: it stays at its peak. wsd: it stays there (warm-up, stable, decay) and falls
@@ -513,13 +548,58 @@ class Config(_Section):
     plan: PathText | None = None
     """Plan file (plan.json of an earlier run) to use instead of measuring again (null: measure)."""
 
+    @property
+    def is_full(self) -> bool:
+        """Whether whole matrices are trained."""
+        return self.adapter.kind == "full"
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """`training.optimizer`, or its default."""
+        return self.training.optimizer or ("adamw" if self.is_full else "spectral")
+
+    def to_compare(self) -> dict[str, Any]:
+        """All values by section, as JSON has them, with the optimizer by its name: an earlier version wrote its default
+        into its files."""
+        values = self.model_dump(mode="json")
+        values["training"]["optimizer"] = self.optimizer
+        return values
+
     def peak_learning_rate(self, steps: int) -> float:
         """The learning rate of a training of `steps` steps: `training.learning_rate`, or the default when it is null or
         still to be chosen."""
         given = self.training.learning_rate
         if given is not None and given != "auto":
             return given
-        return default_rate(self.training.optimizer, 1 if self.merge.scope == "pool" else self.adapter.rank, steps)
+        if self.is_full:
+            return FULL_RATE
+        return default_rate(self.optimizer, 1 if self.merge.scope == "pool" else self.adapter.rank, steps)
+
+    @model_validator(mode="after")
+    def _kind_can(self) -> Self:
+        if not self.is_full:
+            if self.adapter.also:
+                raise ValueError("adapter.also is for adapter.kind=full; give that too, or leave it out")
+            if self.optimizer in OF_WHOLE_MATRICES:
+                raise ValueError(f"training.optimizer={self.optimizer} is for adapter.kind=full; give that, or adamw")
+            return self
+        for section in ("adapter", "merge"):
+            given, default = getattr(self, section), type(getattr(self, section))()
+            for key in type(given).model_fields:
+                if key not in ("kind", "also") and getattr(given, key) != getattr(default, key):
+                    raise ValueError(f"{section}.{key} means nothing with adapter.kind=full; leave it out")
+        refused: list[tuple[str, Any, bool, str]] = [
+            ("training.optimizer", self.optimizer, self.optimizer == "spectral", "training.optimizer=adamw"),
+            ("model.quantization", self.model.quantization, self.model.quantization != "none",
+             "model.quantization=none"),
+            ("model.dtype", self.model.dtype, self.model.dtype == "float16", "model.dtype=bfloat16"),
+            ("model.residence", self.model.residence, self.model.residence == "disk", "model.residence=device"),
+            ("training.shard", "true", self.training.shard, "training.shard=false"),
+        ]  # fmt: skip
+        for key, value, wrong, remedy in refused:
+            if wrong:
+                raise ValueError(f"{key}={value} is not possible with adapter.kind=full; give {remedy}")
+        return self
 
     @model_validator(mode="after")
     def _one_rank(self) -> Self:
@@ -530,7 +610,7 @@ class Config(_Section):
     @model_validator(mode="after")
     def _sketch_holds_rank(self) -> Self:
         is_final = self.adapter.parameters is None and self.plan is None  # else another file checks it
-        if is_final and self.merge.side != "none" and self.probe.sketch_size < self.adapter.rank:
+        if is_final and not self.is_full and self.merge.side != "none" and self.probe.sketch_size < self.adapter.rank:
             raise ValueError(
                 f"probe.sketch_size={self.probe.sketch_size} is smaller than adapter.rank={self.adapter.rank}; "
                 "raise probe.sketch_size"

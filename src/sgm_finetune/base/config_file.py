@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sgm_finetune.base.config import ALTERNATIVES, Config, known_keys, sections
+from sgm_finetune.base.config import ALTERNATIVES, Config, known_keys, sections, with_present_keys
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import short_repr
 from sgm_finetune.base.untrusted import Written, parse_yaml, read_yaml
@@ -46,6 +46,8 @@ def set_overrides(
     below a plain value.
     """
     given = {override: _parse_override(override) for override in overrides}
+    if "selection" in values:
+        values["selection"] = with_present_keys(values["selection"])
     for line in _replace_alternatives(values, dict(given.values()), where):
         announce(line)
     for override, (key, value) in given.items():
@@ -164,6 +166,7 @@ def parse_config(
 
     Raises UserError for an unknown key or a wrong value. The message begins with the `origin` of the key, else `where`.
     """
+    values = {key: with_present_keys(value) if key == "selection" else value for key, value in values.items()}
     _reject_unknown_keys(values, Config, (), where, origin)
     try:  # an empty section is None in YAML and takes its defaults
         return Config.model_validate({key: value for key, value in values.items() if value is not None})

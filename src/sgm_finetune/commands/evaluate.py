@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from peft import PeftModel
 from rich.console import Console
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.session import prepare_trained, step_log
 from sgm_finetune.commands.steps import load_base, prepare_fast_adapters, test
-from sgm_finetune.results.load import StoredResult, attach_adapter, read_stored
+from sgm_finetune.results.load import StoredResult, attach, read_stored
 
 
 def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict[str, Any]:
@@ -25,8 +26,9 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     _check_harness_files(stored, config.evaluation.harness)
     s = prepare_trained(stored, log)
     base = load_base(s)
-    model = attach_adapter(base.model, stored.content, stored.path)
-    prepare_fast_adapters(s, model)
+    model, _ = attach(base.model, stored.content, stored.path)
+    if isinstance(model, PeftModel):
+        prepare_fast_adapters(s, model)
     found = test(s, base, model, "test")
     return {"model": s.config.model.name, "data": s.prepared.splits.description, **found.metrics}
 

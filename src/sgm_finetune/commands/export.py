@@ -73,6 +73,11 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
             f"{result.config.model.name} is not a hub id; push --to merged or --to gguf, or name the base with "
             "model.name=owner/name"
         )
+    if result.is_full and request.to == "adapter" and request.rank is None:
+        raise UserError(
+            "This run trained whole matrices, and an adapter holds low-rank updates; give --rank, for example --rank "
+            "16, or take --to merged"
+        )
     cut = None if request.rank is None else cut_result(result, request.rank)
     exported = result if cut is None else cut.result
     export = _PREPARE[request.to](exported, request, log)
@@ -114,6 +119,8 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
         log.line("", remark)
     if cost is not None:
         log.line("cut", _describe_cut(cost))
+        if cut is not None and cut.left_out:
+            log.line("", f"left out, since no low-rank update holds them: {_some(cut.left_out)}")
     log.line("saved", f"{folder} ({report['bytes'] / 2**20:,.1f} MiB, {report['seconds']:.0f} s)")
     if request.push_to_hub is not None:
         report["address"] = push(folder, request.push_to_hub)
@@ -150,6 +157,10 @@ def _describe_cut(cut: Mapping[str, float | int]) -> str:
         f"{cut['rank_before']} ({cut['num_validation']:,} examples), which keeps {cut['kept']:.1%} of the update's "
         "squared norm"
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"`{names[0]}`" if len(names) == 1 else f"{len(names)} tensors (`{names[0]}`, ...)"
 
 
 def _percent(share: float | None) -> str:

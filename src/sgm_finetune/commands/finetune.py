@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from peft import PeftModel
 from rich.console import Console
 from transformers import TrainerState, TrainingArguments
 
@@ -73,7 +74,7 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
         histograms = scan_histograms(s, scanned)  # for the report
         base = load_base(s, will_train=True)  # the frozen model
         start = measure_start(s, base, scanned)  # the test before, the probe, the plan
-        adapted = apply(s, base, start.plan)  # a PEFT model whose groups share one factor
+        adapted = apply(s, base, start.plan)  # a PEFT model whose groups share one factor, or whole matrices
         start = choose_rate(s, base, adapted, start)  # by trials, if the configuration asks for them
         arguments = trainer_arguments(s)  # not before: with DeepSpeed, Transformers would partition the base
         if dry_run:
@@ -230,7 +231,8 @@ def save(s: Session, start: Start, adapted: Adapted, state: TrainerState, after:
     if s.estimate is not None:
         predicted, measured = s.estimate.peak_bytes, metrics["peak_memory_bytes"]
         s.log.line("memory", f"{gib(measured)} at most, predicted {gib(predicted)} ({predicted / measured - 1:+.0%})")
-    s.log.line("saved", f"{s.output / PTH}, {s.output / 'adapter'}/, {s.output / 'report.html'}")
+    folders = [] if s.config.is_full else [f"{s.output / 'adapter'}/"]
+    s.log.line("saved", ", ".join([str(s.output / PTH), *folders, str(s.output / "report.html")]))
     if short is not None:
         for step, line in zip(("result", *[""] * len(short.advice)), (short.line, *short.advice), strict=True):
             s.log.line(step, line)
@@ -254,7 +256,7 @@ def _metrics(s: Session, start: Start, adapted: Adapted, state: TrainerState, af
         "seconds": {name: round(seconds.get(name, 0.0), 3) for name in (*_STEPS, *trials, "total")},
         "peak_memory_bytes": peak_memory(),
         "predicted": s.estimate and s.estimate.to_dict(),
-        "optimizer": config.training.optimizer,
+        "optimizer": config.optimizer,
         "learning_rate": config.peak_learning_rate(state.max_steps),
         "rate_trials": start.rate_trials,
         "num_train": len(s.prepared.train.dataset),
@@ -281,15 +283,9 @@ def _write_results(
     write_json(output / "examples.json", examples)
     steps = [row for row in state.log_history if "train_loss" not in row]  # the summary that ends a call of Trainer
     write_json(output / "history.json", steps)
-    task, is_chat = s.config.model.task, "messages" in splits.train.column_names
-    generation = stored_generation(prepared.folder, adapted.model.config) if generates_text(task) else None
-    save_adapter(
-        adapted.model,
-        output / "adapter",
-        base_for_peft(s.config.model.name, prepared.folder),
-        lambda folder: save_tokenizer(prepared.tokenizer, folder, generation, is_chat),
-    )
-    save_prompts(prepared.test.dataset, task, output)
+    if isinstance(adapted.model, PeftModel):
+        _write_adapter(s, adapted.model)
+    save_prompts(prepared.test.dataset, s.config.model.task, output)
     save_pth(
         output / PTH,
         adapted.model,
@@ -302,10 +298,22 @@ def _write_results(
     )
     write_json(output / "metrics.json", metrics)
     run = load_run(output)
-    if pools := pool_tables(adapted.model, start.plan):
+    if isinstance(adapted.model, PeftModel) and (pools := pool_tables(adapted.model, start.plan)):
         run = replace(run, pictures=replace(run.pictures, pools=pools))
         save_pictures(run.pictures, output / "pictures.json")
     write_text(output / "report.html", render_report(run))
+
+
+def _write_adapter(s: Session, model: PeftModel) -> None:
+    prepared, task = s.prepared, s.config.model.task
+    is_chat = "messages" in prepared.splits.train.column_names
+    generation = stored_generation(prepared.folder, model.config) if generates_text(task) else None
+    save_adapter(
+        model,
+        s.output / "adapter",
+        base_for_peft(s.config.model.name, prepared.folder),
+        lambda folder: save_tokenizer(prepared.tokenizer, folder, generation, is_chat),
+    )
 
 
 def _probe_numbers(probed: Probe | None) -> dict[str, Any] | None:

@@ -129,7 +129,7 @@ def open_session(config: Config, console: Console, dry_run: bool = False) -> Ite
         check_launch(config, processes().num_processes, checkpoint)
         given_plan = _given_plan(config, output, checkpoint)
         if given_plan is not None:
-            config = replaced(config, "adapter", rank=given_plan.settings.rank, alpha=given_plan.settings.alpha)
+            config = with_plans_kind(config, given_plan)
         prepared = checked_data(config, log)
         if checkpoint is not None:
             check_same_data(prepared, output)
@@ -148,6 +148,20 @@ def _given_plan(config: Config, output: Path, checkpoint: Path | None) -> Plan |
     if checkpoint is not None:
         return load_plan(output / "plan.json")
     return load_plan(config.plan) if config.plan is not None else None
+
+
+def with_plans_kind(config: Config, plan: Plan) -> Config:
+    """`config` with the rank of a given plan, or with what the plan trains beside its matrices. Raises UserError for a
+    plan of another kind."""
+    settings = plan.settings
+    if settings.kind != config.adapter.kind:
+        raise UserError(
+            f"The plan is for adapter.kind={settings.kind}, and this run has adapter.kind={config.adapter.kind}; give "
+            f"adapter.kind={settings.kind}, or make a new plan"
+        )
+    if settings.kind == "full":
+        return replaced(config, "adapter", also=list(settings.also))
+    return replaced(config, "adapter", rank=settings.rank, alpha=settings.alpha)
 
 
 def fit_to_parameters(s: Session) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.utils import set_seed
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.memory import release_memory
@@ -36,6 +37,8 @@ from sgm_finetune.train.adapters.apply import apply_plan
 from sgm_finetune.train.adapters.shard import reduce_factors_only
 from sgm_finetune.train.base_model import Base
 from sgm_finetune.train.fast.prepare import prepare_adapters
+from sgm_finetune.train.full.apply import train_whole
+from sgm_finetune.train.full.changed import trained_parameters
 from sgm_finetune.train.launch import model_is_sharded
 from sgm_finetune.train.losses import TestSet
 
@@ -55,14 +58,16 @@ class Tested:
 class Adapted:
     """The base model with its adapters, and how many parameters it trains."""
 
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
+    """Without adapters, a model whose matrices are trained whole."""
     num_trainable: int
-    num_without_sharing: int
-    """Parameters that plain LoRA would train: no matrices share a factor."""
+    num_without_sharing: int | None
+    """Parameters that plain LoRA would train: no matrices share a factor. None for whole matrices."""
 
     def to_dict(self) -> dict[str, int]:
-        """The two entries of metrics.json."""
-        return {"trainable_parameters": self.num_trainable, "plain_lora_parameters": self.num_without_sharing}
+        """The entries of metrics.json."""
+        plain = {} if self.num_without_sharing is None else {"plain_lora_parameters": self.num_without_sharing}
+        return {"trainable_parameters": self.num_trainable, **plain}
 
 
 def scan_weights(s: Session) -> Scan:
@@ -116,8 +121,8 @@ def test(s: Session, base: Base, model: nn.Module, when: str) -> Tested:
 def probe_gradients(s: Session, base: Base) -> Probe | None:
     """Sketches of every matrix's gradient, from a few batches; None where merge.side=none merges nothing."""
     config = s.config
-    if config.merge.side == "none":
-        s.log.line("probe", "not needed: merge.side=none")
+    if (config.merge.side == "none" or config.is_full) and config.selection.by != "gradient":
+        s.log.line("probe", f"not needed: {'adapter.kind=full' if config.is_full else 'merge.side=none'}")
         return None
     with s.clock.time("probe"), s.log.bar("probe") as progress:
         probed = probe(
@@ -160,9 +165,16 @@ def print_plan(s: Session, plan: Plan) -> None:
 
 
 def apply(s: Session, base: Base, plan: Plan) -> Adapted:
-    """The model that `plan` describes: PEFT LoRA whose groups share one factor, ready for the fast step."""
+    """The model that `plan` describes: PEFT LoRA whose groups share one factor, ready for the fast step, or the base
+    with the selected matrices trained whole."""
     print_plan(s, plan)
     set_seed(s.config.training.seed)
+    if plan.settings.kind == "full":
+        whole = train_whole(base.model, plan, base.new_modules)
+        trained = trained_parameters(whole)
+        num_trainable = sum(parameter.numel() for parameter in trained.values())
+        s.log.line("apply", describe_whole(whole, num_trainable, len(trained), s.config.optimizer))
+        return Adapted(whole, num_trainable, None)
     model = apply_plan(base.model, plan, base.new_modules)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_factors, num_plain = adapter_parameters(plan)
@@ -172,6 +184,16 @@ def apply(s: Session, base: Base, plan: Plan) -> Adapted:
     if s.config.training.shard:
         reduce_factors_only(model)
     return adapted
+
+
+def describe_whole(model: PreTrainedModel, num_trainable: int, num_tensors: int, optimizer: str) -> str:
+    """What is trained of a model whose matrices are trained whole."""
+    total, dtype = sum(parameter.numel() for parameter in model.parameters()), str(model.dtype).removeprefix("torch.")
+    rounding = " with stochastic rounding" if dtype == "bfloat16" else ""
+    return (
+        f"{num_trainable:,} of {total:,} parameters train whole ({num_tensors} tensors), in {dtype}{rounding}, by "
+        f"{optimizer} in the backward pass"
+    )
 
 
 def prepare_fast_adapters(s: Session, model: PeftModel) -> None:
@@ -198,7 +220,7 @@ def _describe_parameters(adapted: Adapted, num_factors: int, num_plain: int, hea
     line = f"PEFT LoRA: {num_factors:,} trainable adapter parameters{head}"
     if num_plain > num_factors:
         line += f"; without sharing {num_plain:,}"
-    if processes().num_processes > 1:  # gradients are float32
+    if processes().num_processes > 1 and adapted.num_without_sharing is not None:  # gradients are float32
         reduced, unshared = (f"{4 * size / 2**20:,.2f}" for size in (total, adapted.num_without_sharing))
         line += f" · gradients of {reduced} MiB reduced a step"
         line += f", {unshared} without sharing" if unshared != reduced else ""

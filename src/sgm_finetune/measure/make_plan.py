@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +23,7 @@ def check_rank(config: Config, shapes: Mapping[str, tuple[int, int]]) -> None:
 
     `shapes`: name -> (d_out, d_in).
     """
-    if config.merge.side == "none":
+    if config.merge.side == "none" or config.is_full:
         return
     for name, (rows, cols) in shapes.items():
         if config.adapter.rank > (dimension := min(rows, cols)):
@@ -75,9 +76,11 @@ def make_plan(scanned: Scan, probed: Probe | None, config: Config, model: nn.Mod
             f"The scan of {scanned.model} and the model have no matrix in common; scan the model's own files"
         )
     settings = _plan_settings(config, merges=probed is not None)
+    if settings.by == "gradient" and probed is None:
+        raise UserError("selection.by=gradient needs the probe of the gradients; call probe first, or choose another")
     plan = build_plan(config.model.name, numbers, settings, scanned.estimator)
-    allowed, (trained, _) = config.adapter.parameters, adapter_parameters(plan)
-    if allowed is not None and trained > allowed:
+    allowed = config.adapter.parameters
+    if allowed is not None and (trained := adapter_parameters(plan)[0]) > allowed:
         raise UserError(
             f"adapter.rank={config.adapter.rank} trains {trained} parameters, more than adapter.parameters={allowed}; "
             "lower adapter.rank"
@@ -100,6 +103,14 @@ def makes_whole_pools(merge: MergeConfig) -> bool:
 
 def _plan_settings(config: Config, merges: bool) -> PlanSettings:
     merge, selection, adapter = config.merge, config.selection, config.adapter
+    chosen: dict[str, Any] = {
+        "top_fraction": selection.top_fraction,
+        "snr_threshold": selection.snr_threshold,
+        "by": selection.by,
+        "seed": config.training.seed if selection.by == "random" else 0,
+    }
+    if config.is_full:
+        return PlanSettings(kind="full", also=tuple(adapter.also), side="none", **chosen)
     return PlanSettings(
         rank=adapter.rank,
         alpha=float(adapter.alpha),  # a plan that is read from a file has a float
@@ -110,9 +121,7 @@ def _plan_settings(config: Config, merges: bool) -> PlanSettings:
         threshold=threshold_of(merge),
         snr_tolerance_db=merge.snr_tolerance_db,
         max_group_size=merge.max_group_size,
-        top_fraction=selection.top_fraction,
-        snr_threshold=selection.snr_threshold,
-        prefer_depth=selection.prefer_depth,
+        **chosen,
     )
 
 

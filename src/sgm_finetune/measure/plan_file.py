@@ -9,6 +9,7 @@ from pathlib import Path
 import pydantic
 from safetensors import SafetensorError
 
+from sgm_finetune.base.config import with_present_keys
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import whole_file, write_json
 from sgm_finetune.base.text import first_mistake
@@ -18,12 +19,22 @@ from sgm_finetune.method.plan_rules import inconsistency
 
 _PLAN = pydantic.TypeAdapter(Plan)
 _TENSORS = ("starts", "similarities")
+_OF_FULL = ("kind", "also", "top_fraction", "snr_threshold", "by", "seed")
+"""The settings of a plan that trains whole matrices; the others mean nothing there and are not written."""
+_OF_LORA = ("group", "start", "cosine_other_half", "kept_own", "kept_shared")
+"""What a plan says of a matrix only if the matrix gets a low-rank update."""
 
 
 def plan_document(plan: Plan) -> dict:
     """The plan as plain JSON values, without its tensors."""
     fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in _TENSORS}
-    return json.loads(json.dumps(fields, default=dataclasses.asdict))
+    document = json.loads(json.dumps(fields, default=dataclasses.asdict))
+    if plan.settings.kind == "full":
+        document["settings"] = {key: document["settings"][key] for key in _OF_FULL}
+        for matrix in document["matrices"]:
+            for key in _OF_LORA:
+                del matrix[key]
+    return document
 
 
 def parse_plan(document: dict, where: str) -> Plan:
@@ -33,6 +44,8 @@ def parse_plan(document: dict, where: str) -> Plan:
     """
     if foreign := next((name for name in _TENSORS if name in document), None):
         refuse(where, "plan", ValueError(f"`{foreign}`: no part of the file"))
+    if "settings" in document:
+        document = {**document, "settings": with_present_keys(document["settings"])}
     try:
         plan = _PLAN.validate_python(document)
     except pydantic.ValidationError as error:

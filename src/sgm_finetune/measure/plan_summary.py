@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 
 from sgm_finetune.method.parameter_count import adapter_parameters
-from sgm_finetune.method.plan import Plan
+from sgm_finetune.method.plan import Plan, PlanSettings
 from sgm_finetune.method.sides import SIDES
 
 
 def describe_plan(plan: Plan) -> str:
     """The plan in one line: its matrices, its groups, its number of adapter parameters."""
     parts = [f"{len(plan.selected)} of {len(plan.matrices)} matrices"]
+    if plan.settings.kind == "full":
+        also = f" and {', '.join(plan.settings.also)}" if plan.settings.also else ""
+        return f"{parts[0]}{also}, trained whole · {describe_selection(plan.settings)}"
     if plan.groups:
         merged = sum(len(group.members) for group in plan.groups)
         parts.append(f"{merged} of them in {_describe_groups(plan)}")
@@ -19,6 +22,18 @@ def describe_plan(plan: Plan) -> str:
         spectral = any(matrix.start == "spectral" for matrix in plan.selected)
         parts.append("no groups: " + ("LoRA that starts at its gradients' spectra" if spectral else "plain LoRA"))
     return " · ".join([*parts, _describe_parameters(*adapter_parameters(plan))])
+
+
+def describe_selection(settings: PlanSettings) -> str:
+    """What selected the matrices.
+
+    >>> describe_selection(PlanSettings(top_fraction=0.25, by="depth")), describe_selection(PlanSettings())
+    ('the top 25 % of each kind by depth', 'all matrices')
+    """
+    if settings.top_fraction is not None:
+        names = {"snr": "SNR", "depth": "depth", "random": "chance", "gradient": "gradient"}
+        return f"the top {100 * settings.top_fraction:.3g} % of each kind by {names[settings.by]}"
+    return "all matrices" if settings.snr_threshold is None else f"SNR at least {settings.snr_threshold:g}"
 
 
 def _describe_groups(plan: Plan) -> str:
@@ -50,7 +65,7 @@ def plan_remarks(plan: Plan) -> list[str]:
     """Why the plan has no groups, with the criterion's numbers; [] when it has some, or when `merge.side` is none."""
     settings = plan.settings
     kinds = [kind for kind in plan.kinds if kind.side is not None]
-    if plan.groups or settings.side == "none":
+    if plan.groups or settings.side == "none" or settings.kind == "full":
         return []
     if not kinds:
         return ["no two of them read the same activations"] if settings.scope == "activation" else []

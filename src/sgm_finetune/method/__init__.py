@@ -13,7 +13,7 @@
         snr: signal_to_noise
         decibels: ratio_decibels
     1.6 Selecting
-        selection: select_matrices, choose_per_kind, top_fraction_per_kind, above_threshold, ties
+        selection: select_matrices, ranking, choose_per_kind, top_fraction_per_kind, above_threshold, ties
     1.8 The published formula
         snr: published_formula
     1.9 The decomposition, and the precision that it needs
@@ -27,7 +27,7 @@
     2.3 Cosines of whole gradients
         subspace: reconstruct, reconstruct_all, cosines, cosines_of
     3. What is merged
-        build_plan: build_plan, merge_layers, merge_readers, kind_numbers, plan_kind, plan_matrix
+        build_plan: build_plan, merge_layers, merge_readers, kind_numbers, plan_kind, plan_matrix, gradient_energy
         plan_rules: inconsistency
     3.1 Similarity
         subspace: pairwise_retention, retention_of_pairs
@@ -39,14 +39,18 @@
         grouping: group_layers
         build_plan: find_groups
     4. Merged updates
-        parameter_count: adapter_parameters, most_per_direction
+        parameter_count: adapter_parameters, whole_parameters, most_per_direction
         pools: owners, first_codes
-        low_rank: cut_update
+        low_rank: cut_update, extract_update
     6. The step for a factor
         descent: polar_factor, inverse_root, inverse_roots, channel_profile, partner_metric, partner_floor
         descent: descent_directions, pool_metric, largest_change, code_steps
     6.1 The learning rate by trials
         rate_search: best_rate, next_rate, lowest_point, rate_for
+    9.1 Clipping by a running norm
+        running_norm: running_norm, clip_factor
+    9.2 Stochastic rounding
+        rounding: stochastic_round, rounding_seed
 
 `plan` holds the data that sections 1 to 3 produce. Sections 5 and 8 change models: see `model` and `train/fast`.
 """

@@ -48,9 +48,15 @@ def build_plan(
     matrices of one kind and shape may share the side that the kind has in common; with scope "pool", both sides. Stacks
     of experts share nothing. A matrix without a group starts its lora_A at its own basis.
     Without probe numbers (`halves` is None), or with side "none", there are no groups and no starts: a plain LoRA plan.
+    With kind "full" the selection is the plan.
     """
+    if settings.by == "gradient":
+        matrices = [replace(matrix, gradient_energy=gradient_energy(matrix)) for matrix in matrices]
     chosen = set(select_matrices(matrices, settings))
     selected = [matrix for matrix in matrices if matrix.name in chosen]
+    if settings.kind == "full":
+        planned = tuple(plan_matrix(matrix, matrix.name in chosen) for matrix in matrices)
+        return Plan(model, settings, planned, estimator=estimator)
 
     merged = [merge_layers(label, members, settings) for label, members in sort_by_kind(selected).items()]
     if settings.scope == "activation" and settings.side != "none":
@@ -291,12 +297,19 @@ def plan_kind(members: Sequence[MatrixNumbers], agreement: KindAgreement | None)
     return [
         replace(
             one,
-            gradient_energy=sum(squared_norm(half) for half in probed_halves(matrix)) / 2,
+            gradient_energy=gradient_energy(matrix),
             cosine_other_half=None if agreement.cosines_other_half is None else agreement.cosines_other_half[i],
             kept_own=Energy(agreement.sides["input"].kept_own[i], agreement.sides["output"].kept_own[i]),
         )
         for i, (one, matrix) in enumerate(zip(planned, members, strict=True))
     ]
+
+
+def gradient_energy(matrix: MatrixNumbers) -> float | None:
+    """Returns the mean of the squared norms of the gradient's two halves (eq. 10); None without a probe."""
+    if matrix.halves is None:
+        return None
+    return sum(squared_norm(half) for half in probed_halves(matrix)) / 2
 
 
 def plan_matrix(matrix: MatrixNumbers, selected: bool) -> PlannedMatrix:
@@ -315,4 +328,5 @@ def plan_matrix(matrix: MatrixNumbers, selected: bool) -> PlannedMatrix:
         snr=finite(matrix.snr),
         snr_db=None if matrix.snr == 0 else finite(matrix.snr_db),
         signal_rank=matrix.signal_rank,
+        gradient_energy=matrix.gradient_energy,
     )

@@ -20,8 +20,9 @@ else:
 class PlanSettings:
     """The choices that a plan follows. Meanings and ranges are those of the configuration keys of the same names."""
 
-    rank: int
-    alpha: float
+    rank: int = 0
+    """0 with kind "full", as is alpha."""
+    alpha: float = 0.0
     dropout: float = 0.0
     scope: Literal["activation", "layers", "pool"] = "activation"
     criterion: Literal["subspace", "cosine", "snr"] = "subspace"
@@ -31,7 +32,14 @@ class PlanSettings:
     max_group_size: int | None = None
     top_fraction: float | None = None
     snr_threshold: float | None = None
-    prefer_depth: bool = False
+    by: Literal["snr", "depth", "random", "gradient"] = "snr"
+    seed: int = 0
+    """Seed of a random selection."""
+    kind: Literal["lora", "full"] = "lora"
+    """Whether the selected matrices get a low-rank update, or are trained whole. The settings of rank and merging mean
+    nothing then."""
+    also: tuple[Literal["norms", "embeddings", "head"], ...] = ()
+    """With kind "full": what is trained beside the selected matrices."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ class MatrixNumbers:
     num_experts: int | None = None
     """Number of experts in a stack; None: a linear layer. `shape` is that of one expert; `halves` are sketches of all
     experts as one matrix (eq. 9b)."""
+    gradient_energy: float | None = None
+    """Estimate of the squared norm of the probe's gradient (eq. 10); None without a probe."""
 
 
 @dataclass(frozen=True)

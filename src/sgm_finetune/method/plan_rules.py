@@ -14,7 +14,10 @@ MAX_RANK = 2**16
 def inconsistency(plan: Plan) -> str | None:
     """Returns what is wrong with a plan, whatever its model; None for a valid plan."""
     settings = plan.settings
-    if not (1 <= settings.rank <= MAX_RANK and 0 < settings.alpha < math.inf and 0 <= settings.dropout < 1):
+    if settings.kind == "full":
+        if plan.groups:
+            return "it trains whole matrices, and has groups, which share factors"
+    elif not (1 <= settings.rank <= MAX_RANK and 0 < settings.alpha < math.inf and 0 <= settings.dropout < 1):
         return (
             f"rank {settings.rank}, alpha {settings.alpha:g} and dropout {settings.dropout:g} are not valid for LoRA; "
             f"rank must be 1 to {MAX_RANK}, alpha above 0 and dropout from 0 to below 1"

@@ -1,8 +1,10 @@
-"""Which matrices are trained: a selection by signal-to-noise ratio (docs/method.md section 1.6)."""
+"""Which matrices are trained: a selection by signal-to-noise ratio, or by what it is compared with (docs/method.md
+section 1.6)."""
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -100,16 +102,33 @@ def _check_ratios(snrs: Mapping[str, float]) -> None:
 def select_matrices(matrices: Sequence[MatrixNumbers], settings: PlanSettings) -> list[str]:
     """Returns the names of the matrices that are trained, in input order.
 
-    These are the top fraction of each kind (by SNR, or by depth if `prefer_depth`), the matrices above an SNR
-    threshold, or without either setting all matrices.
+    These are the top fraction of each kind in the order of `settings.by`, the matrices above an SNR threshold, or
+    without either setting all matrices. Raises ValueError for a selection by gradient without a probe.
     """
-    if settings.top_fraction is None and settings.snr_threshold is None:
-        return [matrix.name for matrix in matrices]
-    if settings.prefer_depth and settings.top_fraction is not None:
-        depths = {matrix.name: float(-1 if matrix.layer is None else matrix.layer) for matrix in matrices}
-        return top_fraction_per_kind(depths, {m.name: m.kind for m in matrices}, settings.top_fraction)
-    snrs = {matrix.name: math.inf if matrix.snr is None else matrix.snr for matrix in matrices}
     if settings.top_fraction is not None:
-        return top_fraction_per_kind(snrs, {m.name: m.kind for m in matrices}, settings.top_fraction)
-    assert settings.snr_threshold is not None
-    return above_threshold(snrs, settings.snr_threshold)
+        kinds = {matrix.name: matrix.kind for matrix in matrices}
+        return top_fraction_per_kind(ranking(matrices, settings), kinds, settings.top_fraction)
+    if settings.snr_threshold is not None:
+        return above_threshold(ranking(matrices, settings), settings.snr_threshold)
+    return [matrix.name for matrix in matrices]
+
+
+def ranking(matrices: Sequence[MatrixNumbers], settings: PlanSettings) -> dict[str, float]:
+    """Returns name -> the number by which a fraction is selected, larger first: SNR, depth, a random number, or the
+    energy of the gradient for each entry of the matrix. Raises ValueError for a gradient that was not probed."""
+    match settings.by:
+        case "snr":
+            return {matrix.name: math.inf if matrix.snr is None else matrix.snr for matrix in matrices}
+        case "depth":
+            return {matrix.name: float(-1 if matrix.layer is None else matrix.layer) for matrix in matrices}
+        case "random":
+            chance = random.Random(settings.seed)
+            return {matrix.name: chance.random() for matrix in matrices}
+        case "gradient":
+            energies = {}
+            for matrix in matrices:
+                if matrix.gradient_energy is None:
+                    raise ValueError(f"the gradient of {matrix.name} was not probed")
+                num_entries = matrix.shape[0] * matrix.shape[1] * (matrix.num_experts or 1)
+                energies[matrix.name] = matrix.gradient_energy / num_entries
+            return energies

@@ -21,7 +21,7 @@ from sgm_finetune.results.sampling import Sampling
 from sgm_finetune.results.stops import Stops, model_stops
 
 When = Literal["before", "after"]
-"""Before: the base model without its adapter. After: the trained model."""
+"""Before: the base model. After: the trained model."""
 Prompt = str | tuple[str, str] | list[Message] | list[str] | dict[str, Any]
 """A text; two texts; a conversation; the words of a sentence; or a conversation with tools: {"messages", "tools"}."""
 
@@ -44,7 +44,7 @@ def answer(
     config, model, tokenizer = result.config, result.model, result.tokenizer
     task = config.model.task
     model.eval()
-    with torch.no_grad(), nullcontext() if when == "after" else model.disable_adapter():
+    with torch.no_grad(), nullcontext() if when == "after" else result.as_base():
         if task == "sequence-classification":
             return [_classify(result, prompt) for prompt in _with_progress(prompts, progress)]
         if task == "token-classification":

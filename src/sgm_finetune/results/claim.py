@@ -107,8 +107,8 @@ _FREE = (
 
 def _check_same_run(config: Config, output: Path) -> None:
     """Raises UserError if a key that shapes the result differs from the interrupted run's."""
-    earlier = found_from(load_config(output / "config.yaml").model_dump(mode="json"), output)
-    now = with_absolute_paths(config).model_dump(mode="json")
+    earlier = found_from(load_config(output / "config.yaml").to_compare(), output)
+    now = with_absolute_paths(config).to_compare()
     for section, values in now.items():
         pairs = {section: (earlier.get(section), values)}
         if isinstance(values, dict):

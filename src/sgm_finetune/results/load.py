@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sgm_finetune.base.config import Config, LabelKind, ModelConfig
@@ -17,6 +19,7 @@ from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.untrusted import require_json_object
 from sgm_finetune.measure.plan_file import parse_plan
+from sgm_finetune.method.plan import Plan
 from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.files import ModelFiles, find_model_files
 from sgm_finetune.model.four_bit import ready_for_backward
@@ -26,12 +29,13 @@ from sgm_finetune.results.pth import load_pth, lora_config, stored_config
 from sgm_finetune.train.adapters.apply import check_plan, lora_layers, tie
 from sgm_finetune.train.adapters.pool import plain_factors
 from sgm_finetune.train.base_model import load_base_weights
+from sgm_finetune.train.full.changed import check_fit, exchange, exchanged
 from sgm_finetune.train.launch import apply_launcher
 
 
 @dataclass(frozen=True)
 class StoredResult:
-    """A trained adapter, as its .pth file holds it. The base model is not looked for yet."""
+    """A trained adapter, or what was trained whole, as its .pth file holds it. The base model is not looked for yet."""
 
     path: Path
     """The .pth file."""
@@ -39,6 +43,11 @@ class StoredResult:
     """What the .pth file holds."""
     config: Config
     """The configuration that it was trained with, changed by the command line."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether matrices were trained whole."""
+        return "tensors" in self.content
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -93,8 +102,15 @@ class Result(StoredResult):
 class LoadedResult(Result):
     """A result with its weights, ready to answer."""
 
-    model: PeftModel
-    """The base model as it was trained, 4-bit weights included, with the adapter on it."""
+    model: PeftModel | PreTrainedModel
+    """The base model as it was trained, 4-bit weights included, with the adapter on it or the trained matrices in
+    it."""
+    former: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the base has in the place of matrices that were trained whole, by name."""
+
+    def as_base(self) -> AbstractContextManager:
+        """A context in which `model` is the base model."""
+        return without_update(self.model, self.former)
 
 
 def read_stored(config: Config, overrides: Sequence[str], log: StepLog) -> StoredResult:
@@ -131,7 +147,8 @@ def load_trained(result: Result, log: StepLog) -> LoadedResult:
     """Loads the base model as it was trained, and the adapter; in eval mode. Raises UserError where it does not fit."""
     check_model(result.config.model, result.folder)
     base, _ = load_base_weights(result.config, result.folder, result.head, log)
-    return LoadedResult(**vars(result), model=attach_adapter(base, result.content, result.path))
+    model, former = attach(base, result.content, result.path)
+    return LoadedResult(**vars(result), model=model, former=former)
 
 
 def load_unquantised(result: Result, dtype: str) -> PreTrainedModel:
@@ -149,6 +166,40 @@ def base_skeleton(result: Result) -> PreTrainedModel:
 def unquantised(model: ModelConfig, dtype: str = "auto") -> ModelConfig:
     """`model` without quantisation, computing in `dtype`."""
     return model.model_copy(update={"quantization": "none", "dtype": dtype})
+
+
+def attach(
+    base: PreTrainedModel, content: dict[str, Any], path: Path
+) -> tuple[PeftModel | PreTrainedModel, dict[str, Tensor]]:
+    """`base` as the content of the .pth file `path` trained it, in eval mode, and for `without_update` what was in the
+    place of matrices that were trained whole. Raises UserError where it does not fit."""
+    if "tensors" not in content:
+        return attach_adapter(base, content, path), {}
+    check_whole(base, content, path)
+    return base.eval(), exchange(base, content["tensors"])
+
+
+def without_update(model: PeftModel | PreTrainedModel, former: Mapping[str, Tensor]) -> AbstractContextManager:
+    """A context in which a `model` from `attach` is the base model."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else exchanged(model, former)
+
+
+def check_whole(base: PreTrainedModel, content: dict[str, Any], path: Path) -> None:
+    """Raises UserError unless plan and tensors in the content of the .pth file `path` fit `base`."""
+    plan = parse_plan(content["plan"], str(path))
+    _check_plan_fits(base, plan, path)
+    check_fit(base, content["tensors"], str(path))
+    lacking = [m.name for m in plan.selected if f"{m.name}.weight" not in content["tensors"] and m.num_experts is None]
+    if lacking:
+        raise UserError(f"{path} is not a usable result: only its plan has `{lacking[0]}`")
+
+
+def _check_plan_fits(base: PreTrainedModel, plan: Plan, path: Path) -> None:
+    try:
+        check_plan(base, plan)
+    except UserError as error:
+        reason = str(error).partition(";")[0]
+        raise UserError(f"{path} does not fit the base model; take the one it was trained on. {reason}") from None
 
 
 def attach_adapter(base: PreTrainedModel, content: dict[str, Any], path: Path) -> PeftModel:
@@ -170,11 +221,7 @@ def attach_adapter(base: PreTrainedModel, content: dict[str, Any], path: Path) -
 def attach_untrained(base: PreTrainedModel, content: dict[str, Any], path: Path) -> PeftModel:
     """Like `attach_adapter`, but the adapter has the right shapes and no trained numbers; works on device "meta"."""
     plan = parse_plan(content["plan"], str(path))
-    try:
-        check_plan(base, plan)
-    except UserError as error:
-        reason = str(error).partition(";")[0]
-        raise UserError(f"{path} does not fit the base model; take the one it was trained on. {reason}") from None
+    _check_plan_fits(base, plan, path)
     try:
         model = get_peft_model(base, lora_config(content))
     except ValueError as error:

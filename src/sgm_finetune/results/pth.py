@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from transformers import PreTrainedModel
 
 from sgm_finetune.base.config import Config, LabelKind
 from sgm_finetune.base.config_file import parse_config, set_overrides
@@ -21,13 +22,14 @@ from sgm_finetune.measure.plan_file import plan_document
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.paths import found_from, with_absolute_paths
 from sgm_finetune.train.adapters.apply import ADAPTER
+from sgm_finetune.train.full.changed import trained_parameters
 
 FORMAT = "sgm-finetuned/1"
 
 
 def save_pth(
     path: Path,
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     plan: Plan,
     config: Config,
     labels: Sequence[str],
@@ -37,17 +39,13 @@ def save_pth(
 ) -> None:
     """Writes one file of tensors and plain data: all that `sgm evaluate` needs beside the base model.
 
-    Its keys are format, adapter (name -> tensor; a shared factor is stored once), peft_config, plan and config; and
-    for the data labels, label_kind, roles (text, label, messages ...) and head_is_new (whether the rows that the base's
-    files hold were for other classes).
+    Its keys are format; adapter (name -> tensor; a shared factor is stored once) and peft_config, or tensors (name ->
+    parameter) where matrices were trained whole; plan and config; and for the data labels, label_kind, roles (text,
+    label, messages ...) and head_is_new (whether the rows that the base's files hold were for other classes).
     """
-    state = _on_cpu(get_peft_model_state_dict(model))
-    # PEFT removes its own name for the adapter everywhere but in a pool's parts
-    state = {name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in state.items()}
     content = {
         "format": FORMAT,
-        "adapter": state,
-        "peft_config": _plain(model.peft_config[ADAPTER].to_dict()),
+        **(_adapter(model) if isinstance(model, PeftModel) else {"tensors": _on_cpu(trained_parameters(model))}),
         "plan": plan_document(plan),
         "config": with_absolute_paths(config).model_dump(mode="json"),
         "labels": list(labels),
@@ -59,10 +57,23 @@ def save_pth(
         torch.save(content, scratch)
 
 
-def _on_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _adapter(model: PeftModel) -> dict[str, Any]:
+    """The factors and PEFT's settings of an adapter."""
+    state = _on_cpu(get_peft_model_state_dict(model))
+    # PEFT removes its own name for the adapter everywhere but in a pool's parts
+    state = {name.replace(f".{ADAPTER}.", "."): tensor for name, tensor in state.items()}
+    return {"adapter": state, "peft_config": plain_settings(model.peft_config[ADAPTER])}
+
+
+def _on_cpu(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors on the CPU; those that share memory still share it."""
     moved: dict[tuple[int, torch.Size], torch.Tensor] = {}
     return {n: moved.setdefault((t.data_ptr(), t.shape), t.detach().cpu()) for n, t in state.items()}
+
+
+def plain_settings(settings: PeftConfig) -> dict[str, Any]:
+    """PEFT's settings as plain data."""
+    return _plain(settings.to_dict())
 
 
 def _plain(value: Any) -> Any:
@@ -100,14 +111,21 @@ class _Content(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", arbitrary_types_allowed=True)
     format: Literal["sgm-finetuned/1"]
-    adapter: dict[str, torch.Tensor]
-    peft_config: dict[str, Any]
+    adapter: dict[str, torch.Tensor] | None = None
+    peft_config: dict[str, Any] | None = None
+    tensors: dict[str, torch.Tensor] | None = None
     plan: dict[str, Any]
     config: dict[str, Any]
     labels: list[str]
     label_kind: LabelKind | None = None
     roles: list[str] = []
     head_is_new: bool = False
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.adapter is None) == (self.tensors is None) or (self.adapter is None) != (self.peft_config is None):
+            raise ValueError("it holds neither an adapter with its settings nor whole tensors, or both")
+        return self
 
 
 def load_pth(path: Path) -> dict[str, Any]:
@@ -116,7 +134,7 @@ def load_pth(path: Path) -> dict[str, Any]:
     Raises UserError for any other file.
     """
     try:
-        content = read_torch(path)
+        content = read_torch(path, mmap=True)
     except (OSError, ValueError):
         raise UserError(
             f"{path} is cut short, or holds more than tensors and plain data (it could be code, so it was not read); "
@@ -127,8 +145,9 @@ def load_pth(path: Path) -> dict[str, Any]:
     try:
         _Content.model_validate(content)
         for part in ("peft_config", "plan", "config"):
-            check_bounded(content[part], leaf=_check_plain)
-        _check_settings(content["peft_config"])
+            check_bounded(content.get(part), leaf=_check_plain)
+        if "peft_config" in content:
+            _check_settings(content["peft_config"])
     except ValueError as error:
         refuse(path, "result", ValueError(first_mistake(error)) if isinstance(error, ValidationError) else error)
     return content

@@ -66,7 +66,7 @@ def _arguments(config: Config, folder: Path, steps: int, world_size: int, **what
         warmup_steps=warmup,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        **_OPTIMIZERS.get(training.optimizer, {}),
+        **_OPTIMIZERS.get(config.optimizer, {}),
         activation_checkpointing=bool(training.checkpointing),
         activation_checkpointing_kwargs=_CHECKPOINTING[training.checkpointing],
         logging_steps=1,
@@ -121,7 +121,7 @@ def check_machine(config: Config) -> None:
         raise UserError("training.checkpointing=offload needs a GPU, and this machine has none; set it to true")
     if config.training.shard and config.model.residence == "disk":
         raise UserError("training.shard=true cuts a base that is in memory; set it to false, or model.residence=device")
-    name = config.training.optimizer
+    name = config.optimizer
     if "8bit" in name and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"training.optimizer={name} needs bitsandbytes; pip install bitsandbytes, or set it to adamw")
     if name.startswith("paged") and not has_gpu():

@@ -37,6 +37,11 @@ def check_launch(config: Config, num_processes: int, checkpoint: Path | None = N
     """Raises UserError when `config` cannot train with `num_processes` processes, with the launcher's DeepSpeed
     configuration, or from `checkpoint`."""
     divide_batch(config, num_processes)
+    if config.is_full and (num_processes > 1 or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"):
+        raise UserError(
+            "adapter.kind=full trains in one process and without DeepSpeed; start sgm finetune without a launcher, or "
+            "take adapter.kind=lora"
+        )
     if config.training.shard and num_processes == 1:
         raise UserError("training.shard=true needs several processes; start it with torchrun --nproc_per_node N")
     if launched := os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
@@ -65,9 +70,9 @@ def _check_deepspeed(config: Config, num_processes: int) -> None:
     stage = int(plugin.zero_stage)
     if config.training.shard:
         raise UserError("training.shard=true is FSDP2, but the launcher asks for DeepSpeed; choose one of them")
-    if config.training.optimizer != "adamw":
+    if config.optimizer != "adamw":
         raise UserError(
-            f"training.optimizer={config.training.optimizer} needs whole matrices, but DeepSpeed's ZeRO cuts them into "
+            f"training.optimizer={config.optimizer} needs whole matrices, but DeepSpeed's ZeRO cuts them into "
             "flat pieces; set training.optimizer=adamw, or use FSDP2 (configs/accelerate/fsdp2.yaml)"
         )
     if stage == 3 and config.model.quantization != "none":

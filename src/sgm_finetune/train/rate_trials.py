@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sgm_finetune.base.errors import NotFiniteError, UserError
@@ -117,9 +117,10 @@ def _loss_after_trial(job: TrainingJob, rate: float, steps: int, moved: Callable
 
 
 @contextmanager
-def _restored(model: PeftModel) -> Iterator[None]:
+def _restored(model: nn.Module) -> Iterator[None]:
     """Gives the trained parameters their values back at the end."""
-    kept = [(parameter, parameter.detach().clone()) for parameter in model.parameters() if parameter.requires_grad]
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    kept = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in trained]
     try:
         yield
     finally:

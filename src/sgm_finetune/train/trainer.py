@@ -7,7 +7,7 @@ also trains under the plain `Trainer` or TRL's `SFTTrainer`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,9 +18,11 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -50,18 +52,22 @@ from sgm_finetune.train.callbacks import (
 )
 from sgm_finetune.train.checkpoints import TRAINER_STATE, best_checkpoint, is_whole
 from sgm_finetune.train.fast.head_loss import HeadLoss
+from sgm_finetune.train.full.changed import load_trained_into, save_trained, trained_parameters
+from sgm_finetune.train.full.optimizers import make_optimizers
+from sgm_finetune.train.full.update import BackwardUpdates
 from sgm_finetune.train.losses import Collator, TestSet, sum_losses, summed_loss
 
 _OWN_LOSS: tuple[Task, ...] = ("token-classification", "seq2seq-lm")
 
 
 class SGMTrainer(Trainer):
-    """`Trainer` for a model from `apply_plan`.
+    """`Trainer` for a model from `apply_plan`, or from `train_whole` with its `updates`.
 
     Pass the model's `plan`, so that a loaded checkpoint keeps shared factors tied. `task` makes losses exact means over
     the whole batch. `global_batch_size` is the number of examples in a step over all processes; with it, batches hold
     examples of similar length and do not depend on the number of processes. `head_loss` computes a language model's
-    loss without all of its logits.
+    loss without all of its logits. `updates` is the optimizer of whole matrices, which steps in the backward pass; a
+    checkpoint then holds what it trains, and nothing else of the model.
     """
 
     def __init__(
@@ -71,9 +77,15 @@ class SGMTrainer(Trainer):
         task: Task | None = None,
         global_batch_size: int | None = None,
         head_loss: HeadLoss | None = None,
+        updates: BackwardUpdates | None = None,
         **kwargs: Any,
     ):
+        if updates is not None:
+            kwargs["optimizers"] = (updates, None)
         super().__init__(*args, **kwargs)
+        self.updates = updates
+        if updates is not None:
+            updates.is_last = lambda: self.accelerator.sync_gradients
         self.head_loss = head_loss
         self._epoch, self.meter = SamplerEpoch(), StepMeter()
         self.add_callback(self._epoch)
@@ -85,6 +97,10 @@ class SGMTrainer(Trainer):
             self.model_accepts_loss_kwargs = False
         elif task in _OWN_LOSS or head_loss is not None:
             self.model_accepts_loss_kwargs = True  # so that labels are counted over the whole batch
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self.updates.attached() if self.updates is not None else nullcontext():
+            return super().train(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -144,8 +160,10 @@ class SGMTrainer(Trainer):
         """Clips as `Trainer` does, after a check: raises NotFiniteError that names a gradient that is not finite.
 
         The weights are still those of the step before. No public hook comes between the gradients and their clipping,
-        which makes all of them NaN if one is.
+        which makes all of them NaN if one is. `updates` have clipped already, so this only returns their norm.
         """
+        if self.updates is not None:
+            return torch.tensor(self.updates.norm)
         if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
             return super()._clip_grad_norm(model)
         named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
@@ -154,7 +172,27 @@ class SGMTrainer(Trainer):
             raise NotFiniteError(_describe_not_finite(named, self.state.global_step + 1))
         return super()._clip_grad_norm(model)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.updates is None:
+            super()._save(output_dir, state_dict)
+        else:
+            save_trained(self._whole_model, Path(str(output_dir or self.args.output_dir)))
+
+    def _load_best_model(self) -> None:
+        if self.updates is None:
+            super()._load_best_model()
+        else:
+            load_trained_into(self._whole_model, Path(str(self.state.best_model_checkpoint)))
+
+    @property
+    def _whole_model(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.updates is not None:
+            load_trained_into(self._whole_model, Path(resume_from_checkpoint))
+            return
         target = model if model is not None else self.model
         if self.plan is not None and isinstance(target, PeftModel):
             tie(target, self.plan)
@@ -182,7 +220,7 @@ class TrainingJob:
     """What is trained, on what, and how."""
 
     config: Config
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
     plan: Plan
     train: Dataset
     validation: Dataset
@@ -211,7 +249,8 @@ class Trained:
 
 
 def train(job: TrainingJob, console: Console) -> Trained:
-    """Trains the adapters of `job.model`; validates, saves checkpoints, and shows progress on `console`.
+    """Trains the adapters of `job.model`, or its whole matrices; validates, saves checkpoints, and shows progress on
+    `console`.
 
     Raises UserError for a loss or gradient that is not finite, a full disk, and a best checkpoint that is gone.
     """
@@ -284,8 +323,11 @@ def make_trainer(job: TrainingJob, callbacks: Sequence[TrainerCallback]) -> SGMT
     first: list[TrainerCallback] = [NonFiniteLoss(), WholeCheckpoints(job.check_output)]
     if training.early_stopping_patience:
         first.append(EarlyStoppingCallback(training.early_stopping_patience))
-    optimizer = None
-    if training.optimizer == "spectral":
+    optimizer = updates = None
+    if job.config.is_full:
+        updates = _make_updates(job)
+    elif job.config.optimizer == "spectral":
+        assert isinstance(job.model, PeftModel)
         optimizer = create_optimizer(job.model, job.arguments.learning_rate, weight_decay=training.weight_decay)
     trainer = SGMTrainer(
         model=job.model,
@@ -299,9 +341,23 @@ def make_trainer(job: TrainingJob, callbacks: Sequence[TrainerCallback]) -> SGMT
         task=job.config.model.task,
         global_batch_size=training.batch_size,
         head_loss=job.head_loss,
+        updates=updates,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _make_updates(job: TrainingJob) -> BackwardUpdates:
+    """The optimizer of whole matrices, which steps in the backward pass."""
+    training, rate = job.config.training, job.arguments.learning_rate
+    matrices = {f"{matrix.name}.weight" for matrix in job.plan.selected}
+    return BackwardUpdates(
+        trained_parameters(job.model),
+        lambda shadows: make_optimizers(job.config.optimizer, shadows, matrices, rate, training.weight_decay),
+        rate,
+        training.max_grad_norm,
+        training.seed,
+    )
 
 
 def _has_ended(state: TrainerState, max_steps: int, patience: int) -> bool:

@@ -42,13 +42,21 @@ def model_card(result: Result, to: ExportFormat, comparison: Mapping[str, Any], 
         base_model=hub_id,
         library_name={"adapter": "peft", "merged": "transformers", "gguf": "gguf"}[to],
         pipeline_tag=_PIPELINES.get(config.model.task),
-        tags=["sgm-finetune", "lora", "gguf"] if to == "gguf" else ["sgm-finetune", "lora"],
+        tags=[
+            "sgm-finetune",
+            *(["lora"] if to == "adapter" or not _is_full(result) else []),
+            *(["gguf"] if to == "gguf" else []),
+        ],
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {model}, trained on {trained_on}",
-        f"{model}, fine-tuned for the task `{config.model.task}` with sgm-finetune by "
-        "spectral gradient merging: LoRA in which some matrices share factors.",
+        f"{model}, fine-tuned for the task `{config.model.task}` with sgm-finetune "
+        + (
+            "by training chosen matrices whole."
+            if _is_full(result)
+            else "by spectral gradient merging: LoRA in which some matrices share factors."
+        ),
         _contents(result, to, comparison),
         f"## Data\n\n{code(str(metrics['data'])) if metrics.get('data') else trained_on}",
         _scores(metrics),
@@ -56,6 +64,10 @@ def model_card(result: Result, to: ExportFormat, comparison: Mapping[str, Any], 
         _describe_training(result),
     ]
     return ModelCard("\n\n".join(part for part in parts if part) + "\n").content
+
+
+def _is_full(result: Result) -> bool:
+    return "tensors" in result.content
 
 
 def base_name(path: str) -> str:
@@ -99,11 +111,13 @@ def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -
     text, update, trained = [kinds[to]], "the update", "the trained model"
     if cut := comparison.get("cut"):
         update, trained = "the cut update", "the trained model with the cut update"
+        how = "The matrices were trained whole, and each change was"
+        if not _is_full(result):
+            how = f"Each update was trained at rank {cut['rank_before']} and"
         text.append(
-            f"Each update was trained at rank {cut['rank_before']} and cut to its best approximation of rank "
-            f"{cut['rank']}: the loss on {cut['num_validation']:,} validation examples was "
-            f"{cut['validation_loss_before']:.4f} before the cut and is {cut['validation_loss']:.4f} after it. The "
-            "scores below were measured before it."
+            f"{how} cut to its best approximation of rank {cut['rank']}: the loss on {cut['num_validation']:,} "
+            f"validation examples was {cut['validation_loss_before']:.4f} before the cut and is "
+            f"{cut['validation_loss']:.4f} after it. The scores below were measured before it."
         )
     if quantised != "none":
         text.append(
@@ -193,7 +207,9 @@ def _describe_training(result: Result) -> str:
         "## How it was trained",
         "",
         f"- plan: {describe_plan(plan)}",
-        f"- rank {config.adapter.rank}, alpha {config.adapter.alpha:g}, base quantization {config.model.quantization}",
+        f"- rank {config.adapter.rank}, alpha {config.adapter.alpha:g}, base quantization {config.model.quantization}"
+        if plan.settings.kind == "lora"
+        else f"- trained as {config.model.dtype}, updated in the backward pass",
     ]
     if "steps" in metrics:
         lines.append(

@@ -37,7 +37,7 @@ from sgm_finetune.results.export.answer_check import (
     own_answers,
     plain_answers,
 )
-from sgm_finetune.results.load import Result, attach_adapter, load_unquantised
+from sgm_finetune.results.load import Result, attach, load_unquantised, without_update
 from sgm_finetune.train.fast.head_loss import find_head_loss
 from sgm_finetune.train.losses import Progress, TestSet
 
@@ -134,13 +134,13 @@ def compute_reference(
     """
     dtype = _computing_dtype(num_parameters)
     ids = sample_ids(result)
-    model = attach_adapter(load_unquantised(result, dtype), result.content, result.path)
+    model, former = attach(load_unquantised(result, dtype), result.content, result.path)
     trained = compute_logits(model, ids)
     own = own_answers(result, model)
     loss = None if validation is None else _mean_loss(model, validation, progress)
-    with model.disable_adapter():
+    with without_update(model, former):
         base = compute_logits(model, ids)
-    del model
+    del model, former
     free_models()
     return ReferenceLogits(ids, trained, base, dtype, own, loss)
 
@@ -150,14 +150,14 @@ def reference_loss(
 ) -> float:
     """Returns the loss of the unquantised base with the adapter on `validation`, as `compute_reference` does."""
     model = load_unquantised(result, _computing_dtype(num_parameters))
-    model = attach_adapter(model, result.content, result.path)
+    model, _ = attach(model, result.content, result.path)
     loss = _mean_loss(model, validation, progress)
     del model
     free_models()
     return loss
 
 
-def _mean_loss(model: PeftModel, examples: TestSet, progress: Progress) -> float:
+def _mean_loss(model: PeftModel | PreTrainedModel, examples: TestSet, progress: Progress) -> float:
     """The mean loss in nats. A language model's comes in parts where that is possible, without all of its logits."""
     head_loss = None
     if examples.task == "causal-lm":

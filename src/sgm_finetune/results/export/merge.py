@@ -23,7 +23,7 @@ from sgm_finetune.model.names import stored_to_model_names
 from sgm_finetune.model.weights.quantized import quantisation
 from sgm_finetune.model.weights.stored import stored_tensors
 from sgm_finetune.model.weights.tensors import StoredTensor
-from sgm_finetune.results.load import Result, attach_untrained, base_skeleton
+from sgm_finetune.results.load import Result, attach_untrained, base_skeleton, check_whole
 from sgm_finetune.train.adapters.apply import ADAPTER, lora_layers, num_experts
 from sgm_finetune.train.adapters.pool import plain_factors
 
@@ -102,7 +102,8 @@ def merged_tensors(result: Result) -> tuple[list[MergedTensor], PreTrainedModel]
     names = stored_to_model_names(skeleton)
     known = dict.fromkeys(skeleton.state_dict())
     prefix = skeleton.base_model_prefix
-    updates, heads = _updates(result, skeleton, stored, names)
+    files = _Files(stored, names, skeleton, result.folder)
+    changes, heads = _whole_changes(result, files) if result.is_full else _updates(result, files)
     found: list[MergedTensor] = []
     for name, tensor in stored.items():
         model_name = names(name)
@@ -110,11 +111,11 @@ def merged_tensors(result: Result) -> tuple[list[MergedTensor], PreTrainedModel]
             continue  # belongs to another task's head, or was trained whole
         written = model_name if prefix and model_name == f"{prefix}.{name}" else name
         dtype = getattr(torch, tensor.dtype)
-        update = updates.get(name)
-        read = tensor.get if update is None else partial(_read_merged, tensor, update)
-        found.append(MergedTensor(written, model_name, tensor.shape, dtype, update is not None, read))
+        change = changes.get(name)
+        read = tensor.get if change is None else partial(change, tensor)
+        found.append(MergedTensor(written, model_name, tensor.shape, dtype, change is not None, read))
     usable = {name for name in stored if names(name) in known}
-    lacking = [name for name in updates if name not in usable]
+    lacking = [name for name in changes if name not in usable]
     if lacking:
         raise UserError(
             f"{result.path} trains `{lacking[0]}`, which the files in {result.folder} lack; name the base that it was "
@@ -128,56 +129,58 @@ def merged_tensors(result: Result) -> tuple[list[MergedTensor], PreTrainedModel]
     return found, skeleton
 
 
-def _read_merged(tensor: StoredTensor, update: Callable[[], Tensor]) -> Tensor:
-    return add_update(tensor.get(), update())
+_Change = Callable[[StoredTensor], Tensor]
+"""Returns what takes the place of a tensor of the files."""
 
 
-def _updates(
-    result: Result, skeleton: PreTrainedModel, stored: dict[str, StoredTensor], names: Callable[[str], str]
-) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Tensor]]:
-    """Returns name in the files -> function that computes its update, and name in the model -> tensor that was trained
-    whole."""
-    sources: dict[str, list[str]] = {}
-    for name in stored:
-        sources.setdefault(names(name), []).append(name)
-    matrices = adaptable(skeleton)
+def _add(update: Callable[[], Tensor]) -> _Change:
+    return lambda tensor: add_update(tensor.get(), update())
+
+
+def _replace(read: Callable[[], Tensor]) -> _Change:
+    return lambda tensor: read()
+
+
+def _updates(result: Result, files: _Files) -> tuple[dict[str, _Change], dict[str, Tensor]]:
+    """Returns name in the files -> function that adds its update, and name in the model -> tensor that was trained
+    whole beside the adapter."""
+    matrices = adaptable(files.skeleton)
     parameters = {
         name: name if matrix.num_experts is not None else f"{name}.{matrix.parameter}"
         for name, matrix in matrices.items()
     }
     transposed = {name for name, matrix in matrices.items() if matrix.transposed}
-    shapes = {name: tuple(skeleton.get_parameter(parameter).shape) for name, parameter in parameters.items()}
-    stored_form = _StoredForm(skeleton)
+    shapes = {name: tuple(files.skeleton.get_parameter(parameter).shape) for name, parameter in parameters.items()}
     state: dict[str, Tensor] = plain_factors(result.content["adapter"])
     model = attach_untrained(base_skeleton(result), result.content, result.path)
-    found: dict[str, Callable[[], Tensor]] = {}
+    found: dict[str, _Change] = {}
     for name, update in _layer_updates(model, state, transposed, result).items():
-        parameter = parameters[name]
-        pieces = stored_form.shapes(parameter, shapes[name])
-        if set(pieces) == set(sources.get(parameter, ())) and len(pieces) > 1:
-            read = lru_cache(maxsize=1)(partial(stored_form.pieces, parameter, update))
-            found |= {piece: partial(_piece, read, piece) for piece in pieces}
-        elif len(sources.get(parameter, ())) == 1:
-            (source,) = sources[parameter]
-            pieces = {source: shapes[name]}
-            found[source] = update
-        else:
-            raise UserError(
-                f"`{parameter}` is stored as {len(sources.get(parameter, ()))} pieces in {result.folder}, and SGM "
-                "cannot split its update into them; take --to adapter"
-            )
-        for piece, shape in pieces.items():
-            if stored[piece].shape != shape or not stored[piece].is_float:
-                raise UserError(
-                    f"`{piece}` is {stored[piece].dtype} {list(stored[piece].shape)} in {result.folder}, and its "
-                    f"update is {list(shape)}; name the base that it was trained on, or take --to adapter"
-                )
+        pieces = files.pieces(parameters[name], shapes[name], update)
+        found |= {piece: _add(read) for piece, read in pieces.items()}
     heads = {key.removeprefix("base_model.model."): state.pop(key) for key in list(state) if "lora_" not in key}
     if state:
         raise UserError(
             f"{result.path} does not fit the base model: the model has no `{next(iter(state))}`; name the base that "
             "it was trained on with model.name=..."
         )
+    return found, heads
+
+
+def _whole_changes(result: Result, files: _Files) -> tuple[dict[str, _Change], dict[str, Tensor]]:
+    """Returns name in the files -> function that returns what was trained in its place, and name in the model -> tensor
+    of a head that the files lack, or hold for other classes."""
+    check_whole(files.skeleton, result.content, result.path)
+    found: dict[str, _Change] = {}
+    heads: dict[str, Tensor] = {}
+    named = list(files.skeleton.named_parameters(remove_duplicate=False))
+    for name, tensor in result.content["tensors"].items():
+        parameter = files.skeleton.get_parameter(name)
+        stored = [alias for alias, same in named if same is parameter and files.holds(alias, tuple(tensor.shape))]
+        for alias in stored:
+            pieces = files.pieces(alias, tuple(tensor.shape), partial(tensor.to, torch.float32))
+            found |= {piece: _replace(read) for piece, read in pieces.items()}
+        if not stored:
+            heads[name] = tensor
     return found, heads
 
 
@@ -222,6 +225,52 @@ def layer_factors(
 
 def _piece(read: Callable[[], dict[str, Tensor]], name: str) -> Tensor:
     return read()[name]
+
+
+class _Files:
+    """The tensors in a base's files, and which of them make up a parameter of the model."""
+
+    def __init__(
+        self,
+        stored: dict[str, StoredTensor],
+        names: Callable[[str], str],
+        skeleton: PreTrainedModel,
+        folder: Path,
+    ):
+        self.stored, self.skeleton, self.folder = stored, skeleton, folder
+        self.form = _StoredForm(skeleton)
+        self.sources: dict[str, list[str]] = {}
+        for name in stored:
+            self.sources.setdefault(names(name), []).append(name)
+
+    def holds(self, parameter: str, shape: tuple[int, ...]) -> bool:
+        """Whether the files hold the parameter, whole in this shape or in pieces."""
+        sources = self.sources.get(parameter, ())
+        return len(sources) > 1 or (len(sources) == 1 and self.stored[sources[0]].shape == shape)
+
+    def pieces(
+        self, parameter: str, shape: tuple[int, ...], read: Callable[[], Tensor]
+    ) -> dict[str, Callable[[], Tensor]]:
+        """Returns name in the files -> function that returns its piece of what `read` returns, a tensor of the shape of
+        the parameter. Raises UserError where the files hold other pieces."""
+        sources, shapes = self.sources.get(parameter, ()), self.form.shapes(parameter, shape)
+        if set(shapes) == set(sources) and len(shapes) > 1:
+            whole = lru_cache(maxsize=1)(partial(self.form.pieces, parameter, read))
+            found: dict[str, Callable[[], Tensor]] = {piece: partial(_piece, whole, piece) for piece in shapes}
+        elif len(sources) == 1:
+            shapes, found = {sources[0]: shape}, {sources[0]: read}
+        else:
+            raise UserError(
+                f"`{parameter}` is stored as {len(sources)} pieces in {self.folder}, and SGM cannot split its update "
+                "into them; take --to adapter"
+            )
+        for piece, expected in shapes.items():
+            if self.stored[piece].shape != expected or not self.stored[piece].is_float:
+                raise UserError(
+                    f"`{piece}` is {self.stored[piece].dtype} {list(self.stored[piece].shape)} in {self.folder}, and "
+                    f"its update is {list(expected)}; name the base that it was trained on, or take --to adapter"
+                )
+        return found
 
 
 class _StoredForm:

@@ -105,7 +105,7 @@ def differing_keys(runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
 
     A learning rate that is written out is compared with the number that the default was.
     """
-    flat = [dict(_leaves(run.config.model_dump(mode="json"))) for run in runs]
+    flat = [dict(_leaves(run.config.to_compare())) for run in runs]
     differing = {}
     for key in dict.fromkeys(key for one in flat for key in one):
         values = tuple(one.get(key) for one in flat)
@@ -130,7 +130,7 @@ def shown_value(config: Config, key: str, rate: float | None = None) -> str:
     >>> shown_value(Config(), "data.name")
     '–'
     """
-    value = dict(_leaves(config.model_dump(mode="json"))).get(key)
+    value = dict(_leaves(config.to_compare())).get(key)
     if value is not None:
         return str(value).lower() if isinstance(value, bool) else str(value)
     if key == _RATE:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sgm_finetune.base.files import write_text
+from sgm_finetune.measure.plan_summary import describe_selection
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix
 from sgm_finetune.results.report import grid_figures, training_figures
 from sgm_finetune.results.report.classes_section import classes_section
@@ -77,6 +78,7 @@ def render_report(run: Run) -> str:
         **provenance_section(run),
         commands=commands(run.config, run.folder),
         snippet=python_snippet(run.config, run.metrics, run.folder),
+        snippet_purpose="Load it with Transformers, once it is merged" if run.config.is_full else "Load it with PEFT",
     )
 
 
@@ -156,6 +158,7 @@ def _sharing(plan: Plan, metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "plan": plan,
         "saved": saved,
+        "selection": describe_selection(plan.settings),
         "silent": no_signal(plan.matrices),
         "why_above_one": WHY_ABOVE_ONE,
         "has_kept_above_one": any(number is not None and number > 1.005 for number in kept),
@@ -222,6 +225,11 @@ def shared_prefix(plan: Plan) -> str:
 def _why_no_groups(plan: Plan) -> str:
     if plan.groups:
         return ""
+    if plan.settings.kind == "full":
+        return (
+            "The filled matrices were trained whole. The others, and all that is no matrix here, stayed as they were"
+            + (f", but for: {', '.join(plan.settings.also)}." if plan.settings.also else ".")
+        )
     if not any(kind.side for kind in plan.kinds):
         return "Merging was off or not possible, so every matrix has its own two factors, as in plain LoRA."
     settings = plan.settings
@@ -244,8 +252,9 @@ def _snr(plan: Plan) -> dict[str, Any]:
 def _snr_decides(plan: Plan) -> str:
     """Returns what the SNR decided in this run."""
     settings = plan.settings
+    by_ratio = (settings.top_fraction and settings.by == "snr") or settings.snr_threshold is not None
     decided = [
-        *(["which matrices are trained"] if settings.top_fraction or settings.snr_threshold is not None else []),
+        *(["which matrices are trained"] if by_ratio else []),
         *(["which matrices may share"] if settings.snr_tolerance_db is not None or settings.criterion == "snr" else []),
     ]
     if not decided:

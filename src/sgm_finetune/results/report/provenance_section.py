@@ -17,7 +17,7 @@ FILES = {
     "metrics.json": "every number of the results",
     "plan.json": "what is trained and shared, and the measurements behind it",
     "adapter": "the adapter, for PEFT",
-    "sgm_finetuned.pth": "the adapter with its plan and labels, for sgm",
+    "sgm_finetuned.pth": "what was trained, with its plan and labels, for sgm",
     "config.yaml": "every key of the configuration",
     "history.json": "the numbers of every step",
     "examples.json": "predictions before and after",

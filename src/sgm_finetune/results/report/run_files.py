@@ -99,7 +99,7 @@ def _checked_history(rows: list[Any], path: Path) -> list[dict[str, Any]]:
 
 _REQUIRED_METRICS: dict[str, type | tuple[type, ...]] = {
     "model": str, "task": str, "data": str, "labels": list, "before": dict, "after": dict, "seconds": dict,
-    "trainable_parameters": int, "plain_lora_parameters": int, "steps": int,
+    "trainable_parameters": int, "steps": int,
 }  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def save_heat_map(scan: Scan, path: Path) -> None:
             bar = figure.add_axes((1 - 0.75 / width, 0.5 / height, 0.12 / width, 0.26 * len(kinds) / height))
             figure.colorbar(ScalarMappable(scale, colours), cax=bar).ax.tick_params(labelsize=7)
 
-    _save(path, width, height, draw)
+    _save_figure(path, width, height, draw)
 
 
 def _look(matrix: MatrixScan, colour: Callable[[float], str]) -> tuple[str, str]:
@@ -96,7 +96,7 @@ def save_histogram(spectrum: SingularValues, matrix: MatrixScan, path: Path) -> 
         )
         figure.text(0.02, 0.87, text, fontsize=8, color="#444444")
 
-    _save(path, 6.4, 3.6, draw)
+    _save_figure(path, 6.4, 3.6, draw)
 
 
 def draw_histogram(axes: Axes, spectrum: SingularValues, matrix: MatrixScan, legend: bool = True) -> None:
@@ -130,7 +130,7 @@ def draw_histogram(axes: Axes, spectrum: SingularValues, matrix: MatrixScan, leg
                     handlelength=1.4, columnspacing=1.2)  # fmt: skip
 
 
-def _save(path: Path, width: float, height: float, draw: Callable[[Figure], None]) -> None:
+def _save_figure(path: Path, width: float, height: float, draw: Callable[[Figure], None]) -> None:
     """Writes what `draw` puts on a figure of that size in inches as PNG, with the same bytes every time."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # the user's matplotlibrc must not change the picture

@@ -61,8 +61,18 @@ def head_arguments(labels: Sequence[str], head_is_new: bool) -> str:
 
 
 def python_snippet(config: Config, metrics: Mapping[str, Any], folder: Path) -> str:
-    """Returns Python lines that load the adapter with PEFT alone, on the base in full precision."""
+    """Returns Python lines that load the adapter with PEFT alone, on the base in full precision; of whole matrices, the
+    merged model with Transformers."""
     model = config.model
+    if config.is_full:
+        merged = json.dumps(os.path.join(os.path.abspath(folder), "export", "merged"), ensure_ascii=False)
+        auto = _AUTO_CLASSES[model.task]
+        return "\n".join([
+            f"from transformers import {auto}, AutoTokenizer",
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({merged})",
+            f"model = {auto}.from_pretrained({merged})",
+        ])  # fmt: skip
     adapter = json.dumps(os.path.join(os.path.abspath(folder), "adapter"), ensure_ascii=False)
     auto, arguments = _AUTO_CLASSES[model.task], ""
     if model.task in ("sequence-classification", "token-classification"):

@@ -285,6 +285,8 @@ def state_bytes(trained: Iterable[nn.Parameter], optimizer: Optimizer) -> int:
             return sum(2 * p.numel() if p.numel() >= 4096 else 8 * p.numel() for p in trained)
         case "spectral":
             return sum(4 * (p.numel() + max(p.shape)) if p.dim() == 2 else 8 * p.numel() for p in trained)
+        case _:
+            raise AssertionError(f"{optimizer} trains no factors")
 
 
 def workspace_bytes(trained: Iterable[nn.Parameter]) -> int:

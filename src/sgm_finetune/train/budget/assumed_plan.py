@@ -28,6 +28,8 @@ def assume_plan(config: Config, matrices: Mapping[str, Matrix], find_readers: Ca
         for n, m in matrices.items()
     )
     groups: list[Group] = []
+    if config.is_full:
+        return Plan(config.model.name, settings, planned)
     if config.merge.side != "none" and config.merge.scope == "pool":
         poolable = [one for one in alike if one.name in selected and one.num_experts is None]
         for kind, members in sort_by_kind(poolable).items():
@@ -44,10 +46,14 @@ def assume_plan(config: Config, matrices: Mapping[str, Matrix], find_readers: Ca
 
 def assumed_settings(config: Config) -> PlanSettings:
     """The settings that decide the plan's size. With `selection.snr_threshold` every matrix may be trained."""
+    selection = config.selection
+    # what the run measures, or draws by chance, may lie as low as the first matrices
+    by = "depth" if selection.by == "depth" else "snr"
+    if config.is_full:
+        return PlanSettings(top_fraction=selection.top_fraction, by=by, kind="full", also=tuple(config.adapter.also))
     return PlanSettings(
-        config.adapter.rank, config.adapter.alpha, config.adapter.dropout,
-        top_fraction=config.selection.top_fraction, prefer_depth=config.selection.prefer_depth,
-    )  # fmt: skip
+        config.adapter.rank, config.adapter.alpha, config.adapter.dropout, top_fraction=selection.top_fraction, by=by
+    )
 
 
 def unmeasured(matrices: Mapping[str, Matrix]) -> list[MatrixNumbers]:

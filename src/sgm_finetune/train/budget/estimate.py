@@ -6,7 +6,7 @@ The model is built without numbers and the run's own code is followed over it (`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,6 +37,9 @@ from sgm_finetune.train.budget.speed import measure_speed
 from sgm_finetune.train.budget.weights import count_weights, num_entries
 from sgm_finetune.train.fast.gated_mlp import recomputed_width
 from sgm_finetune.train.fast.prepare import prepare_adapters
+from sgm_finetune.train.full.apply import train_whole
+from sgm_finetune.train.full.changed import trained_parameters
+from sgm_finetune.train.full.optimizers import whole_state_bytes
 from sgm_finetune.train.trial_size import FEWEST, trial_size
 
 LIBRARIES_LATER = 80 * 2**20
@@ -79,13 +82,14 @@ class _Trained:
 
     num_parameters: int
     written_bytes: int
-    """Bytes in an adapter's file, which holds a shared factor once a layer."""
+    """Bytes in an adapter's file, which holds a shared factor once a layer, or of the whole matrices."""
     state_bytes: int
     workspace_bytes: int
-
-    @property
-    def factor_bytes(self) -> int:
-        return 4 * self.num_parameters
+    """Of the optimizer's step after the backward pass. 0 for whole matrices, which step in the backward pass."""
+    factor_bytes: int
+    """Beside the base's weights: 0 for whole matrices, which are among these."""
+    gradient_bytes: int
+    """Of whole matrices, one gradient; where gradients accumulate, all of them."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +153,12 @@ class _Estimator:
             read_bytes=reads.step * self.follower.num_micro_batches,
             read_rate=reads.rate,
             adapter_bytes=trained.factor_bytes,
-            gradient_bytes=trained.factor_bytes,
+            gradient_bytes=trained.gradient_bytes,
             optimizer_bytes=trained.state_bytes,
-            activation_bytes=max(0, works.step.peak - works.step.wide - trained.factor_bytes),
+            activation_bytes=max(0, works.step.peak - works.step.wide - trained.gradient_bytes),
             logits_bytes=works.step.wide,
             probe_bytes=works.sketch_bytes // 2 + works.probe.peak,
-            disk_bytes=_disk_bytes(trained),
+            disk_bytes=_disk_bytes(trained, self.config.is_full),
             seconds=self._seconds(works, steps, reads),
             trainable_parameters=trained.num_parameters,
             micro_batch_size=self.follower.micro_batch_size,
@@ -177,7 +181,8 @@ class _Estimator:
         test = self._once(("test", batch), lambda: follower.test("test", self.model))
         answer = self._once(("answers", batch), lambda: follower.answer(self.model))
         probe, sketch_bytes = Work(), 0
-        if plan is None and self.config.merge.side != "none":
+        probes = self.config.selection.by == "gradient" if self.config.is_full else self.config.merge.side != "none"
+        if plan is None and probes:
             probe, sketch_bytes = self._once(("probe", *micro_batch), follower.probe)
 
         plan = plan or self._once(("plan", *adapter), lambda: assume_plan(self.config, self.matrices, follower.readers))
@@ -190,15 +195,20 @@ class _Estimator:
         answer_after = self._once(("answers after", batch, *adapter), lambda: follower.answer(adapted))
         num_dropped = width * step.tokens
         works = _Works(test, answer, probe, sketch_bytes, step, validate, test_after, answer_after, num_dropped)
-        return self._count_trained(adapted), works
+        return self._count_trained(adapted, plan), works
 
     def _once(self, key: tuple, follow: Callable[[], _T]) -> _T:
         if key not in self.cache:
             self.cache[key] = follow()
         return self.cache[key]
 
-    def _adapt(self, plan: Plan) -> PeftModel:
+    def _adapt(self, plan: Plan) -> PeftModel | PreTrainedModel:
         check_plan(self.model, plan)
+        if plan.settings.kind == "full":
+            if self.config.training.checkpointing:
+                check_checkpointing(self.model)
+                self.model.activation_checkpointing_enable({"use_reentrant": False})
+            return train_whole(self.model, plan, self._new_modules())
         with torch.device("meta"):
             adapted = apply_plan(self.model, plan, self._new_modules())
         prepare_adapters(self.config, adapted)
@@ -213,19 +223,36 @@ class _Estimator:
             return ()
         return tuple(name for name, _ in self.model.named_children() if name in ("classifier", "score"))
 
-    def _count_trained(self, adapted: nn.Module) -> _Trained:
+    def _count_trained(self, adapted: nn.Module, plan: Plan) -> _Trained:
         trained = [p for p in adapted.parameters() if p.requires_grad]
+        size = sum(p.numel() for p in trained)
+        if plan.settings.kind == "full":
+            return self._count_whole(trained_parameters(adapted), {f"{matrix.name}.weight" for matrix in plan.selected})
         named = adapted.named_parameters(remove_duplicate=False)
         return _Trained(
-            num_parameters=sum(p.numel() for p in trained),
+            num_parameters=size,
             written_bytes=sum(4 * p.numel() for _, p in named if p.requires_grad),
-            state_bytes=state_bytes(trained, self.config.training.optimizer),
+            state_bytes=state_bytes(trained, self.config.optimizer),
             workspace_bytes=workspace_bytes(trained),
+            factor_bytes=4 * size,
+            gradient_bytes=4 * size,
+        )
+
+    def _count_whole(self, trained: Mapping[str, nn.Parameter], matrices: Collection[str]) -> _Trained:
+        sizes = [p.numel() * p.element_size() for p in trained.values()]
+        return _Trained(
+            num_parameters=sum(p.numel() for p in trained.values()),
+            written_bytes=sum(sizes),
+            state_bytes=whole_state_bytes(self.config.optimizer, trained, matrices),
+            workspace_bytes=0,
+            factor_bytes=0,
+            gradient_bytes=sum(sizes) if self.follower.num_micro_batches > 1 else max(sizes),
         )
 
     def _phase_bytes(self, held: int, trained: _Trained, works: _Works) -> dict[str, int]:
         """Phase -> bytes of the whole process."""
         training = held + trained.factor_bytes + trained.state_bytes
+        kept = trained.written_bytes if self.config.is_full and self._keeps_a_copy() else 0
         step = max(works.step.peak, trained.factor_bytes + trained.workspace_bytes)
         half = works.sketch_bytes // 2  # the part of the sketches that is in the probe's peak
         answer = self.weights.output_layer + _resident(works.answer.peak, "test")  # the fast step is tried too
@@ -236,7 +263,11 @@ class _Estimator:
             "load": held + self.weights.loading,
             "test": held + max(self._beside(works.test.peak, "test"), answer),
             "probe": held + works.sketch_bytes + self._beside(works.probe.peak - half, "probe"),
-            "step": training + self._beside(step, "step") + self._hole_bytes(works.num_dropped),
+            "step": training
+            + kept
+            + self._beside(step, "step")
+            + self._hole_bytes(works.num_dropped)
+            + self._state_hole_bytes(trained, works.step.peak),
             "validate": training + self._beside(works.validate.peak, "test"),
             "test after": training + max(self._beside(works.test_after.peak, "test"), answer_after),
         }
@@ -246,6 +277,10 @@ class _Estimator:
         layer on disk; the embeddings come and go before there are activations."""
         return max(self.weights.rows, self.weights.output + _resident(transient, phase))
 
+    def _keeps_a_copy(self) -> bool:
+        """Whether trials of the learning rate hold what they will restore in the memory that is predicted."""
+        return self.config.training.learning_rate == "auto" and not has_gpu()
+
     def _hole_bytes(self, num_dropped: int) -> int:
         """Bytes of the holes that a step on a CPU leaves between the activations that it keeps: as large as the weights
         that it dequantises and the `num_dropped` entries of products of gated MLPs that it drops."""
@@ -253,6 +288,11 @@ class _Estimator:
             return 0
         dequantized = num_entries(self.matrices) if self.config.model.quantization != "none" else 0
         return (dequantized + num_dropped) * self.model.dtype.itemsize
+
+    def _state_hole_bytes(self, trained: _Trained, step: int) -> int:
+        """Bytes of the holes that the first step on a CPU leaves where whole matrices step: their states are made while
+        its activations are freed, and take their places, so that later steps find none as large."""
+        return min(trained.state_bytes, step) if self.config.is_full and not has_gpu() else 0
 
     def _seconds(self, works: _Works, steps: int, reads: Reads) -> dict[str, float]:
         """Seconds after the scan: each batch's time in proportion to the average number of tokens of an example. While
@@ -297,6 +337,9 @@ def _resident(transient: int, phase: str) -> int:
     return transient if has_gpu() else int(ALLOCATOR[phase] * transient)
 
 
-def _disk_bytes(trained: _Trained) -> int:
-    """The adapter as PEFT's file and as .pth, and the checkpoints, each with the optimizer's state."""
-    return 2 * trained.written_bytes + _NUM_CHECKPOINTS * (trained.written_bytes + trained.state_bytes)
+def _disk_bytes(trained: _Trained, is_full: bool) -> int:
+    """The adapter as PEFT's file and as .pth, whole matrices as .pth alone, and the checkpoints, each with the
+    optimizer's state."""
+    return (1 if is_full else 2) * trained.written_bytes + _NUM_CHECKPOINTS * (
+        trained.written_bytes + trained.state_bytes
+    )

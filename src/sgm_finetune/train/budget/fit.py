@@ -36,7 +36,9 @@ def fit(config: Config, prepared: PreparedData, budget: int, plan: Plan | None =
     probe takes, in this order: smaller micro-batches (the same gradient); checkpointing (the same gradient, parts of it
     computed twice), then on a GPU checkpointing with offload to the host, without one the base on disk; a smaller rank;
     fewer layers, those nearest to the output. A given plan keeps its rank and layers. Where the weights alone are more
-    than the budget, the base goes to the disk first. Raises UserError when all of this is not enough.
+    than the budget, the base goes to the disk first. Where whole matrices are trained, checkpointing comes before
+    smaller micro-batches, whose gradients would have to be kept, and rank and disk are no choice. Raises UserError when
+    all of this is not enough.
     """
     current = config
     cache: dict[tuple, Any] = {}
@@ -78,29 +80,41 @@ def _concession(config: Config, prepared: PreparedData, needed: Estimate, plan: 
 
 
 def _smaller_step(config: Config, prepared: PreparedData, needed: Estimate, plan: Plan | None) -> Config | None:
-    training = config.training
-    if needed.micro_batch_size > 1:
-        divisors = (n for n in range(needed.micro_batch_size // 2, 0, -1) if training.batch_size % n == 0)
-        return replaced(config, "training", micro_batch_size=next(divisors))
-    if not training.checkpointing:
-        return replaced(config, "training", checkpointing=True)
-    if training.checkpointing != "offload" and has_gpu():
-        return replaced(config, "training", checkpointing="offload")
+    smaller = (
+        (_more_checkpointing, _smaller_micro_batch) if config.is_full else (_smaller_micro_batch, _more_checkpointing)
+    )
+    for change in smaller:
+        if (changed := change(config, needed)) is not None:
+            return changed
     if (moved := _onto_disk(config, prepared)) is not None:
         return moved
     if plan is not None:
         return None
-    if config.adapter.rank > SMALLEST_RANK:
+    if config.adapter.rank > SMALLEST_RANK and not config.is_full:
         return with_rank(config, max(SMALLEST_RANK, config.adapter.rank // 2))
     fraction = config.selection.top_fraction or 1.0
     if fraction > SMALLEST_FRACTION and config.selection.snr_threshold is None:
-        return replaced(config, "selection", top_fraction=max(SMALLEST_FRACTION, fraction / 2), prefer_depth=True)
+        return replaced(config, "selection", top_fraction=max(SMALLEST_FRACTION, fraction / 2), by="depth")
     return None
+
+
+def _smaller_micro_batch(config: Config, needed: Estimate) -> Config | None:
+    if needed.micro_batch_size == 1:
+        return None
+    divisors = (n for n in range(needed.micro_batch_size // 2, 0, -1) if config.training.batch_size % n == 0)
+    return replaced(config, "training", micro_batch_size=next(divisors))
+
+
+def _more_checkpointing(config: Config, needed: Estimate) -> Config | None:
+    checkpointing = config.training.checkpointing
+    if not checkpointing:
+        return replaced(config, "training", checkpointing=True)
+    return replaced(config, "training", checkpointing="offload") if checkpointing != "offload" and has_gpu() else None
 
 
 def _onto_disk(config: Config, prepared: PreparedData) -> Config | None:
     """`config` with the base on disk; None where it is there, or cannot or must not be."""
-    if config.model.residence is not None or config.training.shard:
+    if config.model.residence is not None or config.training.shard or config.is_full:
         return None
     if why_not_on_disk(config.model, read_model_config(config.model, prepared.folder)) is not None:
         return None
@@ -128,6 +142,10 @@ def _format_value(value: Any) -> str:
 
 def _smaller_weights(config: Config) -> str:
     """A remedy: how to make the weights smaller."""
+    if config.is_full:
+        return (
+            "try model.dtype=bfloat16, or a smaller model" if config.model.dtype == "float32" else "try a smaller model"
+        )
     remedies = ["model.quantization=nf4"] if config.model.quantization == "none" else []
     if config.model.residence != "disk" and not config.training.shard and why_not_on_disk(config.model) is None:
         remedies.append("model.residence=disk")

@@ -6,8 +6,8 @@ have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sgm_finetune.base.config import Config
+from sgm_finetune.base.config import Config, Optimizer
 from sgm_finetune.base.processes import processes
 from sgm_finetune.data.batches import LengthGroupedSampler, divide_batch, longest_first, num_predictions, num_steps
 from sgm_finetune.data.prepared import PreparedData
@@ -26,6 +26,7 @@ from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.train.budget.footprint import Footprint, Piece, saved_elsewhere
 from sgm_finetune.train.budget.repeats import Block, NotAlikeError, Repeats, block_lists, repeating
 from sgm_finetune.train.fast.prepare import prepare_base
+from sgm_finetune.train.full.optimizers import update_bytes
 from sgm_finetune.train.losses import summed_loss
 
 _NUM_EPOCHS = 3
@@ -134,8 +135,12 @@ class Follower:
                 loss = model(**batch).loss if own else self._loss(model, batch)
                 loss.backward()
 
-        needed, _ = self._follow(model, predicted, run)
-        earlier_gradients = needed.kept if self.num_micro_batches > 1 else 0
+        with _updates(model, self.config.optimizer) if self.config.is_full else nullcontext():
+            needed, _ = self._follow(model, predicted, run)
+        earlier_gradients = 0
+        if self.num_micro_batches > 1:
+            whole = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+            earlier_gradients = whole if self.config.is_full else needed.kept
         return _work(needed, batch["input_ids"].numel(), peak=needed.peak + earlier_gradients)
 
     def readers(self) -> list[list[str]]:
@@ -226,6 +231,23 @@ class Follower:
         labels = batch["labels"]
         inputs = batch if task == "seq2seq-lm" else {name: x for name, x in batch.items() if name != "labels"}
         return summed_loss(model(**inputs).logits, labels, task)[0]
+
+
+@contextmanager
+def _updates(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """A context in which the backward pass frees each gradient after an update, as `BackwardUpdates` does."""
+
+    def update(parameter: Tensor) -> None:
+        # the tensors of the update live together for a moment
+        _ = torch.empty(update_bytes(optimizer, parameter), dtype=torch.uint8, device=parameter.device)
+        parameter.grad = None
+
+    handles = [p.register_post_accumulate_grad_hook(update) for p in model.parameters() if p.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _work(needed: Piece, num_tokens: int, peak: int | None = None) -> Work:

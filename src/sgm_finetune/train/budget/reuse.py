@@ -11,7 +11,7 @@ ADJUSTABLE = {
     "model": ("residence",),
     "training": ("micro_batch_size", "eval_batch_size", "checkpointing"),
     "adapter": ("rank", "alpha"),
-    "selection": ("top_fraction", "prefer_depth"),
+    "selection": ("top_fraction", "by"),
 }
 """The keys that `fit` may change, by section."""
 OF_RANK = {"adapter": ("rank", "alpha")}

@@ -50,7 +50,7 @@ def estimate_table(needed: Estimate, within_reach: int) -> Table:
     )
     for phase, num_bytes in needed.phases.items():
         table.add_row(f"  {PHASES[phase]}", _in_mib(num_bytes), "peak" if phase == needed.peak_phase else "")
-    table.add_row("[bold]disk[/bold]", _in_mib(needed.disk_bytes), "adapter, .pth, checkpoints")
+    table.add_row("[bold]disk[/bold]", _in_mib(needed.disk_bytes), "what is trained, checkpoints")
     if needed.store_bytes:
         table.add_row("  the base's blocks", _in_mib(needed.store_bytes), "in SGM's cache, once for all runs")
     table.add_row("[bold]time after the scan[/bold]", "s", f"{needed.steps:,} steps, at this machine's speed")

@@ -55,11 +55,16 @@ def prepare_base(
         recompute_mlps(model, beginning)
     if config.model.task != "causal-lm":
         return FastBase(None, remarks)
-    found = None
-    if not new_modules and zero_stage() < 3:  # a new output layer is trained; ZeRO-3 cuts it into pieces
+    found, also = None, set(config.adapter.also)
+    tied = model.get_input_embeddings().weight is getattr(model.get_output_embeddings(), "weight", None)
+    trains_head = "head" in also or (tied and "embeddings" in also)
+    if (
+        not new_modules and not trains_head and zero_stage() < 3
+    ):  # a new output layer is trained; ZeRO-3 cuts it into pieces
         found = find_head_loss(model, {"input_ids": beginning["input_ids"]})
     if found is None:
-        remarks.append("the loss takes all logits of a batch: this model's cannot be computed in parts")
+        why = "the output layer is trained" if trains_head else "this model's cannot be computed in parts"
+        remarks.append(f"the loss takes all logits of a batch: {why}")
     return FastBase(found, remarks)
 
 
