@@ -153,7 +153,21 @@ def test_what_cannot_be_carried_over_is_noted(tmp_path):
         "train[:10%]", "1 more (c/d)", "train_on_inputs", "deepspeed", "eos_token",
     ):  # fmt: skip
         assert part in notes, part
-    assert (config.training.optimizer, config.training.learning_rate) == ("spectral", None)
+    assert (config.training.optimizer, config.training.learning_rate) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"base_model": "b", "datasets": [{"path": "a/b"}], "optimizer": "adafactor", "lora_r": None},
+        {"model_name_or_path": "b", "dataset": "x", "finetuning_type": "full", "optim": "adafactor", "lora_rank": 8},
+    ],
+)
+def test_training_all_weights_is_training_whole_matrices(theirs, tmp_path):
+    config, notes = translated(tmp_path, {**theirs, "learning_rate": 1e-5})
+    assert (config.adapter.kind, config.training.optimizer) == ("full", "adafactor")
+    assert config.training.learning_rate == 1e-5
+    assert "adapter.kind=full trains the matrices of the blocks" in notes
 
 
 def test_warm_up_steps_become_a_fraction_of_known_steps(tmp_path):

@@ -16,6 +16,7 @@ from sgm_finetune.commands.foreign.translation import (
     translate_targets,
     translate_template,
     translate_trust,
+    translate_whole,
 )
 
 NAME, MODEL_KEY = "Axolotl", "base_model"
@@ -76,14 +77,18 @@ def _translate_precision(t: Translation) -> None:
 def _translate_adapter(t: Translation) -> None:
     kind = t.text("adapter")
     if kind is None:
-        t.note("adapter: none trains all weights; SGM trains adapters")
-    elif kind not in ("lora", "qlora"):
+        translate_whole(t)
+        if (modules := t.take("unfrozen_parameters")) is not None:
+            t.note(f"unfrozen_parameters: {describe(modules)}: selection.top_fraction chooses what is trained here")
+        t.drop("lora_r", "lora_alpha", "lora_dropout", "lora_target_linear", "lora_target_modules")
+        return
+    if kind not in ("lora", "qlora"):
         raise UserError(f"adapter: {kind} has no counterpart; sgm import reads lora and qlora")
     t.move("lora_r", "adapter.rank")
     t.move("lora_alpha", "adapter.alpha")
     t.move("lora_dropout", "adapter.dropout")
     everything, modules = t.flag("lora_target_linear"), t.take("lora_target_modules")
-    if kind is not None and not everything:
+    if not everything:
         translate_targets(t, modules)
 
 

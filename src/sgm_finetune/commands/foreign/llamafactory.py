@@ -18,6 +18,7 @@ from sgm_finetune.commands.foreign.translation import (
     translate_targets,
     translate_template,
     translate_trust,
+    translate_whole,
 )
 
 NAME, MODEL_KEY = "LLaMA-Factory", "model_name_or_path"
@@ -40,9 +41,7 @@ def translate(t: Translation, folder: Path) -> None:
     if stage not in ("sft", "pt"):
         raise UserError(f"stage: {stage} trains on preferences, which sgm finetune does not do")
     kind = t.text("finetuning_type") or "lora"
-    if kind == "full":
-        t.note("finetuning_type: full trains all weights; SGM trains adapters")
-    elif kind != "lora":
+    if kind not in ("lora", "full"):
         raise UserError(f"finetuning_type: {kind} has no counterpart; sgm import reads lora and full")
     t.set("model.task", "causal-lm")
     t.move("model_name_or_path", "model.name")
@@ -53,11 +52,15 @@ def translate(t: Translation, folder: Path) -> None:
         t.set("model.quantization", "nf4" if bits == 4 else "int8")
     elif bits is not None:
         t.note(f"quantization_bit: {bits:g} has no counterpart; 4 and 8 have")
-    rank = t.number("lora_rank") or 8
-    t.set("adapter.rank", round(rank))
-    t.set("adapter.alpha", t.number("lora_alpha") or 2 * rank)
-    t.move("lora_dropout", "adapter.dropout")
-    translate_targets(t, t.take("lora_target"))
+    if kind == "full":
+        translate_whole(t)
+        t.drop("lora_rank", "lora_alpha", "lora_dropout", "lora_target")
+    else:
+        rank = t.number("lora_rank") or 8
+        t.set("adapter.rank", round(rank))
+        t.set("adapter.alpha", t.number("lora_alpha") or 2 * rank)
+        t.move("lora_dropout", "adapter.dropout")
+        translate_targets(t, t.take("lora_target"))
     _translate_data(t, stage, folder)
     translate_steps(t, "optim", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size", 5e-5, "linear")
     translate_evaluation(t, t.number("eval_steps"))

@@ -123,6 +123,7 @@ _OPTIMIZERS = {
     **dict.fromkeys(("paged_adamw_8bit",), "paged_adamw_8bit"),
     **dict.fromkeys(("paged_adamw_32bit", "paged_adamw"), "adamw"),
 }
+_OF_WHOLE_MATRICES = {"adafactor": "adafactor", "muon": "muon"}
 _SCHEDULES = {
     "linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant",
     "warmup_stable_decay": "wsd",
@@ -158,13 +159,16 @@ def translate_steps(
 
 def _translate_optimizer(t: Translation, optimizer: str, rate: float) -> None:
     name = optimizer.lower()
-    if name not in _OPTIMIZERS:
+    optimizers = _OPTIMIZERS | (_OF_WHOLE_MATRICES if t.values.get("adapter.kind") == "full" else {})
+    if name not in optimizers:
         t.note(f"optimizer {optimizer} has no counterpart, and its learning rate {rate:g} would not fit another one")
         return
-    t.set("training.optimizer", _OPTIMIZERS[name])
+    t.set("training.optimizer", optimizers[name])
     t.set("training.learning_rate", rate)
-    if name.startswith("paged") and _OPTIMIZERS[name] == "adamw":
+    if name.startswith("paged") and optimizers[name] == "adamw":
         t.note(f"optimizer {optimizer} is AdamW here; its state is not paged (paged_adamw_8bit is)")
+    if t.values.get("adapter.kind") == "full":
+        return
     t.note(
         "training.optimizer and training.learning_rate are theirs; leave out both for spectral descent at its default "
         "rate, or set training.learning_rate=auto"
@@ -219,6 +223,12 @@ def translate_trust(t: Translation) -> None:
     if t.flag("trust_remote_code"):
         t.set("model.trust_remote_code", True)
         t.note("model.trust_remote_code=true runs the Python code that comes with the model; read it first")
+
+
+def translate_whole(t: Translation) -> None:
+    """All weights of the blocks are trained, without adapters."""
+    t.set("adapter.kind", "full")
+    t.note("adapter.kind=full trains the matrices of the blocks; adapter.also adds norms, embeddings and the head")
 
 
 def translate_targets(t: Translation, modules: Any) -> None:
