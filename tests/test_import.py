@@ -186,7 +186,7 @@ def test_warm_up_steps_become_a_fraction_of_known_steps(tmp_path):
         ({"base_model": "b", "adapter": "llama-adapter"}, "adapter: llama-adapter has no counterpart"),
         ({"base_model": "b", "adapter": "lora"}, "it names no data; give datasets a path"),
         ({"model": "b"}, "it has neither base_model (Axolotl) nor model_name_or_path (LLaMA-Factory)"),
-        ({"base_model": "b", "lora_r": "many", "datasets": [{"path": "a/b"}]}, "adapter.rank"),
+        ({"base_model": "b", "adapter": "lora", "lora_r": "many", "datasets": [{"path": "a/b"}]}, "adapter.rank"),
         ({"base_model": "b", "micro_batch_size": "many", "datasets": [{"path": "a/b"}]}, "'many' is not a number"),
         ({"base_model": "b", "datasets": [{"path": "a/b"}], "load_in_4bit": "maybe"}, "is not true or false"),
     ],
