@@ -113,8 +113,8 @@ def predict(name: str) -> dict[str, Any]:
 def tables(rows: list[dict[str, Any]]) -> str:
     """Two tables: memory, and the largest model on each machine."""
     lines = [
-        "| model | in memory, GiB | on disk, GiB | of it pages of files | on disk, with the probe | new files, GiB | on a "
-        "GPU, GiB |",
+        "| model | in memory, GiB | on disk, GiB | of it pages of files | on disk, with the probe | new files, GiB |"
+        " on a GPU, GiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
