@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import save_pico
-from conftest import WORDS
+from conftest import WORDS, make_tokenizer
 from processes import forkserver, run_command, torchrun
 from rich.console import Console
 from safetensors.torch import load_file
+from test_answering import TEMPLATE
 from test_harness import TASK, film
 
 from sgm_finetune.base.config_file import load_config
@@ -70,9 +71,13 @@ def test_a_run_resumes_on_disk_as_it_began(settings, command, tmp_path):
 def language(tmp_path) -> list[str]:
     """Overrides of a short run of a pico Llama that learns to answer."""
     folder = save_pico("llama", tmp_path / "llama")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
     rows = tmp_path / "rows.jsonl"
     pairs = [(f"{one} {two} film", "was good") for one in WORDS for two in WORDS[:4]]
-    rows.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+    chats = [[{"role": "user", "content": p}, {"role": "assistant", "content": c}] for p, c in pairs]
+    rows.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in chats))
     return [
         f"model.name={folder}", "model.task=causal-lm", ON_DISK[1], f"data.train={rows}", "data.max_length=32",
         "training.max_steps=2", "training.batch_size=4", "probe.num_batches=2", "probe.batch_size=4",
@@ -96,7 +101,7 @@ def test_answers_chat_and_exports_come_from_a_base_on_disk(quantization, languag
         turns.append(chat(load_config(None, names), names, Console(file=io.StringIO()), Sampling(max_new_tokens=4)))
     assert turns[0] == turns[1]
     assert len(turns[0]) == 2
-    for kind, file in (("merged", "config.json"), ("adapter", "adapter_config.json"), ("gguf", "model-f16.gguf")):
+    for kind, file in (("merged", "config.json"), ("adapter", "adapter_config.json")):
         assert command("export", [output], "--to", kind, "--output", str(tmp_path / kind))
         assert (tmp_path / kind / file).is_file()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import mmap
 import os
@@ -16,7 +17,7 @@ import torch
 from architectures import DECODERS, ENCODER_DECODERS, ENCODERS, save_pico
 from conftest import adapted, llama_config, make_batches
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 from transformers import Gemma3nTextConfig, JambaConfig, LlamaForCausalLM, PreTrainedConfig, ZambaConfig
 
@@ -29,6 +30,7 @@ from sgm_finetune.model.load import load_model
 from sgm_finetune.model.residence import store
 from sgm_finetune.model.residence.part_file import map_part, write_part
 from sgm_finetune.model.residence.window import are_mapped, slide_over, spans_of
+from sgm_finetune.train.adapters.shard import reduce_factors_only
 from sgm_finetune.train.fast import head_loss
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.head_loss import cross_entropy_in_parts
@@ -375,6 +377,38 @@ def test_a_loss_reads_no_more_of_the_output_layer_than_its_slices(llama, cache):
     model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))  # type: ignore
     in_parts.mean(model, batch)
     assert sizes == [0]
+
+
+def test_data_parallelism_leaves_a_base_on_disk_where_it_is(llama, cache):
+    """Otherwise it copies the base into memory, and the pages that a window gives back are no longer the base's."""
+    model = adapted(load(llama, "llama", CONVERTED, "disk"))
+    base = [p for n, p in model.named_parameters() if ".layers." in n and "lora" not in n]
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        reduce_factors_only(model)  # type: ignore[arg-type]
+        nn.parallel.DistributedDataParallel(model)
+    finally:
+        distributed.destroy_process_group()
+    assert len(base) > 10
+    assert are_mapped(base)
+
+
+def test_a_file_is_mapped_as_long_as_a_window_gives_its_pages_back(tmp_path):
+    """Otherwise other memory takes its place, which giving it back would make zero."""
+    write_part(tmp_path / "part.safetensors", {"w": torch.ones(2**14)}, "key")
+    mapped = map_part(tmp_path / "part.safetensors", "key")["w"]
+    model = nn.ModuleDict({"block": nn.Identity()})
+    slide_over(model, {"block": [mapped]}, [])
+    first, path = mapped.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE, str(tmp_path / "part.safetensors")
+    del mapped
+    assert maps_of(path)[0].startswith(f"{first:x}-")
+    del model
+    gc.collect()
+    assert not maps_of(path)
+
+
+def maps_of(path: str) -> list[str]:
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(path)]
 
 
 def test_nothing_can_write_to_the_base(tmp_path, cache):

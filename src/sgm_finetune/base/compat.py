@@ -165,8 +165,8 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
     ),
     PrivatePart(
         "torch", "Module._ddp_params_and_buffers_to_ignore", "train/adapters/shard.py",
-        "Data parallelism must leave out the pieces of the base; its constructor, which the trainer calls, has no "
-        "argument for it.",
+        "Data parallelism must leave out the pieces of the base, and a base on disk; its constructor, which the "
+        "trainer calls, has no argument for it.",
         f"{_COMPAT}test_data_parallelism_leaves_out_the_pieces_of_the_base",
     ),
     *_entries(

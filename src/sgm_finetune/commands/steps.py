@@ -181,8 +181,7 @@ def apply(s: Session, base: Base, plan: Plan) -> Adapted:
     adapted = Adapted(model, num_trainable, num_trainable - num_factors + num_plain)
     s.log.line("apply", _describe_parameters(adapted, num_factors, num_plain, bool(base.new_modules)))
     prepare_fast_adapters(s, model)
-    if s.config.training.shard:
-        reduce_factors_only(model)
+    reduce_factors_only(model)
     return adapted
 
 

@@ -83,15 +83,20 @@ class _OnDisk:
 
 
 _on_disk: WeakValueDictionary[int, _OnDisk] = WeakValueDictionary()
-"""Address -> the embedding or output layer there, for all models whose base is on disk now."""
+"""Address -> the tensor there, for all models whose base is on disk now."""
+
+
+def is_on_disk(tensor: Tensor) -> bool:
+    """Whether the tensor is a part of a base that a `Window` moves over."""
+    return tensor.data_ptr() in _on_disk
 
 
 def slices(weight: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
     """The first row of each slice of a matrix, and its `size` rows. Of a matrix on disk one slice is in memory at a
     time, and the next one is read ahead."""
-    parts, is_on_disk = weight.split(size), weight.data_ptr() in _on_disk
-    whole = spans_of([weight]) if is_on_disk else []
-    pages = [spans_of([part]) if is_on_disk else [] for part in parts]
+    parts, moves = weight.split(size), is_on_disk(weight)
+    whole = spans_of([weight]) if moves else []
+    pages = [spans_of([part]) if moves else [] for part in parts]
     for index, part in enumerate(parts):
         _advise(pages[index], _POPULATE_READ)
         for following in pages[index + 1 : index + 2]:
@@ -105,8 +110,9 @@ class Window:
 
     def __init__(self, blocks: Mapping[str, list[Tensor]], ends: list[Tensor]):
         self.spans, self.ends = [spans_of(tensors) for tensors in blocks.values()], spans_of(ends)
-        self._known = [_OnDisk(tensor) for tensor in ends]
-        _on_disk.update({known.tensor.data_ptr(): known for known in self._known})
+        # kept: without its tensor a file is no longer mapped, and other memory takes its place
+        self._kept = [_OnDisk(tensor) for tensors in (*blocks.values(), ends) for tensor in tensors]
+        _on_disk.update({kept.tensor.data_ptr(): kept for kept in self._kept})
         self.current: int | None = None
 
     def enter(self, index: int, towards: int) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.names import block_of
+from sgm_finetune.model.residence.window import is_on_disk
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ def shard_base(model: PreTrainedModel, device: torch.device, new_modules: Sequen
 
 
 def reduce_factors_only(model: PeftModel) -> None:
-    """Makes data parallelism ignore the pieces of the base, which differ between processes."""
-    pieces = {name for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    """Makes data parallelism ignore the pieces of the base, which differ between processes, and a base on disk, which
+    it would copy into memory to send it from one process to the others."""
+    pieces = {name for name, p in model.named_parameters() if isinstance(p, DTensor) or is_on_disk(p)}
     model._ddp_params_and_buffers_to_ignore = sorted(pieces)  # type: ignore[assignment]
 
 

@@ -26,7 +26,8 @@ from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.measure.make_plan import check_rank
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.model.load import check_checkpointing, skeleton
-from sgm_finetune.model.matrices import adaptable
+from sgm_finetune.model.matrices import Matrix, adaptable
+from sgm_finetune.model.names import block_of
 from sgm_finetune.train.adapters.apply import apply_plan, check_plan
 from sgm_finetune.train.adapters.optimizer import state_bytes, workspace_bytes
 from sgm_finetune.train.budget.assumed_plan import assume_plan
@@ -283,10 +284,18 @@ class _Estimator:
 
     def _hole_bytes(self, num_dropped: int) -> int:
         """Bytes of the holes that a step on a CPU leaves between the activations that it keeps: as large as the weights
-        that it dequantises and the `num_dropped` entries of products of gated MLPs that it drops."""
+        that it dequantises and the `num_dropped` entries of products of gated MLPs that it drops. With checkpointing a
+        block keeps its activations until it is done, and its holes are free again for the next one."""
         if has_gpu():
             return 0
-        dequantized = num_entries(self.matrices) if self.config.model.quantization != "none" else 0
+        dequantized = 0
+        if self.config.model.quantization != "none":
+            dequantized = num_entries(self.matrices)
+            if self.config.training.checkpointing:
+                blocks: dict[str | None, dict[str, Matrix]] = {}
+                for name, matrix in self.matrices.items():
+                    blocks.setdefault(block_of(name), {})[name] = matrix
+                dequantized = max(map(num_entries, blocks.values()))
         return (dequantized + num_dropped) * self.model.dtype.itemsize
 
     def _state_hole_bytes(self, trained: _Trained, step: int) -> int:

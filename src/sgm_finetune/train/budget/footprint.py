@@ -1,8 +1,7 @@
 """Counts the memory and the operations that a computation needs, without computing it.
 
 Tensors of device "meta" have shapes and no numbers. The code that will run is run on them, and every new tensor of
-every operation is followed until it is freed. Memory that a kernel allocates and frees within itself is not seen,
-except for the kernels in `_WORKSPACES`.
+every operation is followed until it is freed. Memory that a kernel allocates and frees within itself is not seen.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
-_WORKSPACES = {_aten.logsumexp.default: 1.0}
-"""Operation -> bytes that its CPU kernel allocates within itself, in units of its first argument's size."""
 
 
 def saved_elsewhere() -> saved_tensors_hooks:
@@ -109,9 +106,6 @@ class Footprint(TorchDispatchMode):
             self.traffic += sum(x.numel() * x.element_size() for x in (*inputs, *outputs))
             if (formula := flop_registry.get(func.overloadpacket)) is not None:
                 self.flops += formula(*args, **kwargs, out_val=made)
-            if func in _WORKSPACES:
-                within = int(_WORKSPACES[func] * args[0].numel() * args[0].element_size())
-                self._note(within, within if args[0].shape[-1] == self.width else 0)
         return made
 
     def cut(self) -> Piece:
@@ -125,9 +119,9 @@ class Footprint(TorchDispatchMode):
         self.peak, self.wide_at_peak = self.now, self.wide
         return piece
 
-    def _note(self, more: int = 0, more_wide: int = 0) -> None:
-        if self.now + more > self.peak:
-            self.peak, self.wide_at_peak = self.now + more, self.wide + more_wide
+    def _note(self) -> None:
+        if self.now > self.peak:
+            self.peak, self.wide_at_peak = self.now, self.wide
 
     def _follow(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
