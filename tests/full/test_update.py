@@ -245,3 +245,23 @@ def test_a_model_is_its_base_for_a_moment_and_then_itself_again():
     with exchanged(base, former):
         assert [name for name, value in weights(base).items() if not torch.equal(value, start[name])] == []
     assert [name for name, value in weights(base).items() if not torch.equal(value, model[name])] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "paged_adamw_8bit"])
+def test_on_a_gpu_bfloat16_matrices_step_and_resume_bit_for_bit(optimizer, tmp_path):
+    batches = [{name: x.cuda() for name, x in batch.items()} for batch in make_batches(4)]
+    model = whole_model(torch.bfloat16).cuda()
+    start, updates = weights(model), updates_of(model, optimizer, seed=3)
+    train_steps(model, updates, batches[:2])
+    torch.save(updates.state_dict(), tmp_path / "optimizer.pt")
+    resumed = copy.deepcopy(model)
+    train_steps(model, updates, batches[2:])
+    again = updates_of(resumed, optimizer, seed=3)
+    again.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    train_steps(resumed, again, batches[2:])
+    expected = weights(model)
+    assert [name for name, value in weights(resumed).items() if not torch.equal(value, expected[name])] == []
+    assert all(not torch.equal(start[name], expected[name]) for name in trained_parameters(model))
+    assert all(parameter.grad is None for parameter in model.parameters())
