@@ -23,7 +23,7 @@ from sgm_finetune.train.launch import check_launch
 def overrides(model: Path, reviews: Path, output: Path, *more: str) -> list[str]:
     return [
         f"model.name={model}", f"data.train={reviews}", "data.max_length=32", "adapter.kind=full",
-        "training.max_steps=12", "training.eval_steps=4", "training.batch_size=16", "training.learning_rate=1e-3",
+        "training.max_steps=8", "training.eval_steps=4", "training.batch_size=16", "training.learning_rate=1e-3",
         *more, f"output.dir={output}",
     ]  # fmt: skip
 
@@ -53,7 +53,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(llama_folder, reviews, tmp_path,
     shutil.copytree(tmp_path / "whole", tmp_path / "out")
     for name in ("sgm_finetuned.pth", "metrics.json", "report.html", "history.json", "examples.json"):
         remove(tmp_path / "out" / name)
-    remove(tmp_path / "out" / "checkpoints" / "checkpoint-12" / "trainer_state.json")
+    remove(tmp_path / "out" / "checkpoints" / "checkpoint-8" / "trainer_state.json")
     resumed = command("finetune", [*settings[:-1], f"output.dir={tmp_path / 'out'}", "training.resume=true"])
     assert resumed["after"] == whole["after"]
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")

@@ -35,6 +35,8 @@ def load_trained_into(model: nn.Module, folder: Path) -> None:
     fit."""
     with safe_open(folder / FILE, "pt") as file:
         names = list(file.keys())
+    if lacking := trained_parameters(model).keys() - set(names):
+        raise UserError(f"{folder / FILE} lacks `{min(lacking)}`, which this run trains; start a new run")
     for name in names:
         with safe_open(folder / FILE, "pt") as file:  # anew each time, so that what was read leaves the memory
             tensor = file.get_tensor(name)
