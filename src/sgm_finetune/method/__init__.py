@@ -47,6 +47,8 @@
         descent: descent_directions, pool_metric, largest_change, code_steps
     6.1 The learning rate by trials
         rate_search: best_rate, next_rate, lowest_point, rate_for
+    9. Losses of preferences
+        preference: dpo, ipo, orpo, simpo, kto, divergence, apo_zero, apo_down
 
 `plan` holds the data that sections 1 to 3 produce. Sections 5 and 8 change models: see `model` and `train/fast`.
 """

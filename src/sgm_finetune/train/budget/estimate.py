@@ -120,7 +120,8 @@ class _Estimator:
         self.num_processes = processes().num_processes
         self.follower = Follower(config, prepared, model)
         largest = max(self.follower.micro_batch_size, config.training.eval_batch_size)
-        num_tokens = largest * max(map(max, self.follower.lengths.values()))
+        rows = 2 if config.model.task == "preference" else 1
+        num_tokens = rows * largest * max(map(max, self.follower.lengths.values()))
         self.weights = count_weights(config, prepared, model, self.matrices, num_tokens)
 
     def run(self, plan: Plan | None) -> Estimate:
@@ -245,18 +246,21 @@ class _Estimator:
             return speed.seconds(work.flops, work.traffic) / work.tokens
 
         size = {name: len(lengths) for name, lengths in self.follower.lengths.items()}
-        tokens = {name: sum(lengths) / len(lengths) for name, lengths in self.follower.lengths.items()}
+        tokens = {name: number / size[name] for name, number in self.follower.num_tokens.items()}
         training, probe = self.config.training, self.config.probe
         num_validations = 4 if training.eval_steps is None else max(1, steps // training.eval_steps)
         num_probed = min(probe.num_batches * probe.batch_size, size["train"])
         one_step = per_token(works.step) * tokens["train"] * training.batch_size / self.num_processes
         validate = per_token(works.validate) * tokens["validation"] * size["validation"] / self.num_processes
-        trials = {}
+        reference, trials = {}, {}
+        if self.config.model.task == "preference" and self.config.preference.has_reference:
+            reference = {"reference": per_token(works.test) * sum(self.follower.num_tokens.values())}
         if training.learning_rate == "auto":
             trial = trial_size(self.config, size["train"])
             tested = per_token(works.validate) * tokens["train"] * trial.num_held_out / self.num_processes
             trials = {"rate_trials": FEWEST * (trial.steps * one_step + tested)}
         seconds = {
+            **reference,
             "probe": per_token(works.probe) * tokens["train"] * num_probed,
             **trials,
             "train": steps * one_step + num_validations * validate,

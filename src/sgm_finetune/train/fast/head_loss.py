@@ -22,11 +22,11 @@ NUM_LOGITS = {"cpu": 2**21, "cuda": 2**25}
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Σ (log Σ exp z − z[y]) with z = W h, summed in float32. h: (n, d). W: (vocabulary, d), frozen. y: (n,)."""
+    """log Σ exp z − z[y] with z = W h, in float32: (n,). h: (n, d). W: (vocabulary, d), frozen. y: (n,)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         size = max(1, NUM_LOGITS.get(hidden.device.type, NUM_LOGITS["cpu"]) // weight.shape[0])
         for first in range(0, len(hidden), size):
@@ -34,19 +34,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             targets = labels[rows, None]
             logits = nn.functional.linear(hidden[rows], weight).float()
             normaliser = logits.logsumexp(-1, keepdim=True)
-            total += (normaliser - logits.gather(-1, targets)).sum()
+            losses[rows] = (normaliser - logits.gather(-1, targets)).squeeze(-1)
             if gradient is not None:
                 probabilities = logits.sub_(normaliser).exp_()
                 probabilities.scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=torch.float32))
                 torch.mm(probabilities.to(weight.dtype), weight, out=gradient[rows])
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None, None
+        return gradient * gradients[0].to(gradient.dtype)[:, None], None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, int]:
@@ -55,17 +55,31 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
     hidden: (batch, length, d). weight: (vocabulary, d). labels: (batch, length). Raises NotImplementedError when
     `weight` is trained.
     """
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError("a trained output layer gets no gradient from a loss computed in parts")
+    _require_frozen(weight)
     targets = labels[:, 1:]
     counted = targets != IGNORED
     rows = hidden[:, :-1][counted]
     return cross_entropy_in_parts(rows, weight, targets[counted]), len(rows)
 
 
+def row_log_probabilities(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The log-probability in nats of the labels of each sequence, as `linear_cross_entropy` computes it: (batch,)."""
+    _require_frozen(weight)
+    targets = labels[:, 1:]
+    counted = targets != IGNORED
+    losses: Any = _LinearCrossEntropy.apply(hidden[:, :-1][counted], weight, targets[counted])
+    return -losses.new_zeros(targets.shape).masked_scatter(counted, losses).sum(-1)
+
+
 def cross_entropy_in_parts(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The summed loss in nats of hidden states (n, d) and their next labels (n,), none of them ignored."""
-    return _LinearCrossEntropy.apply(rows, weight, targets)  # type: ignore[return-value]
+    losses: Any = _LinearCrossEntropy.apply(rows, weight, targets)
+    return losses.sum()
+
+
+def _require_frozen(weight: Tensor) -> None:
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError("a trained output layer gets no gradient from a loss computed in parts")
 
 
 class HeadLoss:
@@ -77,10 +91,16 @@ class HeadLoss:
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int]:
         """The summed loss in nats, and the number of predictions. `model` may be wrapped; its own logits are computed
         for one position only."""
+        return linear_cross_entropy(self._hidden(model, batch), self.head.weight, labels)
+
+    def by_row(self, model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """The log-probability in nats of the labels of each sequence: (batch,)."""
+        return row_log_probabilities(self._hidden(model, batch), self.head.weight, labels)
+
+    def _hidden(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         # an index, not a slice: a slice is not contiguous, for which the output layer copies its weights
-        first = torch.zeros(1, dtype=torch.long, device=labels.device)
-        hidden, _ = _run_decoder(model, self.decoder, {**batch, "logits_to_keep": first})
-        return linear_cross_entropy(hidden, self.head.weight, labels)
+        first = torch.zeros(1, dtype=torch.long, device=batch["input_ids"].device)
+        return _run_decoder(model, self.decoder, {**batch, "logits_to_keep": first})[0]
 
     def mean(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The mean loss of a batch, which holds its labels, in nats."""
