@@ -12,12 +12,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from sgm_finetune.base.untrusted import Written
 
-Task = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq-lm"]
+Task = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq-lm", "preference"]
+DECODER_TASKS: tuple[Task, ...] = ("causal-lm", "preference")
+"""Tasks of a decoder: a model that goes on from a prompt."""
 Role = Literal[
     "text", "text_pair", "label", "prompt", "completion", "messages", "instruction", "input", "output", "source",
-    "target", "tokens", "tags", "system", "tools", "history",
+    "target", "tokens", "tags", "system", "tools", "history", "chosen", "rejected",
 ]  # fmt: skip
 LabelKind = Literal["class", "classes", "number"]
+PreferenceKind = Literal["dpo", "ipo", "orpo", "simpo", "kto", "apo_zero", "apo_down"]
 Quantization = Literal["none", "nf4", "int8"]
 Criterion = Literal["subspace", "cosine", "snr"]
 Scope = Literal["activation", "layers", "pool"]
@@ -506,6 +509,45 @@ class TrainingConfig(_Section):
         return self
 
 
+class PreferenceConfig(_Section):
+    loss: PreferenceKind = "dpo"
+    """Loss of model.task=preference. dpo, ipo, apo_zero and apo_down compare the model with its base on pairs of a
+    chosen and a rejected answer. orpo and simpo take pairs and no base. kto takes single answers with a label
+    (docs/method.md 10)."""
+    beta: Real | None = Field(default=None, gt=0)
+    """Strength of the comparison: how far the model may move from its base. orpo: the weight of the odds ratio (null:
+    0.1; 2 for simpo)."""
+    gamma: Real = Field(default=1.0, ge=0)
+    """Margin of simpo, in the units of its rewards."""
+    desirable_weight: Real = Field(default=1.0, gt=0)
+    """Weight of good answers in kto. With few of them, raise it until good and bad answers weigh about the same."""
+    undesirable_weight: Real = Field(default=1.0, gt=0)
+    """Weight of bad answers in kto."""
+
+    @property
+    def strength(self) -> float:
+        """`beta`, or its default."""
+        return self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the loss compares a chosen and a rejected answer; else an answer has a label."""
+        return self.loss != "kto"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares the model with its base."""
+        return self.loss not in ("orpo", "simpo")
+
+    @model_validator(mode="after")
+    def _loss_reads(self) -> Self:
+        owners: dict[str, PreferenceKind] = {"gamma": "simpo", "desirable_weight": "kto", "undesirable_weight": "kto"}
+        for key, owner in owners.items():
+            if self.loss != owner and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"preference.{key} is for preference.loss={owner}, not {self.loss}; leave it out")
+        return self
+
+
 class EvaluationConfig(_Section):
     num_generated: Whole = Field(default=32, ge=0)
     """Number of test examples for which the model generates an answer before and after training, to measure exact
@@ -542,6 +584,7 @@ class Config(_Section):
     merge: MergeConfig = MergeConfig()
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     memory: MemoryConfig = MemoryConfig()
     output: OutputConfig = OutputConfig()
@@ -599,6 +642,15 @@ class Config(_Section):
         for key, value, wrong, remedy in refused:
             if wrong:
                 raise ValueError(f"{key}={value} is not possible with adapter.kind=full; give {remedy}")
+        return self
+
+    @model_validator(mode="after")
+    def _preference_fits(self) -> Self:
+        if self.model.task == "preference" and self.data.packing:
+            raise ValueError("data.packing=true does not go with model.task=preference; set it to false")
+        if self.model.task != "preference" and self.preference != PreferenceConfig():
+            key = next(k for k, value in PreferenceConfig() if getattr(self.preference, k) != value)
+            raise ValueError(f"preference.{key} needs model.task=preference, not {self.model.task}; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from sgm_finetune.base.config import Config
+from sgm_finetune.base.config import DECODER_TASKS, Config
 from sgm_finetune.base.console import StepLog, print_line
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.generate import side_by_side
@@ -44,7 +44,7 @@ def chat(
     """
     log = StepLog(console)
     stored = read_stored(config, overrides, log)
-    if stored.config.model.task != "causal-lm":
+    if stored.config.model.task not in DECODER_TASKS:
         raise UserError(
             f"sgm chat is for causal-lm, and this run's model.task is {stored.config.model.task}; take sgm generate"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain, groupby
 from typing import Any
 
@@ -30,8 +30,8 @@ def preview(config: Config, console: Console, num_examples: int = 3) -> dict[str
     """Prints the first training examples, the classes with their numbers, the length quantiles of every split and what
     the model does not see, and returns the same as data.
 
-    An example is {"text", "parts": [[text, learnt], ...], "tokens"}, with "label" or "target" when it has one. `learnt`
-    is true for text that the loss counts.
+    An example is {"text", "parts": [[text, learnt], ...], "tokens"}, with "label" or "target" when it has one, and with
+    "rejected" (parts again) when it is a pair. `learnt` is true for text that the loss counts.
     """
     prepared = checked_data(config, StepLog(console))
     dataset = prepared.train.dataset
@@ -65,11 +65,15 @@ def _describe_example(encoded: Mapping[str, Any], index: int, prepared: Prepared
     tokenizer, names = prepared.tokenizer, prepared.splits.labels
     found: dict[str, Any] = {"text": tokenizer.decode(ids), "tokens": len(ids)}
     match config.model.task:
-        case "causal-lm":  # a learnt token is the target of the token before it
-            flags = [label != IGNORED for label in labels]
-            found["parts"] = []
-            for learnt, run in groupby(zip(ids, flags, strict=True), key=lambda pair: pair[1]):
-                found["parts"].append([tokenizer.decode([token for token, _ in run]), learnt])
+        case "causal-lm":
+            found["parts"] = _learnt_parts(ids, labels, tokenizer)
+        case "preference":
+            found["parts"] = _learnt_parts(ids, labels, tokenizer)
+            if "desirable" in encoded:
+                found["label"] = "a good answer" if encoded["desirable"] else "a bad answer"
+            else:
+                found["rejected"] = _learnt_parts(encoded["other_ids"], encoded["other_labels"], tokenizer)
+                found["tokens"] += len(encoded["other_ids"])
         case "seq2seq-lm":
             found |= {"parts": [[found["text"], False]], "target": tokenizer.decode(labels)}
         case "token-classification":
@@ -82,6 +86,16 @@ def _describe_example(encoded: Mapping[str, Any], index: int, prepared: Prepared
     return found
 
 
+def _learnt_parts(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> list[list[Any]]:
+    """[text, learnt] for each stretch of tokens that are learnt or not. A learnt token is the target of the one before
+    it."""
+    flags = [label != IGNORED for label in labels]
+    return [
+        [tokenizer.decode([token for token, _ in run]), learnt]
+        for learnt, run in groupby(zip(ids, flags, strict=True), key=lambda pair: pair[1])
+    ]
+
+
 def _label_text(label: int | float | list[float], names: tuple[str, ...]) -> str:
     match label:
         case int():
@@ -92,14 +106,17 @@ def _label_text(label: int | float | list[float], names: tuple[str, ...]) -> str
 
 
 def _example_text(example: Mapping[str, Any], bright: bool) -> Text:
-    text = Text()
-    can_dim = "target" not in example and "label" not in example  # else the whole text is input
-    for part, learnt in example["parts"]:
-        if bright or not learnt:
-            text.append(part, style="" if learnt or not can_dim else "dim")
-        else:
-            begin, end = LEARNT_MARKS
-            text.append(f"{begin}{part}{end}")
+    text = Text("chosen: " if "rejected" in example else "", style="bold" if bright else "")
+    can_dim = any(learnt for _, learnt in example["parts"])  # else the whole text is input
+    for key in ("parts", "rejected"):
+        if key == "rejected" and key in example:
+            text.append("\nrejected: ", style="bold" if bright else "")
+        for part, learnt in example.get(key, ()):
+            if bright or not learnt:
+                text.append(part, style="" if learnt or not can_dim else "dim")
+            else:
+                begin, end = LEARNT_MARKS
+                text.append(f"{begin}{part}{end}")
     for key in ("label", "target"):
         if key in example:
             text.append(f"\n→ {example[key]}", style="bold" if bright else "")

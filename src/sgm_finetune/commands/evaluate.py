@@ -11,7 +11,7 @@ from rich.console import Console
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.session import prepare_trained, step_log
-from sgm_finetune.commands.steps import load_base, prepare_fast_adapters, test
+from sgm_finetune.commands.steps import load_base, prepare_fast_adapters, refer, test
 from sgm_finetune.results.load import StoredResult, attach, read_stored
 
 
@@ -26,6 +26,7 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     _check_harness_files(stored, config.evaluation.harness)
     s = prepare_trained(stored, log)
     base = load_base(s)
+    refer(s, base, ("test",))
     model, _ = attach(base.model, stored.content, stored.path)
     if isinstance(model, PeftModel):
         prepare_fast_adapters(s, model)

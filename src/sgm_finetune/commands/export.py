@@ -20,6 +20,7 @@ from sgm_finetune.base.memory import peak_memory, release_memory
 from sgm_finetune.base.text import mib
 from sgm_finetune.commands.requests import ExportRequest
 from sgm_finetune.commands.session import prepare_trained
+from sgm_finetune.data.batches import collator
 from sgm_finetune.data.template_trial import try_template
 from sgm_finetune.results.answers import generates_text
 from sgm_finetune.results.export import gguf_file
@@ -135,7 +136,11 @@ def _measure_cut(
     config = replaced(result.config, "evaluation", harness=[])  # the file's tasks may be code, and are not run here
     prepared = prepare_trained(dataclasses.replace(result, config=config), log).prepared
     encoded, size = prepared.validation.dataset, config.training.eval_batch_size
-    validation = TestSet(encoded, prepared.collate, config.model.task, size, result.labels)
+    task, collate = config.model.task, prepared.collate
+    if task == "preference":  # the chosen answers, as a language model predicts them
+        task, encoded = "causal-lm", encoded.select_columns(["input_ids", "attention_mask", "labels"])
+        collate = collator(prepared.tokenizer, task, 8)
+    validation = TestSet(encoded, collate, task, size, result.labels)
     with log.bar("before") as progress:
         before = reference_loss(result, num_parameters, validation, progress)
     with log.bar("after") as progress:

@@ -28,10 +28,11 @@ from sgm_finetune.commands.steps import (
     choose_plan,
     load_base,
     probe_gradients,
+    refer,
     scan_weights,
     test,
 )
-from sgm_finetune.data.encoding import sequence_lengths
+from sgm_finetune.data.encoding import num_tokens
 from sgm_finetune.measure.probe import Probe
 from sgm_finetune.measure.scan_result import Scan
 from sgm_finetune.results.answers import generates_text
@@ -73,6 +74,7 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
         scanned = scan_weights(s) if s.given_plan is None else None  # signal-to-noise ratio of every matrix
         histograms = scan_histograms(s, scanned)  # for the report
         base = load_base(s, will_train=True)  # the frozen model
+        refer(s, base)  # what it says of the answers, for the loss of preferences
         start = measure_start(s, base, scanned)  # the test before, the probe, the plan
         adapted = apply(s, base, start.plan)  # a PEFT model whose groups share one factor, or whole matrices
         start = choose_rate(s, base, adapted, start)  # by trials, if the configuration asks for them
@@ -205,15 +207,13 @@ def training_job(s: Session, base: Base, adapted: Adapted, start: Start, argumen
 def expected_pace(s: Session) -> Pace:
     """What the test of the untouched model says about the time of the validations and of the last test."""
     seconds, training = s.clock.seconds, s.config.training
-    tokens = {
-        name: sum(sequence_lengths(getattr(s.prepared, name).dataset)) for name in ("train", "validation", "test")
-    }
+    tokens = {name: num_tokens(getattr(s.prepared, name).dataset) for name in ("train", "validation", "test")}
     test = seconds.get("evaluate", 0.0)
     return Pace(
         tokens_per_step=training.batch_size * tokens["train"] / len(s.prepared.train.dataset),
         validation=seconds.get(TEST_LOSS, test) * tokens["validation"] / tokens["test"],
         test=test,
-        spent=test + seconds.get("probe", 0.0) + seconds.get("rate_trials", 0.0),
+        spent=test + sum(seconds.get(name, 0.0) for name in ("reference", "probe", "rate_trials")),
         predicted=None if s.estimate is None or s.checkpoint is not None else sum(s.estimate.seconds.values()),
     )
 
@@ -242,7 +242,7 @@ def save(s: Session, start: Start, adapted: Adapted, state: TrainerState, after:
 def _metrics(s: Session, start: Start, adapted: Adapted, state: TrainerState, after: Tested) -> dict[str, Any]:
     """The content of metrics.json."""
     config, seconds = s.config, s.clock.seconds
-    trials = () if start.rate_trials is None else ("rate_trials",)
+    more = tuple(name for name in ("reference", "rate_trials") if name in seconds)
     return {
         "model": config.model.name,
         "task": config.model.task,
@@ -253,7 +253,7 @@ def _metrics(s: Session, start: Start, adapted: Adapted, state: TrainerState, af
         "before": start.before,
         "after": after.metrics,
         **adapted.to_dict(),
-        "seconds": {name: round(seconds.get(name, 0.0), 3) for name in (*_STEPS, *trials, "total")},
+        "seconds": {name: round(seconds.get(name, 0.0), 3) for name in (*_STEPS, *more, "total")},
         "peak_memory_bytes": peak_memory(),
         "predicted": s.estimate and s.estimate.to_dict(),
         "optimizer": config.optimizer,

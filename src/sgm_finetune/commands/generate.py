@@ -14,7 +14,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from sgm_finetune.base.config import Config, Role, Task
+from sgm_finetune.base.config import DECODER_TASKS, Config, Role, Task
 from sgm_finetune.base.console import StepLog, print_line
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import one_line
@@ -30,6 +30,7 @@ WIDE = 100
 """Columns of a terminal from which two answers stand side by side."""
 ROLES: dict[Task, tuple[Role, ...]] = {
     "causal-lm": ("messages", "prompt", "instruction", "text"),
+    "preference": ("messages", "prompt", "instruction", "text"),
     "seq2seq-lm": ("source", "text"),
     "sequence-classification": ("text",),
     "token-classification": ("tokens", "text"),
@@ -95,7 +96,7 @@ def read_prompts(path: Path, config: Config) -> list[Prompt]:
         return [line for line in text.splitlines() if line.strip()]
     table = read_file(path, "--input")
     task, chosen = config.model.task, config.data.columns
-    if task == "causal-lm" and (chats := read_questions(table, chosen)) is not None:
+    if task in DECODER_TASKS and (chats := read_questions(table, chosen)) is not None:
         return list(chats)
     names = {role: chosen.get(role, role) for role in ROLES[task]}
     role = next((role for role, name in names.items() if name in table.columns), None)

@@ -168,6 +168,8 @@ def guess_task(table: Table, possible: Sequence[Task] = get_args(Task)) -> tuple
     that column is the label, and the column with the longest texts on average is the text.
     """
     order: tuple[Task, ...] = ("token-classification", "sequence-classification", "seq2seq-lm", "causal-lm")
+    if "preference" in possible and {"chosen", "rejected"} <= set(table.columns):
+        return "preference", {}
     for task in order:
         if task in possible and _layout_fits(table, task):
             return task, {}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from accelerate.utils import set_seed
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sgm_finetune.base.config import Config
@@ -17,6 +17,9 @@ from sgm_finetune.base.memory import release_memory
 from sgm_finetune.base.processes import on_main, processes
 from sgm_finetune.base.text import mib
 from sgm_finetune.commands.session import Session
+from sgm_finetune.data.encoding import Encoded
+from sgm_finetune.data.sources import Split
+from sgm_finetune.data.splits import SPLITS
 from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.plan_summary import describe_plan, plan_remarks
 from sgm_finetune.measure.probe import Probe, probe
@@ -41,6 +44,7 @@ from sgm_finetune.train.full.apply import train_whole
 from sgm_finetune.train.full.changed import trained_parameters
 from sgm_finetune.train.launch import model_is_sharded
 from sgm_finetune.train.losses import TestSet
+from sgm_finetune.train.preference import PreferenceLoss, add_reference, reference_columns
 
 TEST_LOSS = "test loss"
 """The clock's name for the part of a test that a validation has too: all but generated answers and the harness."""
@@ -92,6 +96,29 @@ def load_base(s: Session, will_train: bool = False) -> Base:
     return base_model.load_base(s.config, s.prepared, s.log, will_train)
 
 
+def refer(s: Session, base: Base, splits: Sequence[Split] = SPLITS) -> None:
+    """Adds to the data of preferences what the base model says of them, where the loss compares the model with it."""
+    config, prepared = s.config, s.prepared
+    if config.model.task != "preference" or not config.preference.has_reference:
+        return
+    found: dict[str, Encoded] = {}
+    for split in splits:
+        encoded = getattr(prepared, split)
+        test_set = TestSet(
+            encoded.dataset,
+            prepared.collate,
+            config.model.task,
+            config.training.eval_batch_size,
+            head_loss=base.head_loss,
+            preference=config.preference,
+        )
+        with s.clock.time("reference"), s.log.bar("reference") as progress:
+            columns = agree(config, partial(reference_columns, base.model, test_set, progress))
+        found[split] = replace(encoded, dataset=add_reference(encoded.dataset, columns))
+    s.prepared = replace(prepared, **found)
+    release_memory()
+
+
 def test(s: Session, base: Base, model: nn.Module, when: str) -> Tested:
     """Tests `model` on the test data: loss and metrics, generated answers, and the tasks of evaluation.harness."""
     config, prepared = s.config, s.prepared
@@ -102,6 +129,8 @@ def test(s: Session, base: Base, model: nn.Module, when: str) -> Tested:
         config.training.eval_batch_size,
         prepared.splits.labels,
         base.head_loss,
+        config.preference,
+        is_base=when == "before",
     )
     with s.clock.time("evaluate"), s.log.bar(when) as progress:
         with s.clock.time(TEST_LOSS):
@@ -131,7 +160,7 @@ def probe_gradients(s: Session, base: Base) -> Probe | None:
             sketch_size=config.probe.sketch_size,
             seed=config.probe.seed,
             progress=progress,
-            mean_loss=base.head_loss and base.head_loss.mean,
+            mean_loss=_mean_loss(config, base),
             pieces=partial(probe_pieces, config),
         )
     s.log.line(
@@ -140,6 +169,13 @@ def probe_gradients(s: Session, base: Base) -> Probe | None:
         f"{mib(probed.sketch_bytes)} · activations at most {mib(probed.activation_bytes)}",
     )
     return probed
+
+
+def _mean_loss(config: Config, base: Base) -> Callable[[nn.Module, Mapping[str, Tensor]], Tensor] | None:
+    """A function from model and batch to the loss; None for the model's own."""
+    if config.model.task == "preference":
+        return PreferenceLoss(config.preference, base.head_loss).mean
+    return base.head_loss and base.head_loss.mean
 
 
 def choose_plan(s: Session, base: Base, scanned: Scan, probed: Probe | None) -> Plan:

@@ -76,6 +76,8 @@ def with_column(dataset: datasets.Dataset, name: str, values: list) -> datasets.
 
 
 def _feature(role: str, values: list) -> datasets.Value | datasets.List:
+    if role == "rejected" and values and isinstance(values[0], list):
+        return _FEATURES["messages"]  # type: ignore[return-value]
     if role != "label":
         return datasets.Value("string")
     match values[0]:

@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 
 from sgm_finetune.base.config import Config, Task
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.encoding import IGNORED, sequence_lengths
+from sgm_finetune.data.encoding import IGNORED, REFERENCES, sequence_lengths
 
 
 def by_length(encoded: Dataset) -> list[int]:
@@ -31,12 +31,16 @@ def longest_first(lengths: Sequence[int]) -> list[int]:
 
 
 def num_predictions(labels: Tensor, task: Task) -> int:
-    """The number of terms in the mean loss of a batch: examples, predicted tokens or tagged words."""
+    """The number of terms in the mean loss of a batch: examples, pairs, predicted tokens or tagged words."""
     if task == "sequence-classification":
         return len(labels)
+    if task == "preference":  # two rows an example
+        return len(labels) // 2
     return int(((labels[:, 1:] if task == "causal-lm" else labels) != IGNORED).sum())
 
 
+PAIR_COLUMNS = ("reference", "desirable", "moved")
+"""What a batch of preferences holds that is not for the model; `moved` is the trainer's (train/preference.py)."""
 _WINDOW = 16  # batches within which examples are sorted by length
 
 
@@ -87,6 +91,9 @@ def collator(
 
 
 def _collate(examples: Sequence[Mapping[str, Any]], pad_id: int, task: Task, multiple: int) -> dict[str, torch.Tensor]:
+    if task == "preference":
+        return _collate_pairs(examples, pad_id, multiple)
+
     def padded(key: str, value: int) -> torch.Tensor:
         longest = max(len(example[key]) for example in examples)
         width = -(-longest // multiple) * multiple
@@ -105,6 +112,28 @@ def _collate(examples: Sequence[Mapping[str, Any]], pad_id: int, task: Task, mul
     else:
         batch["labels"] = padded("labels", IGNORED)
     return batch
+
+
+def _collate_pairs(examples: Sequence[Mapping[str, Any]], pad_id: int, multiple: int) -> dict[str, torch.Tensor]:
+    """A batch of two rows an example: the first sequences of all examples, then the other ones."""
+    sequences = [{key: example[key] for key in ("input_ids", "attention_mask", "labels")} for example in examples]
+    others = [
+        {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": example["other_labels"]}
+        for example in examples
+        for ids in [example["other_ids"]]
+    ]
+    batch = _collate([*sequences, *others], pad_id, "causal-lm", multiple)
+    if "reference" in examples[0]:
+        references = [example[name] for name in REFERENCES for example in examples]
+        batch["reference"] = torch.tensor(references, dtype=torch.float32)
+    if "desirable" in examples[0]:
+        batch["desirable"] = torch.tensor([bool(example["desirable"]) for example in examples]).repeat(2)
+    return batch
+
+
+def some_pairs(batch: Mapping[str, torch.Tensor], first: int, size: int) -> dict[str, torch.Tensor]:
+    """`size` examples of a batch of pairs, from the example `first` on: their rows of both halves."""
+    return {name: torch.cat([half[first : first + size] for half in x.chunk(2)]) for name, x in batch.items()}
 
 
 def divide_batch(config: Config, world_size: int) -> tuple[int, int]:

@@ -45,6 +45,10 @@ LAYOUTS: dict[Task, tuple[Layout, ...]] = {
     "sequence-classification": (Layout("labelled", ("text", "label"), ("text_pair",)),),
     "token-classification": (Layout("tagged", ("tokens", "tags")),),
     "seq2seq-lm": (Layout("pairs", ("source", "target")),),
+    "preference": (
+        Layout("preference", ("chosen", "rejected"), ("prompt", "system", "tools")),
+        Layout("verdict", ("prompt", "completion", "label"), ("system", "tools")),
+    ),
 }
 """The layouts of each task, in the order in which SGM tries them."""
 

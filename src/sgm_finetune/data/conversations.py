@@ -54,13 +54,13 @@ def read_conversations(
     conversations, tools = [], []
     for at in range(len(next(iter(rows.values())))):
         row: dict[Role, Any] = {role: values[at] for role, values in rows.items()}
-        reader = _RowReader(f"{table.name}, row {at + 1}", column, table.fills_nulls)
+        reader = RowReader(f"{table.name}, row {at + 1}", column, table.fills_nulls)
         try:
             messages = reader.conversation(row, layout)
             tools.append(reader.tools(row.get("tools")))
         except RecursionError:
             raise UserError(f"{reader.row} is nested too deeply; correct or remove the row") from None
-        if answered and not any(_answers(message) for message in messages):
+        if answered and not any(answers(message) for message in messages):
             raise UserError(
                 f"{reader.where(_ANSWERS_IN.get(layout, 'messages'))} has no answer by the assistant, so there is "
                 "nothing to learn; correct or remove the row"
@@ -110,7 +110,7 @@ def is_learnt(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("weight", 1) != 0
 
 
-def _answers(message: Message) -> bool:
+def answers(message: Message) -> bool:
     """Whether the loss counts the message and it says something."""
     return is_learnt(message) and bool(str(message.get("content") or "").strip() or message.get("tool_calls"))
 
@@ -135,7 +135,7 @@ def spoken(messages: Sequence[Message]) -> list[Message]:
     return found
 
 
-class _RowReader:
+class RowReader:
     """Reads one row; its errors name the row and the column."""
 
     def __init__(self, row: str, column: Mapping[Role, str], fills_nulls: bool):
@@ -148,13 +148,13 @@ class _RowReader:
         if layout == "completion":
             asked = [{**said, "weight": 0} if is_learnt(said) else said for said in self.messages("prompt", row)]
             answer = self.messages("completion", row) if "completion" in row else []
-            return self._after_system(row.get("system"), [*asked, *answer], "prompt")
+            return self.after_system(row.get("system"), [*asked, *answer], "prompt")
         if layout == "alpaca":
             what, given = row["instruction"], row.get("input")
             question = what if is_missing(given) or not str(given).strip() else f"{what}\n\n{given}"
             turn = [{"role": "user", "content": question}, {"role": "assistant", "content": row.get("output", "")}]
-            return self._after_system(row.get("system"), [*self._history(row.get("history")), *turn], "history")
-        return self._after_system(row.get("system"), self.messages("messages", row), "messages")
+            return self.after_system(row.get("system"), [*self._history(row.get("history")), *turn], "history")
+        return self.after_system(row.get("system"), self.messages("messages", row), "messages")
 
     def messages(self, role: Role, row: Mapping[Role, Any]) -> list[Message]:
         """The messages in the column of a role, also where they are written as a JSON text."""
@@ -188,7 +188,7 @@ class _RowReader:
             found.append(tool if "function" in tool else {"type": "function", "function": tool})
         return found or None
 
-    def _after_system(self, system: Any, messages: list[Message], role: Role) -> list[Message]:
+    def after_system(self, system: Any, messages: list[Message], role: Role) -> list[Message]:
         """The messages behind the system message that the row has in a column of its own."""
         if is_missing(system) or system == "":
             return messages

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a position that the loss ignores."""
+REFERENCES = ("reference", "other_reference")
+"""Columns for what the base model says of an example (train/preference.py)."""
 TEXTS_PER_CALL = 1000
 MAX_CHARACTERS = 10_000_000
 """Maximum characters of a text that is cut at `data.max_length`. A tokenizer takes seconds for so many."""
@@ -71,6 +73,7 @@ def encode(
     - Language modelling on `prompt` and `completion`: the loss counts the completion and the end-of-sequence token.
     - Language modelling on `messages`: the chat template writes them; the loss counts the answers of the assistant and
       the end of its turns.
+    - Preferences: two sequences with the same prompt (data/pair_encoding.py).
 
     Longer classification inputs and sources are truncated by the tokenizer's own rule; longer completion and chat
     examples are truncated at the end. A sequence begins with one beginning-of-sequence token and ends with one
@@ -90,7 +93,11 @@ def encode(
             encoded = _encode_conversations(split, tokenizer, max_length, origins)
         case "causal-lm":
             encoded = _encode_running_text(split, tokenizer, max_length)
-    if task in ("causal-lm", "seq2seq-lm"):
+        case "preference":
+            from sgm_finetune.data.pair_encoding import encode_preferences  # here: it builds on this file
+
+            encoded = encode_preferences(split, tokenizer, max_length, origins)
+    if task in ("causal-lm", "seq2seq-lm", "preference"):
         encoded = replace(encoded, doubled=doubled_tokens(encoded.dataset, tokenizer))
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", encoding_summary(encoded))
@@ -131,7 +138,7 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
 def fingerprint(dataset: datasets.Dataset) -> str:
     """XXH3-128 hash of the values of an encoded data set, in order. Equal examples have equal hashes in any file."""
     digest = xxhash.xxh3_128()
-    for name in sorted(dataset.column_names):
+    for name in sorted(name for name in dataset.column_names if name not in REFERENCES):
         digest.update(name.encode())
         for values in column_parts(dataset, name):
             if pa.types.is_list(values.type):
@@ -149,9 +156,8 @@ def largest_id(dataset: datasets.Dataset, column: str) -> int:
 
 def encoding_summary(encoded: Encoded) -> str:
     """One line with the numbers of sequences, tokens, truncated and dropped examples."""
-    num_tokens = sum(sequence_lengths(encoded.dataset))
     return (
-        f"{len(encoded.dataset):,} sequences, {num_tokens:,} tokens, "
+        f"{len(encoded.dataset):,} sequences, {num_tokens(encoded.dataset):,} tokens, "
         f"{encoded.num_truncated:,} examples truncated, {encoded.num_dropped:,} dropped"
     )
 
@@ -163,8 +169,23 @@ def in_parts(column: Sequence[Any]) -> Iterator[Any]:
 
 
 def sequence_lengths(encoded: datasets.Dataset) -> list[int]:
-    """The number of tokens of each sequence of an encoded data set. Its tokens are not loaded."""
-    return [length for part in column_parts(encoded, "input_ids") for length in part.value_lengths().to_pylist()]
+    """The number of tokens of each sequence of an encoded data set; of the longer one where an example has two. Its
+    tokens are not loaded."""
+    return [max(lengths) for lengths in zip(*_lengths(encoded), strict=True)]
+
+
+def num_tokens(encoded: datasets.Dataset) -> int:
+    """The number of tokens of all sequences of an encoded data set."""
+    return sum(map(sum, _lengths(encoded)))
+
+
+def _lengths(encoded: datasets.Dataset) -> list[list[int]]:
+    """The lengths of the sequences in each column that holds some."""
+    return [
+        [length for part in column_parts(encoded, name) for length in part.value_lengths().to_pylist()]
+        for name in ("input_ids", "other_ids")
+        if name in encoded.column_names
+    ]
 
 
 def _encode_classification(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
@@ -174,7 +195,7 @@ def _encode_classification(split: datasets.Dataset, tokenizer: Any, max_length: 
     if pairs is not None and "token_type_ids" in columns:
         features["token_type_ids"] = datasets.List(datasets.Value("int8"))
     kept = {name: columns[name] for name in columns if name in features}
-    return Encoded(_dataset(kept, split["label"][:], features), num_truncated=num_long, num_dropped=0)
+    return Encoded(token_dataset(kept, split["label"][:], features), num_truncated=num_long, num_dropped=0)
 
 
 def _encode_tagged(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
@@ -195,20 +216,20 @@ def _encode_tagged(split: datasets.Dataset, tokenizer: Any, max_length: int) -> 
             f"None of {len(split)} examples has a word within data.max_length={max_length}; raise data.max_length"
         )
     dropped = len(split) - len(sequences)
-    return Encoded(_dataset({"input_ids": sequences}, labels, TOKEN_FEATURES), num_truncated - dropped, dropped)
+    return Encoded(token_dataset({"input_ids": sequences}, labels, TOKEN_FEATURES), num_truncated - dropped, dropped)
 
 
 def _encode_sequence_pairs(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
     """Source and target, each with the tokenizer's special tokens; a target ends with the end-of-sequence token."""
-    eos = _end_of_sequence(tokenizer)
+    eos = end_of_sequence(tokenizer)
     sources, num_long = _truncate(tokenizer, split["source"], max_length)
     targets = TokenLists()
-    for ids in _token_ids(tokenizer, split["target"], as_target=True):
-        ids = _with_end(ids, eos)
+    for ids in token_ids(tokenizer, split["target"], as_target=True):
+        ids = with_end(ids, eos)
         num_long += len(ids) > max_length
         targets.append(ids if len(ids) <= max_length else [*ids[: max_length - 1], eos])
     columns = {"input_ids": sources["input_ids"]}
-    return Encoded(_dataset(columns, targets, TOKEN_FEATURES), num_truncated=num_long, num_dropped=0)
+    return Encoded(token_dataset(columns, targets, TOKEN_FEATURES), num_truncated=num_long, num_dropped=0)
 
 
 def _encode_conversations(
@@ -225,10 +246,10 @@ def _encode_conversations(
             written = written_answers(conversation, tokenizer, offered)
             fields.look_at(conversation, offered)
         except UserError as error:
-            raise _in_row(error, origins, number) from None
+            raise in_row(error, origins, number) from None
         num_divided += len(written) > 1
         for text, spans in written:
-            _check_lengths([text], max_length)
+            check_lengths([text], max_length)
             ids, learnt = learnt_tokens(text, spans, tokenizer)
             row = [token if counts else IGNORED for token, counts in zip(ids, learnt, strict=True)]
             answer = next((at for at, label in enumerate(row) if label != IGNORED), len(row))
@@ -240,12 +261,12 @@ def _encode_conversations(
             sequences.append(ids[:max_length])
             labels.append(row[:max_length])
     if not sequences:
-        raise _all_lost(num_dropped, max_length, longest)
-    dataset = _dataset({"input_ids": sequences}, labels, TOKEN_FEATURES)
+        raise all_lost(num_dropped, max_length, longest)
+    dataset = token_dataset({"input_ids": sequences}, labels, TOKEN_FEATURES)
     return Encoded(dataset, num_truncated, num_dropped, num_divided, unread=fields.unread())
 
 
-def _in_row(error: UserError, origins: Sequence[Origin] | None, index: int) -> UserError:
+def in_row(error: UserError, origins: Sequence[Origin] | None, index: int) -> UserError:
     """The error with the name of the example's row before it."""
     table, number = origins[index] if origins is not None else ("example", index + 1)
     place = f"{table}, row {number}" if origins is not None else f"Example {number}"
@@ -267,7 +288,7 @@ def _encode_without_template(
             ("assistant", False),
         ]
         if offered or not is_plain:
-            raise _in_row(UserError(needs_template(len(turns))), origins, number)
+            raise in_row(UserError(needs_template(len(turns))), origins, number)
     prompts = [asked_text(turns[:1], tokenizer) for turns in conversations]
     answers = [answer["content"] for _, answer in conversations]
     encoded = _encode_completions(prompts, answers, tokenizer, max_length)
@@ -276,10 +297,10 @@ def _encode_without_template(
 
 
 def _encode_running_text(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
-    eos = _end_of_sequence(tokenizer)
+    eos = end_of_sequence(tokenizer)
     stream = array("i")
-    for ids in _token_ids(tokenizer, split["text"]):
-        stream.extend(_with_end(ids, eos))
+    for ids in token_ids(tokenizer, split["text"]):
+        stream.extend(with_end(ids, eos))
     blocks = TokenLists()
     for start in range(0, len(stream), max_length):
         block = stream[start : start + max_length]
@@ -287,7 +308,7 @@ def _encode_running_text(split: datasets.Dataset, tokenizer: Any, max_length: in
             blocks.append(block)
     if not len(blocks):
         raise UserError(f"{len(split)} text(s) have {len(stream)} token(s); language modelling needs at least two")
-    return Encoded(_dataset({"input_ids": blocks}, blocks, TOKEN_FEATURES), num_truncated=0, num_dropped=0)
+    return Encoded(token_dataset({"input_ids": blocks}, blocks, TOKEN_FEATURES), num_truncated=0, num_dropped=0)
 
 
 def _encode_completions(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any, max_length: int) -> Encoded:
@@ -296,13 +317,13 @@ def _encode_completions(prompts: Sequence[str], completions: Sequence[str], toke
     The prompt ends where the tokens differ from those of the prompt alone. A token across the border therefore belongs
     to the answer.
     """
-    eos = _end_of_sequence(tokenizer)
+    eos = end_of_sequence(tokenizer)
     for column in (prompts, completions):
-        _check_lengths(in_parts(column), max_length)
-    whole = _token_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts[:], completions[:], strict=True)])
+        check_lengths(in_parts(column), max_length)
+    whole = token_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts[:], completions[:], strict=True)])
     sequences, labels, longest_prompt, num_truncated = TokenLists(), TokenLists(), 0, 0
-    for prompt, ids in zip(_token_ids(tokenizer, prompts), whole, strict=True):
-        ids = _with_end(ids, eos)
+    for prompt, ids in zip(token_ids(tokenizer, prompts), whole, strict=True):
+        ids = with_end(ids, eos)
         num_prompt = num_common(prompt, ids)
         longest_prompt = max(longest_prompt, num_prompt)
         if max(num_prompt, 1) >= max_length:  # the first token of a sequence is never predicted
@@ -311,12 +332,12 @@ def _encode_completions(prompts: Sequence[str], completions: Sequence[str], toke
         sequences.append(ids[:max_length])
         labels.append([IGNORED] * num_prompt + ids[num_prompt:max_length])
     if not sequences:
-        raise _all_lost(len(prompts), max_length, longest_prompt)
-    dataset = _dataset({"input_ids": sequences}, labels, TOKEN_FEATURES)
+        raise all_lost(len(prompts), max_length, longest_prompt)
+    dataset = token_dataset({"input_ids": sequences}, labels, TOKEN_FEATURES)
     return Encoded(dataset, num_truncated, len(prompts) - len(sequences))
 
 
-def _all_lost(num_examples: int, max_length: int, longest_prompt: int) -> UserError:
+def all_lost(num_examples: int, max_length: int, longest_prompt: int) -> UserError:
     return UserError(
         f"100 % of {num_examples} examples lose every answer token at data.max_length={max_length}; "
         f"the longest prompt has {longest_prompt} tokens. Raise data.max_length"
@@ -336,7 +357,7 @@ def _truncate(
         here = list(texts[start : start + TEXTS_PER_CALL])
         beside = None if pairs is None else list(pairs[start : start + TEXTS_PER_CALL])
         for texts_here in (here, beside or []):
-            _check_lengths(texts_here, max_length)
+            check_lengths(texts_here, max_length)
         part = _tokenise_part(tokenizer, here, beside)
         long = [index for index, ids in enumerate(part["input_ids"]) if len(ids) > max_length]
         if long:
@@ -354,7 +375,7 @@ def _truncate(
     return columns, num_long
 
 
-def _check_lengths(texts: Iterable[str], max_length: int) -> None:
+def check_lengths(texts: Iterable[str], max_length: int) -> None:
     """Raises UserError for a text of which hardly anything would be left at `max_length` tokens.
 
     A text is tokenised before it is cut: where to cut it first depends on the tokenizer.
@@ -367,7 +388,7 @@ def _check_lengths(texts: Iterable[str], max_length: int) -> None:
         )
 
 
-def _token_ids(tokenizer: Any, texts: Sequence[str], as_target: bool = False) -> Iterator[list[int]]:
+def token_ids(tokenizer: Any, texts: Sequence[str], as_target: bool = False) -> Iterator[list[int]]:
     """The token ids of each text, with the special tokens that the tokenizer adds: each once, also if a text has it."""
     for start in range(0, len(texts), TEXTS_PER_CALL):
         part = list(texts[start : start + TEXTS_PER_CALL])
@@ -385,18 +406,18 @@ def _tokenise_part(
     return dict(tokenizer(**given, return_attention_mask=False, verbose=False, **options))
 
 
-def _end_of_sequence(tokenizer: Any) -> int:
+def end_of_sequence(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError("This tokenizer has no end-of-sequence token, which model.task=causal-lm needs; set eos_token")
     return tokenizer.eos_token_id
 
 
-def _with_end(ids: list[int], eos: int) -> list[int]:
+def with_end(ids: list[int], eos: int) -> list[int]:
     """`ids`, ending with the end-of-sequence token."""
     return ids if ids and ids[-1] == eos else [*ids, eos]
 
 
-def _dataset(
+def token_dataset(
     columns: Mapping[str, TokenLists], labels: Sequence[Any] | TokenLists, features: Mapping[str, Any]
 ) -> datasets.Dataset:
     """The data set of token sequences, with a mask of ones. No number becomes a Python object on the way."""

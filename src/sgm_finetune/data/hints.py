@@ -24,6 +24,8 @@ NAMES: dict[Role, tuple[str, ...]] = {
         "completion", "answer", "response", "output", "reply", "solution", "target", "assistant", "highlights",
         "summary", "chosen",
     ),
+    "chosen": ("chosen", "preferred", "better", "accepted", "winner", "chosen_response", "response_chosen"),
+    "rejected": ("rejected", "dispreferred", "worse", "refused", "loser", "rejected_response", "response_rejected"),
     "source": ("source", "article", "document", "dialogue", "input", "src", "text", "question", "query", "prompt"),
     "target": ("target", "highlights", "summary", "output", "tgt", "answer", "response", "completion"),
     "text": (
@@ -42,6 +44,7 @@ NAMES: dict[Role, tuple[str, ...]] = {
 PAIRS = {"premise": "hypothesis", "sentence1": "sentence2", "question1": "question2", "text1": "text2"}
 """Names of two texts that are classified together."""
 SHAPES: dict[Task, tuple[tuple[Role, ...], ...]] = {
+    "preference": (("chosen", "rejected"),),
     "token-classification": (("tokens", "tags"),),
     "causal-lm": (
         ("messages",), ("instruction", "input", "output"), ("instruction", "output"), ("prompt", "completion"),
@@ -123,7 +126,7 @@ def _suits(table: Table, column: str, role: Role) -> bool:
         return all(isinstance(value, list) for value in values)
     if role == "label":
         return column in table.class_names or _is_label(values, len(values))
-    if role in ("prompt", "completion") and isinstance(values[0], list):
+    if role in ("prompt", "completion", "chosen", "rejected") and isinstance(values[0], list):
         return all(isinstance(value, list) and all(isinstance(turn, dict) for turn in value) for value in values)
     return all(isinstance(value, str) for value in values)
 

@@ -48,6 +48,8 @@ def prepare_data(config: Config, log: StepLog, trained: Head | None = None) -> P
     if is_on_hub(config.data):
         log.line("data", f"looking for {config.data.name} on the hub")
     splits = load_splits(config.data, config.model.task)
+    if config.model.task == "preference":
+        _check_loss(splits, config)
     files = find_model_files(config.model, log, config.data.max_length)
     splits, head, about_head = _choose_head(splits, config, files, trained)
     encoded = {
@@ -72,6 +74,21 @@ def prepare_data(config: Config, log: StepLog, trained: Head | None = None) -> P
     return PreparedData(files.folder, files.tokenizer, splits, **encoded, collate=collate, head=head)
 
 
+def _check_loss(splits: DataSplits, config: Config) -> None:
+    """Raises UserError where the loss needs pairs and the data have labels, or the reverse."""
+    loss, has_pairs = config.preference.loss, "rejected" in splits.train.column_names
+    if has_pairs and not config.preference.has_pairs:
+        raise UserError(
+            f"preference.loss={loss} learns from single answers (prompt, completion, label), and the data have pairs "
+            "(chosen, rejected); take preference.loss=dpo, or divide the pairs"
+        )
+    if not has_pairs and config.preference.has_pairs:
+        raise UserError(
+            f"preference.loss={loss} learns from pairs (chosen, rejected), and the data have single answers with a "
+            "label; take preference.loss=kto"
+        )
+
+
 def _choose_head(
     splits: DataSplits, config: Config, files: ModelFiles, trained: Head | None
 ) -> tuple[DataSplits, Head, str | None]:
@@ -92,6 +109,8 @@ def _check_ids(encoded: Mapping[str, Encoded], files: ModelFiles, config: Config
     limits: dict[str, int | None] = {"input_ids": files.num_embeddings}
     if config.model.task == "seq2seq-lm":
         limits["labels"] = getattr(files.described, "decoder_vocab_size", None) or files.num_embeddings
+    if config.model.task == "preference":
+        limits["other_ids"] = files.num_embeddings
     for column, limit in limits.items():
         largest = max(largest_id(part.dataset, column) for part in encoded.values())
         files.check_ids(largest, "The data", limit)

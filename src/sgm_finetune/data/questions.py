@@ -20,7 +20,8 @@ class Question:
 
 
 def questions(encoded: Dataset, indices: Sequence[int], task: Task) -> list[Question]:
-    """The question of each example: source and target, or the last answer and everything before it."""
+    """The question of each example: source and target, or the last answer and everything before it. The answer of a
+    preference is the chosen one."""
     found = []
     for index in indices:
         ids, labels = encoded[index]["input_ids"], encoded[index]["labels"]
@@ -35,7 +36,7 @@ def questions(encoded: Dataset, indices: Sequence[int], task: Task) -> list[Ques
 
 def has_answers(encoded: Dataset, task: Task) -> bool:
     """Whether the examples have prompts and answers; running text has none."""
-    return task == "seq2seq-lm" or (task == "causal-lm" and IGNORED in encoded[0]["labels"])
+    return task in ("seq2seq-lm", "preference") or (task == "causal-lm" and IGNORED in encoded[0]["labels"])
 
 
 def answer_limit(asked: Sequence[Question]) -> int:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sgm_finetune.base.config import DataConfig, LabelKind, Role, Task
+from sgm_finetune.base.config import DECODER_TASKS, DataConfig, LabelKind, Role, Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data import columns
 from sgm_finetune.data.conversations import read_conversations, unread_columns
 from sgm_finetune.data.labels import LabelReader, check_labels_given, is_unlabelled, read_tagged
+from sgm_finetune.data.preferences import read_pairs, read_verdicts
 from sgm_finetune.data.sources import Source, Split
 from sgm_finetune.data.tables import Table
 
@@ -56,7 +57,9 @@ def normalise(source: Source, config: DataConfig, task: Task) -> Normalised:
         used[split] = column
         unread |= dict.fromkeys(unread_columns(table, column))
         texts["row"] = [(table.name, number) for number in range(1, num_rows(texts) + 1)]
-        if "label" in column:
+        if layout.name == "verdict":
+            texts["label"] = read_verdicts(table, column["label"])
+        elif "label" in column:
             texts["label"] = labels.read(table, column["label"], split, config.label_kind)
         if "tags" in column:
             texts["tags"] = labels.tag_ids(table, column["tags"], split, texts["tags"])
@@ -68,7 +71,7 @@ def normalise(source: Source, config: DataConfig, task: Task) -> Normalised:
             raise UserError(f"{table.name} ({split}) contains no text")
         rows[split] = texts
     _check_same_form(rows)
-    if task == "causal-lm" and not train.is_running_text:
+    if task in DECODER_TASKS and not train.is_running_text:
         notes.append(f"format {layout.name} ({', '.join(f'`{name}`' for name in used['train'].values())})")
     if num_empty:
         notes.append(f"{num_empty:,} empty texts dropped")
@@ -81,7 +84,9 @@ def check_head(source: Source, config: DataConfig, task: Task) -> None:
     for table in source.tables.values():
         column = columns.find_columns(table, layout, config.columns)
         _read_rows(layout.name, table, column, config)
-        if "label" in column:
+        if layout.name == "verdict":
+            read_verdicts(table, column["label"])
+        elif "label" in column:
             check_labels_given(table, column["label"], config.label_kind)
 
 
@@ -94,14 +99,16 @@ def _read_rows(layout: str, table: Table, column: dict[Role, str], config: DataC
             for role in ("instruction", "output"):
                 columns.read_texts(table, column[role], may_be_empty=False)
             return read_conversations(table, column, layout), column
-        case "completion":
+        case "completion" | "verdict":
             if _has_messages(table, column):
-                return read_conversations(table, column, layout), column
+                return read_conversations(table, column, "completion"), column
             column = _without_messages(table, column, config)
+        case "preference":
+            return read_pairs(table, column, config.columns)
         case "tagged":
             tokens, tags = read_tagged(table, column["tokens"], column["tags"])
             return {"tokens": tokens, "tags": tags}, column
-    may_be_empty = ("prompt", "text") if layout in ("completion", "text") else ()
+    may_be_empty = ("prompt", "text") if layout in ("completion", "verdict", "text") else ()
     return {
         role: columns.read_texts(table, name, may_be_empty=role in may_be_empty)
         for role, name in column.items()
@@ -133,7 +140,7 @@ def _without_messages(table: Table, column: dict[Role, str], config: DataConfig)
                 f"data.columns: {table.name} has texts as prompts, which cannot have `{role}`; write prompt and "
                 "completion as lists of messages"
             )
-    return {role: name for role, name in column.items() if role in ("prompt", "completion")}
+    return {role: name for role, name in column.items() if role not in ("system", "tools")}
 
 
 def _check_same_form(rows: dict[Split, Rows]) -> None:

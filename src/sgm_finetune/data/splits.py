@@ -32,7 +32,8 @@ class DataSplits:
     """Three disjoint data sets.
 
     Columns by layout: labelled: text, label and perhaps text_pair; tagged: tokens, tags; pairs: source, target;
-    completion: prompt, completion; chat, ShareGPT and Alpaca: messages; text: text.
+    completion: prompt, completion; chat, ShareGPT and Alpaca: messages; text: text. Preferences have the chosen answer
+    as completion or as the end of messages, and beside it `rejected` in the same form, or a `label`: 1 for a good one.
     """
 
     train: datasets.Dataset

@@ -8,7 +8,7 @@ import torch
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.processes import processes
-from sgm_finetune.data.batches import divide_batch, num_predictions
+from sgm_finetune.data.batches import divide_batch, num_predictions, some_pairs
 from sgm_finetune.data.prepared import PreparedData
 
 
@@ -30,6 +30,9 @@ def probe_pieces(config: Config, batch: Mapping[str, torch.Tensor]) -> list[tupl
     """
     micro, _ = divide_batch(config, processes().num_processes)
     size = 1 if config.training.checkpointing else max(1, micro // 2)
-    pieces = [{k: x[at : at + size] for k, x in batch.items()} for at in range(0, len(batch["labels"]), size)]
+    if config.model.task == "preference":
+        pieces = [some_pairs(batch, at, size) for at in range(0, len(batch["labels"]) // 2, size)]
+    else:
+        pieces = [{k: x[at : at + size] for k, x in batch.items()} for at in range(0, len(batch["labels"]), size)]
     counts = [num_predictions(piece["labels"], config.model.task) for piece in pieces]
     return [(piece, count / sum(counts)) for piece, count in zip(pieces, counts, strict=True) if count]

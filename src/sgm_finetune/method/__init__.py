@@ -51,6 +51,8 @@
         running_norm: running_norm, clip_factor
     9.2 Stochastic rounding
         rounding: stochastic_round, rounding_seed
+    10. Losses of preferences
+        preference: dpo, ipo, orpo, simpo, kto, divergence, apo_zero, apo_down
 
 `plan` holds the data that sections 1 to 3 produce. Sections 5 and 8 change models: see `model` and `train/fast`.
 """

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
@@ -35,12 +36,14 @@ _AUTO: dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
     "seq2seq-lm": AutoModelForSeq2SeqLM,
+    "preference": AutoModelForCausalLM,
 }
 _MODELS: dict[str, Any] = {
     "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING,
     "sequence-classification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     "token-classification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     "seq2seq-lm": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    "preference": MODEL_FOR_CAUSAL_LM_MAPPING,
 }
 """Task -> class of a configuration -> class of its model."""
 
@@ -63,7 +66,8 @@ def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
     check_shards(folder)
     known = _MODELS[config.task]
     remote = _AUTO[config.task].__name__ in (getattr(described, "auto_map", None) or {})
-    if type(described) not in known and not remote:
+    is_encoder = type(described) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(described, "is_decoder", False)
+    if (type(described) not in known or (config.task == "preference" and is_encoder)) and not remote:
         raise UserError(
             f"model.task={config.task} does not fit model.name={config.name}, a {described.model_type}; "
             f"choose another task or model"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import TextStreamer, set_seed
 
-from sgm_finetune.base.config import Task
+from sgm_finetune.base.config import DECODER_TASKS, Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.chat import asked_text
 from sgm_finetune.data.conversations import Message
@@ -64,7 +64,7 @@ def answer(
 
 def generates_text(task: Task) -> bool:
     """Whether a model of this task answers with a text."""
-    return task in ("causal-lm", "seq2seq-lm")
+    return task in (*DECODER_TASKS, "seq2seq-lm")
 
 
 def encode_prompts(result: Result, prompts: Sequence[Prompt], raw: bool = False) -> list[list[int]]:
@@ -100,7 +100,7 @@ def prompt_ids(result: Result, prompt: Prompt, raw: bool = False) -> list[int]:
 
 def is_chat_model(result: Result) -> bool:
     """Whether the model was trained on conversations. An older file does not say; then: whether it has a template."""
-    if result.config.model.task != "causal-lm":
+    if result.config.model.task not in DECODER_TASKS:
         return False
     return "messages" in result.roles if result.roles else result.tokenizer.chat_template is not None
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from sgm_finetune.base.config import PreferenceConfig
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import by_length
 from sgm_finetune.data.encoding import IGNORED
@@ -21,8 +22,10 @@ from sgm_finetune.results.metrics import (
     regression_metrics,
     tagging_metrics,
 )
+from sgm_finetune.results.preference_metrics import preference_metrics
 from sgm_finetune.results.stops import model_stops
 from sgm_finetune.train.losses import Losses, Progress, TestSet, sum_losses
+from sgm_finetune.train.preference import score
 
 SHOWN_SAMPLES = 8
 """Generated answers that are kept with their prompt and reference."""
@@ -43,17 +46,26 @@ def evaluate_model(model: nn.Module, test_set: TestSet, progress: Progress = lam
 
     One class: `classification_metrics`. Sets of classes: `multilabel_metrics`. Numbers: `regression_metrics`. Tagged
     words: `tagging_metrics`. Language modelling: perplexity = exp(loss), num_tokens (predicted). All but the last have
-    `intervals`: name of a metric -> its 95 % interval.
+    `intervals`: name of a metric -> its 95 % interval. Preferences: `preference_metrics`.
     Raises UserError for a loss that is not finite.
     """
     encoded = test_set.encoded
+    if test_set.task == "preference":
+        scores = score(model, test_set, by_length(encoded), progress)
+        metrics = preference_metrics(scores, test_set.preference or PreferenceConfig(), test_set.is_base)
+        _require_finite(metrics["loss"])
+        return Evaluation(metrics, [None] * len(encoded))
     losses = sum_losses(model, test_set, by_length(encoded), progress)
     mean = losses.total / losses.count
-    if not math.isfinite(mean):
-        raise UserError(f"The evaluation's loss is {mean}; try model.dtype=float32")
+    _require_finite(mean)
     predictions = [losses.predictions[i] for i in range(len(encoded))]
     metrics = {"loss": mean, "num_examples": len(encoded)}
     return Evaluation({**metrics, **_task_metrics(test_set, predictions, losses)}, predictions)
+
+
+def _require_finite(mean: float) -> None:
+    if not math.isfinite(mean):
+        raise UserError(f"The evaluation's loss is {mean}; try model.dtype=float32")
 
 
 def evaluate_answers(
@@ -64,7 +76,8 @@ def evaluate_answers(
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Lets `model` answer the first `num_generated` test examples; returns the metrics of its answers, and a few
-    samples. Returns {} where none are asked for or the data has no answers."""
+    samples. Of preferences it is the mean length of the answers in tokens. Returns {} where none are asked for or the
+    data has no answers."""
     number = min(num_generated, len(test_set.encoded))
     if not number or not has_answers(test_set.encoded, test_set.task):
         return {}
@@ -79,7 +92,11 @@ def evaluate_answers(
         {"prompt": prompt, "reference": reference, "answer": answer}
         for (prompt, reference), answer in zip(texts[:SHOWN_SAMPLES], answers, strict=False)
     ]
-    metrics = answer_metrics(answers, [reference for _, reference in texts])
+    if test_set.task == "preference":  # nearness to one good answer is not what it aims at
+        ids = tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]
+        metrics = {"answer_tokens": sum(map(len, ids)) / number}
+    else:
+        metrics = answer_metrics(answers, [reference for _, reference in texts])
     return {**metrics, "num_generated": number, "samples": samples}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgm_finetune.base.config import Task
+from sgm_finetune.base.config import DECODER_TASKS, Task
 from sgm_finetune.data.batches import longest_first
 from sgm_finetune.data.questions import Question, answer_limit
 from sgm_finetune.results.sampling import GREEDY
@@ -66,7 +66,7 @@ def continue_ids(
     Decoding is greedy unless `options` of Transformers' `generate` say otherwise, and follows everything else in the
     model's `generation_config`. The longest prompts come first, `batch_size` at a time. The model's mode is restored.
     """
-    device, is_decoder = next(model.parameters()).device, task == "causal-lm"
+    device, is_decoder = next(model.parameters()).device, task in DECODER_TASKS
     order = longest_first([len(prompt) for prompt in prompts])
     answers: dict[int, list[int]] = {}
     if stops.texts:

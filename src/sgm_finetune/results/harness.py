@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from sgm_finetune.base.config import DECODER_TASKS
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
 from sgm_finetune.base.text import first_line
@@ -23,7 +24,7 @@ def check_harness(tasks: Sequence[str], task: str) -> None:
     """Raises UserError if the harness is not installed, does not know a task, or cannot run the model."""
     if not tasks:
         return
-    if task != "causal-lm":
+    if task not in DECODER_TASKS:
         raise UserError(
             f"evaluation.harness evaluates a language model and does not go with model.task={task}; leave it out"
         )

@@ -13,7 +13,8 @@ class Metric:
     key: str
     """Key in metrics.json."""
     name: str
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True
+    """None: neither end is better."""
     baseline: str | None = None
     """Key of the value that always naming the most frequent class reaches."""
     digits: int = 4
@@ -31,6 +32,11 @@ METRICS = (
     Metric("exact_match", "exact match", digits=3),
     Metric("rouge_l", "ROUGE-L", digits=3),
     Metric("bleu", "BLEU", digits=1),
+    Metric("preference_accuracy", "preference accuracy"),
+    Metric("preference_margin", "preference margin", digits=3, unit="nats a token"),
+    Metric("reward_accuracy", "reward accuracy"),
+    Metric("reward_margin", "reward margin", digits=3),
+    Metric("answer_tokens", "length of answers", higher_is_better=None, digits=1, unit="tokens"),
     Metric("perplexity", "perplexity", higher_is_better=False, digits=3),
     Metric("loss", "loss", higher_is_better=False, unit="nats"),
 )

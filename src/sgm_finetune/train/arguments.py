@@ -82,7 +82,7 @@ def _arguments(config: Config, folder: Path, steps: int, world_size: int, **what
         bf16=False,
         disable_tqdm=True,
         dataloader_pin_memory=has_gpu(),
-        remove_unused_columns=True,
+        remove_unused_columns=config.model.task != "preference",  # the model does not read all of their columns
         ddp_find_unused_parameters=False,
         ddp_backend="gloo" if world_size > 1 and not has_gpu() else None,
         **what,

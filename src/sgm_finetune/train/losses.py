@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from sgm_finetune.base.config import Task
+from sgm_finetune.base.config import PreferenceConfig, Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import first_line
 from sgm_finetune.data.batches import num_predictions
@@ -37,6 +37,10 @@ class TestSet:
     """Names of the classes or tags."""
     head_loss: HeadLoss | None = None
     """Computes a language model's loss without all of its logits (docs/method.md section 8)."""
+    preference: PreferenceConfig | None = None
+    """The loss of preferences (train/preference.py)."""
+    is_base: bool = False
+    """Whether the tested model is the base, with which the loss of preferences compares."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -30,12 +30,13 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from sgm_finetune.base.config import Config, Task
+from sgm_finetune.base.config import Config, PreferenceConfig, Task
 from sgm_finetune.base.errors import NotFiniteError, UserError
 from sgm_finetune.base.files import writing
 from sgm_finetune.base.processes import sum_over_processes
 from sgm_finetune.base.untrusted import refuse, rehearse_torch, require_json_object
 from sgm_finetune.data.batches import LengthGroupedSampler, by_length
+from sgm_finetune.data.encoding import sequence_lengths
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.train.adapters.apply import tie
 from sgm_finetune.train.adapters.optimizer import create_optimizer
@@ -56,6 +57,8 @@ from sgm_finetune.train.full.changed import load_trained_into, save_trained, tra
 from sgm_finetune.train.full.optimizers import make_optimizers
 from sgm_finetune.train.full.update import BackwardUpdates
 from sgm_finetune.train.losses import Collator, TestSet, sum_losses, summed_loss
+from sgm_finetune.train.preference import PreferenceLoss, score
+from sgm_finetune.train.preference import summed_loss as preference_loss
 
 _OWN_LOSS: tuple[Task, ...] = ("token-classification", "seq2seq-lm")
 
@@ -67,7 +70,8 @@ class SGMTrainer(Trainer):
     the whole batch. `global_batch_size` is the number of examples in a step over all processes; with it, batches hold
     examples of similar length and do not depend on the number of processes. `head_loss` computes a language model's
     loss without all of its logits. `updates` is the optimizer of whole matrices, which steps in the backward pass; a
-    checkpoint then holds what it trains, and nothing else of the model.
+    checkpoint then holds what it trains, and nothing else of the model. `preference` is the loss of the task
+    `preference`.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class SGMTrainer(Trainer):
         global_batch_size: int | None = None,
         head_loss: HeadLoss | None = None,
         updates: BackwardUpdates | None = None,
+        preference: PreferenceConfig | None = None,
         **kwargs: Any,
     ):
         if updates is not None:
@@ -92,8 +97,9 @@ class SGMTrainer(Trainer):
         self.add_callback(self.meter)
         self.plan, self.global_batch_size = plan, global_batch_size
         self.task: Task | None = task
-        if task == "sequence-classification":
-            # one label an example: micro-batches of equal size average, whether the model takes num_items or not
+        self.preference = PreferenceLoss(preference or PreferenceConfig(), head_loss) if task == "preference" else None
+        if task in ("sequence-classification", "preference"):
+            # one term an example: micro-batches of equal size average, whether the model takes num_items or not
             self.model_accepts_loss_kwargs = False
         elif task in _OWN_LOSS or head_loss is not None:
             self.model_accepts_loss_kwargs = True  # so that labels are counted over the whole batch
@@ -106,9 +112,19 @@ class SGMTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.global_batch_size is None or "input_ids" not in getattr(dataset, "column_names", ()):
             return super()._get_train_sampler(train_dataset)
-        lengths = [len(ids) for ids in dataset["input_ids"]]  # type: ignore[index]
+        lengths = sequence_lengths(dataset)  # type: ignore[arg-type]
         self._epoch.sampler = LengthGroupedSampler(lengths, self.global_batch_size, self.args.seed)
         return self._epoch.sampler
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step. Those of KTO get `moved`, which is estimated on the whole batch."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.preference is not None and not self.preference.settings.has_pairs:
+            found = [self.preference.moved(self.model, self._prepare_inputs(batch)) for batch in batches]  # type: ignore[arg-type]
+            total, number = sum_over_processes(sum(float(x.sum()) for x in found), float(sum(map(len, found))))
+            for batch in batches:
+                batch["moved"] = torch.tensor(max(0.0, total / max(1.0, number)), device=device)
+        return batches, count
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -119,6 +135,8 @@ class SGMTrainer(Trainer):
         `num_items_in_batch`, the number of labels in the whole batch.
         """
         outputs: Any = None
+        if self.preference is not None:
+            return self.preference.mean(model, inputs)
         if num_items_in_batch is not None and self.head_loss is not None:
             batch = {key: value for key, value in inputs.items() if key != "labels"}
             total, _ = self.head_loss(model, batch, inputs["labels"])
@@ -143,8 +161,15 @@ class SGMTrainer(Trainer):
         share = by_length(dataset)[self.args.process_index :: self.args.world_size]
         size, largest_share = self.args.per_device_eval_batch_size, -(-len(dataset) // self.args.world_size)
         test_set = TestSet(dataset, self.data_collator, self.task, size, head_loss=self.head_loss)
-        losses = sum_losses(model, test_set, share, num_batches=-(-largest_share // size))
-        total, count = sum_over_processes(losses.total, float(losses.count))
+        num_batches = -(-largest_share // size)
+        if self.preference is not None:
+            scores = score(
+                model, replace(test_set, preference=self.preference.settings), share, num_batches=num_batches
+            )
+            total, count = preference_loss(scores, self.preference.settings, sum_over_processes)
+        else:
+            losses = sum_losses(model, test_set, share, num_batches=num_batches)
+            total, count = sum_over_processes(losses.total, float(losses.count))
         metrics = {f"{metric_key_prefix}_loss": total / count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -342,6 +367,7 @@ def make_trainer(job: TrainingJob, callbacks: Sequence[TrainerCallback]) -> SGMT
         global_batch_size=training.batch_size,
         head_loss=job.head_loss,
         updates=updates,
+        preference=job.config.preference,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

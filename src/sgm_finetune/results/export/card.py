@@ -21,12 +21,14 @@ from sgm_finetune.results.report.usage import head_arguments
 
 _PIPELINES = {
     "causal-lm": "text-generation",
+    "preference": "text-generation",
     "sequence-classification": "text-classification",
     "token-classification": "token-classification",
 }
 """Task -> the hub's name for it."""
 _AUTO = {
     "causal-lm": "AutoModelForCausalLM",
+    "preference": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",

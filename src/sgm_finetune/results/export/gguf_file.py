@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from sgm_finetune.base.config import DECODER_TASKS
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.results.export.answer_check import result_stops
 from sgm_finetune.results.export.gguf_vocabulary import Vocabulary, read_vocabulary
@@ -34,7 +35,7 @@ ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3"
 
 def check_exportable(result: Result, config: PreTrainedConfig) -> Vocabulary:
     """Returns the tokenizer as GGUF stores it. Raises UserError for a result that SGM cannot write as GGUF."""
-    if result.config.model.task != "causal-lm":
+    if result.config.model.task not in DECODER_TASKS:
         raise UserError(
             f"--to gguf needs model.task=causal-lm, and this is {result.config.model.task}; take --to merged"
         )

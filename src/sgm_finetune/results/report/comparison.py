@@ -168,6 +168,8 @@ def _comparable_metrics(runs: Sequence[Run], alike: Sequence[bool]) -> list[Metr
 def _metric_row(metric: Metric, runs: Sequence[Run], alike: Sequence[bool]) -> Row:
     values = tuple(_number(run.metrics["after"].get(metric.key)) for run in runs)
     texts = tuple(decimal(value, metric.digits) for value in values)
+    if metric.higher_is_better is None:
+        return Row(metric.name, values, texts)
     better = "higher" if metric.higher_is_better else "lower"
     return Row(metric.name, values, texts, better, _best(metric, values, alike))
 
@@ -231,7 +233,7 @@ def _verdict(
             break
     else:
         return "These runs have no metric in common, so none is called better.", []
-    first, second = sorted(known, key=known.__getitem__, reverse=metric.higher_is_better)[:2]
+    first, second = sorted(known, key=known.__getitem__, reverse=bool(metric.higher_is_better))[:2]
     digits = metric.digits
     if known[first] == known[second]:
         return f"{names[first]} and {names[second]} are equal: {metric.name} {decimal(known[first], digits)}.", []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sgm_finetune.base.config import DECODER_TASKS
 from sgm_finetune.results.outcomes import SHOWN_SORTS, SORTS
 from sgm_finetune.results.report.formats import count
 from sgm_finetune.results.report.run_files import Run
@@ -26,7 +27,7 @@ def examples_section(run: Run) -> dict[str, Any]:
     kind = "class"
     if "r2" in run.metrics["after"]:
         kind = "number"
-    elif run.config.model.task in ("causal-lm", "seq2seq-lm"):
+    elif run.config.model.task in (*DECODER_TASKS, "seq2seq-lm"):
         kind = "answer"
     words: dict[str, str] = dict(zip(SORTS, _WORDS[kind], strict=True))
     by_class = run.examples.get("by_class") or {}

@@ -44,11 +44,12 @@ def _headline(metric: Metric, before: Mapping[str, Any], after: Mapping[str, Any
     if finite(old) and finite(new):
         difference = round(new, digits) - round(old, digits)
         change = ("+" if difference > 0 else "") + decimal(difference, digits)
-        better = None if round(difference, digits) == 0 else (difference > 0) == metric.higher_is_better
+        if metric.higher_is_better is not None and round(difference, digits) != 0:
+            better = (difference > 0) == metric.higher_is_better
     notes = [metric.unit] if metric.unit else []
     if metric.baseline is not None:
         notes.append(f"always naming the most frequent class: {decimal(after.get(metric.baseline), digits)}")
-    if not metric.higher_is_better:
+    if metric.higher_is_better is False:
         notes.append("lower is better")
     if finite(new) and (interval := interval_of(after, metric.key)) is not None:
         notes.insert(0, f"95 % interval {decimal(interval[0], digits)} to {decimal(interval[1], digits)}")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sgm_finetune.base.config import Config, Task
+from sgm_finetune.base.config import DECODER_TASKS, Config, Task
 
 
 class Command(NamedTuple):
@@ -25,7 +25,7 @@ def commands(config: Config, folder: Path) -> list[Command]:
         Command("Evaluate it again on the test data", f"sgm evaluate {here}"),
         Command("Ask it a question, before and after fine-tuning", f'sgm generate --prompt "..." --compare {here}'),
     ]
-    if config.model.task == "causal-lm":
+    if config.model.task in DECODER_TASKS:
         found += [
             Command("Chat with it", f"sgm chat {here}"),
             Command("Export it for llama.cpp and Ollama", f"sgm export --to gguf {here}"),
@@ -43,6 +43,7 @@ _NAMED_CLASSES = 30
 """More classes than these are not named in the lines to copy."""
 _AUTO_CLASSES: dict[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
+    "preference": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",

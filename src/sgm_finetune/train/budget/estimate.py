@@ -127,7 +127,8 @@ class _Estimator:
         self.num_processes = processes().num_processes
         self.follower = Follower(config, prepared, model)
         largest = max(self.follower.micro_batch_size, config.training.eval_batch_size)
-        num_tokens = largest * max(map(max, self.follower.lengths.values()))
+        rows = 2 if config.model.task == "preference" else 1
+        num_tokens = rows * largest * max(map(max, self.follower.lengths.values()))
         in_parts = self.follower.head_loss is not None
         self.weights = count_weights(config, prepared, model, self.matrices, num_tokens, in_parts)
 
@@ -312,7 +313,7 @@ class _Estimator:
             return speed.seconds(work.flops, work.traffic) / work.tokens
 
         size = {name: len(lengths) for name, lengths in self.follower.lengths.items()}
-        tokens = {name: sum(lengths) / len(lengths) for name, lengths in self.follower.lengths.items()}
+        tokens = {name: number / size[name] for name, number in self.follower.num_tokens.items()}
         training, probe = self.config.training, self.config.probe
 
         def tested(work: Work, split: str, number: int) -> float:
@@ -327,13 +328,16 @@ class _Estimator:
             reads.seconds(reads.step * self.follower.num_micro_batches),
         )
         validate = tested(works.validate, "validation", math.ceil(size["validation"] / self.num_processes))
-        trials = {}
+        reference, trials = {}, {}
+        if self.config.model.task == "preference" and self.config.preference.has_reference:
+            reference = {"reference": per_token(works.test) * sum(self.follower.num_tokens.values())}
         if training.learning_rate == "auto":
             trial = trial_size(self.config, size["train"])
             held_out = tested(works.validate, "train", math.ceil(trial.num_held_out / self.num_processes))
             trials = {"rate_trials": FEWEST * (trial.steps * one_step + held_out)}
         probed = per_token(works.probe) * tokens["train"] * num_probed
         seconds = {
+            **reference,
             "probe": max(probed, reads.seconds(math.ceil(num_pieces) * reads.step)) if probed else 0.0,
             **trials,
             "train": steps * one_step + num_validations * validate,

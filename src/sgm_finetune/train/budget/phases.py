@@ -17,7 +17,15 @@ from transformers import PreTrainedModel
 
 from sgm_finetune.base.config import Config, Optimizer
 from sgm_finetune.base.processes import processes
-from sgm_finetune.data.batches import LengthGroupedSampler, divide_batch, longest_first, num_predictions, num_steps
+from sgm_finetune.data.batches import (
+    PAIR_COLUMNS,
+    LengthGroupedSampler,
+    divide_batch,
+    longest_first,
+    num_predictions,
+    num_steps,
+)
+from sgm_finetune.data.encoding import num_tokens, sequence_lengths
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.data.questions import answer_limit, has_answers, questions
 from sgm_finetune.measure.probe import following, readers_of_same_activations
@@ -28,6 +36,7 @@ from sgm_finetune.train.budget.repeats import Block, NotAlikeError, Repeats, blo
 from sgm_finetune.train.fast.prepare import prepare_base
 from sgm_finetune.train.full.optimizers import update_bytes
 from sgm_finetune.train.losses import summed_loss
+from sgm_finetune.train.preference import PreferenceLoss
 
 _NUM_EPOCHS = 3
 """Epochs whose batches are looked at for the largest one."""
@@ -60,14 +69,19 @@ class Follower:
         self.micro_batch_size, self.num_micro_batches = divide_batch(config, processes().num_processes)
         self.vocabulary_size = getattr(model.config.get_text_config(), "vocab_size", -1)
         splits = {name: getattr(prepared, name).dataset for name in ("train", "validation", "test")}
-        self.lengths = {name: [len(ids) for ids in dataset["input_ids"]] for name, dataset in splits.items()}
-        """Split -> number of tokens of each example."""
+        self.lengths = {name: sequence_lengths(dataset) for name, dataset in splits.items()}
+        """Split -> number of tokens of each example, of the longer sequence if it has two."""
+        self.num_tokens = {name: num_tokens(dataset) for name, dataset in splits.items()}
+        """Split -> number of tokens of all sequences."""
         first, _ = self._longest_batch("train", min(2, len(prepared.train.dataset)))
         self._blocks: dict[nn.Module, list[list[Block]]] = {}
         self.may_repeat = self._can_repeat(first)
         blocks = self._block_lists(model) if self.may_repeat else []
         with Footprint(num_selected=len(first["input_ids"])) as footprint, repeating(model, footprint, blocks):
             self.head_loss = prepare_base(config, model, (), first).head_loss
+        self.preference = (
+            PreferenceLoss(config.preference, self.head_loss) if config.model.task == "preference" else None
+        )
 
     def test(self, split: str, model: nn.Module) -> Work:
         """The loss of the longest batch of `split`, without gradients."""
@@ -114,6 +128,7 @@ class Follower:
         batches = probe_batches(self.config, self.prepared)
         pieces = [piece for batch in batches for piece, _ in probe_pieces(self.config, batch)]
         batch, predicted = self._without_numbers(max(pieces, key=lambda piece: piece["input_ids"].numel()))
+        predicted = self._at_once(predicted)
 
         def run(repeats: Repeats) -> int:
             with following(self.model, self.config.probe.sketch_size, self.config.probe.seed) as sketch_bytes:
@@ -124,14 +139,18 @@ class Follower:
         return _work(needed, batch["input_ids"].numel()), 2 * num_bytes
 
     def step(self, model: nn.Module) -> Work:
-        """The forward and backward pass of the largest micro-batch, beside the gradients of earlier ones."""
+        """The forward and backward pass of the largest micro-batch, beside the gradients of earlier ones. KTO first
+        computes the other answers."""
         batch, predicted = self._largest_micro_batch()
+        predicted = self._at_once(predicted)
         offload = self.config.training.checkpointing == "offload"
         own = self.head_loss is None and self.config.model.task in ("causal-lm", "sequence-classification")
 
         def run(_: Repeats) -> None:
             model.train()
             with saved_elsewhere() if offload else nullcontext():
+                if self.preference is not None and not self.preference.settings.has_pairs:
+                    self.preference.moved(model, batch)
                 loss = model(**batch).loss if own else self._loss(model, batch)
                 loss.backward()
 
@@ -164,7 +183,7 @@ class Follower:
         footprint, blocks = Footprint(num_selected=len(batch["input_ids"])), self._block_lists(self.model)
         try:
             with footprint, repeating(self.model, footprint, blocks) as repeats, torch.no_grad():
-                self.model(**batch)
+                self.model(**{name: x for name, x in batch.items() if name not in PAIR_COLUMNS})
                 repeats.total()
         except Exception:  # whatever the model's code raises, the whole model may run
             return False
@@ -216,9 +235,17 @@ class Follower:
                     largest, most = indices, num_tokens
         return self._without_numbers(self.prepared.collate([dataset[i] for i in largest]))
 
+    def _at_once(self, predicted: int) -> int:
+        """The predictions of a batch that are computed together: KTO's two halves are not."""
+        halves = self.preference is not None and not self.preference.settings.has_pairs
+        return max(1, predicted // 2) if halves else predicted
+
     def _without_numbers(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         """The batch on device "meta", and the number of its predictions."""
-        predicted = num_predictions(batch["labels"], self.config.model.task)
+        is_preference = self.config.model.task == "preference"  # whose head predicts tokens, and whose loss pairs
+        predicted = num_predictions(batch["labels"], "causal-lm" if is_preference else self.config.model.task)
+        if is_preference and self.config.preference.has_reference:
+            batch = {**batch, "reference": torch.zeros(len(batch["labels"]))}
         return {name: tensor.to("meta") for name, tensor in batch.items()}, max(1, predicted)
 
     def _footprint(self, model: nn.Module, predicted: int) -> Footprint:
@@ -226,6 +253,8 @@ class Follower:
 
     def _loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         task = self.config.model.task
+        if self.preference is not None:
+            return self.preference.mean(model, batch)
         if self.head_loss is not None:
             return self.head_loss.mean(model, batch)
         labels = batch["labels"]

@@ -25,7 +25,7 @@ SLICE = {"cpu": 2**12}
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Σ (log Σ exp z − z[y]) with z = W h, summed in float32. h: (n, d). W: (vocabulary, d), frozen. y: (n,).
+    """log Σ exp z − z[y] with z = W h, in float32: (n,). h: (n, d). W: (vocabulary, d), frozen. y: (n,).
 
     With q = softmax(z) over all words but y and p = softmax(z)[y], the gradient is (1 − p)(Σ q W − W[y]). The sums are
     over slices of the vocabulary, in float32: what an earlier slice added is scaled when a larger z is found.
@@ -33,31 +33,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         device = hidden.device.type if hidden.device.type in NUM_LOGITS else "cpu"
         width = min(len(weight), SLICE.get(device, len(weight)))
         size = max(1, NUM_LOGITS[device] // width)
         for first in range(0, len(hidden), size):
             rows = slice(first, first + size)
-            loss, found = _loss_and_gradient(hidden[rows], weight, labels[rows], width, gradient is not None)
-            total += loss
+            losses[rows], found = _loss_and_gradient(hidden[rows], weight, labels[rows], width, gradient is not None)
             if gradient is not None and found is not None:
                 gradient[rows] = found
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None, None
+        return gradient * gradients[0].to(gradient.dtype)[:, None], None, None
 
 
 def _loss_and_gradient(
     hidden: Tensor, weight: Tensor, labels: Tensor, width: int, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The summed loss of a few rows, and its gradient in float32; `width` rows of `weight` are read at a time."""
+    """The loss of each of a few rows, and its gradient in float32; `width` rows of `weight` are read at a time."""
     targets = labels[:, None]
     column = torch.zeros(len(hidden), 1, dtype=torch.float32, device=hidden.device)
     own, most, total = column, torch.full_like(column, torch.finfo(torch.float32).min), column
@@ -82,7 +81,7 @@ def _loss_and_gradient(
     normaliser = torch.logaddexp(rest, own)
     if mean is not None:
         mean.div_(total).sub_(right).mul_((rest - normaliser).exp())
-    return (normaliser - own).sum(), mean
+    return (normaliser - own).squeeze(-1), mean
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, int]:
@@ -91,17 +90,31 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
     hidden: (batch, length, d). weight: (vocabulary, d). labels: (batch, length). Raises NotImplementedError when
     `weight` is trained.
     """
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError("a trained output layer gets no gradient from a loss computed in parts")
+    _require_frozen(weight)
     targets = labels[:, 1:]
     counted = targets != IGNORED
     rows = hidden[:, :-1][counted]
     return cross_entropy_in_parts(rows, weight, targets[counted]), len(rows)
 
 
+def row_log_probabilities(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The log-probability in nats of the labels of each sequence, as `linear_cross_entropy` computes it: (batch,)."""
+    _require_frozen(weight)
+    targets = labels[:, 1:]
+    counted = targets != IGNORED
+    losses: Any = _LinearCrossEntropy.apply(hidden[:, :-1][counted], weight, targets[counted])
+    return -losses.new_zeros(targets.shape).masked_scatter(counted, losses).sum(-1)
+
+
 def cross_entropy_in_parts(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The summed loss in nats of hidden states (n, d) and their next labels (n,), none of them ignored."""
-    return _LinearCrossEntropy.apply(rows, weight, targets)  # type: ignore[return-value]
+    losses: Any = _LinearCrossEntropy.apply(rows, weight, targets)
+    return losses.sum()
+
+
+def _require_frozen(weight: Tensor) -> None:
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError("a trained output layer gets no gradient from a loss computed in parts")
 
 
 class HeadLoss:
@@ -113,9 +126,15 @@ class HeadLoss:
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, int]:
         """The summed loss in nats, and the number of predictions. `model` may be wrapped; its own logits are computed
         for no position, so that its output layer is not read."""
-        nowhere = torch.zeros(0, dtype=torch.long, device=labels.device)
-        hidden, _ = _run_decoder(model, self.decoder, {**batch, "logits_to_keep": nowhere})
-        return linear_cross_entropy(hidden, self.head.weight, labels)
+        return linear_cross_entropy(self._hidden(model, batch), self.head.weight, labels)
+
+    def by_row(self, model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """The log-probability in nats of the labels of each sequence: (batch,)."""
+        return row_log_probabilities(self._hidden(model, batch), self.head.weight, labels)
+
+    def _hidden(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        nowhere = torch.zeros(0, dtype=torch.long, device=batch["input_ids"].device)
+        return _run_decoder(model, self.decoder, {**batch, "logits_to_keep": nowhere})[0]
 
     def mean(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """The mean loss of a batch, which holds its labels, in nats."""

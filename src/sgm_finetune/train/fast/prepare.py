@@ -9,8 +9,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sgm_finetune.base.config import Config
+from sgm_finetune.base.config import DECODER_TASKS, Config
 from sgm_finetune.base.device import has_gpu
+from sgm_finetune.data.batches import PAIR_COLUMNS
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.attention import recompute_attention
 from sgm_finetune.train.fast.gated_mlp import recompute_mlps
@@ -43,6 +44,7 @@ def prepare_base(
     if config.training.step == "peft":
         return FastBase(None, [])
     remarks = []
+    batch = {name: x for name, x in batch.items() if name not in PAIR_COLUMNS}
     beginning = {name: x[:, :_COLUMNS] if x.dim() == 2 else x for name, x in batch.items()}
     beginning = {name: x.to(model.device) for name, x in beginning.items()}
     if has_gpu() and model.device.type != "cpu":
@@ -53,7 +55,7 @@ def prepare_base(
         remarks.append("Transformers' own code computes attention: this model's has dropout, or more than a mask")
     if not has_gpu() and not config.training.checkpointing:
         recompute_mlps(model, beginning)
-    if config.model.task != "causal-lm":
+    if config.model.task not in DECODER_TASKS:
         return FastBase(None, remarks)
     found, also = None, set(config.adapter.also)
     tied = model.get_input_embeddings().weight is getattr(model.get_output_embeddings(), "weight", None)

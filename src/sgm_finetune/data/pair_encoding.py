@@ -1,0 +1,196 @@
+"""Encodes preferences: two token sequences an example, which begin with the same prompt.
+
+The sequence with the chosen answer is in the columns of a language model's example, so that whatever reads those reads
+it. The rejected answer is in `other_ids` and `other_labels`. A single answer with a label has `desirable` beside it,
+and as its other sequence its prompt with the answer to another one: KTO estimates from it how far the model has moved.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.data.chat import asked_text, needs_template, written_answers
+from sgm_finetune.data.conversations import Message
+from sgm_finetune.data.encoding import (
+    IGNORED,
+    TOKEN_FEATURES,
+    Encoded,
+    all_lost,
+    check_lengths,
+    end_of_sequence,
+    in_parts,
+    in_row,
+    token_dataset,
+    token_ids,
+    with_end,
+)
+from sgm_finetune.data.rows import Origin
+from sgm_finetune.data.token_lists import TokenLists
+from sgm_finetune.data.tokens import learnt_tokens, num_common
+
+_FEATURES = datasets.Features(
+    {**TOKEN_FEATURES, "other_ids": TOKEN_FEATURES["labels"], "other_labels": TOKEN_FEATURES["labels"]}
+)
+_MOST_SHARED = 8
+"""Tokens before an answer that may differ between the two sequences: a token can reach over the prompt's end."""
+
+
+class Answer(NamedTuple):
+    """The tokens of a prompt and its answer, and the labels: a token itself where it is learnt, else IGNORED."""
+
+    ids: list[int]
+    labels: list[int]
+
+    @property
+    def begin(self) -> int:
+        """The number of tokens before the first learnt one."""
+        return next((at for at, label in enumerate(self.labels) if label != IGNORED), len(self.labels))
+
+    def learnt_from(self, begin: int) -> Answer:
+        """The same with the tokens from `begin` on learnt, up to the first learnt one."""
+        return Answer(self.ids, [*self.labels[:begin], *self.ids[begin : self.begin], *self.labels[self.begin :]])
+
+    def cut(self, length: int) -> Answer:
+        return Answer(self.ids[:length], self.labels[:length])
+
+
+def encode_preferences(
+    split: datasets.Dataset, tokenizer: Any, max_length: int, origins: Sequence[Origin] | None
+) -> Encoded:
+    """`split` as pairs of token sequences of at most `max_length` tokens; longer ones are cut at the end.
+
+    An example is dropped if its prompt fills `max_length`, or if its two answers are equal up to there. Raises
+    UserError when none is left, and for a conversation that the chat template refuses.
+    """
+    has_pairs = "rejected" in split.column_names
+    first = list(_answers(split, "messages", "completion", tokenizer, max_length, origins))
+    if has_pairs:
+        second = list(_answers(split, "rejected", "rejected", tokenizer, max_length, origins))
+        pairs = [_with_one_prompt(*pair, origins, at) for at, pair in enumerate(zip(first, second, strict=True))]
+    else:
+        pairs = _with_other_answers(first)
+    columns = {name: TokenLists() for name in ("input_ids", "other_ids", "other_labels")}
+    labels, kept, num_truncated, longest = TokenLists(), [], 0, 0
+    for at, (answer, other) in enumerate(pairs):
+        longest = max(longest, answer.begin)
+        is_long = max(len(answer.ids), len(other.ids)) > max_length
+        if max(answer.begin, 1) >= max_length:  # the first token of a sequence is never predicted
+            continue
+        answer, other = answer.cut(max_length), other.cut(max_length)
+        if has_pairs and answer.ids == other.ids:
+            continue
+        num_truncated += is_long
+        kept.append(at)
+        for name, values in zip(columns, (answer.ids, other.ids, other.labels), strict=True):
+            columns[name].append(values)
+        labels.append(answer.labels)
+    if not kept:
+        raise all_lost(len(pairs), max_length, longest)
+    dataset = token_dataset(columns, labels, _FEATURES)
+    if not has_pairs:
+        verdicts = split["label"][:]
+        dataset = dataset.add_column(
+            "desirable",
+            [verdicts[at] for at in kept],
+            feature=datasets.Value("int8"),  # type: ignore[call-arg]
+        )
+    return Encoded(dataset, num_truncated, len(pairs) - len(kept))
+
+
+def _answers(
+    split: datasets.Dataset,
+    messages: str,
+    text: str,
+    tokenizer: Any,
+    max_length: int,
+    origins: Sequence[Origin] | None,
+) -> Iterator[Answer]:
+    """The answer in each row: at the end of the conversation in the column `messages`, or in the column `text`."""
+    if "messages" not in split.column_names:
+        yield from _answer_texts(split["prompt"][:], split[text][:], tokenizer, max_length)
+        return
+    conversations = split[messages][:]
+    tools = split["tools"][:] if "tools" in split.column_names else [None] * len(conversations)
+    rows = enumerate(zip(conversations, tools, strict=True))
+    if tokenizer.chat_template is None:
+        plain = [_plain_question(turns, offered, tokenizer, origins, at) for at, (turns, offered) in rows]
+        yield from _answer_texts([asked for asked, _ in plain], [said for _, said in plain], tokenizer, max_length)
+        return
+    for at, (turns, offered) in rows:
+        try:
+            written = written_answers(turns, tokenizer, offered)
+            if len(written) > 1:
+                raise UserError(
+                    "This model's chat template changes earlier answers when later ones follow; let the two "
+                    "conversations differ in their last answer only"
+                )
+        except UserError as error:
+            raise in_row(error, origins, at) from None
+        ((whole, spans),) = written
+        check_lengths([whole], max_length)
+        ids, learnt = learnt_tokens(whole, spans, tokenizer)
+        yield Answer(ids, [token if counts else IGNORED for token, counts in zip(ids, learnt, strict=True)])
+
+
+def _answer_texts(prompts: Sequence[str], answers: Sequence[str], tokenizer: Any, max_length: int) -> Iterator[Answer]:
+    """Prompt and answer, tokenised as one text. A token across their border belongs to the answer."""
+    eos = end_of_sequence(tokenizer)
+    for column in (prompts, answers):
+        check_lengths(in_parts(column), max_length)
+    whole = token_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
+    for prompt, ids in zip(token_ids(tokenizer, prompts), whole, strict=True):
+        ids = with_end(ids, eos)
+        begin = num_common(prompt, ids)
+        yield Answer(ids, [IGNORED] * begin + ids[begin:])
+
+
+def _plain_question(
+    turns: list[Message], tools: list[dict] | None, tokenizer: Any, origins: Sequence[Origin] | None, at: int
+) -> tuple[str, str]:
+    """A question and its answer as texts, for a tokenizer without a chat template."""
+    if tools or [said["role"] for said in turns] != ["user", "assistant"] or "tool_calls" in turns[1]:
+        raise in_row(UserError(needs_template(len(turns))), origins, at)
+    return asked_text(turns[:1], tokenizer), turns[1]["content"]
+
+
+def _with_one_prompt(
+    chosen: Answer, rejected: Answer, origins: Sequence[Origin] | None, at: int
+) -> tuple[Answer, Answer]:
+    """The two answers with the same tokens before them; what differs is learnt."""
+    nearest = min(chosen.begin, rejected.begin)
+    begin = min(nearest, num_common(chosen.ids, rejected.ids))
+    if nearest - begin > _MOST_SHARED:
+        problem = "This model's chat template writes the prompt differently before the two answers; remove the row"
+        raise in_row(UserError(problem), origins, at)
+    return chosen.learnt_from(begin), rejected.learnt_from(begin)
+
+
+def _with_other_answers(found: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
+    """Each answer, and its prompt with the answer to another prompt, wherever there is one."""
+    others = _elsewhere([tuple(one.ids[: one.begin]) for one in found])
+    return [
+        (one, Answer([*prompt, *other.ids[other.begin :]], [IGNORED] * len(prompt) + other.labels[other.begin :]))
+        for one, index in zip(found, others, strict=True)
+        for prompt, other in [(one.ids[: one.begin], found[index])]
+    ]
+
+
+def _elsewhere(prompts: Sequence[tuple[int, ...]]) -> list[int]:
+    """For each row the index of a row with another prompt, each index once. Of a prompt that more than half of the rows
+    have, some rows get one of their own.
+
+    >>> _elsewhere([(1,), (1,), (2,), (3,)])
+    [2, 3, 0, 1]
+    """
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)
+    counts = Counter(prompts)
+    most = max(counts.values()) if len(counts) > 1 else 1
+    found = [0] * len(prompts)
+    for place, row in enumerate(order):
+        found[row] = order[(place + most) % len(prompts)]
+    return found
