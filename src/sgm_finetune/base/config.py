@@ -465,7 +465,8 @@ class TrainingConfig(_Section):
     """Peak learning rate. spectral: the RMS-to-RMS norm of the change that one step makes to a weight matrix, for every
     model (null: 0.0125 for up to 120 steps from rank 8 on; more below rank 8, less for more steps). adamw: AdamW's
     learning rate (null: 1e-3). auto: short trials choose it before the training, by their loss on training examples
-    that they leave out (docs/method.md 6.1). Whole matrices (`adapter.kind: full`): null is 2e-5."""
+    that they leave out (docs/method.md 6.1). Whole matrices (`adapter.kind: full`): null is 2e-5; a
+    classification head then learns at 1e-3, or at this rate if it is larger."""
     warmup_fraction: Real = Field(default=0.06, ge=0, lt=1)
     """Fraction of the steps in which the learning rate rises linearly. It then falls linearly to zero."""
     weight_decay: Real = Field(default=0.0, ge=0, lt=1)
