@@ -265,3 +265,20 @@ def test_on_a_gpu_bfloat16_matrices_step_and_resume_bit_for_bit(optimizer, tmp_p
     assert [name for name, value in weights(resumed).items() if not torch.equal(value, expected[name])] == []
     assert all(not torch.equal(start[name], expected[name]) for name in trained_parameters(model))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_parameter_may_have_a_rate_of_its_own_which_a_scheduler_scales():
+    model, name = whole_model(), "score.weight"
+    updates = BackwardUpdates(
+        trained_parameters(model), lambda s: [torch.optim.SGD([p]) for p in s.values()], 1e-3, rates={name: 1.0}
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(updates, lambda step: 0.5)
+    before = weights(model)
+    with updates.attached():
+        model(**make_batches(1)[0]).loss.backward()
+    plain = whole_model()
+    plain(**make_batches(1)[0]).loss.backward()
+    for other, parameter in trained_parameters(plain).items():
+        rate = 0.5 if other == name else 0.5e-3
+        torch.testing.assert_close(model.get_parameter(other), before[other] - rate * parameter.grad)
+    assert schedule.get_last_lr()[0] == 0.5e-3

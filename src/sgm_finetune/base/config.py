@@ -475,7 +475,8 @@ class TrainingConfig(_Section):
     """Peak learning rate. spectral: the RMS-to-RMS norm of the change that one step makes to a weight matrix, for every
     model (null: 0.0125 for up to 120 steps from rank 8 on; more below rank 8, less for more steps). adamw: AdamW's
     learning rate (null: 1e-3). auto: short trials choose it before the training, by their loss on training examples
-    that they leave out (docs/method.md 6.1). Whole matrices (`adapter.kind: full`): null is 2e-5."""
+    that they leave out (docs/method.md 6.1). Whole matrices (`adapter.kind: full`): null is 2e-5; a
+    classification head then learns at 1e-3, or at this rate if it is larger."""
     schedule: Schedule = "linear"
     """Course of the learning rate after the warm-up. linear: it falls in a straight line to zero. cosine: it falls
     along half a cosine to zero. constant: it stays at its peak. wsd: it stays there (warm-up, stable, decay) and falls

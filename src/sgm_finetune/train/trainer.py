@@ -39,7 +39,7 @@ from sgm_finetune.data.batches import LengthGroupedSampler, by_length
 from sgm_finetune.data.encoding import sequence_lengths
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.train.adapters.apply import tie
-from sgm_finetune.train.adapters.optimizer import create_optimizer
+from sgm_finetune.train.adapters.optimizer import HEAD_RATE, create_optimizer
 from sgm_finetune.train.callbacks import (
     Interruption,
     NonFiniteLoss,
@@ -53,6 +53,7 @@ from sgm_finetune.train.callbacks import (
 )
 from sgm_finetune.train.checkpoints import TRAINER_STATE, best_checkpoint, is_whole
 from sgm_finetune.train.fast.head_loss import HeadLoss
+from sgm_finetune.train.full.apply import CLASSIFICATION_HEADS
 from sgm_finetune.train.full.changed import load_trained_into, save_trained, trained_parameters
 from sgm_finetune.train.full.optimizers import make_optimizers
 from sgm_finetune.train.full.update import BackwardUpdates
@@ -376,13 +377,15 @@ def make_trainer(job: TrainingJob, callbacks: Sequence[TrainerCallback]) -> SGMT
 def _make_updates(job: TrainingJob) -> BackwardUpdates:
     """The optimizer of whole matrices, which steps in the backward pass."""
     training, rate = job.config.training, job.arguments.learning_rate
-    matrices = {f"{matrix.name}.weight" for matrix in job.plan.selected}
+    matrices, trained = {f"{matrix.name}.weight" for matrix in job.plan.selected}, trained_parameters(job.model)
+    heads = [name for name in trained if name.partition(".")[0] in CLASSIFICATION_HEADS]
     return BackwardUpdates(
-        trained_parameters(job.model),
+        trained,
         lambda shadows: make_optimizers(job.config.optimizer, shadows, matrices, rate, training.weight_decay),
         rate,
         training.max_grad_norm,
         training.seed,
+        rates=dict.fromkeys(heads, max(rate, HEAD_RATE)),
     )
 
 

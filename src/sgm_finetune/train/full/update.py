@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,10 +41,12 @@ class BackwardUpdates(torch.optim.Optimizer):
         max_norm: float = math.inf,
         seed: int = 0,
         is_last: Callable[[], bool] = lambda: True,
+        rates: Mapping[str, float] = MappingProxyType({}),
     ):
         """`named` are the trained parameters. `is_last` says whether a backward pass completes the gradients; until
-        then they accumulate. `seed` is that of the rounding."""
-        super().__init__(list(named.values()), {"lr": lr})
+        then they accumulate. `seed` is that of the rounding. `rates` has other learning rates than `lr`, by name."""
+        super().__init__([{"params": [p], "lr": rates.get(name, lr)} for name, p in named.items()], {"lr": lr})
+        self.group_of = dict(zip(named, self.param_groups, strict=True))
         self.named, self.max_norm, self.seed, self.is_last = dict(named), max_norm, seed, is_last
         self.shadows = {name: nn.Parameter(_no_numbers(parameter)) for name, parameter in named.items()}
         self.optimizers = list(make(self.shadows))
@@ -102,7 +105,7 @@ class BackwardUpdates(torch.optim.Optimizer):
         factor = clip_factor(running_norm(self.last, self.now, len(self.named)), self.max_norm)
         shadow, optimizer = self.shadows[name], self.optimizer_of[name]
         for group in optimizer.param_groups:
-            group["lr"] = self.param_groups[0]["lr"]
+            group["lr"] = self.group_of[name]["lr"]
         shadow.data, shadow.grad = parameter.data.float(), gradient.float()
         parameter.grad = gradient = None
         if factor < 1:
