@@ -98,6 +98,14 @@ ITEMS = (
         seconds=200, gib=20,
     ),
     Item(
+        name="stream",
+        settles="How fast and how small is a step of 8B whose blocks stay in the host's memory, and is it equal?",
+        script="benchmarks/gpu/stream_8b.py",
+        arguments=("--out", "{out}"),
+        pico=("--out", "{out}", "--pico", "--repeats", "1"),
+        seconds=240, gib=30,
+    ),
+    Item(
         name="planner",
         settles="How near is the predicted memory to what the steps of the item `step` held? (computed without a GPU)",
         script="benchmarks/memory_gpu.py",

@@ -133,7 +133,7 @@ class Window:
 
     def forward_ends(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
         """Lets the gradient of the block's output announce its backward pass, and the recomputation before it."""
-        for tensor in _tensors_in(output):
+        for tensor in tensors_in(output):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self.backward_begins, index))
 
@@ -141,13 +141,13 @@ class Window:
         self.enter(index, -1)
 
 
-def _tensors_in(output: Any) -> Iterator[Tensor]:
+def tensors_in(output: Any) -> Iterator[Tensor]:
     """The tensors that a block returned: one, or some in tuples and dicts."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, tuple | list | dict):
         for part in output.values() if isinstance(output, dict) else output:
-            yield from _tensors_in(part)
+            yield from tensors_in(part)
 
 
 def _advise(spans: Iterable[Span], advice: int) -> None:
