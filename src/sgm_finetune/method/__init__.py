@@ -47,6 +47,9 @@
         descent: descent_directions, pool_metric, largest_change, code_steps
     6.1 The learning rate by trials
         rate_search: best_rate, next_rate, lowest_point, rate_for
+    9.3 Moments in a shared basis
+        merged_state: turned, probes_beside, covariance_sketch, turned_basis, updated, adam_direction, carried
+        merged_state: missed, whole_step, state_bytes
 
 `plan` holds the data that sections 1 to 3 produce. Sections 5 and 8 change models: see `model` and `train/fast`.
 """
