@@ -69,13 +69,15 @@ class Runs:
         torch.manual_seed(seed)
         adapted = method.adapt(base)
         optimizers = optimizers_of(adapted, rate)
+        held = [0]
+        optimizers[0].register_step_post_hook(lambda optimizer, *_: held.append(held_bytes(optimizer)))
         losses, seconds = train(adapted, optimizers, base, SHORT[task])
         part = "validation" if seed == TUNING_SEED else "test"
         measured = evaluate(adapted.model, getattr(base.prepared, part).dataset, base.prepared)
         return {
             "task": task, "method": method.name, "rate": rate, "seed": seed, "rank": adapted.rank,
             "steps": len(losses), "batch_size": SHORT[task].batch_size,
-            "state_bytes": held_bytes(optimizers[0]),
+            "state_bytes": max(held),
             "train_loss": round(statistics.fmean(losses[-20:]), 4),
             part: measured if math.isfinite(measured["loss"]) else {**measured, "loss": 99.0},
             "seconds_per_step": round(statistics.median(seconds), 3),

@@ -8,6 +8,7 @@ are compared at equal bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from quality_adapt import Adapted, Base, Method, Rates, head_parameters
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
 from sgm_finetune.measure.make_plan import make_plan
-from sgm_finetune.method.merged_state import GroupShape, state_bytes
+from sgm_finetune.method.merged_state import GroupShape, missed, state_bytes, turned
 from sgm_finetune.method.sides import Side, width
 from sgm_finetune.method.subspace import leading_rows, shared_basis
 from sgm_finetune.model.matrices import adaptable
@@ -110,7 +111,7 @@ def merged(
     start: Callable[[Base, Sequence[str], Side, int], Tensor | None] = lambda *_: None,
     fitted: bool = False,
     refresh: int = REFRESH,
-    **settings,
+    optimizer: type[MergedAdam] = MergedAdam,
 ) -> Method:
     """`fitted`: the rank is the largest whose states take no more bytes than those of `rank` shared by each kind."""
 
@@ -122,7 +123,7 @@ def merged(
         made = [
             BasisGroup([weights[n] for n in names], side, start(base, names, side, chosen)) for names, side in members
         ]
-        return Adapted(base.model, lambda rate: [MergedAdam(made, rate, chosen, refresh, **settings)], chosen)
+        return Adapted(base.model, lambda rate: [optimizer(made, rate, chosen, refresh)], chosen)
 
     return Method(name, rates, adapt)
 
@@ -136,6 +137,38 @@ def random_basis(base: Base, names: Sequence[str], side: Side, rank: int) -> Ten
     dim = width(adaptable(base.model)[names[0]].shape, side)
     seed = torch.Generator().manual_seed(len(names[0]) + 1000 * base.seed)
     return torch.linalg.qr(torch.randn(dim, rank, generator=seed)).Q
+
+
+class FactoredAdam(MergedAdam):
+    """A trial: Adafactor's second moments of the whole gradient (d + c numbers), a first moment in the shared basis.
+
+    The basis follows the gradients that the second moments have scaled. Half the bytes of `MergedAdam`.
+    """
+
+    def _begin(self, parameter: nn.Parameter) -> tuple[dict[str, Any], int, Tensor]:
+        group, place, gradient = super()._begin(parameter)
+        state, squares = self.state[parameter], gradient.square() + 1e-30
+        state["count"] = state.get("count", 0) + 1
+        for name, means in (("rows", squares.mean(1)), ("columns", squares.mean(0))):
+            state[name] = means.lerp(state[name], 1 - state["count"] ** -0.8) if name in state else means
+        rows, columns = state["rows"] / state["rows"].mean(), state["columns"]
+        scaled = gradient * rows.rsqrt()[:, None] * columns.rsqrt()
+        return group, place, scaled / scaled.square().mean().sqrt().clamp_min(1.0)
+
+    def _move(
+        self, group: dict[str, Any], parameter: nn.Parameter, gradient: Tensor, own: Tensor, weight: Tensor
+    ) -> None:
+        state, basis, beta = self.state[parameter], group["basis"], group["betas"][0]
+        state["step"] = state.get("step", 0) + 1
+        state["first"] = own.lerp(state.get("first", torch.zeros_like(own)), beta)
+        direction = state["first"] / (1 - beta ** state["step"])
+        step = torch.addmm(missed(gradient, basis, own, direction), basis, direction)
+        turned(weight, group["side"]).sub_(step, alpha=group["lr"])
+
+    def _turn(self, group: dict[str, Any], turn: Tensor) -> None:
+        for parameter in group["params"]:
+            if "first" in self.state[parameter]:
+                self.state[parameter]["first"] = turn @ self.state[parameter]["first"]
 
 
 AS_ADAMW: Rates = (2e-4, 4e-4, 8e-4)
@@ -153,6 +186,7 @@ def of_size(rank: int) -> list[Method]:
         merged(f"own bases, bytes of r={rank}", AS_ADAMW, rank, each_alone, fitted=True),
         merged(f"probed groups, bytes of r={rank}", AS_ADAMW, rank, as_probed, fitted=True),
         merged(f"merged from the probe r={rank}", AS_ADAMW, rank, start=from_probe),
+        merged(f"factored r={rank}", AS_ADAMW, rank, optimizer=FactoredAdam),
         merged(f"random bases r={rank}", AS_ADAMW, rank, start=random_basis, refresh=0),
         full(f"GaLore, bytes of r={rank}", GALORE, projected("galore", rank=galore, scale=1.0), galore),
         full(

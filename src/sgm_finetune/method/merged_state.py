@@ -111,8 +111,7 @@ def missed(gradient: Tensor, basis: Tensor, projected: Tensor, direction: Tensor
 def whole_step(direction: Tensor, basis: Tensor, rest: Tensor) -> Tensor:
     """U (d x c): PN and the `rest` that the basis misses, at the size of a step of Adam in all d directions (eq. 25).
 
-    Its mean square is that of N, so that one learning rate fits every rank and AdamW. With r = d it is PN. `rest` is
-    overwritten.
+    Its mean square is that of N, as AdamW's is for every rank. With r = d it is PN. `rest` is overwritten.
     """
     size = torch.linalg.vector_norm(direction) * (basis.shape[0] / basis.shape[1]) ** 0.5
     step = rest.addmm_(basis, direction)
