@@ -15,7 +15,7 @@ from rich.text import Text
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.commands.checked_data import checked_data
-from sgm_finetune.data.encoding import IGNORED, sequence_lengths
+from sgm_finetune.data.encoding import IGNORED, num_tokens, sequence_lengths
 from sgm_finetune.data.prepared import PreparedData, not_read
 from sgm_finetune.data.splits import SPLITS, DataSplits
 
@@ -162,7 +162,7 @@ def _lengths(dataset: Any) -> dict[str, float]:
     lengths = sequence_lengths(dataset)
     return {
         "examples": len(lengths),
-        "tokens": sum(lengths),
+        "tokens": num_tokens(dataset),
         **{_quantile_name(q): float(v) for q, v in zip(QUANTILES, np.quantile(lengths, QUANTILES), strict=True)},
     }
 

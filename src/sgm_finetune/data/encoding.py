@@ -408,7 +408,7 @@ def _tokenise_part(
 
 def end_of_sequence(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
-        raise UserError("This tokenizer has no end-of-sequence token, which model.task=causal-lm needs; set eos_token")
+        raise UserError("This tokenizer has no end-of-sequence token, which a language model needs; set eos_token")
     return tokenizer.eos_token_id
 
 

@@ -121,7 +121,8 @@ class SGMTrainer(Trainer):
         """The micro-batches of a step. Those of KTO get `moved`, which is estimated on the whole batch."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.preference is not None and not self.preference.settings.has_pairs:
-            found = [self.preference.moved(self.model, self._prepare_inputs(batch)) for batch in batches]  # type: ignore[arg-type]
+            model: Any = self.model
+            found = [self.preference.moved(model, {k: x.to(device) for k, x in batch.items()}) for batch in batches]
             total, number = sum_over_processes(sum(float(x.sum()) for x in found), float(sum(map(len, found))))
             for batch in batches:
                 batch["moved"] = torch.tensor(max(0.0, total / max(1.0, number)), device=device)
