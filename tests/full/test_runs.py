@@ -61,6 +61,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(llama_folder, reviews, tmp_path,
     assert [name for name in found if not torch.equal(found[name], again[name])] == []
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_and_all_commands_read_the_result(bert_folder, reviews, tmp_path, command):
     out = [f"output.dir={tmp_path / 'out'}"]
     more = ("training.max_steps=40", "adapter.also=norms", "training.optimizer=adafactor")

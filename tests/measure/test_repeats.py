@@ -88,7 +88,9 @@ def numbers(needed: Estimate) -> dict:
             marks=pytest.mark.slow,
         ),
         pytest.param(*("gpt2", "causal-lm", ("selection.top_fraction=0.34",)), marks=pytest.mark.slow),
-        ("gemma3", "causal-lm", ("merge.side=none", "training.optimizer=adamw")),  # windows in five of six layers
+        pytest.param(  # windows in five of six layers
+            *("gemma3", "causal-lm", ("merge.side=none", "training.optimizer=adamw")), marks=pytest.mark.slow
+        ),
         ("modernbert", "sequence-classification", ()),  # windows in two of three, and no norm in the first
         pytest.param(*("deberta_v2", "sequence-classification", ()), marks=pytest.mark.slow),
         ("albert", "sequence-classification", ()),  # one block, used by all layers

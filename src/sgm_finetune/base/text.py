@@ -104,3 +104,11 @@ def first_mistake(error: ValidationError) -> str:
     """
     first = error.errors()[0]
     return f"`{'.'.join(map(str, first['loc'])) or 'it'}`: {first['msg'].lower()}"
+
+
+def num_common(left: Sequence[int], right: Sequence[int]) -> int:
+    """The length of the common beginning of two sequences."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))

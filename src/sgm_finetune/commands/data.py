@@ -106,7 +106,9 @@ def _label_text(label: int | float | list[float], names: tuple[str, ...]) -> str
 
 
 def _example_text(example: Mapping[str, Any], bright: bool) -> Text:
-    text = Text("chosen: " if "rejected" in example else "", style="bold" if bright else "")
+    text = Text()
+    if "rejected" in example:
+        text.append("chosen: ", style="bold" if bright else "")
     can_dim = any(learnt for _, learnt in example["parts"])  # else the whole text is input
     for key in ("parts", "rejected"):
         if key == "rejected" and key in example:

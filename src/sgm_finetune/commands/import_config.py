@@ -69,4 +69,4 @@ def translate(source: Path) -> Imported:
             )
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    return Imported(parse_config(t.nested(), str(source)), program, t.notes, t.unneeded)
+    return Imported(parse_config(t.by_section(), str(source)), program, t.notes, t.unneeded)

@@ -16,12 +16,13 @@ from datasets.table import InMemoryTable
 
 from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.text import num_common
 from sgm_finetune.data.arrow import column_parts
 from sgm_finetune.data.chat import CHECKED_ELSEWHERE, UnreadFields, asked_text, needs_template, written_answers
 from sgm_finetune.data.conversations import Message
 from sgm_finetune.data.rows import Origin
 from sgm_finetune.data.token_lists import TokenLists
-from sgm_finetune.data.tokens import doubled_tokens, learnt_tokens, num_common, single_ends
+from sgm_finetune.data.tokens import doubled_tokens, learnt_tokens, single_ends
 
 logger = logging.getLogger(__name__)
 

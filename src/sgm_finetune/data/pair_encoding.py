@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.text import num_common
 from sgm_finetune.data.chat import asked_text, needs_template, written_answers
 from sgm_finetune.data.conversations import Message
 from sgm_finetune.data.encoding import (
@@ -31,7 +32,7 @@ from sgm_finetune.data.encoding import (
 )
 from sgm_finetune.data.rows import Origin
 from sgm_finetune.data.token_lists import TokenLists
-from sgm_finetune.data.tokens import learnt_tokens, num_common
+from sgm_finetune.data.tokens import learnt_tokens
 
 _FEATURES = datasets.Features(
     {**TOKEN_FEATURES, "other_ids": TOKEN_FEATURES["labels"], "other_labels": TOKEN_FEATURES["labels"]}

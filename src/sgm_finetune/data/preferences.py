@@ -7,11 +7,10 @@ from typing import Any
 
 from sgm_finetune.base.config import Role
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.text import short_repr
+from sgm_finetune.base.text import num_common, short_repr
 from sgm_finetune.data.columns import is_missing, read_texts
 from sgm_finetune.data.conversations import Message, RowReader, answers, is_learnt
 from sgm_finetune.data.tables import Table
-from sgm_finetune.data.tokens import num_common
 
 
 def read_pairs(

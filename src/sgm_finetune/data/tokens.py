@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from sgm_finetune.base.text import num_common
 from sgm_finetune.data.arrow import column_parts
 from sgm_finetune.data.chat import Span
 
@@ -33,14 +34,6 @@ def learnt_tokens(text: str, spans: Sequence[Span], tokenizer: Any) -> tuple[lis
         )
         learnt[begin:end] = [True] * (end - begin)
     return ids, learnt
-
-
-def num_common(left: Sequence[int], right: Sequence[int]) -> int:
-    """The length of the common beginning of two sequences."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
 
 
 def single_ends(ids: list[int], tokenizer: Any) -> list[int]:

@@ -169,7 +169,11 @@ def export_command(
     ] = None,
     gguf_type: Annotated[
         Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"] | None,
-        typer.Option(help="gguf: type of the matrices; f16 if not given.", show_default=False),
+        typer.Option(
+            metavar="TYPE",
+            help="gguf: type of the matrices: f32, f16 (if not given), bf16, q8_0, q6_k, q5_k_m or q4_k_m.",
+            show_default=False,
+        ),
     ] = None,
     rank: Annotated[
         int | None,

@@ -90,7 +90,7 @@ class Translation:
                 self.note(f"{name}: {describe(value)} has no counterpart")
             self.take(name)
 
-    def nested(self) -> dict[str, Any]:
+    def by_section(self) -> dict[str, Any]:
         """Our values in their sections."""
         found: dict[str, Any] = {}
         for key, value in self.values.items():
