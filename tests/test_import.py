@@ -181,8 +181,8 @@ def test_warm_up_steps_become_a_fraction_of_known_steps(tmp_path):
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"base_model": "b", "rl": "dpo"}, "rl: dpo trains on preferences, which sgm finetune does not do"),
-        ({"model_name_or_path": "b", "stage": "ppo"}, "stage: ppo trains on preferences"),
+        ({"base_model": "b", "rl": "dpo"}, "rl: dpo has no counterpart: sgm import reads supervised fine-tuning"),
+        ({"model_name_or_path": "b", "stage": "ppo"}, "stage: ppo has no counterpart"),
         ({"base_model": "b", "adapter": "llama-adapter"}, "adapter: llama-adapter has no counterpart"),
         ({"base_model": "b", "adapter": "lora"}, "it names no data; give datasets a path"),
         ({"model": "b"}, "it has neither base_model (Axolotl) nor model_name_or_path (LLaMA-Factory)"),

@@ -6,6 +6,7 @@ from typing import Any
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.foreign.translation import (
+    NOT_SUPERVISED,
     Translation,
     describe,
     set_data_source,
@@ -42,7 +43,7 @@ def translate(t: Translation) -> None:
     """Translates every key of `t`. Raises UserError for a training that SGM does not do."""
     for key in ("rl", "reward_model", "process_reward_model"):
         if (kind := t.text(key)) is not None and str(kind).lower() != "false":
-            raise UserError(f"{key}: {kind} trains on preferences, which sgm finetune does not do")
+            raise UserError(f"{key}: {kind} {NOT_SUPERVISED}")
     t.set("model.task", "causal-lm")
     t.move("base_model", "model.name")
     t.move("revision_of_model", "model.revision")

@@ -9,6 +9,7 @@ from typing import Any
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.untrusted import require_json_object
 from sgm_finetune.commands.foreign.translation import (
+    NOT_SUPERVISED,
     Translation,
     set_data_source,
     set_format,
@@ -39,7 +40,7 @@ def translate(t: Translation, folder: Path) -> None:
     """Translates every key of `t`, from a file in `folder`. Raises UserError for a training that SGM does not do."""
     stage = t.text("stage") or "sft"
     if stage not in ("sft", "pt"):
-        raise UserError(f"stage: {stage} trains on preferences, which sgm finetune does not do")
+        raise UserError(f"stage: {stage} {NOT_SUPERVISED}")
     kind = t.text("finetuning_type") or "lora"
     if kind not in ("lora", "full"):
         raise UserError(f"finetuning_type: {kind} has no counterpart; sgm import reads lora and full")
@@ -125,7 +126,7 @@ def _translate_data_set(t: Translation, described: Mapping[str, Any], stage: str
         t.note("dataset: only files and data sets of the Hugging Face hub have a counterpart")
     columns, tags = one.mapping("columns"), one.mapping("tags")
     if one.flag("ranking"):
-        raise UserError("ranking: true is for preferences, which sgm finetune does not learn")
+        raise UserError(f"ranking: true {NOT_SUPERVISED}")
     roles = {"system": columns.get("system"), "tools": columns.get("tools")}
     if stage == "pt":
         set_format(t, "text", {"text": columns.get("prompt") or "text"})

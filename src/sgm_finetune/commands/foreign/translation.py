@@ -115,6 +115,11 @@ def _is_absent(value: Any) -> bool:
     return value is None or value in ("", [], {}) or (isinstance(value, Written) and value.is_null)
 
 
+NOT_SUPERVISED = (
+    "has no counterpart: sgm import reads supervised fine-tuning; for pairs of answers, sgm init --task preference"
+)
+"""Ends the message about a configuration for preferences or rewards."""
+
 # Keys that programs above Transformers' Trainer have in common
 
 _OPTIMIZERS = {
