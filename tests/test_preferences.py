@@ -190,3 +190,17 @@ def test_data_and_models_that_do_not_fit_are_refused(lines, said_so, run, pairs,
     said = capfd.readouterr().err
     assert caught.value.code == 2
     assert said_so in " ".join(said.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_whole_matrices_learn_preferences(loss, run, command, pairs, tmp_path):
+    """The base of the reference is the model before it changes, also when the result is evaluated."""
+    data = [f"data.train={pairs.with_name('verdicts.jsonl')}"] if loss == "kto" else []
+    run = [line for line in run if not line.startswith(("adapter.", "merge.", "probe.", "training.optimizer"))]
+    whole = ["adapter.kind=full", "training.learning_rate=3e-3", f"preference.loss={loss}", *data]
+    found = command("finetune", [*run, *whole])
+    assert found["after"]["preference_accuracy"] > found["before"]["preference_accuracy"] + 0.1
+    assert found["after"]["loss"] < found["before"]["loss"]
+    again = command("evaluate", [run[-1], f"output.dir={tmp_path / 'out'}"])
+    assert {key: again[key] for key in found["after"]} == found["after"]
