@@ -676,7 +676,7 @@ def test_a_card_shows_names_and_labels_of_files_as_they_are(to):
     }  # fmt: skip
     result = SimpleNamespace(
         config=parse_config(values, ""), metrics=metrics, labels=(HOSTILE, "b"), path=Path("a.pth"),
-        content={"plan": plan_document(plain_plan())}, head=Head((HOSTILE, "b")),
+        content={"plan": plan_document(plain_plan())}, head=Head((HOSTILE, "b")), is_full=False,
     )  # fmt: skip
     measured = {"by": "Transformers", "num_positions": 1, "difference": 0.0, "top_agreement": 1.0}
     card = model_card(cast(Result, result), to, measured, {"gguf": "model-f16.gguf"})

@@ -106,7 +106,7 @@ def first_mistake(error: ValidationError) -> str:
     return f"`{'.'.join(map(str, first['loc'])) or 'it'}`: {first['msg'].lower()}"
 
 
-def num_common(left: Sequence[int], right: Sequence[int]) -> int:
+def num_common(left: Sequence[object], right: Sequence[object]) -> int:
     """The length of the common beginning of two sequences."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:

@@ -209,7 +209,7 @@ def apply(s: Session, base: Base, plan: Plan) -> Adapted:
         whole = train_whole(base.model, plan, base.new_modules)
         trained = trained_parameters(whole)
         num_trainable = sum(parameter.numel() for parameter in trained.values())
-        s.log.line("apply", describe_whole(whole, num_trainable, len(trained), s.config.optimizer))
+        s.log.line("apply", _describe_whole(whole, num_trainable, len(trained), s.config.optimizer))
         return Adapted(whole, num_trainable, None)
     model = apply_plan(base.model, plan, base.new_modules)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -221,7 +221,7 @@ def apply(s: Session, base: Base, plan: Plan) -> Adapted:
     return adapted
 
 
-def describe_whole(model: PreTrainedModel, num_trainable: int, num_tensors: int, optimizer: str) -> str:
+def _describe_whole(model: PreTrainedModel, num_trainable: int, num_tensors: int, optimizer: str) -> str:
     """What is trained of a model whose matrices are trained whole."""
     total, dtype = sum(parameter.numel() for parameter in model.parameters()), str(model.dtype).removeprefix("torch.")
     rounding = " with stochastic rounding" if dtype == "bfloat16" else ""

@@ -222,11 +222,11 @@ def _encode_tagged(split: datasets.Dataset, tokenizer: Any, max_length: int) -> 
 
 def _encode_sequence_pairs(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
     """Source and target, each with the tokenizer's special tokens; a target ends with the end-of-sequence token."""
-    eos = end_of_sequence(tokenizer)
+    eos = _end_of_sequence(tokenizer)
     sources, num_long = _truncate(tokenizer, split["source"], max_length)
     targets = TokenLists()
-    for ids in token_ids(tokenizer, split["target"], as_target=True):
-        ids = with_end(ids, eos)
+    for ids in _token_ids(tokenizer, split["target"], as_target=True):
+        ids = _with_end(ids, eos)
         num_long += len(ids) > max_length
         targets.append(ids if len(ids) <= max_length else [*ids[: max_length - 1], eos])
     columns = {"input_ids": sources["input_ids"]}
@@ -283,6 +283,19 @@ def _encode_without_template(
     origins: Sequence[Origin] | None,
 ) -> Encoded:
     """Single questions as Alpaca instructions. Raises UserError for a longer conversation, which needs a template."""
+    encoded = _encode_completions(*plain_questions(conversations, tools, tokenizer, origins), tokenizer, max_length)
+    others = dict.fromkeys(key for turns in conversations for said in turns for key in said)
+    return replace(encoded, unread=tuple(key for key in others if key not in CHECKED_ELSEWHERE))
+
+
+def plain_questions(
+    conversations: Sequence[list[Message]],
+    tools: Sequence[list[dict] | None],
+    tokenizer: Any,
+    origins: Sequence[Origin] | None,
+) -> tuple[list[str], list[str]]:
+    """Questions and their answers as texts, for a tokenizer without a chat template. Raises UserError for a longer
+    conversation, which needs one."""
     for number, (turns, offered) in enumerate(zip(conversations, tools, strict=True)):
         is_plain = [(message["role"], "tool_calls" in message) for message in turns] == [
             ("user", False),
@@ -291,17 +304,14 @@ def _encode_without_template(
         if offered or not is_plain:
             raise in_row(UserError(needs_template(len(turns))), origins, number)
     prompts = [asked_text(turns[:1], tokenizer) for turns in conversations]
-    answers = [answer["content"] for _, answer in conversations]
-    encoded = _encode_completions(prompts, answers, tokenizer, max_length)
-    others = dict.fromkeys(key for turns in conversations for said in turns for key in said)
-    return replace(encoded, unread=tuple(key for key in others if key not in CHECKED_ELSEWHERE))
+    return prompts, [answer["content"] for _, answer in conversations]
 
 
 def _encode_running_text(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
-    eos = end_of_sequence(tokenizer)
+    eos = _end_of_sequence(tokenizer)
     stream = array("i")
-    for ids in token_ids(tokenizer, split["text"]):
-        stream.extend(with_end(ids, eos))
+    for ids in _token_ids(tokenizer, split["text"]):
+        stream.extend(_with_end(ids, eos))
     blocks = TokenLists()
     for start in range(0, len(stream), max_length):
         block = stream[start : start + max_length]
@@ -313,19 +323,9 @@ def _encode_running_text(split: datasets.Dataset, tokenizer: Any, max_length: in
 
 
 def _encode_completions(prompts: Sequence[str], completions: Sequence[str], tokenizer: Any, max_length: int) -> Encoded:
-    """Prompt and completion, tokenised as one text, as the model will read them.
-
-    The prompt ends where the tokens differ from those of the prompt alone. A token across the border therefore belongs
-    to the answer.
-    """
-    eos = end_of_sequence(tokenizer)
-    for column in (prompts, completions):
-        check_lengths(in_parts(column), max_length)
-    whole = token_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts[:], completions[:], strict=True)])
+    """Prompt and completion in one sequence, of which the loss counts the completion."""
     sequences, labels, longest_prompt, num_truncated = TokenLists(), TokenLists(), 0, 0
-    for prompt, ids in zip(token_ids(tokenizer, prompts), whole, strict=True):
-        ids = with_end(ids, eos)
-        num_prompt = num_common(prompt, ids)
+    for ids, num_prompt in completed_prompts(prompts, completions, tokenizer, max_length):
         longest_prompt = max(longest_prompt, num_prompt)
         if max(num_prompt, 1) >= max_length:  # the first token of a sequence is never predicted
             continue
@@ -336,6 +336,24 @@ def _encode_completions(prompts: Sequence[str], completions: Sequence[str], toke
         raise all_lost(len(prompts), max_length, longest_prompt)
     dataset = token_dataset({"input_ids": sequences}, labels, TOKEN_FEATURES)
     return Encoded(dataset, num_truncated, len(prompts) - len(sequences))
+
+
+def completed_prompts(
+    prompts: Sequence[str], completions: Sequence[str], tokenizer: Any, max_length: int
+) -> Iterator[tuple[list[int], int]]:
+    """The tokens of each prompt with its completion, tokenised as one text, as the model will read them, and the number
+    of them that are the prompt's.
+
+    The prompt ends where the tokens differ from those of the prompt alone. A token across the border therefore belongs
+    to the answer.
+    """
+    eos = _end_of_sequence(tokenizer)
+    for column in (prompts, completions):
+        check_lengths(in_parts(column), max_length)
+    whole = _token_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts[:], completions[:], strict=True)])
+    for prompt, ids in zip(_token_ids(tokenizer, prompts), whole, strict=True):
+        ids = _with_end(ids, eos)
+        yield ids, num_common(prompt, ids)
 
 
 def all_lost(num_examples: int, max_length: int, longest_prompt: int) -> UserError:
@@ -389,7 +407,7 @@ def check_lengths(texts: Iterable[str], max_length: int) -> None:
         )
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str], as_target: bool = False) -> Iterator[list[int]]:
+def _token_ids(tokenizer: Any, texts: Sequence[str], as_target: bool = False) -> Iterator[list[int]]:
     """The token ids of each text, with the special tokens that the tokenizer adds: each once, also if a text has it."""
     for start in range(0, len(texts), TEXTS_PER_CALL):
         part = list(texts[start : start + TEXTS_PER_CALL])
@@ -407,13 +425,13 @@ def _tokenise_part(
     return dict(tokenizer(**given, return_attention_mask=False, verbose=False, **options))
 
 
-def end_of_sequence(tokenizer: Any) -> int:
+def _end_of_sequence(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError("This tokenizer has no end-of-sequence token, which a language model needs; set eos_token")
     return tokenizer.eos_token_id
 
 
-def with_end(ids: list[int], eos: int) -> list[int]:
+def _with_end(ids: list[int], eos: int) -> list[int]:
     """`ids`, ending with the end-of-sequence token."""
     return ids if ids and ids[-1] == eos else [*ids, eos]
 

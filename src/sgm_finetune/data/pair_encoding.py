@@ -15,20 +15,17 @@ import datasets
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import num_common
-from sgm_finetune.data.chat import asked_text, needs_template, written_answers
-from sgm_finetune.data.conversations import Message
+from sgm_finetune.data.chat import written_answers
 from sgm_finetune.data.encoding import (
     IGNORED,
     TOKEN_FEATURES,
     Encoded,
     all_lost,
     check_lengths,
-    end_of_sequence,
-    in_parts,
+    completed_prompts,
     in_row,
+    plain_questions,
     token_dataset,
-    token_ids,
-    with_end,
 )
 from sgm_finetune.data.rows import Origin
 from sgm_finetune.data.token_lists import TokenLists
@@ -117,12 +114,10 @@ def _answers(
         return
     conversations = split[messages][:]
     tools = split["tools"][:] if "tools" in split.column_names else [None] * len(conversations)
-    rows = enumerate(zip(conversations, tools, strict=True))
     if tokenizer.chat_template is None:
-        plain = [_plain_question(turns, offered, tokenizer, origins, at) for at, (turns, offered) in rows]
-        yield from _answer_texts([asked for asked, _ in plain], [said for _, said in plain], tokenizer, max_length)
+        yield from _answer_texts(*plain_questions(conversations, tools, tokenizer, origins), tokenizer, max_length)
         return
-    for at, (turns, offered) in rows:
+    for at, (turns, offered) in enumerate(zip(conversations, tools, strict=True)):
         try:
             written = written_answers(turns, tokenizer, offered)
             if len(written) > 1:
@@ -139,24 +134,8 @@ def _answers(
 
 
 def _answer_texts(prompts: Sequence[str], answers: Sequence[str], tokenizer: Any, max_length: int) -> Iterator[Answer]:
-    """Prompt and answer, tokenised as one text. A token across their border belongs to the answer."""
-    eos = end_of_sequence(tokenizer)
-    for column in (prompts, answers):
-        check_lengths(in_parts(column), max_length)
-    whole = token_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
-    for prompt, ids in zip(token_ids(tokenizer, prompts), whole, strict=True):
-        ids = with_end(ids, eos)
-        begin = num_common(prompt, ids)
+    for ids, begin in completed_prompts(prompts, answers, tokenizer, max_length):
         yield Answer(ids, [IGNORED] * begin + ids[begin:])
-
-
-def _plain_question(
-    turns: list[Message], tools: list[dict] | None, tokenizer: Any, origins: Sequence[Origin] | None, at: int
-) -> tuple[str, str]:
-    """A question and its answer as texts, for a tokenizer without a chat template."""
-    if tools or [said["role"] for said in turns] != ["user", "assistant"] or "tool_calls" in turns[1]:
-        raise in_row(UserError(needs_template(len(turns))), origins, at)
-    return asked_text(turns[:1], tokenizer), turns[1]["content"]
 
 
 def _with_one_prompt(

@@ -90,9 +90,7 @@ def _common_text(left: str, right: str) -> int:
     >>> _common_text("Is it? Yes.", "Is it? No.")
     6
     """
-    number = next(
-        (at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
-    )
+    number = num_common(left, right)
     return number - 1 if number and left[number - 1] == " " else number
 
 
@@ -123,7 +121,7 @@ def _pair(
     prompt = _prompt(reader, row)
     if prompt and (better[: len(prompt)] == prompt) == (worse[: len(prompt)] == prompt) and better[0] == prompt[0]:
         better, worse = better[len(prompt) :], worse[len(prompt) :]  # whole conversations beside their prompt
-    shared = num_common(better, worse)  # type: ignore[arg-type]
+    shared = num_common(better, worse)
     asked = [{**said, "weight": 0} if is_learnt(said) else said for said in [*prompt, *better[:shared]]]
     conversations = []
     sides: tuple[tuple[Role, list[Message]], ...] = ("chosen", better[shared:]), ("rejected", worse[shared:])

@@ -39,7 +39,7 @@
         grouping: group_layers
         build_plan: find_groups
     4. Merged updates
-        parameter_count: adapter_parameters, whole_parameters, most_per_direction
+        parameter_count: adapter_parameters, most_per_direction
         pools: owners, first_codes
         low_rank: cut_update, extract_update
     6. The step for a factor

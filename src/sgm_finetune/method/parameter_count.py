@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from sgm_finetune.method.plan import MatrixNumbers, Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.method.plan import MatrixNumbers, Plan, PlanSettings
 from sgm_finetune.method.selection import select_matrices
 from sgm_finetune.method.sides import sides_of, width
 
@@ -25,15 +25,6 @@ def adapter_parameters(plan: Plan) -> tuple[int, int]:
         if group.side == "both":
             saved -= rank * len(group.members)
     return plain - saved, plain
-
-
-def whole_parameters(matrices: Iterable[MatrixNumbers | PlannedMatrix]) -> int:
-    """The number of entries of these matrices, of all experts in a stack.
-
-    >>> whole_parameters([MatrixNumbers("a", "a", 0, (4, 3), 1.0, 0.0, 1), MatrixNumbers("b", "b", 0, (2, 2), 1, 0, 1)])
-    16
-    """
-    return sum(matrix.shape[0] * matrix.shape[1] * (matrix.num_experts or 1) for matrix in matrices)
 
 
 def most_per_direction(matrices: Sequence[MatrixNumbers], settings: PlanSettings, makes_pools: bool) -> int:

@@ -62,6 +62,11 @@ class MatrixNumbers:
     gradient_energy: float | None = None
     """Estimate of the squared norm of the probe's gradient (eq. 10); None without a probe."""
 
+    @property
+    def num_entries(self) -> int:
+        """Of all experts in a stack."""
+        return self.shape[0] * self.shape[1] * (self.num_experts or 1)
+
 
 @dataclass(frozen=True)
 class Energy:

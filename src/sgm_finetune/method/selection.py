@@ -129,6 +129,5 @@ def ranking(matrices: Sequence[MatrixNumbers], settings: PlanSettings) -> dict[s
             for matrix in matrices:
                 if matrix.gradient_energy is None:
                     raise ValueError(f"the gradient of {matrix.name} was not probed")
-                num_entries = matrix.shape[0] * matrix.shape[1] * (matrix.num_experts or 1)
-                energies[matrix.name] = matrix.gradient_energy / num_entries
+                energies[matrix.name] = matrix.gradient_energy / matrix.num_entries
             return energies

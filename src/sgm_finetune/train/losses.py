@@ -88,41 +88,60 @@ def sum_losses(
     """Returns the summed loss of `model`, in eval mode, on the examples `indices` of `test_set`.
 
     Sums are taken in float64 in the order given, so that the same weights on the same machine give the same digits.
-    The model's mode is restored. At least `num_batches` batches are computed: processes that share a sharded model
-    compute together, so one with fewer batches computes its first example again.
+    At least `num_batches` batches are computed, as in `over_batches`.
     """
-    device = next(model.parameters()).device
-    task = test_set.task
-    was_training = model.training
+    task, losses = test_set.task, Losses()
+
+    def add(chosen: Sequence[int], batch: dict[str, Tensor]) -> None:
+        # an encoder-decoder reads its labels as the decoder's input
+        labels = batch["labels"] if task == "seq2seq-lm" else batch.pop("labels")
+        if not chosen:
+            _logits(model, batch)
+            return
+        if test_set.head_loss is not None:
+            total, count = test_set.head_loss(model, batch, labels)
+            losses.predictions.update(dict.fromkeys(chosen))
+        else:
+            logits = _logits(model, batch)
+            total, count = summed_loss(logits, labels, task)
+            losses.predictions.update(zip(chosen, _predictions(logits, labels, task), strict=True))
+        losses.total += float(total)
+        losses.count += count
+
+    over_batches(model, test_set, indices, add, progress, num_batches)
+    return losses
+
+
+def over_batches(
+    model: nn.Module,
+    test_set: TestSet,
+    indices: Sequence[int],
+    compute: Callable[[Sequence[int], dict[str, Tensor]], None],
+    progress: Progress = lambda done, total: None,
+    num_batches: int = 0,
+) -> None:
+    """Calls `compute(chosen, batch)` for each batch of the examples `indices`, in the order given and on the device of
+    `model`, which is in eval mode; without gradients. The model's mode is restored.
+
+    At least `num_batches` batches are computed: processes that share a sharded model compute together, so one with
+    fewer batches computes its first example again, with no `chosen` ones.
+    """
+    device, size, was_training = next(model.parameters()).device, test_set.batch_size, model.training
+
+    def batch_of(examples: Sequence[int]) -> dict[str, Tensor]:
+        return {k: v.to(device) for k, v in test_set.collate([test_set.encoded[i] for i in examples]).items()}
+
     model.eval()
-    losses = Losses()
-
-    def batch_of(chosen: Sequence[int]) -> dict[str, Tensor]:
-        return {k: v.to(device) for k, v in test_set.collate([test_set.encoded[i] for i in chosen]).items()}
-
     try:
         with torch.no_grad():  # not inference_mode: a sharded model would keep its tensors for training
-            for first in range(0, len(indices), test_set.batch_size):
-                chosen = indices[first : first + test_set.batch_size]
-                batch = batch_of(chosen)
-                # an encoder-decoder reads its labels as the decoder's input
-                labels = batch["labels"] if task == "seq2seq-lm" else batch.pop("labels")
-                if test_set.head_loss is not None:
-                    total, count = test_set.head_loss(model, batch, labels)
-                    losses.predictions.update(dict.fromkeys(chosen))
-                else:
-                    logits = _logits(model, batch)
-                    total, count = summed_loss(logits, labels, task)
-                    losses.predictions.update(zip(chosen, _predictions(logits, labels, task), strict=True))
-                losses.total += float(total)
-                losses.count += count
-                progress(min(first + test_set.batch_size, len(indices)), len(indices))
-            for _ in range(num_batches - -(-len(indices) // test_set.batch_size)):
-                batch = batch_of([indices[0] if indices else 0])
-                _logits(model, batch if task == "seq2seq-lm" else {k: v for k, v in batch.items() if k != "labels"})
+            for first in range(0, len(indices), size):
+                chosen = indices[first : first + size]
+                compute(chosen, batch_of(chosen))
+                progress(min(first + size, len(indices)), len(indices))
+            for _ in range(num_batches - -(-len(indices) // size)):
+                compute((), batch_of([indices[0] if indices else 0]))
     finally:
         model.train(was_training)
-    return losses
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from sgm_finetune.data.batches import PAIR_COLUMNS, by_length
 from sgm_finetune.data.encoding import IGNORED, REFERENCES
 from sgm_finetune.method import preference
 from sgm_finetune.train.fast.head_loss import HeadLoss
-from sgm_finetune.train.losses import Progress, TestSet
+from sgm_finetune.train.losses import Progress, TestSet, over_batches
 
 
 @dataclass(frozen=True)
@@ -128,26 +128,17 @@ def score(
 ) -> Scores:
     """What `model`, in eval mode, says of the examples `indices` of `test_set`, in float64 on the CPU.
 
-    The model's mode is restored. At least `num_batches` batches are computed, as in `sum_losses`.
+    At least `num_batches` batches are computed, as in `over_batches`.
     """
     loss = PreferenceLoss(test_set.preference or PreferenceConfig(), test_set.head_loss)
-    device, size, was_training = next(model.parameters()).device, test_set.batch_size, model.training
     parts: list[Scores] = []
 
-    def scored(chosen: Sequence[int]) -> Scores:
-        batch = test_set.collate([test_set.encoded[i] for i in chosen])
-        return loss.scores(model, {name: x.to(device) for name, x in batch.items()})
+    def add(chosen: Sequence[int], batch: dict[str, Tensor]) -> None:
+        scores = loss.scores(model, batch)
+        if chosen:
+            parts.append(scores)
 
-    model.eval()
-    try:
-        with torch.no_grad():
-            for first in range(0, len(indices), size):
-                parts.append(scored(indices[first : first + size]))
-                progress(min(first + size, len(indices)), len(indices))
-            for _ in range(num_batches - len(parts)):
-                scored([indices[0] if indices else 0])
-    finally:
-        model.train(was_training)
+    over_batches(model, test_set, indices, add, progress, num_batches)
 
     def joined(name: str) -> Tensor | None:
         values = [getattr(part, name) for part in parts]

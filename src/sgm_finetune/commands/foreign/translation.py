@@ -133,7 +133,6 @@ _SCHEDULES = {
     "linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant",
     "warmup_stable_decay": "wsd",
 }  # fmt: skip
-DEFAULT_OPTIMIZER = "adamw_torch"
 
 
 def translate_steps(
@@ -155,7 +154,7 @@ def translate_steps(
     steps = t.number("max_steps")
     if steps is not None and steps > 0:
         t.set("training.max_steps", round(steps))
-    _translate_optimizer(t, t.text(optimizer) or DEFAULT_OPTIMIZER, t.number("learning_rate") or rate)
+    _translate_optimizer(t, t.text(optimizer) or "adamw_torch", t.number("learning_rate") or rate)
     _translate_schedule(t, t.text(schedule) or default_schedule, steps)
     t.move("weight_decay", "training.weight_decay")
     t.move("max_grad_norm", "training.max_grad_norm")
@@ -243,14 +242,12 @@ def translate_targets(t: Translation, modules: Any) -> None:
         t.note(f"target modules {describe(names)}: SGM trains all linear layers of the blocks, or what selection names")
 
 
-def set_data_source(t: Translation, path: str, subset: str | None = None) -> bool:
-    """data.train for a file, data.name for a hub data set or a folder; whether it is a file."""
-    is_file = inner_suffix(Path(path)) in ENDINGS
-    if is_file:
+def set_data_source(t: Translation, path: str, subset: str | None = None) -> None:
+    """data.train for a file, data.name for a hub data set or a folder."""
+    if inner_suffix(Path(path)) in ENDINGS:
         t.set("data.train", path)
     else:
         t.set("data.name", f"{path}:{subset}" if subset else path)
-    return is_file
 
 
 def set_format(t: Translation, layout: str, columns: Mapping[str, str | None]) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sgm_finetune.model.residence.window import tensors_in
+from sgm_finetune.model.residence.window import announce_blocks
 
 _ALIGNMENT = 256
 """Every tensor begins at a multiple of this in its buffer, as an allocated one does on a GPU."""
@@ -51,7 +50,7 @@ class Block:
 
 
 class Buffers:
-    """The blocks of a model, of which a few are on the device at a time; its methods are hooks on them.
+    """The blocks of a model, of which a few are on the device at a time.
 
     A block is recomputed and differentiated in one go (checkpointing), so nothing that autograd keeps of its tensors
     has to survive until the buffer is used again.
@@ -101,18 +100,6 @@ class Buffers:
                 self.arrived[place].record(self.copies)
         block.stand_in(buffer)
 
-    def forward_begins(self, index: int, module: nn.Module, args: Any) -> None:
-        self.enter(index, 1)
-
-    def forward_ends(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
-        """Lets the gradient of the block's output announce its backward pass, and the recomputation before it."""
-        for tensor in tensors_in(output):
-            if tensor.requires_grad:
-                tensor.register_hook(partial(self.backward_begins, index))
-
-    def backward_begins(self, index: int, gradient: Tensor) -> None:
-        self.enter(index, -1)
-
 
 def stream(
     model: nn.Module, blocks: Mapping[str, Sequence[Tensor]], device: torch.device, num_buffers: int = 2
@@ -123,8 +110,5 @@ def stream(
     between blocks. The model must be checkpointed when it trains.
     """
     buffers = Buffers(list(blocks.values()), device, num_buffers)
-    for index, name in enumerate(blocks):
-        block = model.get_submodule(name)
-        block.register_forward_pre_hook(partial(buffers.forward_begins, index))
-        block.register_forward_hook(partial(buffers.forward_ends, index))
+    announce_blocks(model, blocks, buffers.enter)
     return buffers

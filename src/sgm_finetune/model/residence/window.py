@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -106,7 +106,7 @@ def slices(weight: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
 
 
 class Window:
-    """The blocks of a model, of which one is in memory at a time; its methods are hooks on them."""
+    """The blocks of a model, of which one is in memory at a time."""
 
     def __init__(self, blocks: Mapping[str, list[Tensor]], ends: list[Tensor]):
         self.spans, self.ends = [spans_of(tensors) for tensors in blocks.values()], spans_of(ends)
@@ -128,26 +128,35 @@ class Window:
         if 0 <= index + towards < len(self.spans):
             _advise(self.spans[index + towards], mmap.MADV_WILLNEED)
 
-    def forward_begins(self, index: int, module: nn.Module, args: Any) -> None:
-        self.enter(index, 1)
 
-    def forward_ends(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
-        """Lets the gradient of the block's output announce its backward pass, and the recomputation before it."""
-        for tensor in tensors_in(output):
+def announce_blocks(model: nn.Module, names: Iterable[str], enter: Callable[[int, int], None]) -> None:
+    """Calls `enter(index, towards)` before each block of `model` computes, forward (`towards` 1) and backward (-1)."""
+
+    def forward_begins(index: int, module: nn.Module, args: Any) -> None:
+        enter(index, 1)
+
+    def forward_ends(index: int, module: nn.Module, args: Any, output: Any) -> None:
+        # the gradient of the block's output announces its backward pass, and the recomputation before it
+        for tensor in _tensors_in(output):
             if tensor.requires_grad:
-                tensor.register_hook(partial(self.backward_begins, index))
+                tensor.register_hook(partial(backward_begins, index))
 
-    def backward_begins(self, index: int, gradient: Tensor) -> None:
-        self.enter(index, -1)
+    def backward_begins(index: int, gradient: Tensor) -> None:
+        enter(index, -1)
+
+    for index, name in enumerate(names):
+        block = model.get_submodule(name)
+        block.register_forward_pre_hook(partial(forward_begins, index))
+        block.register_forward_hook(partial(forward_ends, index))
 
 
-def tensors_in(output: Any) -> Iterator[Tensor]:
+def _tensors_in(output: Any) -> Iterator[Tensor]:
     """The tensors that a block returned: one, or some in tuples and dicts."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, tuple | list | dict):
         for part in output.values() if isinstance(output, dict) else output:
-            yield from tensors_in(part)
+            yield from _tensors_in(part)
 
 
 def _advise(spans: Iterable[Span], advice: int) -> None:
@@ -164,8 +173,5 @@ def slide_over(model: nn.Module, blocks: Mapping[str, list[Tensor]], ends: list[
     window = Window(blocks, ends)
     for span in (*window.ends, *(span for spans in window.spans for span in spans)):
         span.protect()
-    for index, name in enumerate(blocks):
-        block = model.get_submodule(name)
-        block.register_forward_pre_hook(partial(window.forward_begins, index))
-        block.register_forward_hook(partial(window.forward_ends, index))
+    announce_blocks(model, blocks, window.enter)
     return window

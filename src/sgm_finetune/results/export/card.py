@@ -46,7 +46,7 @@ def model_card(result: Result, to: ExportFormat, comparison: Mapping[str, Any], 
         pipeline_tag=_PIPELINES.get(config.model.task),
         tags=[
             "sgm-finetune",
-            *(["lora"] if to == "adapter" or not _is_full(result) else []),
+            *(["lora"] if to == "adapter" or not result.is_full else []),
             *(["gguf"] if to == "gguf" else []),
         ],
     )
@@ -56,7 +56,7 @@ def model_card(result: Result, to: ExportFormat, comparison: Mapping[str, Any], 
         f"{model}, fine-tuned for the task `{config.model.task}` with sgm-finetune "
         + (
             "by training chosen matrices whole."
-            if _is_full(result)
+            if result.is_full
             else "by spectral gradient merging: LoRA in which some matrices share factors."
         ),
         _contents(result, to, comparison),
@@ -66,10 +66,6 @@ def model_card(result: Result, to: ExportFormat, comparison: Mapping[str, Any], 
         _describe_training(result),
     ]
     return ModelCard("\n\n".join(part for part in parts if part) + "\n").content
-
-
-def _is_full(result: Result) -> bool:
-    return "tensors" in result.content
 
 
 def base_name(path: str) -> str:
@@ -114,7 +110,7 @@ def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -
     if cut := comparison.get("cut"):
         update, trained = "the cut update", "the trained model with the cut update"
         how = "The matrices were trained whole, and each change was"
-        if not _is_full(result):
+        if not result.is_full:
             how = f"Each update was trained at rank {cut['rank_before']} and"
         text.append(
             f"{how} cut to its best approximation of rank {cut['rank']}: the loss on {cut['num_validation']:,} "

@@ -9,8 +9,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +35,7 @@ from sgm_finetune.results.export.answer_check import (
     own_answers,
     plain_answers,
 )
+from sgm_finetune.results.export.llama_process import run_apart
 from sgm_finetune.results.load import Result, attach, load_unquantised, without_update
 from sgm_finetune.train.fast.head_loss import find_head_loss
 from sgm_finetune.train.losses import Progress, TestSet
@@ -302,10 +301,8 @@ def _ask_llama_cpp(result: Result, file: Path, expected: ReferenceLogits) -> tup
         request, results = Path(folder) / "request.json", Path(folder) / "results.npz"
         content = {"model": str(file), "ids": expected.ids.tolist(), "texts": texts, **asked}
         request.write_text(json.dumps(content), encoding="utf-8")
-        command = [sys.executable, str(Path(__file__).with_name("ask_llama_cpp.py")), str(request), str(results)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        program = str(Path(__file__).with_name("ask_llama_cpp.py"))
+        if (reason := run_apart(program, str(request), str(results))) is not None:
             raise UserError(f"llama.cpp failed on the GGUF file: {reason}; nothing was kept. Take --to merged")
         with np.load(results) as found:
             for number, text in enumerate(texts):

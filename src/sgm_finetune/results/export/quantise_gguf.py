@@ -6,21 +6,20 @@ Runs as a program with three arguments: the file, the file to write, and the typ
 from __future__ import annotations
 
 import ctypes
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.results.export.llama_process import run_apart
 
 
 def quantise(source: Path, target: Path, kind: str) -> None:
     """Writes `source` in the type `kind`. Raises UserError with llama.cpp's reason where it cannot."""
-    command = [sys.executable, __file__, str(source), str(target), kind]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or not target.is_file():
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise UserError(f"llama.cpp cannot write {kind}: {reason}; nothing was kept. Take --gguf-type q8_0")
+    reason = run_apart(__file__, str(source), str(target), kind)
+    if reason is not None or not target.is_file():
+        why = reason or "it left no file"
+        raise UserError(f"llama.cpp cannot write {kind}: {why}; nothing was kept. Take --gguf-type q8_0")
 
 
 def main(source: Path, target: Path, kind: str) -> None:

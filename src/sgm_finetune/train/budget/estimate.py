@@ -38,7 +38,7 @@ from sgm_finetune.train.budget.speed import measure_speed
 from sgm_finetune.train.budget.weights import count_weights, num_entries
 from sgm_finetune.train.fast.gated_mlp import recomputed_width
 from sgm_finetune.train.fast.prepare import prepare_adapters
-from sgm_finetune.train.full.apply import train_whole
+from sgm_finetune.train.full.apply import CLASSIFICATION_HEADS, train_whole
 from sgm_finetune.train.full.changed import trained_parameters
 from sgm_finetune.train.full.optimizers import whole_state_bytes
 from sgm_finetune.train.trial_size import FEWEST, trial_size
@@ -223,13 +223,13 @@ class _Estimator:
         """The classification head, which is new."""
         if self.config.model.task not in ("sequence-classification", "token-classification"):
             return ()
-        return tuple(name for name, _ in self.model.named_children() if name in ("classifier", "score"))
+        return tuple(name for name, _ in self.model.named_children() if name in CLASSIFICATION_HEADS)
 
     def _count_trained(self, adapted: nn.Module, plan: Plan) -> _Trained:
-        trained = [p for p in adapted.parameters() if p.requires_grad]
-        size = sum(p.numel() for p in trained)
         if plan.settings.kind == "full":
             return self._count_whole(trained_parameters(adapted), {f"{matrix.name}.weight" for matrix in plan.selected})
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        size = sum(p.numel() for p in trained)
         named = adapted.named_parameters(remove_duplicate=False)
         return _Trained(
             num_parameters=size,

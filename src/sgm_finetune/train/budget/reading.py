@@ -42,7 +42,7 @@ def count_reads(folder: Path, weights: WeightBytes, run_bytes: int, num_tokens: 
     it needs. The blocks are read forward and backward, and the output layer once for the tokens whose loss is computed
     together. `folder` holds the model's own files, whose disk is measured.
     """
-    if weights.files <= memory_within_reach() - run_bytes:
+    if not weights.files or weights.files <= memory_within_reach() - run_bytes:
         return Reads()
     together = NUM_LOGITS["cpu"] // SLICE["cpu"]
     passes = math.ceil(num_tokens / together) if weights.output < weights.output_layer else 2
