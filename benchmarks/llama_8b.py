@@ -1,7 +1,8 @@
-"""The model of the GPU's benchmarks: a Llama of 8B with random weights in NF4, and the floor of its step."""
+"""The model of the GPU benchmarks: a Llama of 8B with random weights in NF4 or bfloat16, and the floor of its step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +20,18 @@ PICO: dict[str, Any] = LLAMA_8B | {
     "num_key_value_heads": 2,
 }  # fmt: skip
 """The same in small: it shows on a CPU that a benchmark works."""
+LLAMA_70B: dict[str, Any] = LLAMA_8B | {
+    "hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64,
+}  # fmt: skip
 NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4 with nested scales."""
 
 
-def build(shape: dict[str, Any]) -> Any:
-    """The quantised base; its random weights are drawn and packed on the device, one after the other."""
-    import bitsandbytes as bnb
+def build(
+    shape: dict[str, Any], quantised: bool = True, after_block: Callable[[str, nn.Module], None] = lambda *_: None
+) -> Any:
+    """The base with its blocks in NF4, or all of it in bfloat16. Its random weights are drawn on the device, and packed
+    there, one after the other; `after_block(name, block)` is called when a block has them."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -33,28 +39,43 @@ def build(shape: dict[str, Any]) -> Any:
     config = LlamaConfig(**shape)
     with torch.device("meta"):
         model: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and ".layers." in name:
-            weight = torch.randn(module.out_features, module.in_features, dtype=torch.bfloat16, device=DEVICE) * 0.02
-            packed: Any = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
-                device="meta",
-            )  # fmt: skip
-            packed.weight = bnb.nn.Params4bit(
-                weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=packed
-            ).to(DEVICE)
-            packed.support_avx512bf16_for_cpu = False  # bitsandbytes otherwise repacks the weight in a forward pass
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, packed)
+    for index, block in enumerate(model.model.layers):
+        for name, module in list(block.named_modules()):
+            if quantised and type(module) is nn.Linear:
+                parent, _, leaf = name.rpartition(".")
+                setattr(block.get_submodule(parent), leaf, _packed(module))
+        _draw(block)
+        after_block(f"model.layers.{index}", block)
+    _draw(model)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(DEVICE)
+    model.is_loaded_in_4bit = quantised
+    return model.requires_grad_(False)
+
+
+def _draw(model: nn.Module) -> None:
+    """Gives parameters without numbers random ones; vectors are 1."""
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             made = torch.ones if parameter.dim() == 1 else torch.randn
             filled = made(parameter.shape, dtype=torch.bfloat16, device=DEVICE) * (1 if parameter.dim() == 1 else 0.02)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.Parameter(filled, requires_grad=False))
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(DEVICE)
-    model.is_loaded_in_4bit = True
-    return model.requires_grad_(False)
+
+
+def _packed(module: nn.Linear) -> nn.Module:
+    """A layer in NF4 with the shape of `module`, its random weights drawn on the device."""
+    import bitsandbytes as bnb
+
+    weight = torch.randn(module.out_features, module.in_features, dtype=torch.bfloat16, device=DEVICE) * 0.02
+    packed: Any = bnb.nn.Linear4bit(
+        module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+        device="meta",
+    )  # fmt: skip
+    packed.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=packed
+    ).to(DEVICE)
+    packed.support_avx512bf16_for_cpu = False  # bitsandbytes otherwise repacks the weight in a forward pass
+    return packed
 
 
 def floor(batch: int, length: int, checkpointing: bool, shape: dict[str, Any] = LLAMA_8B) -> dict[str, float]:

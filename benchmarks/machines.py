@@ -1,11 +1,10 @@
-"""Predicts which model trains on which machine: memory with the base in memory and on disk, and on a GPU.
+"""Predicts which model trains on which machine: memory with the base on the device and elsewhere.
 
     python benchmarks/machines.py            # appended to results/machines.json
     python benchmarks/machines.py --table    # the tables of docs/large-models.md, from the last record
 
-No model is built and nothing is computed: the predictions are those of `sgm estimate` for a machine without a GPU, and
-of benchmarks/memory_gpu.py for a GPU, for Llamas of several sizes in NF4. Measured numbers stand in the tables only
-where a record of another benchmark has them.
+No model is built and nothing is computed: the predictions are those of `sgm estimate`, without a GPU and as with one,
+for Llamas of several sizes in NF4.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -47,6 +48,11 @@ WAYS = {
     "disk": ("model.residence=disk", "merge.side=none"),
     "disk, probe": ("model.residence=disk",),
 }
+GPU_WAYS = {
+    "gpu": ("model.residence=device", "merge.side=none"),
+    "gpu, host": ("model.residence=host", "merge.side=none"),
+    "gpu, host, probe": ("model.residence=host",),
+}
 HOSTS, HOST_SHARE = (8, 16, 32), 0.85
 """GB of memory of machines without a GPU, and the share of it that a run may take."""
 GPUS, GPU_SHARE = (4, 6, 8, 12, 16, 24), 0.92
@@ -69,8 +75,8 @@ def describe_model(folder: Path, shape: dict[str, Any]) -> None:
     (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
 
 
-def on_a_host(shape: dict[str, Any]) -> dict[str, Any]:
-    """What `sgm estimate` predicts without a GPU, in bytes."""
+def estimates(shape: dict[str, Any], ways: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    """What `sgm estimate` predicts, in bytes."""
     from rich.console import Console
 
     from sgm_finetune.base.config_file import load_config
@@ -83,7 +89,7 @@ def on_a_host(shape: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         describe_model(Path(place), shape)
-        for way, more in WAYS.items():
+        for way, more in ways.items():
             names = [f"model.name={place}", f"data.train={place}/rows.jsonl", *more]
             config = load_config(None, [*SETTINGS, *names, f"output.dir={place}/out"])
             prepared = prepare_data(config, StepLog(Console(quiet=True)))
@@ -91,17 +97,24 @@ def on_a_host(shape: dict[str, Any]) -> dict[str, Any]:
                 needed = estimate(config, prepared)
             found[way] = {
                 "bytes": needed.firm_bytes, "phase": PHASES[needed.firm_phase], "pages": needed.mapped_bytes,
-                "store": needed.store_bytes,
+                "store": needed.store_bytes, "host": needed.host_bytes,
             }  # fmt: skip
     return found
 
 
-def on_a_gpu(shape: dict[str, Any]) -> float:
-    """Predicted peak of a step in GiB."""
-    from memory_gpu import predict_peak
+@contextmanager
+def as_with_a_gpu() -> Iterator[None]:
+    """A context in which memory is predicted as on a machine with a GPU that has Liger's kernels."""
+    from sgm_finetune.model.stand_ins import stand_in_kernels
 
-    with patch("torch.cuda.is_available", return_value=True):
-        return predict_peak("SGM", 1, LENGTH, "on", LLAMA_8B | shape)
+    with ExitStack() as stack:
+        for name, value in {
+            "torch.cuda.is_available": lambda: True, "torch.cuda.get_device_name": lambda: "GPU",
+            "sgm_finetune.train.fast.prepare.use_liger": lambda model, batch: stand_in_kernels(model),
+            "sgm_finetune.train.budget.reading.copy_rate": lambda: 5e10,
+        }.items():  # fmt: skip
+            stack.enter_context(patch(name, value))
+        yield
 
 
 def predict(name: str) -> dict[str, Any]:
@@ -111,25 +124,28 @@ def predict(name: str) -> dict[str, Any]:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """Two tables: memory, and the largest model on each machine."""
+    """Three tables: memory without a GPU, with one, and the largest model on each machine."""
     lines = [
-        "| model | in memory, GiB | on disk, GiB | of it pages of files | on disk, with the probe | new files, GiB |"
-        " on a GPU, GiB |",
-        "|---|---|---|---|---|---|---|",
+        "| no GPU | in memory, GiB | on disk, GiB | of it pages of files | on disk, with the probe | new files, GiB |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         device, disk = row["device"], row["disk"]
         lines.append(
             f"| {row['model']} | {_gib(device['bytes'])} | {_gib(disk['bytes'])} | {_gib(disk['pages'])} | "
-            f"{_gib(row['disk, probe']['bytes'])} | {_gib(disk['store'])} | {row['gpu_gib']:.2f} |"
+            f"{_gib(row['disk, probe']['bytes'])} | {_gib(disk['store'])} |"
         )
-    lines += ["", "| machine | in memory | on disk | on disk, with the probe |", "|---|---|---|---|"]
-    for size in HOSTS:
-        fitting = [_largest({row["model"]: row[way]["bytes"] for row in rows}, HOST_SHARE * size * 1e9) for way in WAYS]
-        lines.append(f"| {size} GB, no GPU | {' | '.join(fitting)} |")
-    for size in GPUS:
-        largest = _largest({row["model"]: row["gpu_gib"] * 2**30 for row in rows}, GPU_SHARE * size * 1e9)
-        lines.append(f"| GPU of {size} GB | {largest} | – | – |")
+    lines += ["", "| GPU | on it, GiB | on the host, GiB of the GPU | the same with the probe | GiB of the host |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in rows:
+        parts = (*(row[way]["bytes"] for way in GPU_WAYS), row["gpu, host"]["host"])
+        lines.append(f"| {row['model']} | {' | '.join(map(_gib, parts))} |")
+    lines += ["", "| machine | in its memory | elsewhere | elsewhere, with the probe |", "|---|---|---|---|"]
+    machines = [(f"{size} GB, no GPU", HOST_SHARE * size, WAYS) for size in HOSTS]
+    machines += [(f"GPU of {size} GB", GPU_SHARE * size, GPU_WAYS) for size in GPUS]
+    for name, limit, ways in machines:
+        fitting = [_largest({row["model"]: row[way]["bytes"] for row in rows}, limit * 1e9) for way in ways]
+        lines.append(f"| {name} | {' | '.join(fitting)} |")
     return "\n".join(lines)
 
 
@@ -149,8 +165,10 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.one:
         os.environ["HF_HUB_OFFLINE"] = "1"
-        shape = SHAPES[asked.one]
-        print(json.dumps({"model": asked.one, **on_a_host(shape), "gpu_gib": round(on_a_gpu(shape), 3)}))
+        found = estimates(SHAPES[asked.one], WAYS)
+        with as_with_a_gpu():
+            found |= estimates(SHAPES[asked.one], GPU_WAYS)
+        print(json.dumps({"model": asked.one, **found}))
         return
     if not asked.table:
         started = time.perf_counter()

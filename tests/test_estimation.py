@@ -23,13 +23,14 @@ from sgm_finetune.commands.cli import main
 from sgm_finetune.data.prepared import PreparedData, prepare_data
 from sgm_finetune.model.load import Head, load_model, skeleton
 from sgm_finetune.model.matrices import adaptable
-from sgm_finetune.model.residence.store import sizes_on_disk
+from sgm_finetune.model.residence.store import sizes_elsewhere
 from sgm_finetune.model.stand_ins import stored_bytes
 from sgm_finetune.train.budget.estimate import ALLOCATOR, estimate
 from sgm_finetune.train.budget.fit import check_fits, fit
 from sgm_finetune.train.budget.needs import Estimate
 from sgm_finetune.train.budget.reading import ASSUMED_RATE, read_rate
 from sgm_finetune.train.budget.reuse import replaced, reuse_fit
+from sgm_finetune.train.budget.speed import Speed
 from sgm_finetune.train.budget.table import describe_estimate
 from sgm_finetune.train.budget.weights import count_weights
 
@@ -149,7 +150,7 @@ def test_of_a_base_on_disk_a_block_and_pages_of_output_layer_or_embeddings_count
     followed: dict = {}
     resident = estimate(config, prepared, cache=followed)
     disk = estimate(replaced(config, "model", residence="disk"), prepared, cache=followed)
-    sizes = sizes_on_disk(skeleton(config.model, prepared.folder, prepared.head))
+    sizes = sizes_elsewhere(skeleton(config.model, prepared.folder, prepared.head), "disk")
     assert resident.weights_bytes - disk.weights_bytes == sizes.total - disk.mapped_bytes > 0
     assert disk.mapped_bytes == sizes.largest_block + sizes.embeddings  # they are small
     assert disk.store_bytes == sizes.total  # the files are float32
@@ -162,7 +163,9 @@ def test_of_a_base_on_disk_a_block_and_pages_of_output_layer_or_embeddings_count
         empty = skeleton(config.model, prepared.folder, prepared.head)
         counted = count_weights(config, prepared, empty, {}, 1, True)
         assert counted.held > counted.block > 0
-        assert counted.store == store * sizes_on_disk(empty).blocks  # the files' own embeddings compute as they are
+        assert (
+            counted.store == store * sizes_elsewhere(empty, "disk").blocks
+        )  # the files' own embeddings compute as they are
 
 
 def test_of_an_output_layer_on_disk_a_slice_counts_where_the_loss_is_computed_in_parts(described, monkeypatch) -> None:
@@ -170,7 +173,7 @@ def test_of_an_output_layer_on_disk_a_slice_counts_where_the_loss_is_computed_in
     config, prepared = made(described, "model.residence=disk", "model.task=causal-lm")
     empty = skeleton(config.model, prepared.folder, prepared.head)
     slices, whole = (count_weights(config, prepared, empty, {}, 1, in_parts) for in_parts in (True, False))
-    assert sizes_on_disk(empty).is_tied
+    assert sizes_elsewhere(empty, "disk").is_tied
     assert slices.output == slices.output_layer * 8 // empty.config.vocab_size < whole.output == whole.output_layer
 
 
@@ -184,7 +187,7 @@ def test_a_base_that_does_not_stay_in_memory_is_read_in_every_step(described, mo
     assert kept.read_bytes == 0
     monkeypatch.setattr(f"{reading}.memory_within_reach", lambda: kept.process_bytes)
     read = estimate(config, prepared, cache=cache)
-    sizes = sizes_on_disk(skeleton(config.model, prepared.folder, prepared.head))
+    sizes = sizes_elsewhere(skeleton(config.model, prepared.folder, prepared.head), "disk")
     assert read.read_bytes == config.training.batch_size // 4 * (2 * sizes.blocks + 2 * sizes.output_layer)
     assert read.seconds["train"] >= read.steps * read.read_bytes / 1000 > kept.seconds["train"]
     assert read.seconds["evaluate"] > kept.seconds["evaluate"]
@@ -215,6 +218,46 @@ def test_the_base_goes_to_the_disk_where_the_weights_are_more_than_the_budget(de
     fitted = fit(config, prepared, too_little)
     assert "model.residence=disk (was null)" in fitted.given_up
     assert fitted.estimate.firm_bytes <= too_little
+
+
+@pytest.fixture
+def as_with_a_gpu(monkeypatch) -> None:
+    for name, value in {
+        "torch.cuda.is_available": lambda: True, "torch.cuda.get_device_name": lambda: "a GPU",
+        "torch.cuda.empty_cache": lambda: None,
+        "sgm_finetune.train.budget.estimate.measure_speed": lambda *_: Speed(1e12, 1e11),
+        "sgm_finetune.train.budget.reading.copy_rate": lambda: 1e5,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(name, value)
+
+
+def test_of_a_base_in_the_hosts_memory_two_blocks_and_slices_of_the_output_layer_count(
+    described, as_with_a_gpu, monkeypatch
+):
+    config, prepared = made(described, "model.task=causal-lm", "merge.side=none", "training.checkpointing=true")
+    resident = estimate(config, prepared)
+    host_config, _ = made(described, "model.task=causal-lm", "merge.side=none", "model.residence=host")
+    assert host_config.training.checkpointing is True
+    host = estimate(host_config, prepared)
+    sizes = sizes_elsewhere(skeleton(config.model, prepared.folder, prepared.head), "host")
+    assert host.host_bytes == sizes.total > 0
+    on_gpu = 2 * sizes.largest_block + sizes.output_layer  # two slices would be larger than all of it
+    assert resident.weights_bytes - host.weights_bytes == sizes.total - on_gpu
+    assert host.mapped_bytes == host.store_bytes == resident.host_bytes == 0
+    assert host.read_bytes == 2 * sizes.blocks + 2 * sizes.output_layer
+    assert host.seconds["train"] >= host.steps * host.read_bytes / 1e5
+    assert "of base in the host's memory" in describe_estimate(host, 2**40)
+    check_fits(host, 2**40, host_config)
+    monkeypatch.setattr("sgm_finetune.train.budget.fit.host_memory_within_reach", lambda: 10)
+    with pytest.raises(UserError, match=r"keeps .* in the host's memory, and .* are within reach there; try .*nf4"):
+        check_fits(host, 2**40, host_config)
+
+
+def test_a_budget_moves_the_base_to_the_hosts_memory_where_there_is_a_gpu(described, as_with_a_gpu):
+    config, prepared = made(described, "model.task=causal-lm", "adapter.rank=2", "merge.side=none")
+    resident = estimate(config, prepared)
+    fitted = fit(config, prepared, resident.weights_bytes - 1)
+    assert {"model.residence=host (was null)", "training.checkpointing=true (was false)"} <= set(fitted.given_up)
 
 
 def test_a_budget_that_is_not_enough_is_refused_with_a_remedy(described, monkeypatch) -> None:

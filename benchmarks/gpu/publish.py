@@ -93,13 +93,12 @@ def other_measurements(records: Records, steps: Records) -> str:
     from step_gpu import table
 
     lines = []
-    for item, what in (("tests", "`pytest -m gpu`"), ("tests-blocking", "The same with `CUDA_LAUNCH_BLOCKING=1`")):
-        if found := last(records, item):
-            ran = [row for row in found["rows"] if row["outcome"] != "skipped"]
-            failed = [row["test"].rpartition("::")[2] for row in ran if row["outcome"] == "failed"]
-            ended = "" if found["status"] in ("done", "failed") else f"; ended by the {found['status']}"
-            told = f" Failed: {', '.join(f'`{name}`' for name in failed)}." if failed else ""
-            lines.append(f"- {what}: {len(ran) - len(failed)} of {len(ran)} tests passed{ended}.{told}")
+    if found := last(records, "tests"):
+        ran = [row for row in found["rows"] if row["outcome"] != "skipped"]
+        failed = [row["test"].rpartition("::")[2] for row in ran if row["outcome"] == "failed"]
+        ended = "" if found["status"] in ("done", "failed") else f"; ended by the {found['status']}"
+        told = f" Failed: {', '.join(f'`{name}`' for name in failed)}." if failed else ""
+        lines.append(f"- `pytest -m gpu`: {len(ran) - len(failed)} of {len(ran)} tests passed{ended}.{told}")
     if found := last(records, "scan"):
         seconds = " and ".join(f"{row['seconds']:.0f}" for row in found["rows"])
         lines.append(f"- The scan of an 8B model ({found['rows'][0]['matrices']} matrices) took {seconds} s "

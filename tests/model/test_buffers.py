@@ -14,20 +14,14 @@ from transformers import LlamaForCausalLM
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.model.load import load_model
 from sgm_finetune.model.names import block_of
-from sgm_finetune.model.residence.buffers import Buffers, stream
+from sgm_finetune.model.residence.buffers import Buffers, frozen_tensors, stream
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 
 
 def frozen(model: nn.Module) -> dict[str, list[Tensor]]:
     """Block -> its tensors that are not trained, with the scales of 4-bit weights."""
-    found: dict[str, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if (block := block_of(name)) is not None and not parameter.requires_grad:
-            state: Any = getattr(parameter, "quant_state", None)
-            scales = [] if state is None else [state.absmax]
-            scales += [] if state is None or state.state2 is None else [state.state2.absmax]
-            found.setdefault(block, []).extend([parameter, *scales])
-    return found
+    blocks = dict.fromkeys(block for name, _ in model.named_parameters() if (block := block_of(name)) is not None)
+    return {block: frozen_tensors(model.get_submodule(block)) for block in blocks}
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +96,16 @@ def gradient_of(model: nn.Sequential) -> Tensor:
     return x.grad
 
 
+kept: list[Buffers] = []
+"""The buffers of the last model that `streamed` made."""
+
+
 def streamed(num_buffers: int) -> tuple[nn.Sequential, Tensor]:
     """Seven layers without checkpointing, each in a block, and the gradient that they gave before."""
     model = nn.Sequential(*(nn.Sequential(Layer(8, 8, bias=False)) for _ in range(7))).requires_grad_(False)
     expected = gradient_of(model)
     blocks = {str(n): list(block.parameters()) for n, block in enumerate(model)}
-    stream(model, blocks, torch.device("cpu"), num_buffers)
+    kept[:] = [stream(model, blocks, torch.device("cpu"), num_buffers)]
     return model, expected
 
 
@@ -141,7 +139,32 @@ def test_no_more_than_the_buffers_is_on_the_device(folder):
     buffers = stream(model, frozen(model), torch.device("cpu"))
     largest = max(block.host.numel() for block in buffers.blocks)
     assert [buffer.numel() for buffer in buffers.buffers] == [largest, largest]
-    assert not any(tensor.numel() for tensors in frozen(model).values() for tensor in tensors)
+    assert not any(is_there(tensor) for tensors in frozen(model).values() for tensor in tensors)
     two_steps(model)
-    held = [n for n, tensors in enumerate(frozen(model).values()) if tensors[0].numel()]
+    held = [n for n, tensors in enumerate(frozen(model).values()) if is_there(tensors[0])]
     assert held == sorted(n for n in buffers.holds if n is not None) == [0, 1]
+
+
+def is_there(tensor: Tensor) -> bool:
+    """Whether a tensor has all of its numbers; one that is elsewhere has a single NaN."""
+    there = tensor.untyped_storage().nbytes() > tensor.element_size()
+    assert there or not tensor.dtype.is_floating_point or bool(tensor.isnan().all())
+    return there
+
+
+@pytest.mark.parametrize("num_buffers", [2, 3])
+def test_without_checkpointing_autograd_reads_what_it_kept_where_its_block_is(num_buffers):
+    model, expected = streamed(num_buffers)
+    with kept[0].kept_by_place():
+        assert torch.equal(gradient_of(model), expected)
+
+
+def test_autograd_refuses_what_it_kept_by_place_when_another_block_is_there(monkeypatch):
+    model, _ = streamed(2)
+    buffers = kept[0]
+    with buffers.kept_by_place():
+        loss = model(torch.ones(2, 8, requires_grad=True)).sum()
+    buffers.enter(0, 1)
+    monkeypatch.setattr(buffers, "_fetch", lambda index: None)  # nothing comes back for the backward pass
+    with pytest.raises(AssertionError, match="another block"):
+        loss.backward()

@@ -9,6 +9,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.classes import Head
 from sgm_finetune.model.load import load_model
 from sgm_finetune.model.residence import store
+from sgm_finetune.model.residence.host import differentiable
 from sgm_finetune.model.residence.part_file import map_part, write_part
 from sgm_finetune.model.residence.window import are_mapped, slide_over, spans_of
 from sgm_finetune.train.adapters.shard import reduce_factors_only
@@ -135,6 +137,9 @@ def test_blocks_may_differ_share_parameters_and_stand_beside_numbered_layers(nam
     expected = a_step(load(folder, name, form, "device"), name, False)
     assert_equal(expected, a_step(load(folder, name, form, "disk"), name, False))
     assert_equal(expected, a_step(load(folder, name, form, "disk"), name, False))
+    host = load(folder, name, form, "host")
+    with differentiable(host):
+        assert_equal(expected, a_step(host, name, False))
 
 
 @pytest.mark.parametrize(("name", "form", "checkpointing"), list(cases()))
@@ -147,6 +152,19 @@ def test_loss_and_every_gradient_are_those_of_the_resident_base(name, form, chec
     expected = a_step(resident, name, checkpointing)
     assert_equal(expected, a_step(load(folder, name, form, "disk"), name, checkpointing))  # the store is made
     assert_equal(expected, a_step(load(folder, name, form, "disk"), name, checkpointing))  # and used
+
+
+@pytest.mark.parametrize(("name", "form", "checkpointing"), list(cases()))
+def test_a_base_in_the_hosts_memory_gives_the_same(name, form, checkpointing, tmp_path, cache):
+    """Without a GPU the buffers are in the same memory; the copies, hooks and places are those of a GPU."""
+    folder = save_pico(name, tmp_path / name)
+    resident = load(folder, name, form, "device")
+    if checkpointing and not resident.supports_gradient_checkpointing:
+        pytest.skip("no checkpointing")
+    expected = a_step(resident, name, checkpointing)
+    host = load(folder, name, form, "host")
+    with nullcontext() if checkpointing else differentiable(host):
+        assert_equal(expected, a_step(host, name, checkpointing))
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +193,20 @@ def test_blocks_embeddings_and_output_layer_are_views_of_files(llama, cache):
     assert f"to {files_of(cache)[0].parent} (once" in said[0]
     load(llama, "llama", CONVERTED, "disk", said)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("form", [PLAIN, PACKED], ids="-".join)
+def test_blocks_embeddings_and_output_layer_are_in_the_hosts_memory(form, llama):
+    """What is left of them in the model has one number each, and the right shape."""
+    host, device = load(llama, "llama", form, "host"), load(llama, "llama", form, "device")
+    large = {n: p for n, p in host.named_parameters() if ".layers." in n or "embed" in n or "lm_head" in n}
+    assert len(large) > 10
+    assert {p.untyped_storage().nbytes() // p.element_size() for p in large.values()} == {1}
+    assert all(p.shape == device.get_parameter(n).shape for n, p in large.items())
+    with torch.no_grad():
+        host(**make_batches(task="causal-lm")[0])
+    ends = [p for n, p in large.items() if ".layers." not in n]
+    assert {p.untyped_storage().nbytes() // p.element_size() for p in ends} == {1}
 
 
 def test_a_base_whose_files_hold_what_computes_needs_no_store(llama, cache):
@@ -275,13 +307,18 @@ def test_a_file_system_that_cannot_map_is_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "gpu", "said"),
-    [({"quantization": "int8"}, False, "none or nf4, not int8"), ({}, True, "machines without a GPU")],
+    ("place", "changes", "gpu", "said"),
+    [
+        ("disk", {"quantization": "int8"}, False, "none or nf4, not int8"),
+        ("host", {"quantization": "int8"}, True, "none or nf4, not int8"),
+        ("disk", {}, True, "machines without a GPU"),
+        ("host", {}, False, "machines with a GPU"),
+    ],
 )
-def test_what_cannot_be_on_disk_is_refused_before_it_is_loaded(changes, gpu, said, llama, monkeypatch):
+def test_what_cannot_be_elsewhere_is_refused_before_it_is_loaded(place, changes, gpu, said, llama, monkeypatch):
     monkeypatch.setattr("sgm_finetune.base.device.has_gpu", lambda: gpu)
-    config = ModelConfig(name=str(llama), task="causal-lm", residence="disk", **changes)
-    with pytest.raises(UserError, match=rf"^model.residence=disk .*{said}.*; set model.residence=device$"):
+    config = ModelConfig(name=str(llama), task="causal-lm", residence=place, **changes)
+    with pytest.raises(UserError, match=rf"^model.residence={place} .*{said}.*; set model.residence=device$"):
         check_model(config, llama)
 
 
@@ -426,9 +463,12 @@ def test_nothing_can_write_to_the_base(tmp_path, cache):
 def test_the_probe_finds_the_same_sketches(llama, cache):
     batches = make_batches(task="causal-lm")
     for form in (CONVERTED, PACKED):
-        one, other = (probe(load(llama, "llama", form, place), batches, sketch_size=8) for place in ("device", "disk"))
-        assert one.loss == other.loss
-        for name, halves in one.halves.items():
-            for half, same in zip(halves, other.halves[name], strict=True):
-                assert torch.equal(half.input, same.input)
-                assert torch.equal(half.output, same.output)
+        one, *others = (
+            probe(load(llama, "llama", form, place), batches, sketch_size=8) for place in ("device", "disk", "host")
+        )
+        for other in others:
+            assert one.loss == other.loss
+            for name, halves in one.halves.items():
+                for half, same in zip(halves, other.halves[name], strict=True):
+                    assert torch.equal(half.input, same.input)
+                    assert torch.equal(half.output, same.output)

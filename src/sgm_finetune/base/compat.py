@@ -38,6 +38,7 @@ def _entries(library: str, parts: tuple[str, ...], used_in: str, why: str, test:
 
 
 _COMPAT = "tests/test_compat.py::"
+_RESIDENCE = "tests/model/test_residence.py::test_loss_and_every_gradient_are_those_of_the_resident_base"
 _FORWARD = "tests/adapters/test_forward.py::"
 _FOOTPRINT = "tests/measure/test_footprint.py::"
 _LAUNCHER = f"{_COMPAT}test_accelerates_launcher_sets_the_variables_that_are_read"
@@ -104,7 +105,14 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
     PrivatePart(
         "bitsandbytes", "Params4bit.quant_state", "model/residence/store.py",
         "A block that is on disk must not leave its scales in memory, which its 4-bit layers hold too.",
-        "tests/model/test_residence.py::test_loss_and_every_gradient_are_those_of_the_resident_base",
+        _RESIDENCE,
+    ),
+    *_entries(
+        "bitsandbytes",
+        ("Params4bit.quant_state", "QuantState.state2", "QuantState.absmax"),
+        "model/residence/buffers.py",
+        "A 4-bit block that is copied to the GPU brings its scales with it.",
+        "tests/model/test_residence.py::test_a_base_in_the_hosts_memory_gives_the_same",
     ),
     PrivatePart(
         "gguf", "GGUFReader._get", "model/weights/gguf.py",
@@ -251,14 +259,22 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
         "They give the name in the model of a parameter in its files; Transformers applies them only while it loads.",
         "tests/test_experts.py::test_every_expert_has_its_snr_from_the_files_and_the_start_of_its_stack",
     ),
-    *_entries(
-        "transformers",
-        ("modeling_utils.convert_and_load_state_dict_in_model", "core_model_loading.set_param_for_module"),
-        "model/residence/store.py",
-        "Inside from_pretrained the first converts all tensors at once; in its place it is called block by block, and "
-        "the second puts mapped tensors where it put converted ones. Transformers' own offload copies a block, and "
-        "refuses 4 bits.",
-        "tests/model/test_residence.py::test_loss_and_every_gradient_are_those_of_the_resident_base",
+    PrivatePart(
+        "transformers", "modeling_utils.convert_and_load_state_dict_in_model", "model/residence/parts.py",
+        "Inside from_pretrained it converts all tensors at once; in its place it is called block by block. The offload "
+        "of Transformers copies a block, and refuses 4 bits.",
+        _RESIDENCE,
+    ),
+    PrivatePart(
+        "transformers", "core_model_loading.set_param_for_module", "model/residence/store.py",
+        "It puts mapped tensors where from_pretrained puts converted ones.",
+        _RESIDENCE,
+    ),
+    PrivatePart(
+        "transformers", "modeling_utils.caching_allocator_warmup", "model/residence/host.py",
+        "Inside from_pretrained it allocates as much of the GPU as the whole base takes; it is left out where the base "
+        "goes to the host's memory, and no argument does that.",
+        "tests/test_gpu_host.py::test_only_buffers_are_on_the_gpu",
     ),
     PrivatePart(
         "transformers", "core_model_loading.revert_weight_conversion", "results/export/merge.py",

@@ -265,10 +265,12 @@ class ModelConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Floating-point type of the base. auto: the type of the stored weights; for a quantised base bfloat16, or float32
     on a processor without bfloat16 instructions."""
-    residence: Literal["device", "disk"] | None = None
-    """Place of the frozen base. device: in memory. disk: in files, of which one block at a time is in memory, for
-    models that are larger than it; the results are the same. It is for machines without a GPU, and takes quantization
-    none or nf4. null: device, or disk if `memory.budget` is too small for that."""
+    residence: Literal["device", "host", "disk"] | None = None
+    """Place of the frozen base, for models that are larger than the memory; the results are the same. device: in
+    memory, the GPU's if there is one. host: in the host's memory, from which each block is copied to the GPU before it
+    computes, with `training.checkpointing`. disk: in files, of which one block at a time is in memory, on machines
+    without a GPU. host and disk take quantization none or nf4. null: device, or one of them if `memory.budget` is too
+    small for that."""
     revision: Text | None = None
     """Branch, tag or commit of a hub model (null: the main branch)."""
     trust_remote_code: Flag = False
@@ -619,6 +621,17 @@ class Config(_Section):
             return FULL_RATE
         return default_rate(self.optimizer, 1 if self.merge.scope == "pool" else self.adapter.rank, steps)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _recomputes(cls, given: Any) -> Any:
+        """`residence: host` implies checkpointing: a block's weights are gone when its backward pass begins."""
+        model = given.get("model") if isinstance(given, dict) else None
+        if isinstance(model, dict) and model.get("residence") == "host":
+            training = given.get("training") or {}
+            if isinstance(training, dict) and _parse_switch(training.get("checkpointing", False)) is False:
+                return {**given, "training": {**training, "checkpointing": True}}
+        return given
+
     @model_validator(mode="after")
     def _kind_can(self) -> Self:
         if not self.is_full:
@@ -637,7 +650,8 @@ class Config(_Section):
             ("model.quantization", self.model.quantization, self.model.quantization != "none",
              "model.quantization=none"),
             ("model.dtype", self.model.dtype, self.model.dtype == "float16", "model.dtype=bfloat16"),
-            ("model.residence", self.model.residence, self.model.residence == "disk", "model.residence=device"),
+            ("model.residence", self.model.residence, self.model.residence in ("host", "disk"),
+             "model.residence=device"),
             ("training.shard", "true", self.training.shard, "training.shard=false"),
         ]  # fmt: skip
         for key, value, wrong, remedy in refused:

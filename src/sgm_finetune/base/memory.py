@@ -38,8 +38,13 @@ def memory_within_reach() -> int:
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return torch.cuda.memory_reserved() + free
+    return host_memory_within_reach()
+
+
+def host_memory_within_reach() -> int:
+    """The host's memory that this process can use in total, in bytes, as `memory_within_reach` counts it."""
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    within = held_memory() + psutil.virtual_memory().available // sharing
+    within = psutil.Process().memory_info().rss + psutil.virtual_memory().available // sharing
     for limit in (_CGROUP / "memory.max", _CGROUP / "memory" / "memory.limit_in_bytes"):
         if limit.is_file() and (text := limit.read_text().strip()).isdigit():
             within = min(within, int(text) // sharing)

@@ -21,6 +21,7 @@ from sgm_finetune.method.subspace import Sketch, sketch_batch, sketch_stack, tes
 from sgm_finetune.model.four_bit import ready_for_backward
 from sgm_finetune.model.matrices import Matrix, adaptable
 from sgm_finetune.model.names import stored_to_model_names
+from sgm_finetune.model.residence.host import differentiable
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ def _measure_batch(
     total = 0.0
     for piece, weight in pieces:
         recorder.reads.begin_batch()
-        with _hooks(recorder):
+        with _hooks(recorder), differentiable(model):
             loss = mean_loss(model, piece)
             if not bool(torch.isfinite(loss)):
                 raise UserError(f"The loss of a probe batch is {float(loss.detach())}; try model.dtype=float32")

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from torch import Tensor
 
 
-def running_norm(last: Mapping[str, float], now: Mapping[str, float], num_tensors: int) -> float:
-    """Returns an estimate of the norm of the whole gradient while only a part of it has been computed (eq. 21).
+def running_norm(newest: Tensor, num_now: int, is_first: bool) -> Tensor:
+    """Returns an estimate of the norm of the whole gradient while only a part of it has been computed (eq. 21): ().
 
-    `now` holds the squared norms of this step's gradients so far, `last` those of the step before. Each tensor counts
-    with its newest norm. In the first step, where there is no step before, the tensors to come count as much as those
-    so far do on average. `num_tensors` is the number of all tensors.
+    `newest` (n,) holds the squared norm of each tensor's newest gradient, of this step or of the step before; `num_now`
+    of them are of this step. In the first step (`is_first`) the others are 0, and count as much as those of this step
+    do on average.
 
-    >>> running_norm({"a": 9.0, "b": 7.0}, {"b": 16.0}, 2), running_norm({}, {"b": 16.0}, 4)
-    (5.0, 8.0)
+    >>> import torch
+    >>> running_norm(torch.tensor([9.0, 16.0]), 1, False), running_norm(torch.tensor([0.0, 16.0, 0.0, 0.0]), 1, True)
+    (tensor(5.), tensor(8.))
     """
-    if not last:
-        return math.sqrt(sum(now.values()) * num_tensors / len(now))
-    return math.sqrt(sum(now.get(name, square) for name, square in last.items()))
+    total = newest.sum()
+    return (total * (len(newest) / num_now) if is_first else total).sqrt()
 
 
-def clip_factor(norm: float, limit: float) -> float:
-    """Returns the factor by which a gradient of `norm` is multiplied so that its norm is at most `limit`.
+def clip_factor(norm: Tensor, limit: float) -> Tensor:
+    """Returns the factor by which a gradient of `norm` is multiplied so that its norm is at most `limit`: ().
 
-    >>> clip_factor(4.0, limit=1.0), clip_factor(0.5, limit=1.0)
-    (0.25, 1.0)
+    >>> import torch
+    >>> clip_factor(torch.tensor([4.0, 0.5, 0.0]), limit=1.0)
+    tensor([0.2500, 1.0000, 1.0000])
     """
-    return min(1.0, limit / norm) if norm > 0 else 1.0
+    return (limit / norm).clamp(max=1.0)

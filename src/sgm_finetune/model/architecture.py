@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from transformers import (
     CONFIG_MAPPING,
@@ -61,8 +61,9 @@ def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
     where `config` says.
     """
     described = read_model_config(config, folder)
-    if config.residence == "disk" and (reason := why_not_on_disk(config, described)) is not None:
-        raise UserError(f"model.residence=disk {reason}; set model.residence=device")
+    place = config.residence
+    if place in ("host", "disk") and (reason := why_not_at(place, config, described)) is not None:
+        raise UserError(f"model.residence={place} {reason}; set model.residence=device")
     check_shards(folder)
     known = _MODELS[config.task]
     remote = _AUTO[config.task].__name__ in (getattr(described, "auto_map", None) or {})
@@ -89,18 +90,23 @@ def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
             raise UserError(f"{config.name} is already quantised; use model.quantization=none")
 
 
-def why_not_on_disk(config: ModelConfig, described: PreTrainedConfig | None = None) -> str | None:
-    """Why the base cannot stay on disk, as the end of a sentence; None where it can. `described` is its config.json."""
+def why_not_at(
+    place: Literal["host", "disk"], config: ModelConfig, described: PreTrainedConfig | None = None
+) -> str | None:
+    """Why the base cannot stay in the host's memory or on disk, as the end of a sentence; None where it can.
+    `described` is its config.json."""
     from sgm_finetune.base.device import has_gpu
     from sgm_finetune.base.memory import can_map_files
 
-    if has_gpu():
-        return "is for machines without a GPU so far, and this one has one"
+    if place == "host" and not has_gpu():
+        return "is for machines with a GPU, and this one has none"
+    if place == "disk" and has_gpu():
+        return "is for machines without a GPU, and this one has one"
     if config.quantization == "int8":
         return "takes model.quantization=none or nf4, not int8"
     if getattr(described, "quantization_config", None) is not None:
         return "takes files with plain numbers, and those of this model are quantised"
-    if not can_map_files():
+    if place == "disk" and not can_map_files():
         return "needs Linux, which says which pages of a file are in memory"
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sgm_finetune.model.architecture import auto_class, check_size, read_model_c
 from sgm_finetune.model.classes import Head
 from sgm_finetune.model.four_bit import ready_for_backward
 from sgm_finetune.model.names import block_of
+from sgm_finetune.model.residence.host import HostBase, keep_on_host, loading_to_host
 from sgm_finetune.model.residence.store import keep_on_disk, loading_from_disk, open_store
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,8 +46,10 @@ def load_model(
     another size. Its weights come from torch's global random state. The dtype "auto" is the stored one; with
     quantisation it is bfloat16 where the processor multiplies bfloat16, else float32. Only layers inside numbered
     blocks are quantised. Backward passes through the model are correct (`ready_for_backward`). With `residence: disk`
-    the blocks are views of files; `announce` is called with a line before SGM writes such files. Raises UserError when
-    the weights cannot be read or do not fit the model, and when such files cannot be written.
+    the blocks are views of files; `announce` is called with a line before SGM writes such files. With `residence: host`
+    they are in the host's memory, and the model must recompute each block in its backward pass (checkpointing) or run
+    inside `residence.host.differentiable`. Raises UserError when the weights cannot be read or do not fit the model,
+    and when such files cannot be written.
     """
     device = device or device_for()
     settings: dict[str, Any] = {"device_map": {"": device}, "attn_implementation": _attention()}
@@ -55,11 +58,16 @@ def load_model(
     if head.fits_labels:
         settings["ignore_mismatched_sizes"] = True  # the stored head may be for other labels
     auto, trusted = auto_class(config.task), config.trust_remote_code
-    store = None
+    store = base = None
+    loading: AbstractContextManager[None] = nullcontext()
     if config.residence == "disk":
         how = f"{type(described).__name__} {config.task} {_dtype(config)} {config.quantization}"
         store = open_store(folder, how, announce)
-    with _building(config), loading_from_disk(store) if store else nullcontext():
+        loading = loading_from_disk(store)
+    elif config.residence == "host":
+        base = HostBase(device)
+        loading = loading_to_host(base)
+    with _building(config), loading:
         if quantised or not trusted:
             with torch.device("meta"):
                 empty = auto.from_config(described, trust_remote_code=trusted)
@@ -77,6 +85,9 @@ def load_model(
     ready_for_backward(model)
     if store is not None:
         keep_on_disk(model, store)
+    elif base is not None:
+        for remark in keep_on_host(model, base):
+            announce(remark)
     elif quantised and device.type == "cpu":
         # embeddings and norms are views of the mapped file: without a copy, all of it stays in memory
         for tensor in (*model.parameters(), *model.buffers()):

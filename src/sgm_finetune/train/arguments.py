@@ -119,8 +119,10 @@ def check_machine(config: Config) -> None:
     needs."""
     if config.training.checkpointing == "offload" and not has_gpu():
         raise UserError("training.checkpointing=offload needs a GPU, and this machine has none; set it to true")
-    if config.training.shard and config.model.residence == "disk":
-        raise UserError("training.shard=true cuts a base that is in memory; set it to false, or model.residence=device")
+    if config.training.shard and config.model.residence in ("host", "disk"):
+        raise UserError(
+            "training.shard=true cuts a base that is on the device; set it to false, or model.residence=device"
+        )
     name = config.optimizer
     if "8bit" in name and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"training.optimizer={name} needs bitsandbytes; pip install bitsandbytes, or set it to adamw")

@@ -1,7 +1,6 @@
 """The store: a base model's blocks on disk, in the type or the 4 bits that compute, made once while the model loads.
 
-Transformers loads a model in one call, which converts all its tensors. `loading_from_disk` makes it convert them block
-by block, so that one block is in memory at a time, and puts views of files in their place: of the store's, or of the
+`loading_from_disk` puts views of files in the place of the tensors that Transformers loads: of the store's, or of the
 model's own files where they hold what the kernels read.
 """
 
@@ -14,12 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 from filelock import FileLock
 from torch import Tensor, nn
-from transformers import PreTrainedModel, modeling_utils
+from transformers import PreTrainedModel
 from transformers.core_model_loading import set_param_for_module
 
 from sgm_finetune.base.errors import UserError
@@ -28,6 +27,16 @@ from sgm_finetune.base.text import gib
 from sgm_finetune.model.folder import cache_dir
 from sgm_finetune.model.names import block_of, stored_to_model_names
 from sgm_finetune.model.residence.part_file import map_part, write_part
+from sgm_finetune.model.residence.parts import (
+    Convert,
+    add_account,
+    divide,
+    ends_of,
+    loaded,
+    loading_by_parts,
+    movable_block,
+    tables_of,
+)
 from sgm_finetune.model.residence.window import are_mapped, slide_over
 from sgm_finetune.model.weights.stored import weight_files
 
@@ -82,13 +91,8 @@ def loading_from_disk(store: Store) -> Iterator[None]:
 
     Writes what the store lacks. Raises UserError when it cannot be written, or is damaged.
     """
-    loader: Any = modeling_utils
-    engine = loader.convert_and_load_state_dict_in_model
-    loader.convert_and_load_state_dict_in_model = partial(_load, store, engine)
-    try:
+    with loading_by_parts(partial(_load, store)):
         yield
-    finally:
-        loader.convert_and_load_state_dict_in_model = engine
 
 
 def keep_on_disk(model: PreTrainedModel, store: Store) -> None:
@@ -98,20 +102,19 @@ def keep_on_disk(model: PreTrainedModel, store: Store) -> None:
 
 
 def _load(
-    store: Store, engine: Callable[..., Any], model: PreTrainedModel, state_dict: Mapping[str, Any], load_config: Any,
-    disk_offload_index: Any = None,
-) -> tuple[Any, Any]:  # fmt: skip
-    """Loads part by part what `engine`, the function of Transformers in whose place it stands, loads at once."""
-    parts, rest = _divide(model, state_dict)
+    store: Store, convert: Convert, model: PreTrainedModel, state_dict: Mapping[str, Any], load_config: Any
+) -> tuple[Any, Any]:
+    """Loads part by part what `convert` loads at once."""
+    parts, rest = divide(model, state_dict)
     name_of = stored_to_model_names(model)
-    info, index = engine(model=model, state_dict=rest, load_config=load_config, disk_offload_index=disk_offload_index)
+    info, index = convert(model=model, state_dict=rest, load_config=load_config, disk_offload_index=None)
     for part, tensors in parts.items():
         if not store.path(part).is_file():
             modules = model.get_submodule(part).modules()
             before = [(module, dict(module.named_parameters(recurse=False))) for module in modules]
-            found, _ = engine(model=model, state_dict=tensors, load_config=load_config)
-            _add(info, found)
-            made = _loaded(model, part)
+            found, _ = convert(model=model, state_dict=tensors, load_config=load_config)
+            add_account(info, found)
+            made = loaded(model, part)
             if found.mismatched_keys or found.conversion_errors:  # the caller says what is wrong
                 continue
             if are_mapped(made.values()):  # the model's own files hold what the kernels read
@@ -125,42 +128,6 @@ def _load(
     return info, index
 
 
-def _divide(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """The tensors of a model's files by part, and those of no part, which are small."""
-    name_of, ends = stored_to_model_names(model), _ends(model)
-    kept = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    parts: dict[str, dict[str, Any]] = {name: {} for name, _ in model.named_modules()}
-    rest: dict[str, Any] = {}
-    for stored, tensor in state_dict.items():
-        name = name_of(stored)
-        owner = name.rpartition(".")[0]
-        part = owner if owner in ends else _block_of(model, name)
-        (parts[part] if part in parts and name in kept else rest)[stored] = tensor
-    return {part: tensors for part, tensors in parts.items() if tensors}, rest
-
-
-def _block_of(model: nn.Module, name: str) -> str | None:
-    """The block of a parameter that can stay on disk. A numbered layer outside of blocks stays in memory: hooks on it
-    would make an adapter's layer compute another way."""
-    block = block_of(name)
-    return None if block is None or not any(model.get_submodule(block).children()) else block
-
-
-def _ends(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module: the embeddings, and the output layer of a language model."""
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding) or m is output}
-    return {name: module for name, module in found.items() if block_of(name) is None}
-
-
-def _loaded(model: nn.Module, part: str) -> dict[str, Tensor]:
-    """The parameters of a part that have numbers, with the scales of 4-bit weights, by their names in the model."""
-    module = model.get_submodule(part)
-    buffers = {f"{part}.{buffer}" for buffer, _ in module.named_buffers()}
-    tensors: dict[str, Tensor] = module.state_dict(prefix=f"{part}.")
-    return {name: tensor for name, tensor in tensors.items() if name not in buffers and not tensor.is_meta}
-
-
 def _empty(before: list[tuple[nn.Module, dict[str, nn.Parameter]]]) -> None:
     """Gives modules back the parameters without numbers that they had before a part was converted."""
     for module, parameters in before:
@@ -168,15 +135,6 @@ def _empty(before: list[tuple[nn.Module, dict[str, nn.Parameter]]]) -> None:
             setattr(module, name, parameter)
         if hasattr(module, "quant_state"):
             module.quant_state = None  # type: ignore[assignment]
-
-
-def _add(info: Any, found: Any) -> None:
-    """Adds to Transformers' account of what was loaded that of one part."""
-    info.missing_keys &= found.missing_keys
-    info.unexpected_keys |= found.unexpected_keys
-    info.mismatched_keys |= found.mismatched_keys
-    info.conversion_errors |= found.conversion_errors
-    info.error_msgs += found.error_msgs
 
 
 def _put(model: PreTrainedModel, mapped: dict[str, Tensor], info: Any, quantizer: Any) -> list[Tensor]:
@@ -227,7 +185,7 @@ def _num_bytes(model: nn.Module, names: Collection[str]) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a model's parts on disk."""
+    """Bytes of a model's parts on disk, or in the host's memory."""
 
     blocks: int
     largest_block: int
@@ -242,15 +200,15 @@ class Sizes:
         return self.blocks + self.embeddings + (0 if self.is_tied else self.output_layer)
 
 
-def sizes_on_disk(model: PreTrainedModel) -> Sizes:
-    """What `residence: disk` leaves on disk of a model without numbers."""
+def sizes_elsewhere(model: PreTrainedModel, place: Literal["host", "disk"]) -> Sizes:
+    """What `residence: host` leaves in the host's memory of a model without numbers, or `disk` on disk."""
     blocks: dict[str, set[str]] = {}
     for name, _ in model.named_parameters():
-        if (block := _block_of(model, name)) is not None:
+        if (block := movable_block(model, name)) is not None:
             blocks.setdefault(block, set()).add(name)
     sizes = [_num_bytes(model, names) for names in blocks.values()]
     output = model.get_output_embeddings()
-    ends = list(_ends(model).values())
+    ends = list((tables_of if place == "host" else ends_of)(model).values())
     tables = {id(module.weight): module.weight for module in ends if isinstance(module, nn.Embedding)}
     head: Any = output.weight if output in ends else None
     return Sizes(

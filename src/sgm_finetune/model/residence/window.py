@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
@@ -81,28 +81,36 @@ class _OnDisk:
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
 
+    def slices(self, size: int) -> Iterator[tuple[int, Tensor]]:
+        """As `slices`; the next slice is read ahead."""
+        parts, whole = self.tensor.split(size), spans_of([self.tensor])
+        pages = [spans_of([part]) for part in parts]
+        for index, part in enumerate(parts):
+            _advise(pages[index], _POPULATE_READ)
+            for following in pages[index + 1 : index + 2]:
+                _advise(following, mmap.MADV_WILLNEED)
+            yield index * size, part
+            _advise(whole, mmap.MADV_DONTNEED)  # what is read at the border of two slices maps pages around it
 
-_on_disk: WeakValueDictionary[int, _OnDisk] = WeakValueDictionary()
-"""Address -> the tensor there, for all models whose base is on disk now."""
+
+class Elsewhere(Protocol):
+    """A matrix that is not on the device as a whole."""
+
+    def slices(self, size: int) -> Iterator[tuple[int, Tensor]]: ...
 
 
-def is_on_disk(tensor: Tensor) -> bool:
-    """Whether the tensor is a part of a base that a `Window` moves over."""
-    return tensor.data_ptr() in _on_disk
+elsewhere: WeakValueDictionary[int, Elsewhere] = WeakValueDictionary()
+"""Address -> what is there, for the tensors of all models whose base is on disk, and the output layers of those whose
+base is in the host's memory."""
 
 
 def slices(weight: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    """The first row of each slice of a matrix, and its `size` rows. Of a matrix on disk one slice is in memory at a
-    time, and the next one is read ahead."""
-    parts, moves = weight.split(size), is_on_disk(weight)
-    whole = spans_of([weight]) if moves else []
-    pages = [spans_of([part]) if moves else [] for part in parts]
-    for index, part in enumerate(parts):
-        _advise(pages[index], _POPULATE_READ)
-        for following in pages[index + 1 : index + 2]:
-            _advise(following, mmap.MADV_WILLNEED)
-        yield index * size, part
-        _advise(whole, mmap.MADV_DONTNEED)  # what is read at the border of two slices maps pages around it
+    """The first row of each slice of a matrix, and its `size` rows. Of a matrix that is not on the device one slice, or
+    two, are at a time."""
+    if (found := elsewhere.get(weight.data_ptr())) is not None:
+        yield from found.slices(size)
+    else:
+        yield from ((index * size, part) for index, part in enumerate(weight.split(size)))
 
 
 class Window:
@@ -112,7 +120,7 @@ class Window:
         self.spans, self.ends = [spans_of(tensors) for tensors in blocks.values()], spans_of(ends)
         # kept: without its tensor a file is no longer mapped, and other memory takes its place
         self._kept = [_OnDisk(tensor) for tensors in (*blocks.values(), ends) for tensor in tensors]
-        _on_disk.update({kept.tensor.data_ptr(): kept for kept in self._kept})
+        elsewhere.update({kept.tensor.data_ptr(): kept for kept in self._kept})
         self.current: int | None = None
 
     def enter(self, index: int, towards: int) -> None:

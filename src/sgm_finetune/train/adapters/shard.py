@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.names import block_of
-from sgm_finetune.model.residence.window import is_on_disk
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,10 @@ def shard_base(model: PreTrainedModel, device: torch.device, new_modules: Sequen
 
 
 def reduce_factors_only(model: PeftModel) -> None:
-    """Makes data parallelism ignore the pieces of the base, which differ between processes, and a base on disk, which
-    it would copy into memory to send it from one process to the others."""
-    pieces = {name for name, p in model.named_parameters() if isinstance(p, DTensor) or is_on_disk(p)}
-    model._ddp_params_and_buffers_to_ignore = sorted(pieces)  # type: ignore[assignment]
+    """Makes data parallelism ignore the frozen base: it would send it from one process to the others, which have it
+    already, and its pieces differ between processes, or it is not in the device's memory."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    model._ddp_params_and_buffers_to_ignore = sorted(frozen)  # type: ignore[assignment]
 
 
 def _num_bytes(model: nn.Module) -> int:

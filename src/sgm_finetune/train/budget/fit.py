@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.device import has_gpu
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.memory import host_memory_within_reach
 from sgm_finetune.base.text import gib
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.model.architecture import read_model_config, why_not_on_disk
+from sgm_finetune.model.architecture import read_model_config, why_not_at
 from sgm_finetune.train.budget.estimate import estimate
 from sgm_finetune.train.budget.needs import PHASES, Estimate
 from sgm_finetune.train.budget.reuse import replaced, with_rank
@@ -34,11 +35,11 @@ def fit(config: Config, prepared: PreparedData, budget: int, plan: Plan | None =
 
     Each change concerns the phase that needs most. A test takes smaller batches, which keeps its results. A step or the
     probe takes, in this order: smaller micro-batches (the same gradient); checkpointing (the same gradient, parts of it
-    computed twice), then on a GPU checkpointing with offload to the host, without one the base on disk; a smaller rank;
-    fewer layers, those nearest to the output. A given plan keeps its rank and layers. Where the weights alone are more
-    than the budget, the base goes to the disk first. Where whole matrices are trained, checkpointing comes before
-    smaller micro-batches, whose gradients would have to be kept, and rank and disk are no choice. Raises UserError when
-    all of this is not enough.
+    computed twice), on a GPU with offload to the host; the base on disk, or in the host's memory if there is a GPU; a
+    smaller rank; fewer layers, those nearest to the output. A given plan keeps its rank and layers. Where the weights
+    alone are more than the budget, the base goes elsewhere first. Where whole matrices are trained, checkpointing comes
+    before smaller micro-batches, whose gradients would have to be kept, and rank and another place are no choice.
+    Raises UserError when all of this is not enough.
     """
     current = config
     cache: dict[tuple, Any] = {}
@@ -47,7 +48,7 @@ def fit(config: Config, prepared: PreparedData, budget: int, plan: Plan | None =
         if needed.firm_bytes <= budget:
             return Fitted(current, needed, tuple(_changes(config, current)))
         fixed = needed.weights_bytes + needed.process_bytes
-        if fixed > budget and (moved := _onto_disk(current, prepared)) is not None:
+        if fixed > budget and (moved := _elsewhere(current, prepared)) is not None:
             current = moved
             continue
         if fixed > budget:
@@ -55,7 +56,7 @@ def fit(config: Config, prepared: PreparedData, budget: int, plan: Plan | None =
                 f"memory.budget={gib(budget)} is not enough: weights, libraries and data take {gib(fixed)} before "
                 f"the run computes anything; {_smaller_weights(current)}"
             )
-        smaller = _concession(current, prepared, needed, plan) or _onto_disk(current, prepared)
+        smaller = _concession(current, prepared, needed, plan) or _elsewhere(current, prepared)
         if smaller is None:
             raise UserError(
                 f"memory.budget={gib(budget)} is not enough: {PHASES[needed.firm_phase]} needs "
@@ -86,7 +87,7 @@ def _smaller_step(config: Config, prepared: PreparedData, needed: Estimate, plan
     for change in smaller:
         if (changed := change(config, needed)) is not None:
             return changed
-    if (moved := _onto_disk(config, prepared)) is not None:
+    if (moved := _elsewhere(config, prepared)) is not None:
         return moved
     if plan is not None:
         return None
@@ -112,13 +113,21 @@ def _more_checkpointing(config: Config, needed: Estimate) -> Config | None:
     return replaced(config, "training", checkpointing="offload") if checkpointing != "offload" and has_gpu() else None
 
 
-def _onto_disk(config: Config, prepared: PreparedData) -> Config | None:
-    """`config` with the base on disk; None where it is there, or cannot or must not be."""
+def _elsewhere(config: Config, prepared: PreparedData) -> Config | None:
+    """`config` with the base on disk, or in the host's memory if there is a GPU; None where it is there, or cannot or
+    must not be."""
+    place = _other_place()
     if config.model.residence is not None or config.training.shard or config.is_full:
         return None
-    if why_not_on_disk(config.model, read_model_config(config.model, prepared.folder)) is not None:
+    if why_not_at(place, config.model, read_model_config(config.model, prepared.folder)) is not None:
         return None
-    return replaced(config, "model", residence="disk")
+    config = replaced(config, "model", residence=place)
+    recomputes = place == "disk" or config.training.checkpointing
+    return config if recomputes else replaced(config, "training", checkpointing=True)
+
+
+def _other_place() -> Literal["host", "disk"]:
+    return "host" if has_gpu() else "disk"
 
 
 def _changes(before: Config, now: Config) -> list[str]:
@@ -147,13 +156,20 @@ def _smaller_weights(config: Config) -> str:
             "try model.dtype=bfloat16, or a smaller model" if config.model.dtype == "float32" else "try a smaller model"
         )
     remedies = ["model.quantization=nf4"] if config.model.quantization == "none" else []
-    if config.model.residence != "disk" and not config.training.shard and why_not_on_disk(config.model) is None:
-        remedies.append("model.residence=disk")
+    place, shard = _other_place(), config.training.shard
+    if config.model.residence != place and not shard and why_not_at(place, config.model) is None:
+        remedies.append(f"model.residence={place}")
     return f"try {' or '.join(remedies) or 'a smaller model'}"
 
 
 def check_fits(needed: Estimate, within_reach: int, config: Config) -> None:
     """Raises UserError, with a remedy, when a run needs more than the `within_reach` bytes of memory."""
+    if needed.host_bytes > (host := host_memory_within_reach()):
+        raise UserError(
+            f"model.residence=host keeps {gib(needed.host_bytes)} of base in the host's memory, and {gib(host)} are "
+            f"within reach there; try {'model.quantization=nf4 or ' if config.model.quantization == 'none' else ''}a "
+            "smaller model"
+        )
     if needed.firm_bytes <= within_reach:
         return
     remedy = _smaller_weights(config)

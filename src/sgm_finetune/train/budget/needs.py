@@ -32,14 +32,17 @@ class Estimate:
     """Libraries and data, measured when the estimate is made (0 on a GPU)."""
     weights_bytes: int
     """Those that are in memory at one time."""
+    host_bytes: int
+    """Bytes of the base in the host's memory, with `model.residence=host`."""
     mapped_bytes: int
     """Bytes of `weights_bytes` that are pages of files, with `model.residence=disk`; the system may take them back."""
     store_bytes: int
     """Bytes of the files that hold the base's blocks in the form in which they compute, if its own files do not."""
     read_bytes: int
-    """Bytes of a base on disk that a step reads from the disk; 0 if the system's cache can keep its files."""
+    """Bytes of the base that a step reads from the disk, 0 if the system's cache can keep its files; or those that it
+    copies from the host's memory to the GPU."""
     read_rate: float
-    """Bytes a second that the disk reads, measured or assumed; 0 if no step reads it."""
+    """Bytes a second that the disk reads or the GPU copies, measured or assumed; 0 if no step reads."""
     adapter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int

@@ -1,4 +1,5 @@
-"""What a run reads from the disk because its base is there and does not stay in memory, and how fast a disk reads."""
+"""What a run reads because its base is elsewhere: from a disk, where it does not stay in memory, or from the host's
+memory, for a GPU. And how fast that is."""
 
 from __future__ import annotations
 
@@ -11,9 +12,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from sgm_finetune.base.memory import memory_within_reach
+from sgm_finetune.model.residence.host_memory import HostMemory
+from sgm_finetune.train.budget.speed import least_seconds
 from sgm_finetune.train.budget.weights import WeightBytes
-from sgm_finetune.train.fast.head_loss import NUM_LOGITS, SLICE
+from sgm_finetune.train.fast.head_loss import NUM_LOGITS, slice_sizes
 
 ASSUMED_RATE = 5e8
 """Bytes a second where the disk cannot be measured: what a solid-state disk on SATA reads."""
@@ -23,7 +28,7 @@ _PIECE, _MOST = 2**22, 2**27
 
 @dataclass(frozen=True)
 class Reads:
-    """Bytes that a pass over the base reads from the disk, and bytes a second that it reads."""
+    """Bytes that a pass over the base reads or copies, and bytes a second that it does."""
 
     forward: int = 0
     step: int = 0
@@ -35,19 +40,30 @@ class Reads:
 
 
 def count_reads(folder: Path, weights: WeightBytes, run_bytes: int, num_tokens: int) -> Reads:
-    """What passes over a base on disk read, of which a micro-batch has `num_tokens` tokens.
+    """What passes over a base elsewhere read, of which a micro-batch has `num_tokens` tokens.
 
-    Nothing if the system's cache can keep all of its files beside the `run_bytes` of the run itself. Otherwise
-    everything: a pass that begins at the first block again finds what the end of the last pass left, which is not what
-    it needs. The blocks are read forward and backward, and the output layer once for the tokens whose loss is computed
-    together. `folder` holds the model's own files, whose disk is measured.
+    The blocks are read forward and backward, and the output layer once for the tokens whose loss is computed together.
+    From a disk nothing is read if the system's cache can keep all of the files beside the `run_bytes` of the run
+    itself. Otherwise everything is: a pass that begins at the first block again finds what the end of the last pass
+    left, which is not what it needs. `folder` holds the model's own files, whose disk is measured.
     """
-    if not weights.files or weights.files <= memory_within_reach() - run_bytes:
+    if not weights.blocks:
         return Reads()
-    together = NUM_LOGITS["cpu"] // SLICE["cpu"]
+    if not weights.host and weights.files <= memory_within_reach() - run_bytes:
+        return Reads()
+    together = slice_sizes(torch.device("cuda" if weights.host else "cpu"), NUM_LOGITS["cuda"])[1]
     passes = math.ceil(num_tokens / together) if weights.output < weights.output_layer else 2
     forward = weights.blocks + weights.output_layer
-    return Reads(forward, 2 * weights.blocks + passes * weights.output_layer, read_rate(folder))
+    step = 2 * weights.blocks + passes * weights.output_layer
+    return Reads(forward, step, copy_rate() if weights.host else read_rate(folder))
+
+
+@cache
+def copy_rate() -> float:
+    """Bytes a second that the GPU copies from pinned memory of the host."""
+    source = HostMemory(_MOST, pinned=True).bytes
+    target = torch.empty(_MOST, dtype=torch.uint8, device="cuda")
+    return _MOST / least_seconds(lambda: target.copy_(source, non_blocking=True))
 
 
 @cache

@@ -42,13 +42,13 @@ def measure_speed(width: int, dtype: torch.dtype) -> Speed:
     x, w = (torch.ones(shape, dtype=dtype, device=device) for shape in ((1024, width), (2 * width, width)))
     block = torch.ones(2**22, dtype=dtype, device=device)
     return Speed(
-        flops=2 * 1024 * width * 2 * width / _least_seconds(lambda: x @ w.T),
-        traffic=2 * block.numel() * block.element_size() / _least_seconds(lambda: block.clone()),
+        flops=2 * 1024 * width * 2 * width / least_seconds(lambda: x @ w.T),
+        traffic=2 * block.numel() * block.element_size() / least_seconds(lambda: block.clone()),
         reached=1.0 if has_gpu() else _REACHED_ON_CPU,
     )
 
 
-def _least_seconds(compute: Callable[[], Any], repeats: int = 5) -> float:
+def least_seconds(compute: Callable[[], Any], repeats: int = 5) -> float:
     """The shortest of `repeats` runs; one more run comes first and does not count."""
     seconds = []
     for _ in range(repeats + 1):

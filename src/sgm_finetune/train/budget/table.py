@@ -25,7 +25,8 @@ def describe_estimate(needed: Estimate, within_reach: int) -> str:
         f"{gib(needed.weights_bytes)} of it weights; {gib(within_reach)} within reach",
         f"{mib(needed.disk_bytes)} on disk",
         *([f"{gib(needed.store_bytes)} of base in SGM's cache"] if needed.store_bytes else []),
-        *([f"a step reads {gib(needed.read_bytes)} of base from the disk"] if needed.read_bytes else []),
+        *([f"{gib(needed.host_bytes)} of base in the host's memory"] if needed.host_bytes else []),
+        *([f"a step reads {gib(needed.read_bytes)} of base from {_source(needed)}"] if needed.read_bytes else []),
         f"about {about(sum(needed.seconds.values()))} after the scan",
     ]
     return " · ".join(parts)
@@ -50,16 +51,23 @@ def estimate_table(needed: Estimate, within_reach: int) -> Table:
     )
     for phase, num_bytes in needed.phases.items():
         table.add_row(f"  {PHASES[phase]}", _in_mib(num_bytes), "peak" if phase == needed.peak_phase else "")
+    if needed.host_bytes:
+        table.add_row("[bold]host[/bold]", _in_mib(needed.host_bytes), "the base, in the host's memory")
     table.add_row("[bold]disk[/bold]", _in_mib(needed.disk_bytes), "what is trained, checkpoints")
     if needed.store_bytes:
         table.add_row("  the base's blocks", _in_mib(needed.store_bytes), "in SGM's cache, once for all runs")
     table.add_row("[bold]time after the scan[/bold]", "s", f"{needed.steps:,} steps, at this machine's speed")
     if needed.read_bytes:
-        what = f"the base does not stay in memory: a step reads {gib(needed.read_bytes)}, at {gib(needed.read_rate)}/s"
+        what = f"{gib(needed.read_bytes)} of base from {_source(needed)}, at {gib(needed.read_rate)}/s"
         table.add_row("  of that, a step's reading", f"{needed.read_bytes / needed.read_rate:,.0f}", what)
     for what, seconds in needed.seconds.items():
         table.add_row(f"  {what.replace('_', ' ')}", f"{seconds:,.0f}")
     return table
+
+
+def _source(needed: Estimate) -> str:
+    """Where a step reads the base from."""
+    return "the host's memory" if needed.host_bytes else "the disk"
 
 
 def _in_mib(num_bytes: int) -> str:

@@ -14,7 +14,8 @@ from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.model.architecture import read_model_config
 from sgm_finetune.model.matrices import Matrix
 from sgm_finetune.model.names import layer_of
-from sgm_finetune.model.residence.store import sizes_on_disk
+from sgm_finetune.model.residence.host import NUM_BUFFERS
+from sgm_finetune.model.residence.store import sizes_elsewhere
 from sgm_finetune.model.stand_ins import stored_bytes
 from sgm_finetune.train.fast.head_loss import SLICE
 
@@ -36,8 +37,10 @@ class WeightBytes:
     """Pages of the output layer on disk that are in memory at one time while the loss is computed."""
     output_layer: int = 0
     """The whole output layer on disk, which is in memory while answers are written."""
+    host: int = 0
+    """In the host's memory, for a GPU."""
     blocks: int = 0
-    """All blocks on disk."""
+    """All blocks on disk or in the host's memory."""
     files: int = 0
     """All of the base on disk."""
     store: int = 0
@@ -61,8 +64,20 @@ def count_weights(
     whole, quantised = stored_bytes(model), config.model.quantization != "none"
     # the type of the files; the skeleton's own configuration has the type that was asked for
     changes = read_model_config(config.model, prepared.folder).dtype not in (None, model.dtype)
+    if config.model.residence == "host":
+        sizes = sizes_elsewhere(model, config.model.residence)
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1)
+        part = min(1.0, 2 * SLICE["cuda"] / vocabulary) if in_parts else 1.0
+        return WeightBytes(
+            held=whole - sizes.total + NUM_BUFFERS * sizes.largest_block,
+            output=int(part * sizes.output_layer),
+            output_layer=sizes.output_layer,
+            host=sizes.total,
+            blocks=sizes.blocks,
+            loading=max(sizes.largest_block, sizes.embeddings, sizes.output_layer),
+        )
     if config.model.residence == "disk":
-        sizes = sizes_on_disk(model)
+        sizes = sizes_elsewhere(model, config.model.residence)
         store = sizes.total if changes else sizes.blocks if quantised else 0
         one = max(sizes.largest_block, sizes.output_layer if changes else 0, sizes.embeddings if changes else 0)
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)

@@ -2,7 +2,7 @@
 
 The logits are the largest tensor of a batch: tokens x vocabulary, in float32, and their gradient is as large again.
 Here they exist for a few rows at a time, of predicted tokens only, and the hidden states' gradient is computed from
-them at once. On a CPU they exist for a slice of the vocabulary at a time too, and so does an output layer on disk.
+them at once. They exist for a slice of the vocabulary at a time too, so that an output layer may be elsewhere.
 """
 
 from __future__ import annotations
@@ -15,13 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sgm_finetune.base.device import has_gpu
 from sgm_finetune.data.encoding import IGNORED
 from sgm_finetune.model.residence.window import slices
 
 NUM_LOGITS = {"cpu": 2**21, "cuda": 2**25}
 """Number of logits that exist at one time. On a CPU more of them take more memory and no less time (docs/LOG.md)."""
-SLICE = {"cpu": 2**12}
-"""Rows of the output layer that are read at one time; on a GPU all of them."""
+SLICE = {"cpu": 2**12, "cuda": 2**13}
+"""Rows of the output layer that are read at one time, wherever they are, so that all sums are the same."""
+
+
+def slice_sizes(device: torch.device, vocabulary: int) -> tuple[int, int]:
+    """Words of a vocabulary, and tokens, whose logits exist at one time on `device`; for "meta" on this machine."""
+    kind = device.type if device.type in SLICE else "cuda" if device.type == "meta" and has_gpu() else "cpu"
+    width = min(vocabulary, SLICE[kind])
+    return width, max(1, NUM_LOGITS[kind] // width)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -35,9 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        device = hidden.device.type if hidden.device.type in NUM_LOGITS else "cpu"
-        width = min(len(weight), SLICE.get(device, len(weight)))
-        size = max(1, NUM_LOGITS[device] // width)
+        width, size = slice_sizes(hidden.device, len(weight))
         for first in range(0, len(hidden), size):
             rows = slice(first, first + size)
             losses[rows], found = _loss_and_gradient(hidden[rows], weight, labels[rows], width, gradient is not None)
@@ -133,7 +139,7 @@ class HeadLoss:
         return row_log_probabilities(self._hidden(model, batch), self.head.weight, labels)
 
     def _hidden(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        nowhere = torch.zeros(0, dtype=torch.long, device=batch["input_ids"].device)
+        nowhere = torch.zeros(0, dtype=torch.long, device=next(iter(batch.values())).device)
         return _run_decoder(model, self.decoder, {**batch, "logits_to_keep": nowhere})[0]
 
     def mean(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -7,6 +7,10 @@ backward pass. The loss is ours (`head_loss.py`).
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -33,11 +37,46 @@ def use_liger(model: PreTrainedModel, batch: dict[str, Tensor]) -> str | None:
     if model.device.type == "meta":
         stand_in_kernels(model)
         return None
-    settings = {"fused_linear_cross_entropy": False, "cross_entropy": False}
-    change = output_change(model, batch, lambda: apply_liger_kernel(model, settings))
+    change = output_change(model, batch, lambda: _apply(model))
     if not change <= _MAX_CHANGE:
         raise UserError(
             f"liger-kernel's kernels change the output of this {type(model).__name__} by {change:.1%}; set "
             "training.step=peft, or pip uninstall liger-kernel"
         )
     return None
+
+
+def _apply(model: PreTrainedModel) -> None:
+    """Makes this model, and no other, use the kernels.
+
+    Liger changes the model's parts, and the classes and functions of its module in Transformers. A model that is made
+    later from these may be on a CPU or on device "meta", where a kernel reads from address 0 and ends every later call
+    of the GPU with an illegal memory access. So the classes are restored, and the functions look at their tensors.
+    """
+    module = sys.modules[type(model).__module__]
+    before = dict(vars(module))
+    apply_liger_kernel(model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
+    only_on_gpu(module, before)
+
+
+def only_on_gpu(module: ModuleType, before: Mapping[str, Any]) -> None:
+    """Restores the classes that `module` had `before`, and makes a function that has replaced another compute only for
+    tensors on a GPU."""
+    for name, now in list(vars(module).items()):
+        original = before.get(name)
+        if now is original or original is None:
+            continue
+        changes = isinstance(now, type) or isinstance(original, _OnGpu)
+        setattr(module, name, original if changes else _OnGpu(now, original))
+
+
+class _OnGpu:
+    """A function of a GPU's tensors that has taken the place of another one."""
+
+    def __init__(self, kernel: Callable[..., Any], original: Callable[..., Any]):
+        self.kernel, self.original = kernel, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        on_gpu = bool(tensors) and tensors[0].is_cuda
+        return (self.kernel if on_gpu else self.original)(*args, **kwargs)

@@ -53,15 +53,21 @@ class BackwardUpdates(torch.optim.Optimizer):
         of = {id(p): optimizer for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]}
         self.optimizer_of = {name: of[id(shadow)] for name, shadow in self.shadows.items()}
         self.num_steps = 0
-        self.last: dict[str, float] = {}
-        """Squared norms of the last step's gradients, by name."""
-        self.now: dict[str, float] = {}
-        """Those of this step, so far."""
+        device = next(iter(named.values())).device
+        self.places = {name: place for place, name in enumerate(named)}
+        self.newest = torch.zeros(len(named), dtype=torch.float64, device=device)
+        """Squared norms of the gradients: of this step for the parameters in `seen`, of the last one for others."""
+        self.seen: set[str] = set()
 
     @property
     def norm(self) -> float:
         """The norm of this step's whole gradient, before it is clipped."""
-        return math.sqrt(sum(self.now.values()))
+        return math.sqrt(self._this_step().sum())
+
+    def _this_step(self) -> Tensor:
+        """The squared norms of this step's gradients, on the CPU; 0 for parameters without one."""
+        mask = torch.tensor([name in self.seen for name in self.places])
+        return torch.where(mask, self.newest.cpu(), 0.0)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -82,34 +88,38 @@ class BackwardUpdates(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Ends a step, whose updates the backward pass has made."""
-        if self.now:
-            self.last, self.now = self.now, {}
+        """Ends a step, whose updates the backward pass has made. Raises NotFiniteError if a gradient was not finite."""
+        if self.seen:
+            squares = self._this_step()
+            for name, place in self.places.items():
+                if not math.isfinite(squares[place]):
+                    raise self._not_finite(name)
+            self.newest.copy_(squares)
+            self.seen.clear()
         self.num_steps += 1
         if self.num_steps == 1:
             release_memory()  # the states were made among activations, whose places stay empty
 
     @torch.no_grad()
     def _update(self, name: str, parameter: Tensor) -> None:
-        """Raises NotFiniteError, before it changes the parameter, for a gradient that is not finite."""
+        """Steps one parameter, unless its gradient is not finite. A GPU does not wait until that is known, and `step`
+        says it; without one, and in float32, this raises NotFiniteError."""
         gradient = parameter.grad
         assert gradient is not None
-        norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float32))
-        if not math.isfinite(norm):
-            raise NotFiniteError(
-                f"The gradient of `{name}` is not finite at step {self.num_steps + 1}; its weights are those of the "
-                "step before, and earlier checkpoints are whole. Try a smaller training.learning_rate or "
-                "model.dtype=float32"
-            )
-        self.now[name] = norm**2
-        factor = clip_factor(running_norm(self.last, self.now, len(self.named)), self.max_norm)
+        square = torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
+        is_first = self.num_steps == 0
+        self.newest[self.places[name]] = square
+        self.seen.add(name)
+        waits = parameter.dtype == torch.float32 or parameter.device.type == "cpu"
+        if waits and not bool(torch.isfinite(square)):
+            raise self._not_finite(name)
+        norm = running_norm(self.newest, len(self.seen), is_first)
         shadow, optimizer = self.shadows[name], self.optimizer_of[name]
         for group in optimizer.param_groups:
             group["lr"] = self.group_of[name]["lr"]
         shadow.data, shadow.grad = parameter.data.float(), gradient.float()
         parameter.grad = gradient = None
-        if factor < 1:
-            shadow.grad.mul_(factor)
+        shadow.grad.mul_(clip_factor(norm, self.max_norm))
         optimizer.step()
         shadow.grad = None
         if parameter.dtype == torch.float32:
@@ -117,8 +127,16 @@ class BackwardUpdates(torch.optim.Optimizer):
         else:
             generator = torch.Generator(parameter.device)
             generator.manual_seed(rounding_seed(self.seed, self.num_steps + 1, name))
-            parameter.copy_(stochastic_round(shadow.data, generator))
+            rounded = stochastic_round(shadow.data, generator)
+            # what follows a gradient that is not finite in this step stays as it is too: its norm is not finite either
+            torch.where(torch.isfinite(norm), rounded, parameter, out=parameter.data)
         shadow.data = _no_numbers(parameter)
+
+    def _not_finite(self, name: str) -> NotFiniteError:
+        return NotFiniteError(
+            f"The gradient of `{name}` is not finite at step {self.num_steps + 1}; its weights are those of the step "
+            "before, and earlier checkpoints are whole. Try a smaller training.learning_rate or model.dtype=float32"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to take the same steps, as tensors and plain data."""
@@ -127,7 +145,7 @@ class BackwardUpdates(torch.optim.Optimizer):
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "param_groups": groups,
             "num_steps": self.num_steps,
-            "last": self.last,
+            "last": dict(zip(self.places, self.newest.tolist(), strict=True)),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -135,7 +153,11 @@ class BackwardUpdates(torch.optim.Optimizer):
             optimizer.load_state_dict(state)
         for group, stored in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(stored)
-        self.num_steps, self.last, self.now = int(state_dict["num_steps"]), dict(state_dict["last"]), {}
+        self.num_steps = int(state_dict["num_steps"])
+        self.newest.copy_(
+            torch.tensor([state_dict["last"].get(name, 0.0) for name in self.places], dtype=torch.float64)
+        )
+        self.seen.clear()
 
 
 def _no_numbers(parameter: Tensor) -> Tensor:
