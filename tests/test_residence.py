@@ -1,4 +1,8 @@
-"""Whole runs on a base that stays on disk: what they leave is what the resident base leaves."""
+"""Whole runs on a base that stays on disk, or in the host's memory: what they leave is what the resident base leaves.
+
+A base in the host's memory is for machines with a GPU. Here the buffers are in the same memory, and all else is the
+same; tests/test_gpu_host.py runs on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,7 @@ from test_harness import TASK, film
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.chat import chat
+from sgm_finetune.model import architecture
 from sgm_finetune.results.answers import Sampling
 from sgm_finetune.train.arguments import check_machine
 
@@ -39,24 +44,48 @@ def assert_same(one: Path, other: Path) -> None:
 ON_DISK = ("model.residence=disk", "model.dtype=bfloat16")
 
 
+@pytest.fixture(autouse=True)
+def as_with_a_gpu(monkeypatch):
+    """Lets a base be in the host's memory here too."""
+    refuse = architecture.why_not_at
+    monkeypatch.setattr(
+        architecture, "why_not_at", lambda place, *more: None if place == "host" else refuse(place, *more)
+    )
+    monkeypatch.setattr("sgm_finetune.train.budget.reading.copy_rate", lambda: 1e9)
+
+
+PLACES = pytest.mark.parametrize("place", ["disk", "host"])
+CHECKPOINTING = "training.checkpointing=true"
+"""What a base in the host's memory implies."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("training.checkpointing=true",), ("model.quantization=nf4",)], ids=str)
-def test_a_run_leaves_the_adapter_and_metrics_of_the_resident_base(more, settings, command, tmp_path):
-    """With the scan, both tests, the probe, validations, and a resumed second half."""
-    short = [*settings, "training.max_steps=6", *more]
-    resident = command("finetune", [*short, ON_DISK[1], f"output.dir={tmp_path / 'resident'}"])
-    disk = command("finetune", [*short, *ON_DISK, f"output.dir={tmp_path / 'disk'}"])
-    assert_same(tmp_path / "resident", tmp_path / "disk")
+@pytest.mark.parametrize(
+    ("place", "more"),
+    [
+        ("disk", ()), ("disk", (CHECKPOINTING,)), ("disk", ("model.quantization=nf4",)), ("host", (CHECKPOINTING,)),
+        ("host", (CHECKPOINTING, "model.quantization=nf4")), ("host", (CHECKPOINTING, "merge.scope=pool")),
+        ("host", (CHECKPOINTING, "training.learning_rate=auto", "training.optimizer=adamw")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_run_leaves_the_adapter_and_metrics_of_the_resident_base(place, more, settings, command, tmp_path):
+    """With the scan, both tests, the probe, and validations."""
+    short = [*settings, "training.max_steps=6", ON_DISK[1], *more]
+    resident = command("finetune", [*short, f"output.dir={tmp_path / 'resident'}"])
+    found = command("finetune", [*short, f"model.residence={place}", f"output.dir={tmp_path / place}"])
+    assert_same(tmp_path / "resident", tmp_path / place)
     for when in ("before", "after"):
-        assert resident[when] == disk[when]
-    assert disk["predicted"]["mapped_bytes"] > 0
-    again = command("evaluate", [f"output.dir={tmp_path / 'disk'}"])
-    assert again["loss"] == disk["after"]["loss"]
+        assert resident[when] == found[when]
+    assert found["predicted"]["mapped_bytes" if place == "disk" else "host_bytes"] > 0
+    again = command("evaluate", [f"output.dir={tmp_path / place}"])
+    assert again["loss"] == found["after"]["loss"]
 
 
 @pytest.mark.slow
-def test_a_run_resumes_on_disk_as_it_began(settings, command, tmp_path):
-    short = [*settings, "training.max_steps=6", "training.eval_steps=3", *ON_DISK]
+@PLACES
+def test_a_run_resumes_as_it_began(place, settings, command, tmp_path):
+    short = [*settings, "training.max_steps=6", "training.eval_steps=3", f"model.residence={place}", ON_DISK[1]]
     command("finetune", [*short, f"output.dir={tmp_path / 'whole'}"])
     command("finetune", [*short, f"output.dir={tmp_path / 'cut'}"])
     checkpoints = sorted((tmp_path / "cut" / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
@@ -86,18 +115,21 @@ def language(tmp_path) -> list[str]:
 
 
 @pytest.mark.slow
+@PLACES
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_answers_chat_and_exports_come_from_a_base_on_disk(quantization, language, command, tmp_path, monkeypatch):
+def test_answers_chat_and_exports_come_from_a_base_elsewhere(
+    quantization, place, language, command, tmp_path, monkeypatch
+):
     output = f"output.dir={tmp_path / 'out'}"
-    command("finetune", [*language, f"model.quantization={quantization}", ON_DISK[0], output])
+    command("finetune", [*language, f"model.quantization={quantization}", f"model.residence={place}", output])
     asked = ("--prompt", "the film", "--compare")
-    on_disk = command("generate", [output], *asked)
+    found = command("generate", [output], *asked)
     resident = command("generate", [output, "model.residence=device"], *asked)
-    assert on_disk["rows"] == resident["rows"]
+    assert found["rows"] == resident["rows"]
     turns = []
-    for place in ("disk", "device"):
+    for there in (place, "device"):
         monkeypatch.setattr(sys, "stdin", io.StringIO("the film\nwas it good\n/exit\n"))
-        names = [output, f"model.residence={place}"]
+        names = [output, f"model.residence={there}"]
         turns.append(chat(load_config(None, names), names, Console(file=io.StringIO()), Sampling(max_new_tokens=4)))
     assert turns[0] == turns[1]
     assert len(turns[0]) == 2
@@ -107,15 +139,23 @@ def test_answers_chat_and_exports_come_from_a_base_on_disk(quantization, languag
 
 
 @pytest.mark.slow
-def test_a_harness_finds_on_disk_what_it_finds_in_memory(language, command, tmp_path):
+@PLACES
+def test_a_harness_finds_elsewhere_what_it_finds_in_memory(place, language, command, tmp_path):
     rows, task = tmp_path / "films.jsonl", tmp_path / "pico.yaml"
     rows.write_text("".join(json.dumps({"film": film(n), "verdict": n % 2}) + "\n" for n in range(200, 208)))
     task.write_text(TASK.format(data=rows))
     found = [
         command(
-            "finetune", [*language, f"model.residence={place}", f"evaluation.harness=[{task}]", f"output.dir={out}"]
+            "finetune",
+            [
+                *language,
+                f"model.residence={there}",
+                f"evaluation.harness=[{task}]",
+                CHECKPOINTING,
+                f"output.dir={tmp_path / there}",
+            ],
         )
-        for place, out in (("disk", tmp_path / "disk"), ("device", tmp_path / "device"))
+        for there in (place, "device")
     ]
     assert found[0]["before"] == found[1]["before"]
     assert found[0]["after"] == found[1]["after"]
@@ -165,8 +205,30 @@ def test_a_run_that_was_killed_twice_ends_as_one_that_was_not(settings, tmp_path
     assert_same(cut, tmp_path / "whole")
 
 
-def test_disk_and_shards_exclude_each_other(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_preferences_are_learnt_on_a_base_in_the_hosts_memory(loss, language, command, tmp_path):
+    rows = tmp_path / "pairs.jsonl"
+    asked = [f"{one} {two}" for one in WORDS for two in WORDS[:4]]
+    if loss == "kto":
+        made = [
+            {"prompt": p, "completion": "was good" if n % 2 else "bad", "label": n % 2} for n, p in enumerate(asked)
+        ]
+    else:
+        made = [{"prompt": prompt, "chosen": "was good", "rejected": "was bad film"} for prompt in asked]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+    short = [*language, "model.task=preference", f"data.train={rows}", f"preference.loss={loss}", CHECKPOINTING]
+    found = [
+        command("finetune", [*short, f"model.residence={there}", f"output.dir={tmp_path / there}"])
+        for there in ("device", "host")
+    ]
+    assert_same(tmp_path / "device", tmp_path / "host")
+    assert found[0]["after"] == found[1]["after"]
+
+
+@PLACES
+def test_a_base_elsewhere_and_shards_exclude_each_other(place, tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
-    config = load_config(tmp_path / "config.yaml", ["model.residence=disk", "training.shard=true"])
+    config = load_config(tmp_path / "config.yaml", [f"model.residence={place}", "training.shard=true"])
     with pytest.raises(UserError, match=r"^training.shard=true cuts a base.*or model.residence=device$"):
         check_machine(config)
