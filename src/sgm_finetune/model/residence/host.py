@@ -66,13 +66,17 @@ class Table:
             place = index % 2
             copy_beside(buffers[place][: len(parts[index])], parts[index], self.copies, arrived[place])
 
-        fetch(0)
-        for index, part in enumerate(parts):
-            if index + 1 < len(parts):
-                fetch(index + 1)
+        try:
+            fetch(0)
+            for index, part in enumerate(parts):
+                if index + 1 < len(parts):
+                    fetch(index + 1)
+                if self.copies is not None:
+                    torch.cuda.current_stream().wait_event(arrived[index % 2])
+                yield index * size, buffers[index % 2][: len(part)]
+        finally:  # also where the caller fails: other tensors may get the memory of these buffers
             if self.copies is not None:
-                torch.cuda.current_stream().wait_event(arrived[index % 2])
-            yield index * size, buffers[index % 2][: len(part)]
+                torch.cuda.current_stream().wait_stream(self.copies)
 
     def gather_in(self, module: nn.Module) -> None:
         """Makes a module of embeddings read its rows on the host."""
