@@ -23,10 +23,12 @@ from safetensors.torch import load_file
 from test_answering import TEMPLATE
 from test_harness import TASK, film
 
+from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.chat import chat
 from sgm_finetune.model import architecture
+from sgm_finetune.model.load import check_checkpointing, skeleton
 from sgm_finetune.results.answers import Sampling
 from sgm_finetune.train.arguments import check_machine
 
@@ -232,3 +234,11 @@ def test_a_base_elsewhere_and_shards_exclude_each_other(place, tmp_path):
     config = load_config(tmp_path / "config.yaml", [f"model.residence={place}", "training.shard=true"])
     with pytest.raises(UserError, match=r"^training.shard=true cuts a base.*or model.residence=device$"):
         check_machine(config)
+
+
+def test_a_model_that_cannot_recompute_its_blocks_is_refused_with_a_way_that_works(tmp_path):
+    folder = save_pico("albert", tmp_path / "albert")
+    for place, said in ("device", "use training.checkpointing=false$"), ("host", "use model.residence=device with"):
+        config = ModelConfig(name=str(folder), residence=place)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=f"AlbertForSequenceClassification does not support .*{said}"):
+            check_checkpointing(skeleton(config, folder), config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import LlamaForCausalLM
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.model.load import load_model
 from sgm_finetune.model.names import block_of
-from sgm_finetune.model.residence.buffers import Buffers, frozen_tensors, stream
+from sgm_finetune.model.residence.buffers import Buffers, copy_beside, frozen_tensors, stream
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 
 
@@ -168,3 +169,26 @@ def test_autograd_refuses_what_it_kept_by_place_when_another_block_is_there(monk
     monkeypatch.setattr(buffers, "_fetch", lambda index: None)  # nothing comes back for the backward pass
     with pytest.raises(AssertionError, match="another block"):
         loss.backward()
+
+
+def test_an_interrupt_while_a_block_is_fetched_leaves_a_model_that_computes(monkeypatch):
+    """Whoever stops an answer goes on with the next one."""
+    model, _ = streamed(2)
+    x = torch.ones(2, 8)
+    with torch.no_grad():
+        expected = model(x)
+        for when in range(1, 12):
+            copies = []
+
+            def interrupted(*given: Any, when: int = when, copies: list = copies) -> None:
+                copies.append(given)
+                if len(copies) == when:
+                    raise KeyboardInterrupt
+                copy_beside(*given)
+
+            with monkeypatch.context() as patched:
+                patched.setattr("sgm_finetune.model.residence.buffers.copy_beside", interrupted)
+                with suppress(KeyboardInterrupt):
+                    model(x)
+                    model(x)
+            assert torch.equal(model(x), expected), when

@@ -179,12 +179,14 @@ def skeleton(
     return model.eval().requires_grad_(False)
 
 
-def check_checkpointing(model: PreTrainedModel) -> None:
+def check_checkpointing(model: PreTrainedModel, config: ModelConfig) -> None:
     """Raises UserError when Transformers cannot recompute the activations of the model's blocks."""
-    if not model.supports_gradient_checkpointing:
-        raise UserError(
-            f"{type(model).__name__} does not support training.checkpointing; use training.checkpointing=false"
-        )
+    if model.supports_gradient_checkpointing:
+        return
+    on_host = config.residence == "host"
+    what = "training.checkpointing, which model.residence=host needs" if on_host else "training.checkpointing"
+    remedy = "model.residence=device with training.checkpointing=false" if on_host else "training.checkpointing=false"
+    raise UserError(f"{type(model).__name__} does not support {what}; use {remedy}")
 
 
 def _class_parameters(config: ModelConfig, described: PreTrainedConfig) -> list[str]:

@@ -45,7 +45,7 @@ def load_base(config: Config, prepared: PreparedData, log: StepLog, will_train: 
     if will_train:
         check_packing(model, train)
         if config.training.checkpointing:
-            check_checkpointing(model)
+            check_checkpointing(model, config.model)
     batch = prepared.collate([train[i] for i in range(min(2, len(train)))])
     head_loss, remarks = prepare_base(config, model, new_modules, batch)
     for remark in remarks:

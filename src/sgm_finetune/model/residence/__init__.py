@@ -1,1 +1,1 @@
-"""A frozen base that stays on disk: its files, their place in memory, and which block of them is resident."""
+"""A frozen base that is elsewhere: on disk, or in the host's memory; and which block of it is where it computes."""

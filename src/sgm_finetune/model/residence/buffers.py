@@ -115,12 +115,13 @@ class Buffers:
             return
         wanted = [index + towards * step for step in range(len(self.buffers))]
         wanted = [block for block in wanted if 0 <= block < len(self.blocks)]
-        self.current = index
+        self.current = None  # an interrupt may come at any moment, and the next forward pass must notice
         for block in wanted:
             if block not in self.holds:
                 self._fetch(block)
         if self.copies is not None:
             torch.cuda.current_stream().wait_event(self.arrived[self.holds.index(index)])
+        self.current = index
 
     def place(self, index: int) -> int:
         """The buffer of a block, always the same: what a kernel's backward pass keeps by its address stays right."""
@@ -129,12 +130,13 @@ class Buffers:
     def _fetch(self, index: int) -> None:
         """Copies a block into its buffer, behind the kernels that read what was in it."""
         place = self.place(index)
-        if (before := self.holds[place]) is not None:
+        before, self.holds[place] = self.holds[place], None
+        if before is not None:
             self.blocks[before].leave()
-        self.holds[place] = index
         block, buffer = self.blocks[index], self.buffers[place]
         copy_beside(buffer[: block.host.numel()], block.host, self.copies, self.arrived[place])
         block.stand_in(buffer)
+        self.holds[place] = index
 
     @contextmanager
     def kept_by_place(self) -> Iterator[None]:

@@ -54,7 +54,7 @@ def divide(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[dict[str, d
 
 
 def movable_block(model: nn.Module, name: str) -> str | None:
-    """The block of a parameter that can stay on disk. A numbered layer outside of blocks stays in memory: hooks on it
+    """The block of a parameter that can be elsewhere. A numbered layer outside of blocks stays in memory: hooks on it
     would make an adapter's layer compute another way."""
     block = block_of(name)
     return None if block is None or not any(model.get_submodule(block).children()) else block

@@ -209,14 +209,14 @@ class _Estimator:
         check_plan(self.model, plan)
         if plan.settings.kind == "full":
             if self.config.training.checkpointing:
-                check_checkpointing(self.model)
+                check_checkpointing(self.model, self.config.model)
                 self.model.activation_checkpointing_enable({"use_reentrant": False})
             return train_whole(self.model, plan, self._new_modules())
         with torch.device("meta"):
             adapted = apply_plan(self.model, plan, self._new_modules())
         prepare_adapters(self.config, adapted)
         if self.config.training.checkpointing:
-            check_checkpointing(self.model)
+            check_checkpointing(self.model, self.config.model)
             adapted.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         return adapted
 

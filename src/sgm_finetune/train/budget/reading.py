@@ -61,9 +61,9 @@ def count_reads(folder: Path, weights: WeightBytes, run_bytes: int, num_tokens: 
 @cache
 def copy_rate() -> float:
     """Bytes a second that the GPU copies from pinned memory of the host."""
-    source = HostMemory(_MOST, pinned=True).bytes
+    source = HostMemory(_MOST, pinned=True)  # its bytes are pinned as long as it exists
     target = torch.empty(_MOST, dtype=torch.uint8, device="cuda")
-    return _MOST / least_seconds(lambda: target.copy_(source, non_blocking=True))
+    return _MOST / least_seconds(lambda: target.copy_(source.bytes, non_blocking=True))
 
 
 @cache
