@@ -78,6 +78,20 @@ def _packed(module: nn.Linear) -> nn.Module:
     return packed
 
 
+def with_liger(model: Any) -> str:
+    """Makes Liger's kernels compute, as a run does on a GPU; says whether they do, and what a run would object to."""
+    from sgm_finetune.base.errors import UserError
+    from sgm_finetune.train.fast.liger import use_liger
+
+    if DEVICE == "cpu":
+        return "no GPU"
+    ids = torch.randint(0, model.config.vocab_size, (1, 64), device=DEVICE)
+    try:
+        return use_liger(model, {"input_ids": ids}) or "used"
+    except UserError as error:  # random weights amplify rounding more than trained ones; the kernels stay
+        return f"used, though {error}"
+
+
 def floor(batch: int, length: int, checkpointing: bool, shape: dict[str, Any] = LLAMA_8B) -> dict[str, float]:
     """The products of the frozen model's step, in 10¹² operations, and the least memory in GiB.
 

@@ -9,6 +9,11 @@ import torch
 import transformers as hf
 from conftest import make_tokenizer
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+
+from sgm_finetune.base.config import ModelConfig, Task
+from sgm_finetune.model.classes import Head
+from sgm_finetune.model.load import load_model
 
 _TOKENS = {"vocab_size": 32, "pad_token_id": 0}
 _BOTH_ENDS = {"eos_token_id": 2, "bos_token_id": 2}
@@ -79,3 +84,25 @@ def save_pico(name: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def task_of(name: str) -> Task:
+    return "causal-lm" if name in DECODERS else "seq2seq-lm" if name in ENCODER_DECODERS else "sequence-classification"
+
+
+def load_pico(
+    folder: Path, name: str, form: tuple[str, str], residence: str, said: list[str] | None = None
+) -> hf.PreTrainedModel:
+    """Loads what `save_pico` saved, in a type and a quantisation; `said` gets the lines that loading announces."""
+    task = task_of(name)
+    config = ModelConfig(name=str(folder), task=task, dtype=form[0], quantization=form[1], residence=residence)  # type: ignore
+    torch.manual_seed(3)  # a new head is random
+    head = Head(("a", "b"), "class", 0) if task == "sequence-classification" else Head(pad_token_id=0)
+    return load_model(config, folder, head, announce=(said if said is not None else []).append)[0]
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """The same names, and the same numbers bit for bit."""
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, different

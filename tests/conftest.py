@@ -146,6 +146,19 @@ def measured_numbers(probed: Probe) -> list[MatrixNumbers]:
     return numbers
 
 
+def on_gpu(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: x.cuda() for name, x in batch.items()}
+
+
+def short_run(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    """Overrides of a run of 20 steps in bfloat16, in which a pico model learns to tell reviews apart."""
+    return [
+        f"model.name={model}", "model.dtype=bfloat16", f"data.train={data}", "data.max_length=32",
+        "probe.num_batches=4", "probe.sketch_size=12", "adapter.rank=4", "training.max_steps=20",
+        "training.batch_size=16", *more, f"output.dir={output}",
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory) -> Path:
     """A pico LLaMA, saved as its makers would: a causal language model and its tokenizer."""

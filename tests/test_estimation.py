@@ -23,7 +23,7 @@ from sgm_finetune.commands.cli import main
 from sgm_finetune.data.prepared import PreparedData, prepare_data
 from sgm_finetune.model.load import Head, load_model, skeleton
 from sgm_finetune.model.matrices import adaptable
-from sgm_finetune.model.residence.store import sizes_elsewhere
+from sgm_finetune.model.residence.sizes import sizes_elsewhere
 from sgm_finetune.model.stand_ins import stored_bytes
 from sgm_finetune.train.budget.estimate import ALLOCATOR, estimate
 from sgm_finetune.train.budget.fit import check_fits, fit

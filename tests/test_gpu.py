@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import llama_config, make_batches, make_model, make_tokenizer
+from conftest import llama_config, make_batches, make_model, make_tokenizer, on_gpu, short_run
 from peft import LoraConfig, get_peft_model
 from processes import losses, remove
 from rich.console import Console
@@ -33,10 +33,6 @@ from sgm_finetune.train.full.optimizers import make_optimizers
 from sgm_finetune.train.full.update import BackwardUpdates
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-
-
-def on_gpu(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: x.cuda() for name, x in batch.items()}
 
 
 def adapted(model: nn.Module):
@@ -211,11 +207,8 @@ def test_a_whole_run_learns_and_is_evaluated_again(
     model = tmp_path / "pico"
     LlamaForCausalLM(llama_config(num_hidden_layers=2)).save_pretrained(model)
     make_tokenizer().save_pretrained(model)
-    overrides = [
-        f"model.name={model}", f"model.quantization={quantization}", "model.dtype=bfloat16", f"data.train={reviews}",
-        "data.max_length=32", "probe.num_batches=4", "probe.sketch_size=12", "adapter.rank=4", "training.max_steps=20",
-        "training.batch_size=16", f"training.checkpointing={checkpointing}", f"output.dir={tmp_path / 'out'}",
-    ]  # fmt: skip
+    more = (f"model.quantization={quantization}", f"training.checkpointing={checkpointing}")
+    overrides = short_run(model, reviews, tmp_path / "out", *more)
     printed = StringIO()
     metrics = pipeline.finetune(load_config(None, overrides), Console(file=printed, width=200))
     assert metrics["after"]["loss"] < 0.8 * metrics["before"]["loss"]

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from io import StringIO
-from pathlib import Path
 
 import pytest
 import torch
-from architectures import DECODERS, ENCODER_DECODERS, save_pico
-from conftest import adapted, llama_config, make_batches
+from architectures import assert_equal, save_pico, task_of
+from architectures import load_pico as load
+from conftest import adapted, llama_config, make_batches, on_gpu, short_run
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from sgm_finetune.base.config import ModelConfig, Task
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.commands import finetune as pipeline
 from sgm_finetune.commands.evaluate import evaluate
 from sgm_finetune.measure.probe import probe
-from sgm_finetune.model.classes import Head
-from sgm_finetune.model.load import load_model
 from sgm_finetune.model.residence import host
 from sgm_finetune.model.residence.host import differentiable
 from sgm_finetune.model.residence.host_memory import HostMemory, pin
@@ -30,22 +27,6 @@ from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.head_loss import find_head_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-
-
-def task_of(name: str) -> Task:
-    return "causal-lm" if name in DECODERS else "seq2seq-lm" if name in ENCODER_DECODERS else "sequence-classification"
-
-
-def load(folder: Path, name: str, dtype: str, quantization: str, residence: str) -> nn.Module:
-    task = task_of(name)
-    config = ModelConfig(name=str(folder), task=task, dtype=dtype, quantization=quantization, residence=residence)  # type: ignore
-    torch.manual_seed(3)  # a new head is random
-    head = Head(("a", "b"), "class", 0) if task == "sequence-classification" else Head(pad_token_id=0)
-    return load_model(config, folder, head)[0]
-
-
-def on_gpu(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.cuda() for name, x in batch.items()}
 
 
 def steps(model: nn.Module, name: str, checkpointing: bool) -> dict[str, Tensor]:
@@ -75,12 +56,6 @@ def steps(model: nn.Module, name: str, checkpointing: bool) -> dict[str, Tensor]
     return found
 
 
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    different = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not different, different
-
-
 CASES = [
     ("llama", "bfloat16", "nf4", True), ("llama", "bfloat16", "nf4", False), ("llama", "bfloat16", "none", True),
     ("llama", "float32", "none", False), ("gpt2", "float32", "none", True), ("gemma3", "bfloat16", "nf4", True),
@@ -94,8 +69,8 @@ def test_loss_and_every_gradient_are_those_of_the_base_on_the_gpu(name, dtype, q
     if quantization == "nf4":
         pytest.importorskip("bitsandbytes")
     folder = save_pico(name, tmp_path / name)
-    expected = steps(load(folder, name, dtype, quantization, "device"), name, checkpointing)
-    model = load(folder, name, dtype, quantization, "host")
+    expected = steps(load(folder, name, (dtype, quantization), "device"), name, checkpointing)
+    model = load(folder, name, (dtype, quantization), "host")
     with nullcontext() if checkpointing else differentiable(model):
         assert_equal(expected, steps(model, name, checkpointing))
 
@@ -114,8 +89,8 @@ def test_large_blocks_arrive_before_they_compute(num_buffers, width, tmp_path, m
     )
     torch.manual_seed(1)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
-    expected = steps(load(tmp_path / "m", "llama", "bfloat16", "none", "device"), "llama", True)
-    assert_equal(expected, steps(load(tmp_path / "m", "llama", "bfloat16", "none", "host"), "llama", True))
+    expected = steps(load(tmp_path / "m", "llama", ("bfloat16", "none"), "device"), "llama", True)
+    assert_equal(expected, steps(load(tmp_path / "m", "llama", ("bfloat16", "none"), "host"), "llama", True))
 
 
 def test_only_buffers_are_on_the_gpu(tmp_path):
@@ -124,7 +99,7 @@ def test_only_buffers_are_on_the_gpu(tmp_path):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    model = load(tmp_path / "m", "llama", "bfloat16", "none", "host")
+    model = load(tmp_path / "m", "llama", ("bfloat16", "none"), "host")
     held = torch.cuda.memory_allocated() - before
     block = sum(2 * p.numel() for p in model.model.layers[0].parameters())  # type: ignore[union-attr]
     assert 2 * block <= held < 2.2 * block
@@ -149,12 +124,10 @@ def test_memory_is_pinned_as_long_as_it_is_used_and_never_twice():
 
 def test_memory_that_cannot_be_pinned_is_copied_and_said(tmp_path, monkeypatch):
     folder = save_pico("llama", tmp_path / "m")
-    expected = steps(load(folder, "llama", "bfloat16", "none", "device"), "llama", True)
+    expected = steps(load(folder, "llama", ("bfloat16", "none"), "device"), "llama", True)
     monkeypatch.setattr("sgm_finetune.model.residence.host_memory.pin", lambda tensor: False)
     said: list[str] = []
-    config = ModelConfig(name=str(folder), task="causal-lm", dtype="bfloat16", residence="host")
-    torch.manual_seed(3)
-    model = load_model(config, folder, Head(pad_token_id=0), announce=said.append)[0]
+    model = load(folder, "llama", ("bfloat16", "none"), "host", said)
     assert len(said) == 1
     assert "the system pins no more memory" in said[0]
     assert_equal(expected, steps(model, "llama", True))
@@ -167,7 +140,7 @@ def test_the_probe_finds_the_same_sketches(quantization, tmp_path):
     folder = save_pico("llama", tmp_path / "m")
     batches = make_batches(2, task="causal-lm")
     one, other = (
-        probe(load(folder, "llama", "bfloat16", quantization, place), batches, sketch_size=8)
+        probe(load(folder, "llama", ("bfloat16", quantization), place), batches, sketch_size=8)
         for place in ("device", "host")
     )
     assert one.loss == other.loss
@@ -180,7 +153,7 @@ def test_the_probe_finds_the_same_sketches(quantization, tmp_path):
 def test_data_parallelism_leaves_the_base_where_it_is(tmp_path):
     from torch import distributed
 
-    model = adapted(load(save_pico("llama", tmp_path / "m"), "llama", "bfloat16", "none", "host")).cuda()
+    model = adapted(load(save_pico("llama", tmp_path / "m"), "llama", ("bfloat16", "none"), "host")).cuda()
     base = [p for n, p in model.named_parameters() if ".layers." in n and "lora" not in n]
     distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -202,12 +175,8 @@ def test_a_whole_run_ends_with_the_adapter_of_the_base_on_the_gpu(quantization, 
         pytest.importorskip("bitsandbytes")
     found = {}
     for place in ("device", "host"):
-        overrides = [
-            f"model.name={llama_folder}", f"model.quantization={quantization}", "model.dtype=bfloat16",
-            f"model.residence={place}", f"data.train={reviews}", "data.max_length=32", "probe.num_batches=4",
-            "probe.sketch_size=12", "adapter.rank=4", "training.max_steps=20", "training.batch_size=16",
-            "training.checkpointing=true", f"output.dir={tmp_path / place}",
-        ]  # fmt: skip
+        more = (f"model.quantization={quantization}", f"model.residence={place}", "training.checkpointing=true")
+        overrides = short_run(llama_folder, reviews, tmp_path / place, *more)
         said = StringIO()
         metrics = pipeline.finetune(load_config(None, overrides), Console(file=said, width=200))
         assert metrics["after"]["loss"] < 0.8 * metrics["before"]["loss"]

@@ -38,14 +38,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu.record import update
-from llama_8b import DEVICE, LLAMA_8B, PICO, build
+from llama_8b import DEVICE, LLAMA_8B, PICO, build, with_liger
 from recording import versions
 from step_gpu import LENGTH, PICO_LENGTH, ceilings, random_ids, synchronize
 
-from sgm_finetune.base.errors import UserError
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.train.fast.head_loss import HeadLoss
-from sgm_finetune.train.fast.liger import use_liger
 from sgm_finetune.train.full.optimizers import make_optimizers
 from sgm_finetune.train.full.update import BackwardUpdates
 
@@ -61,10 +59,10 @@ ten times as large."""
 MAX_NORM = 1.0
 
 
-def prepared(shape: dict[str, Any], ids: Tensor, checkpointing: str) -> tuple[Any, dict[str, nn.Parameter], str]:
+def prepared(shape: dict[str, Any], checkpointing: str) -> tuple[Any, dict[str, nn.Parameter], str]:
     """The model in training, its trained matrices by name, and what Liger's kernels do."""
     model = build(shape, quantised=False)
-    liger = with_liger(model, ids)
+    liger = with_liger(model)
     trained: dict[str, Any] = {f"{name}.weight": matrix.module.weight for name, matrix in adaptable(model).items()}
     for parameter in trained.values():
         parameter.requires_grad_(True)
@@ -72,16 +70,6 @@ def prepared(shape: dict[str, Any], ids: Tensor, checkpointing: str) -> tuple[An
         {"use_reentrant": False}, offload=checkpointing == "offload" and DEVICE == "cuda"
     )
     return model.train(), trained, liger
-
-
-def with_liger(model: Any, ids: Tensor) -> str:
-    """Makes Liger's kernels compute, as a run does on a GPU; says whether they do, and what a run would object to."""
-    if DEVICE == "cpu":
-        return "no GPU"
-    try:
-        return use_liger(model, {"input_ids": ids[:, :64]}) or "used"
-    except UserError as error:  # random weights amplify rounding more than trained ones; the kernels stay
-        return f"used, though {error}"
 
 
 @contextmanager
@@ -111,7 +99,7 @@ def measure(
     way: str, ids: Tensor, checkpointing: str, repeats: int, shape: dict[str, Any], rate: float
 ) -> dict[str, Any]:
     """Speed, memory and losses of one way to step, with a model of its own, which is gone afterwards."""
-    model, trained, liger = prepared(shape, ids, checkpointing)
+    model, trained, liger = prepared(shape, checkpointing)
     in_parts = HeadLoss(model.base_model, model.lm_head)
     seconds, losses = [], []
     with updating(way, trained, rate) as step:

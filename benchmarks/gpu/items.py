@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 GPU_TIER = ("long-arithmetic", "long-summaries", "long-social", "long-questions")
 
@@ -30,7 +29,6 @@ class Item:
     """Memory of the GPU that it needs at most."""
     packs: tuple[str, ...] = ("tools",)
     """What it needs of `make gpu-pack` where the machine lacks it."""
-    environment: Mapping[str, str] = field(default_factory=dict)
     resumes: bool = False
     """Whether it goes on where its results file ends; of any other item, a new run replaces the file."""
 

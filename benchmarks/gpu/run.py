@@ -50,7 +50,7 @@ def run(item: Item, results: Path, pico: bool, limit: float, environment: dict[s
            command=" ".join(["python", *asked[1:]]))  # fmt: skip
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            asked, cwd=ROOT, env=environment | item.environment, stdin=subprocess.DEVNULL, stdout=said,
+            asked, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=said,
             stderr=subprocess.STDOUT, process_group=0,
         )  # fmt: skip
         try:

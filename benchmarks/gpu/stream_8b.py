@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import statistics
 import sys
 import time
@@ -28,16 +27,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu.record import update
-from llama_8b import DEVICE, LLAMA_8B, LLAMA_70B, PICO, build
+from llama_8b import DEVICE, LLAMA_8B, LLAMA_70B, PICO, build, with_liger
 from peft import LoraConfig, get_peft_model
+from step_gpu import synchronize
 
 from sgm_finetune.model.residence import host
-from sgm_finetune.model.residence.buffers import Block, frozen_tensors
-from sgm_finetune.model.residence.host import HostBase, Table, keep_on_host
+from sgm_finetune.model.residence.host import HostBase, keep_on_host
 from sgm_finetune.train.adapters.optimizer import create_optimizer
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.head_loss import HeadLoss, slice_sizes
-from sgm_finetune.train.fast.liger import use_liger
 
 RUNS = ((1, 512), (2, 2048), (8, 2048))
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -45,20 +43,14 @@ KINDS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 def made(shape: dict[str, Any], place: str) -> tuple[Any, HostBase]:
     """The adapted model, away from its start, in training; and what of it is in the host's memory."""
-    device, on_gpu = torch.device(DEVICE), DEVICE == "cuda"
-    kept = HostBase(device)
-
-    def away(name: str, block: nn.Module) -> None:
-        kept.blocks[name] = Block(frozen_tensors(block.requires_grad_(False)), on_gpu)
-
-    base = build(shape, after_block=away) if place == "host" else build(shape)
+    kept = HostBase(torch.device(DEVICE))
+    base = build(shape, after_block=kept.take_block) if place == "host" else build(shape)
     if place == "host":
         for name in ("model.embed_tokens", "lm_head"):
-            kept.tables[name] = Table(base.get_submodule(name).weight, device)
+            kept.take_table(name, base.get_submodule(name).weight)
         for remark in keep_on_host(base, kept):
             print(remark, flush=True)
-    if on_gpu and importlib.util.find_spec("liger_kernel") is not None:
-        print("Liger:", use_liger(base, {"input_ids": torch.ones(1, 64, dtype=torch.long, device=device)}), flush=True)
+    print(f"Liger's kernels: {with_liger(base)}", flush=True)
     torch.manual_seed(1)
     model: Any = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=KINDS, task_type="CAUSAL_LM"))
     with torch.no_grad():
@@ -69,11 +61,6 @@ def made(shape: dict[str, Any], place: str) -> tuple[Any, HostBase]:
     base.activation_checkpointing_enable({"use_reentrant": False})
     base.enable_input_require_grads()
     return model.train(), kept
-
-
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def measure(model: Any, batch: int, length: int, repeats: int, shape: dict[str, Any]) -> tuple[dict, list[Tensor]]:

@@ -15,8 +15,12 @@ from transformers import LlamaForCausalLM
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.model.load import load_model
 from sgm_finetune.model.names import block_of
-from sgm_finetune.model.residence.buffers import Buffers, copy_beside, frozen_tensors, stream
+from sgm_finetune.model.residence.buffers import Block, Buffers, copy_beside, frozen_tensors, stream
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
+
+
+def moved(tensors: dict[str, list[Tensor]]) -> dict[str, Block]:
+    return {name: Block(block, pinned=False) for name, block in tensors.items()}
 
 
 def frozen(model: nn.Module) -> dict[str, list[Tensor]]:
@@ -43,7 +47,7 @@ def made(folder: Path, quantization: str, num_buffers: int | None) -> nn.Module:
     base.activation_checkpointing_enable({"use_reentrant": False})
     base.enable_input_require_grads()
     if num_buffers is not None:
-        stream(model, frozen(model), torch.device("cpu"), num_buffers)
+        stream(model, moved(frozen(model)), torch.device("cpu"), num_buffers)
     return model
 
 
@@ -106,7 +110,7 @@ def streamed(num_buffers: int) -> tuple[nn.Sequential, Tensor]:
     model = nn.Sequential(*(nn.Sequential(Layer(8, 8, bias=False)) for _ in range(7))).requires_grad_(False)
     expected = gradient_of(model)
     blocks = {str(n): list(block.parameters()) for n, block in enumerate(model)}
-    kept[:] = [stream(model, blocks, torch.device("cpu"), num_buffers)]
+    kept[:] = [stream(model, moved(blocks), torch.device("cpu"), num_buffers)]
     return model, expected
 
 
@@ -137,7 +141,7 @@ def test_what_a_function_keeps_by_itself_is_right_since_a_block_returns_to_its_b
 
 def test_no_more_than_the_buffers_is_on_the_device(folder):
     model = made(folder, "none", None)
-    buffers = stream(model, frozen(model), torch.device("cpu"))
+    buffers = stream(model, moved(frozen(model)), torch.device("cpu"), 2)
     largest = max(block.host.numel() for block in buffers.blocks)
     assert [buffer.numel() for buffer in buffers.buffers] == [largest, largest]
     assert not any(is_there(tensor) for tensors in frozen(model).values() for tensor in tensors)

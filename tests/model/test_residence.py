@@ -15,19 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import DECODERS, ENCODER_DECODERS, ENCODERS, save_pico
+from architectures import DECODERS, ENCODER_DECODERS, ENCODERS, assert_equal, save_pico, task_of
+from architectures import load_pico as load
 from conftest import adapted, llama_config, make_batches
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 from transformers import Gemma3nTextConfig, JambaConfig, LlamaForCausalLM, PreTrainedConfig, ZambaConfig
 
-from sgm_finetune.base.config import ModelConfig, Task
+from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.probe import probe
 from sgm_finetune.model.architecture import check_model
-from sgm_finetune.model.classes import Head
-from sgm_finetune.model.load import load_model
 from sgm_finetune.model.residence import store
 from sgm_finetune.model.residence.host import differentiable
 from sgm_finetune.model.residence.part_file import map_part, write_part
@@ -45,18 +44,6 @@ PLAIN, CONVERTED, PACKED = ("float32", "none"), ("bfloat16", "none"), ("bfloat16
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SGM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def task_of(name: str) -> Task:
-    return "causal-lm" if name in DECODERS else "seq2seq-lm" if name in ENCODER_DECODERS else "sequence-classification"
-
-
-def load(folder: Path, name: str, form: tuple[str, str], residence: str, said: list[str] | None = None) -> nn.Module:
-    task = task_of(name)
-    config = ModelConfig(name=str(folder), task=task, dtype=form[0], quantization=form[1], residence=residence)  # type: ignore
-    torch.manual_seed(3)  # a new head is random
-    head = Head(("a", "b"), "class", 0) if task == "sequence-classification" else Head(pad_token_id=0)
-    return load_model(config, folder, head, announce=(said if said is not None else []).append)[0]
 
 
 def a_step(model: nn.Module, name: str, checkpointing: bool) -> dict[str, Tensor]:
@@ -79,10 +66,13 @@ def a_step(model: nn.Module, name: str, checkpointing: bool) -> dict[str, Tensor
     return {"tested": tested, "loss": loss.detach(), **gradients}
 
 
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    different = [name for name in one if not torch.equal(one[name], other[name])]
-    assert not different, different
+def resident_step(name: str, form: tuple[str, str], checkpointing: bool, place: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The folder of a saved model, and a step of it with the base in memory. Skips a test that cannot be."""
+    folder = save_pico(name, place / name)
+    resident = load(folder, name, form, "device")
+    if checkpointing and not resident.supports_gradient_checkpointing:
+        pytest.skip("no checkpointing")
+    return folder, a_step(resident, name, checkpointing)
 
 
 QUICK = {("llama", PACKED, True), ("bert", CONVERTED, False), ("t5", PLAIN, True), ("mixtral", CONVERTED, False)}
@@ -145,11 +135,7 @@ def test_blocks_may_differ_share_parameters_and_stand_beside_numbered_layers(nam
 @pytest.mark.parametrize(("name", "form", "checkpointing"), list(cases()))
 def test_loss_and_every_gradient_are_those_of_the_resident_base(name, form, checkpointing, tmp_path, cache):
     """ALBERT has one block, used twice; an encoder-decoder's blocks differ in shape; Mixtral's files are converted."""
-    folder = save_pico(name, tmp_path / name)
-    resident = load(folder, name, form, "device")
-    if checkpointing and not resident.supports_gradient_checkpointing:
-        pytest.skip("no checkpointing")
-    expected = a_step(resident, name, checkpointing)
+    folder, expected = resident_step(name, form, checkpointing, tmp_path)
     assert_equal(expected, a_step(load(folder, name, form, "disk"), name, checkpointing))  # the store is made
     assert_equal(expected, a_step(load(folder, name, form, "disk"), name, checkpointing))  # and used
 
@@ -157,11 +143,7 @@ def test_loss_and_every_gradient_are_those_of_the_resident_base(name, form, chec
 @pytest.mark.parametrize(("name", "form", "checkpointing"), list(cases()))
 def test_a_base_in_the_hosts_memory_gives_the_same(name, form, checkpointing, tmp_path, cache):
     """Without a GPU the buffers are in the same memory; the copies, hooks and places are those of a GPU."""
-    folder = save_pico(name, tmp_path / name)
-    resident = load(folder, name, form, "device")
-    if checkpointing and not resident.supports_gradient_checkpointing:
-        pytest.skip("no checkpointing")
-    expected = a_step(resident, name, checkpointing)
+    folder, expected = resident_step(name, form, checkpointing, tmp_path)
     host = load(folder, name, form, "host")
     with nullcontext() if checkpointing else differentiable(host):
         assert_equal(expected, a_step(host, name, checkpointing))

@@ -107,6 +107,11 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
         "A block that is on disk must not leave its scales in memory, which its 4-bit layers hold too.",
         _RESIDENCE,
     ),
+    PrivatePart(
+        "bitsandbytes", "Params4bit.quant_state", "model/residence/sizes.py",
+        "A layer that has it will hold 4 bits, and a model without numbers does not say so otherwise.",
+        "tests/test_estimation.py::test_of_a_base_on_disk_a_block_and_pages_of_output_layer_or_embeddings_count",
+    ),
     *_entries(
         "bitsandbytes",
         ("Params4bit.quant_state", "QuantState.state2", "QuantState.absmax"),

@@ -115,7 +115,7 @@ class Buffers:
             return
         wanted = [index + towards * step for step in range(len(self.buffers))]
         wanted = [block for block in wanted if 0 <= block < len(self.blocks)]
-        self.current = None  # an interrupt may come at any moment, and the next forward pass must notice
+        self.current = None  # an interrupt may come at any moment, and the next forward pass has to notice it
         for block in wanted:
             if block not in self.holds:
                 self._fetch(block)
@@ -173,16 +173,8 @@ def copy_beside(target: Tensor, source: Tensor, copies: Any, arrived: Any) -> No
             arrived.record(copies)
 
 
-def stream(
-    model: nn.Module, blocks: Mapping[str, Sequence[Tensor] | Block], device: torch.device, num_buffers: int = 2
-) -> Buffers:
-    """Keeps the `blocks` of `model` in the host's memory from now on, and copies them to `device` as they compute.
-
-    `blocks` maps the name of a block to its frozen tensors, scales of 4-bit weights included, which must not be shared
-    between blocks.
-    """
-    pinned = device.type == "cuda"
-    moved = [block if isinstance(block, Block) else Block(block, pinned) for block in blocks.values()]
-    buffers = Buffers(moved, device, num_buffers)
+def stream(model: nn.Module, blocks: Mapping[str, Block], device: torch.device, num_buffers: int) -> Buffers:
+    """Copies the `blocks` of `model`, by name, to `device` as they compute, from now on. They share no tensor."""
+    buffers = Buffers(list(blocks.values()), device, num_buffers)
     announce_blocks(model, blocks, buffers.enter)
     return buffers

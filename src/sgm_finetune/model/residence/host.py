@@ -98,6 +98,10 @@ class Table:
         module.register_forward_pre_hook(self._logits_begin)
         module.register_forward_hook(self._logits_end, always_call=True)
 
+    def leave_before(self, model: nn.Module) -> None:
+        """Makes the weights leave when a forward pass of `model` begins: an output layer's may have stayed."""
+        model.register_forward_pre_hook(lambda module, args: self.leave())
+
     def _logits_begin(self, module: nn.Module, args: Any) -> None:
         if args[0].numel():  # the loss in parts asks for no logits
             self.weight.data = self.host.to(self.device, non_blocking=True)
@@ -116,6 +120,14 @@ class HostBase:
     blocks: dict[str, Block] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)
     """Embeddings or output layer -> their weights."""
+
+    def take_block(self, name: str, module: nn.Module) -> None:
+        """Moves a block, whose tensors are on the device, to the host's memory."""
+        self.blocks[name] = Block(frozen_tensors(module.requires_grad_(False)), self.device.type == "cuda")
+
+    def take_table(self, name: str, weight: Tensor) -> None:
+        """Moves the weights of embeddings or of the output layer, which are on the device, to the host's memory."""
+        self.tables[name] = Table(weight, self.device)
 
 
 @contextmanager
@@ -147,15 +159,10 @@ def _load(
         if part in ends:
             weight: Any = ends[part].weight
             if part in held and not weight.is_meta:
-                base.tables[part] = Table(weight, base.device)
+                base.take_table(part, weight)
             continue
-        tensors_of = frozen_tensors(model.get_submodule(part).requires_grad_(False))
-        base.blocks[part] = Block(tensors_of, base.device.type == "cuda")
+        base.take_block(part, model.get_submodule(part))
     return info, index
-
-
-def _forward_begins(table: Table, module: nn.Module, args: Any) -> None:
-    table.leave()
 
 
 _buffers: WeakKeyDictionary[nn.Module, Buffers] = WeakKeyDictionary()
@@ -168,12 +175,12 @@ def keep_on_host(model: PreTrainedModel, base: HostBase) -> list[str]:
     Returns remarks. Parameters that several blocks share stay on the device.
     """
     ends, tables = ends_of(model), {id(table.weight): table for table in base.tables.values()}
+    assert {id(module.weight) for module in ends.values()} >= tables.keys(), "Transformers exchanged a parameter"
     for module in ends.values():
         if (table := tables.get(id(module.weight))) is not None:
             (table.gather_in if isinstance(module, nn.Embedding) else table.compute_in)(module)
     for table in tables.values():
-        model.register_forward_pre_hook(partial(_forward_begins, table))
-    assert {id(m.weight) for m in ends.values()} >= tables.keys(), "Transformers exchanged a parameter"
+        table.leave_before(model)
     owners: dict[nn.Parameter, set[str | None]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter, set()).add(block_of(name))

@@ -7,13 +7,13 @@ model's own files where they hold what the kernels read.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import xxhash
 from filelock import FileLock
@@ -27,16 +27,8 @@ from sgm_finetune.base.text import gib
 from sgm_finetune.model.folder import cache_dir
 from sgm_finetune.model.names import block_of, stored_to_model_names
 from sgm_finetune.model.residence.part_file import map_part, write_part
-from sgm_finetune.model.residence.parts import (
-    Convert,
-    add_account,
-    divide,
-    ends_of,
-    loaded,
-    loading_by_parts,
-    movable_block,
-    tables_of,
-)
+from sgm_finetune.model.residence.parts import Convert, add_account, divide, loaded, loading_by_parts
+from sgm_finetune.model.residence.sizes import num_bytes
 from sgm_finetune.model.residence.window import are_mapped, slide_over
 from sgm_finetune.model.weights.stored import weight_files
 
@@ -121,7 +113,7 @@ def _load(
                 store.parts[part] = list(made.values())
                 continue
             _empty(before)
-            _announce(store, {left: _num_bytes(model, {*map(name_of, parts[left])}) for left in parts})
+            _announce(store, {left: num_bytes(model, {*map(name_of, parts[left])}) for left in parts})
             _write(store, part, made)
             del made
         store.parts[part] = _put(model, map_part(store.path(part), store.key), info, load_config.hf_quantizer)
@@ -169,54 +161,6 @@ def _announce(store: Store, sizes: Mapping[str, int]) -> None:
     store.announce(
         f"writes the base's blocks as they compute, {gib(missing)}, to {store.folder} (once; delete the folder to "
         "free the space)"
-    )
-
-
-def _num_bytes(model: nn.Module, names: Collection[str]) -> int:
-    """Bytes of parameters without numbers, as a store holds them: 4-bit weights have a float32 scale for every 64."""
-    total = 0.0
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        module, parameter = model.get_submodule(owner), model.get_parameter(name)
-        packed = leaf == "weight" and hasattr(module, "quant_state")
-        total += parameter.numel() * (0.5 + 4 / 64 if packed else parameter.element_size())
-    return int(total)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of a model's parts on disk, or in the host's memory."""
-
-    blocks: int
-    largest_block: int
-    output_layer: int
-    """0 for a model without one."""
-    embeddings: int
-    is_tied: bool
-    """Whether the output layer's weights are one of the embeddings too."""
-
-    @property
-    def total(self) -> int:
-        return self.blocks + self.embeddings + (0 if self.is_tied else self.output_layer)
-
-
-def sizes_elsewhere(model: PreTrainedModel, place: Literal["host", "disk"]) -> Sizes:
-    """What `residence: host` leaves in the host's memory of a model without numbers, or `disk` on disk."""
-    blocks: dict[str, set[str]] = {}
-    for name, _ in model.named_parameters():
-        if (block := movable_block(model, name)) is not None:
-            blocks.setdefault(block, set()).add(name)
-    sizes = [_num_bytes(model, names) for names in blocks.values()]
-    output = model.get_output_embeddings()
-    ends = list((tables_of if place == "host" else ends_of)(model).values())
-    tables = {id(module.weight): module.weight for module in ends if isinstance(module, nn.Embedding)}
-    head: Any = output.weight if output in ends else None
-    return Sizes(
-        sum(sizes),
-        max(sizes, default=0),
-        0 if head is None else head.numel() * head.element_size(),
-        sum(weight.numel() * weight.element_size() for weight in tables.values()),
-        id(head) in tables,
     )
 
 

@@ -105,8 +105,8 @@ base is in the host's memory."""
 
 
 def slices(weight: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    """The first row of each slice of a matrix, and its `size` rows. Of a matrix that is not on the device one slice, or
-    two, are at a time."""
+    """The first row of each slice of a matrix, and its `size` rows. A matrix that is elsewhere has one or two slices on
+    the device at a time."""
     if (found := elsewhere.get(weight.data_ptr())) is not None:
         yield from found.slices(size)
     else:

@@ -18,7 +18,7 @@ from sgm_finetune.base.memory import memory_within_reach
 from sgm_finetune.model.residence.host_memory import HostMemory
 from sgm_finetune.train.budget.speed import least_seconds
 from sgm_finetune.train.budget.weights import WeightBytes
-from sgm_finetune.train.fast.head_loss import NUM_LOGITS, slice_sizes
+from sgm_finetune.train.fast.head_loss import NUM_LOGITS, SLICE
 
 ASSUMED_RATE = 5e8
 """Bytes a second where the disk cannot be measured: what a solid-state disk on SATA reads."""
@@ -51,7 +51,8 @@ def count_reads(folder: Path, weights: WeightBytes, run_bytes: int, num_tokens: 
         return Reads()
     if not weights.host and weights.files <= memory_within_reach() - run_bytes:
         return Reads()
-    together = slice_sizes(torch.device("cuda" if weights.host else "cpu"), NUM_LOGITS["cuda"])[1]
+    device = "cuda" if weights.host else "cpu"
+    together = NUM_LOGITS[device] // SLICE[device]
     passes = math.ceil(num_tokens / together) if weights.output < weights.output_layer else 2
     forward = weights.blocks + weights.output_layer
     step = 2 * weights.blocks + passes * weights.output_layer

@@ -15,7 +15,7 @@ from sgm_finetune.model.architecture import read_model_config
 from sgm_finetune.model.matrices import Matrix
 from sgm_finetune.model.names import layer_of
 from sgm_finetune.model.residence.host import NUM_BUFFERS
-from sgm_finetune.model.residence.store import sizes_elsewhere
+from sgm_finetune.model.residence.sizes import sizes_elsewhere
 from sgm_finetune.model.stand_ins import stored_bytes
 from sgm_finetune.train.fast.head_loss import SLICE
 
@@ -28,15 +28,15 @@ class WeightBytes:
     """Bytes of the base's weights in one process."""
 
     held: int
-    """In memory all the time. Of a base on disk its largest block counts."""
+    """In memory all the time. A base on disk counts with its largest block, one in the host's memory with two."""
     block: int = 0
     """Bytes of that block, which are pages of a file."""
     rows: int = 0
     """Pages of the embeddings on disk that a batch reads before its first block computes."""
     output: int = 0
-    """Pages of the output layer on disk that are in memory at one time while the loss is computed."""
+    """Bytes of an output layer elsewhere that are in memory at one time while the loss is computed."""
     output_layer: int = 0
-    """The whole output layer on disk, which is in memory while answers are written."""
+    """The whole output layer that is elsewhere, which is in memory while answers are written."""
     host: int = 0
     """In the host's memory, for a GPU."""
     blocks: int = 0
@@ -64,29 +64,29 @@ def count_weights(
     whole, quantised = stored_bytes(model), config.model.quantization != "none"
     # the type of the files; the skeleton's own configuration has the type that was asked for
     changes = read_model_config(config.model, prepared.folder).dtype not in (None, model.dtype)
-    if config.model.residence == "host":
-        sizes = sizes_elsewhere(model, config.model.residence)
+    place = config.model.residence
+    if place in ("host", "disk"):
+        sizes = sizes_elsewhere(model, place)
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", 1)
-        part = min(1.0, 2 * SLICE["cuda"] / vocabulary) if in_parts else 1.0
-        return WeightBytes(
-            held=whole - sizes.total + NUM_BUFFERS * sizes.largest_block,
-            output=int(part * sizes.output_layer),
-            output_layer=sizes.output_layer,
-            host=sizes.total,
-            blocks=sizes.blocks,
-            loading=max(sizes.largest_block, sizes.embeddings, sizes.output_layer),
-        )
-    if config.model.residence == "disk":
-        sizes = sizes_elsewhere(model, config.model.residence)
+        # while one slice of the output layer is used, the next one is copied to a GPU
+        at_once = 2 * SLICE["cuda"] if place == "host" else SLICE["cpu"]
+        output = int(sizes.output_layer * (min(1.0, at_once / vocabulary) if in_parts else 1.0))
+        if place == "host":
+            return WeightBytes(
+                held=whole - sizes.total + NUM_BUFFERS * sizes.largest_block,
+                output=output,
+                output_layer=sizes.output_layer,
+                host=sizes.total,
+                blocks=sizes.blocks,
+                loading=max(sizes.largest_block, sizes.embeddings, sizes.output_layer),
+            )
         store = sizes.total if changes else sizes.blocks if quantised else 0
         one = max(sizes.largest_block, sizes.output_layer if changes else 0, sizes.embeddings if changes else 0)
-        vocabulary = getattr(model.config.get_text_config(), "vocab_size", 0)
-        output = sizes.output_layer * min(1.0, SLICE["cpu"] / vocabulary) if in_parts else sizes.output_layer
         return WeightBytes(
             held=whole - sizes.total + sizes.largest_block,
             block=sizes.largest_block,
             rows=min(sizes.embeddings, num_tokens * _AROUND),
-            output=int(output),
+            output=output,
             output_layer=sizes.output_layer,
             blocks=sizes.blocks,
             files=sizes.total,

@@ -102,8 +102,8 @@ class BackwardUpdates(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _update(self, name: str, parameter: Tensor) -> None:
-        """Steps one parameter, unless its gradient is not finite. A GPU does not wait until that is known, and `step`
-        says it; without one, and in float32, this raises NotFiniteError."""
+        """Steps one parameter, unless its gradient is not finite. Then this raises NotFiniteError; but a bfloat16
+        parameter on a GPU stays as it is, and `step` raises the error, so that the GPU need not wait for the norm."""
         gradient = parameter.grad
         assert gradient is not None
         square = torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
@@ -128,8 +128,8 @@ class BackwardUpdates(torch.optim.Optimizer):
             generator = torch.Generator(parameter.device)
             generator.manual_seed(rounding_seed(self.seed, self.num_steps + 1, name))
             rounded = stochastic_round(shadow.data, generator)
-            # what follows a gradient that is not finite in this step stays as it is too: its norm is not finite either
-            torch.where(torch.isfinite(norm), rounded, parameter, out=parameter.data)
+            # after a gradient that is not finite the norm stays so for this step, and later parameters stay as they are
+            torch.where(torch.isfinite(norm), rounded, parameter, out=parameter)
         shadow.data = _no_numbers(parameter)
 
     def _not_finite(self, name: str) -> NotFiniteError:
