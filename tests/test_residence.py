@@ -242,3 +242,11 @@ def test_a_model_that_cannot_recompute_its_blocks_is_refused_with_a_way_that_wor
         config = ModelConfig(name=str(folder), residence=place)  # type: ignore[arg-type]
         with pytest.raises(UserError, match=f"AlbertForSequenceClassification does not support .*{said}"):
             check_checkpointing(skeleton(config, folder), config)
+
+
+def test_a_base_in_the_hosts_memory_implies_checkpointing_and_refuses_to_go_without():
+    host = "model.residence=host"
+    assert load_config(None, [host]).training.checkpointing is True
+    assert load_config(None, [host, "training.checkpointing=offload"]).training.checkpointing == "offload"
+    with pytest.raises(UserError, match=r"computes each block again .*; give training.checkpointing=true, or leave"):
+        load_config(None, [host, "training.checkpointing=false"])

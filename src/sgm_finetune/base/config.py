@@ -268,9 +268,9 @@ class ModelConfig(_Section):
     residence: Literal["device", "host", "disk"] | None = None
     """Place of the frozen base, for models that are larger than the memory; the results are the same. device: in
     memory, the GPU's if there is one. host: in the host's memory, from which each block is copied to the GPU before it
-    computes, with `training.checkpointing`. disk: in files, of which one block at a time is in memory, on machines
-    without a GPU. host and disk take quantization none or nf4. null: device, or one of them if `memory.budget` is too
-    small for that."""
+    computes; it implies `training.checkpointing`. disk: in files, of which one block at a time is in memory, on
+    machines without a GPU. host and disk take quantization none or nf4. null: device, or host or disk if
+    `memory.budget` is too small for that."""
     revision: Text | None = None
     """Branch, tag or commit of a hub model (null: the main branch)."""
     trust_remote_code: Flag = False
@@ -628,8 +628,13 @@ class Config(_Section):
         model = given.get("model") if isinstance(given, dict) else None
         if isinstance(model, dict) and model.get("residence") == "host":
             training = given.get("training") or {}
-            if isinstance(training, dict) and _parse_switch(training.get("checkpointing", False)) is False:
+            if isinstance(training, dict) and "checkpointing" not in training:
                 return {**given, "training": {**training, "checkpointing": True}}
+            if isinstance(training, dict) and _parse_switch(training["checkpointing"]) is False:
+                raise ValueError(
+                    "model.residence=host computes each block again in its backward pass; give "
+                    "training.checkpointing=true, or leave it out"
+                )
         return given
 
     @model_validator(mode="after")
