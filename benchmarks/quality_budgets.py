@@ -17,7 +17,7 @@ from quality_tasks import BUDGETED, BUDGETS, Task, at_budget
 INTRODUCTION = """# Loss by budget
 
 `python benchmarks/quality.py --tasks "sentiment at 0.3 M" --methods LoRA pool` measures a part of this page, and
-`--tables` writes it from [benchmarks/results/quality.jsonl](../benchmarks/results/quality.jsonl); do not edit it by
+`--tables` writes it from [quality.jsonl](../benchmarks/results/quality.jsonl); do not edit it by
 hand.
 
 The rules are those of [results.md](results.md), except for the size: every method trains the largest rank that stays
