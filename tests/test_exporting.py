@@ -535,6 +535,16 @@ def test_without_llama_cpp_transformers_reads_the_file(small, tmp_path, monkeypa
     assert report["difference"] < 1e-5
 
 
+@pytest.mark.slow
+def test_a_base_on_disk_makes_the_same_gguf_file(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("SGM_CACHE", str(tmp_path / "cache"))
+    for place in ("device", "disk"):
+        where = [*small, f"model.residence={place}", "model.dtype=bfloat16"]
+        assert exported(where, "gguf", gguf_type="f16", output=tmp_path / place)["difference"] < 0.01
+    one, other = (tmp_path / place / "model-f16.gguf" for place in ("device", "disk"))
+    assert one.read_bytes() == other.read_bytes()
+
+
 @needs_llama_cpp
 def test_a_tokenizer_of_sentencepiece_s_kind_goes_the_same_way(data, tmp_path):
     model = save_decoder("llama", tmp_path / "m", bpe_tokenizer(byte_fallback=True))
