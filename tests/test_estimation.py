@@ -72,6 +72,7 @@ def test_weights_adapters_and_optimizer_are_what_the_run_holds(described) -> Non
     assert needed.micro_batch_size == 16
 
 
+@pytest.mark.slow
 def test_what_costs_memory_is_predicted_to(described) -> None:
     least = predicted(described)
     assert predicted(described, "training.batch_size=32").activation_bytes > 1.8 * least.activation_bytes

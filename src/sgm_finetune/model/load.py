@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from sgm_finetune.base.config import LabelKind, ModelConfig
 from sgm_finetune.base.device import device_for, has_gpu, multiplies_bfloat16
 from sgm_finetune.base.errors import UserError, is_out_of_memory
+from sgm_finetune.base.memory import large_blocks_apart
 from sgm_finetune.base.text import first_line
 from sgm_finetune.model.architecture import auto_class, check_size, read_model_config
 from sgm_finetune.model.classes import Head
@@ -67,7 +68,7 @@ def load_model(
     elif config.residence == "host":
         base = HostBase(device)
         loading = loading_to_host(base)
-    with _building(config), loading:
+    with _building(config), loading, large_blocks_apart():
         if quantised or not trusted:
             with torch.device("meta"):
                 empty = auto.from_config(described, trust_remote_code=trusted)
