@@ -23,7 +23,15 @@ from sgm_finetune.method.decibels import Estimator
 from sgm_finetune.model.folder import check_name, refuse_adapter
 from sgm_finetune.results.claim import as_it_began, claim_output
 from sgm_finetune.results.export.hub import check_push
-from sgm_finetune.results.export.target import ExportFormat, GgufType, check_folder, check_packages
+from sgm_finetune.results.export.target import (
+    ADAPTER_TYPES,
+    ADAPTERS,
+    BaseWeights,
+    ExportFormat,
+    GgufType,
+    check_folder,
+    check_packages,
+)
 from sgm_finetune.results.files import find_result
 from sgm_finetune.results.sampling import Sampling
 
@@ -154,6 +162,8 @@ class ExportRequest:
     push_to_hub: str | None = None
     rank: int | None = None
     """The rank to which the adapter is cut; None: its own."""
+    base: BaseWeights | None = None
+    """What a merge adds the update to, if the base was quantised in training; None: what predicts better."""
 
     def folder(self, config: Config) -> Path:
         """The folder of the export."""
@@ -161,6 +171,19 @@ class ExportRequest:
 
     def check(self, config: Config) -> None:
         """Raises UserError when there is no result or package, the folder is taken, or the hub would refuse."""
+        for option, given, formats in (
+            ("gguf-type", self.gguf_type, ("gguf", "gguf-adapter")),
+            ("rank", self.rank, ADAPTERS),
+            ("base", self.base, ("merged", "gguf")),
+        ):
+            if given is not None and self.to not in formats:
+                goes = " or ".join(f"--to {name}" for name in formats)
+                raise UserError(f"--{option} {given} goes with {goes}, not with --to {self.to}")
+        if self.to == "gguf-adapter" and self.gguf_type not in (None, *ADAPTER_TYPES):
+            raise UserError(
+                f"--gguf-type {self.gguf_type} is for whole models, and an adapter is written in f32 or f16; take "
+                "--gguf-type f16"
+            )
         check_result(config)
         check_packages(self.to, self.gguf_type)
         check_folder(self.folder(config), config.output.overwrite)

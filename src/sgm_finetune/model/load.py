@@ -62,7 +62,7 @@ def load_model(
     store = base = None
     loading: AbstractContextManager[None] = nullcontext()
     if config.residence == "disk":
-        how = f"{type(described).__name__} {config.task} {_dtype(config)} {config.quantization}"
+        how = f"{type(described).__name__} {config.task} {loading_dtype(config)} {config.quantization}"
         store = open_store(folder, how, announce)
         loading = loading_from_disk(store)
     elif config.residence == "host":
@@ -78,7 +78,7 @@ def load_model(
         model, outcome = auto.from_pretrained(
             folder,
             config=described,
-            dtype=_dtype(config) or "auto",
+            dtype=loading_dtype(config) or "auto",
             trust_remote_code=trusted,
             output_loading_info=True,
             **settings,
@@ -117,7 +117,7 @@ def _building(config: ModelConfig) -> Iterator[None]:
         raise UserError(f"model.name={config.name} cannot be loaded: {first_line(error)}") from None
 
 
-def _dtype(config: ModelConfig) -> torch.dtype | None:
+def loading_dtype(config: ModelConfig) -> torch.dtype | None:
     """The dtype that `config` asks for; None means the stored one."""
     if config.dtype == "auto" and config.quantization != "none":
         return torch.bfloat16 if multiplies_bfloat16() else torch.float32
@@ -161,7 +161,7 @@ def skeleton(
     quantised = config.quantization != "none"
     described = _config_for(config, folder, head)
     stored = getattr(described, "dtype", None) or torch.float32
-    dtype = _dtype(config) or stored
+    dtype = loading_dtype(config) or stored
     with torch.device("meta"):
         with _building(config):
             model = auto_class(config.task).from_config(
@@ -240,6 +240,6 @@ def _quantization(config: ModelConfig, unquantised: list[str]) -> BitsAndBytesCo
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=_dtype(config),
+        bnb_4bit_compute_dtype=loading_dtype(config),
         llm_int8_skip_modules=unquantised,
     )
