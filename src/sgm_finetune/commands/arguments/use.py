@@ -1,4 +1,4 @@
-"""The arguments of the commands that use results: `sgm report`, `compare`, `generate`, `chat` and `export`."""
+"""The arguments of the commands that use results: `sgm report`, `compare`, `generate`, `chat`, `serve` and `export`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def report_command(
         settings = load_config(None, [f"output.dir={json.dumps(str(output))}"])
         check_page(settings, port)
         with loading():
-            from sgm_finetune.commands.serve import serve as serve_page
+            from sgm_finetune.commands.page import serve_page
 
         serve_page(settings, [], console_for(False, True), port)
         return
@@ -152,6 +152,33 @@ def chat_command(
     turns = chat(settings, overrides or [], console_for(as_json, True), sampling, compare, system)
     if as_json:
         print(json.dumps({"turns": turns}))
+
+
+def serve_command(
+    overrides: Overrides = None,
+    config: ConfigPath = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to serve at; 0.0.0.0 lets other machines in, with a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to serve at.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option("--token", envvar="SGM_TOKEN", help="The API key that clients must send.", show_default=False),
+    ] = None,
+) -> None:
+    """Serve the result in output.dir to clients of OpenAI's API; the models are called before and after.
+
+    Example: sgm serve output.dir=runs/chat --port 8001
+    """
+    settings = config_of_result(config, overrides)
+    from sgm_finetune.commands.requests import ServeRequest
+
+    request = ServeRequest(host, port, token or None)
+    request.check(settings)
+    with loading():
+        from sgm_finetune.commands.serve import serve
+
+    serve(settings, overrides or [], request, console_for(False, True))
 
 
 def export_command(
