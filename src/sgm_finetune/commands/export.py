@@ -37,6 +37,7 @@ from sgm_finetune.results.export.check import (
     compute_reference,
     reference_loss,
 )
+from sgm_finetune.results.export.combine import combine
 from sgm_finetune.results.export.cut import Cut, cut_result
 from sgm_finetune.results.export.hub import push
 from sgm_finetune.results.export.merge import MergedTensor, merged_tensors
@@ -66,6 +67,8 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
     log = StepLog(console)
     request.check(config)
     result = read_result(config, overrides, log)
+    if request.combination is not None:
+        result = combine(result, request.combination, config, overrides, log)
     check_own_files(result.folder)
     folder = request.folder(config)
     if request.push_to_hub is not None and request.to == "adapter" and hub_model(result.config.model.name) is None:
@@ -109,6 +112,7 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
             "model": result.config.model.name,
             **found.to_dict(),
             **({} if cost is None else {"cut": cost}),
+            **({} if request.combination is None else {"combined": request.combination.to_dict()}),
             "bytes": sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file()),
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),

@@ -24,6 +24,7 @@ from sgm_finetune.measure.plan_file import read_plan
 from sgm_finetune.method.decibels import Estimator
 from sgm_finetune.model.folder import check_name, refuse_adapter
 from sgm_finetune.results.claim import as_it_began, claim_output
+from sgm_finetune.results.export.combination import Combination
 from sgm_finetune.results.export.hub import check_push
 from sgm_finetune.results.export.target import ExportFormat, GgufType, check_folder, check_packages
 from sgm_finetune.results.files import find_result
@@ -186,6 +187,8 @@ class ExportRequest:
     push_to_hub: str | None = None
     rank: int | None = None
     """The rank to which the adapter is cut; None: its own."""
+    combination: Combination | None = None
+    """Other adapters that are combined with the result's."""
 
     def folder(self, config: Config) -> Path:
         """The folder of the export."""
@@ -194,6 +197,10 @@ class ExportRequest:
     def check(self, config: Config) -> None:
         """Raises UserError when there is no result or package, the folder is taken, or the hub would refuse."""
         check_result(config)
+        if self.combination is not None:
+            self.combination.check()
+            if self.output is None:
+                raise UserError("--add makes another model than the run's own; name its folder with --output")
         check_packages(self.to, self.gguf_type)
         check_folder(self.folder(config), config.output.overwrite)
         if self.push_to_hub is not None:

@@ -208,6 +208,40 @@ def export_command(
             min=1, help="adapter: cut each update to its best approximation of this rank.", show_default=False
         ),
     ] = None,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option("--add", help="Combine with this run's or PEFT folder's adapter of the same base. Repeatable."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="--add: weights of output.dir's adapter and of each other one: 0.7,0.3.", show_default=False),
+    ] = None,
+    method: Annotated[
+        Literal[
+            "cat",
+            "linear",
+            "svd",
+            "ties",
+            "ties_svd",
+            "dare_linear",
+            "dare_linear_svd",
+            "dare_ties",
+            "dare_ties_svd",
+            "magnitude_prune",
+            "magnitude_prune_svd",
+        ]
+        | None,
+        typer.Option(
+            metavar="METHOD",
+            help="--add: PEFT's name of the way: cat (if not given), linear, svd, ties, dare_linear, dare_ties, "
+            "magnitude_prune; or one of the last four with _svd.",
+            show_default=False,
+        ),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(help="--add: share of the numbers that ties, dare and magnitude_prune keep.", show_default=False),
+    ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the checked export to this repository.")
     ] = None,
@@ -221,10 +255,17 @@ def export_command(
         raise UserError(f"--gguf-type {gguf_type} goes with --to gguf, not with --to {to}")
     if rank is not None and to != "adapter":
         raise UserError(f"--rank {rank} goes with --to adapter, not with --to {to}")
+    given = {"--weights": weights, "--method": method, "--density": density}
+    if not add and (option := next((name for name, value in given.items() if value is not None), None)):
+        raise UserError(f"{option} goes with --add, which names another adapter")
+    if add and weights is None:
+        raise UserError("--add needs --weights, one for output.dir's adapter and one for each --add: --weights 0.7,0.3")
     settings = config_of_result(config, overrides)
     from sgm_finetune.commands.requests import ExportRequest
+    from sgm_finetune.results.export.combination import Combination, parse_weights
 
-    request = ExportRequest(to, output, gguf_type, push_to_hub, rank)
+    combination = Combination(tuple(add), parse_weights(weights), method or "cat", density) if add and weights else None
+    request = ExportRequest(to, output, gguf_type, push_to_hub, rank, combination)
     request.check(settings)
     with loading():
         from sgm_finetune.commands.export import export_result

@@ -117,6 +117,14 @@ def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -
             f"validation examples was {cut['validation_loss_before']:.4f} before the cut and is "
             f"{cut['validation_loss']:.4f} after it. The scores below were measured before it."
         )
+    if combined := comparison.get("combined"):
+        update, trained = "the combined update", "the base with the combined update"
+        others = ", ".join(code(base_name(name)) for name in combined["others"])
+        weights = ", ".join(f"{weight:g}" for weight in combined["weights"])
+        text.append(
+            f"The adapter of this run is combined with {others} by PEFT's method `{combined['method']}`, with the "
+            f"weights {weights}. The scores below are those of this run's adapter alone."
+        )
     if quantised != "none":
         text.append(
             f"The adapter was trained on the base in {quantised}; this export uses the base as published. The scores "
