@@ -32,6 +32,7 @@ COMMANDS = {
         "compare": use.compare_command,
         "generate": use.generate_command,
         "chat": use.chat_command,
+        "serve": use.serve_command,
         "export": use.export_command,
     },
 }

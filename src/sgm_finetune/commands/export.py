@@ -23,6 +23,7 @@ from sgm_finetune.commands.validation_data import validation_data
 from sgm_finetune.results.answers import generates_text
 from sgm_finetune.results.export.card import model_card
 from sgm_finetune.results.export.check import LogitCheck, ReferenceLogits, compute_reference, reference_scores
+from sgm_finetune.results.export.combine import combine
 from sgm_finetune.results.export.cut import Cut, cut_result
 from sgm_finetune.results.export.hub import push
 from sgm_finetune.results.export.shards import check_own_files
@@ -48,6 +49,8 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
     stored = read_stored(config, overrides, log)
     _check_fits(request, stored)
     result = find_base(stored, log)
+    if request.combination is not None:
+        result = combine(result, request.combination, config, overrides, log)
     check_own_files(result.folder)
     folder = request.folder(config)
     cut = None if request.rank is None else cut_result(result, request.rank)
@@ -82,6 +85,7 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
             "base": _base_report(export, bases),
             **found.to_dict(),
             **({} if cost is None else {"cut": cost}),
+            **({} if request.combination is None else {"combined": request.combination.to_dict()}),
             "bytes": sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file()),
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),

@@ -118,6 +118,14 @@ def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -
             f"{how} cut to its best approximation of rank {cut['rank']}{_cost(cut)}. The scores below were measured "
             "before it."
         )
+    if combined := comparison.get("combined"):
+        update, trained = "the combined update", "the base with the combined update"
+        others = ", ".join(code(base_name(name)) for name in combined["others"])
+        weights = ", ".join(f"{weight:g}" for weight in combined["weights"])
+        text.append(
+            f"The adapter of this run is combined with {others} by PEFT's method `{combined['method']}`, with the "
+            f"weights {weights}. The scores below are those of this run's adapter alone."
+        )
     if quantised != "none" and (comparison.get("base") or {}).get("weights") == "trained":
         text.append(
             f"The adapter was trained on the base in {quantised}; this export has the weights that training computed "
