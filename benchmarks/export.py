@@ -1,7 +1,7 @@
 """Measures each export: the difference of its logits, its size, its seconds and its memory.
 
     python benchmarks/export.py                # a short run of SmolLM2-135M in 4 bits, exported every way
-    python benchmarks/export.py --base         # the same model and film reviews: merged into which weights?
+    python benchmarks/export.py --base         # film reviews: into which weights it is merged, and what each type loses
     python benchmarks/export.py --large 8      # memory to merge 8 layers of an 8B model's size
 
 Each row comes from a separate process and is a line of benchmarks/results/export.jsonl.
@@ -63,9 +63,9 @@ def train_on_reviews(folder: Path) -> list[str]:
     return where
 
 
-def export_row(where: list[str], to: str, kind: str | None) -> dict[str, Any]:
+def export_row(where: list[str], to: str, kind: str | None, *more: str) -> dict[str, Any]:
     folder = Path(where[1]).parent / f"{to}-{kind}"
-    options = ["--to", to, "--output", str(folder), *(["--gguf-type", kind] if kind else [])]
+    options = ["--to", to, "--output", str(folder), *(["--gguf-type", kind] if kind else []), *more]
     done = subprocess.run([*SGM, "export", "--json", *options, *where], check=True, capture_output=True, text=True)
     report = json.loads(done.stdout)
     del report["folder"]
@@ -174,7 +174,11 @@ def main(arguments: list[str]) -> None:
                     subprocess.run([sys.executable, __file__, *steps], check=True)
         case ["--base"]:
             with tempfile.TemporaryDirectory() as folder:
-                record(export_row(train_on_reviews(Path(folder)), "merged", None))
+                where = train_on_reviews(Path(folder))
+                record(export_row(where, "merged", None))
+                record(export_row(where, "gguf-adapter", None))
+                for kind in ("q8_0", "q6_k", "q5_k_m", "q4_k_m"):
+                    record(export_row(where, "gguf", kind, "--base", "original"))
         case []:
             with tempfile.TemporaryDirectory() as folder:
                 where = train_small_run(Path(folder))

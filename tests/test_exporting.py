@@ -41,7 +41,7 @@ from sgm_finetune.model.architecture import auto_class
 from sgm_finetune.model.as_trained import quantised_layers, round_as_trained
 from sgm_finetune.model.load import Head, load_model
 from sgm_finetune.results.evaluation import evaluate_model
-from sgm_finetune.results.export import check, merge
+from sgm_finetune.results.export import check, merge, validation
 from sgm_finetune.results.export.card import model_card
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, find_format, modelfile
 from sgm_finetune.results.export.cut import cut_result
@@ -51,7 +51,7 @@ from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
 from sgm_finetune.results.export.merge import layer_factors, linear_update, merged_tensors, stack_update
 from sgm_finetune.results.export.shards import write_shards
 from sgm_finetune.results.export.target import check_packages
-from sgm_finetune.results.export.validation import choose_examples, paired_difference
+from sgm_finetune.results.export.validation import choose_examples, most_tokens, paired_difference
 from sgm_finetune.results.load import (
     Result,
     attach_adapter,
@@ -370,7 +370,7 @@ def test_an_export_is_scored_beside_what_was_trained(finished, merged):
     assert f"loss {found['loss']:.4f}, as trained {found['loss_trained']:.4f} (" in said
     result = read(finished)
     assert (found["accuracy"] is not None) == (result.config.model.task == "sequence-classification")
-    data = validation_room.validation_data(result, (), StepLog(quiet()))
+    data = validation_room.validation_data(result, (), 1, StepLog(quiet()))
     model = auto_class(result.config.model.task).from_pretrained(folder)
     metrics = evaluate_model(model, data.examples).metrics
     assert found["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
@@ -437,11 +437,17 @@ def test_a_paired_error_is_that_of_repeated_draws():
 
 def test_few_examples_are_chosen_from_all_over_the_data():
     many = Dataset.from_dict({"input_ids": [[7] * 10] * 1000, "at": list(range(1000))})
-    assert choose_examples(many)["at"][:3] == [0, 7, 15]
-    assert len(choose_examples(many)) == 128
-    long = Dataset.from_dict({"input_ids": [[7] * 4000] * 9, "at": list(range(9))})
-    assert len(choose_examples(long)) == 4
-    assert len(choose_examples(Dataset.from_dict({"input_ids": [[7] * 40_000]}))) == 1
+    assert choose_examples(many, 9999)["at"][:3] == [0, 7, 15]
+    assert len(choose_examples(many, 9999)) == 128
+    assert len(choose_examples(many, 640)) in range(56, 65)
+    assert len(choose_examples(many, 3)) == 1
+
+
+def test_a_larger_model_is_scored_on_fewer_tokens_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(validation, "has_gpu", lambda: False)
+    assert [most_tokens(size) for size in (10**8, 8 * 10**9)] == [16_384, 1250]
+    monkeypatch.setattr(validation, "has_gpu", lambda: True)
+    assert most_tokens(8 * 10**9) == 16_384
 
 
 def test_tied_embeddings_stay_tied(llama, tmp_path):

@@ -61,7 +61,7 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
     }
     export = next(iter(exports.values()))
     _check_room(folder, export.num_bytes)
-    validation = validation_data(result, overrides, log)
+    validation = validation_data(result, overrides, export.num_parameters, log)
     bases = None if len(exports) == 1 else _compare_bases(exports, validation, log)
     if bases is not None:
         export = exports[bases.taken]

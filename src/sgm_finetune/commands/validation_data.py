@@ -12,14 +12,15 @@ from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.session import prepare_trained
 from sgm_finetune.data.batches import collator
-from sgm_finetune.results.export.validation import MOST_EXAMPLES, Validation, choose_examples
+from sgm_finetune.results.export.validation import MOST_EXAMPLES, Validation, choose_examples, most_tokens
 from sgm_finetune.results.load import Result
 from sgm_finetune.train.budget.reuse import replaced
 from sgm_finetune.train.losses import TestSet
 
 
-def validation_data(result: Result, overrides: Sequence[str], log: StepLog) -> Validation | None:
-    """Returns validation examples of the run; None, said in one line, where its data cannot be read any more.
+def validation_data(result: Result, overrides: Sequence[str], num_parameters: int, log: StepLog) -> Validation | None:
+    """Returns validation examples of the run, as many as a model of `num_parameters` is scored on; None, said in one
+    line, where its data cannot be read any more.
 
     Raises UserError for data that `overrides` (key=value) name: what was asked for happens.
     """
@@ -32,7 +33,7 @@ def validation_data(result: Result, overrides: Sequence[str], log: StepLog) -> V
         log.line("score", f"not scored, since the run's validation data cannot be read: {error}")
         return None
     encoded, task, collate = s.prepared.validation.dataset, config.model.task, s.prepared.collate
-    chosen = choose_examples(encoded)
+    chosen = choose_examples(encoded, most_tokens(num_parameters))
     if task == "preference":  # the chosen answers, as a language model predicts them
         task, chosen = "causal-lm", chosen.select_columns(["input_ids", "attention_mask", "labels"])
         collate = collator(s.prepared.tokenizer, task, 8)

@@ -17,12 +17,15 @@ from peft import PeftModel
 from scipy.stats import t as student
 from transformers import PreTrainedModel
 
+from sgm_finetune.base.device import has_gpu
 from sgm_finetune.data.encoding import IGNORED, sequence_lengths
 from sgm_finetune.train.fast.head_loss import find_head_loss
 from sgm_finetune.train.losses import Progress, TestSet, sum_losses
 
 MOST_EXAMPLES, MOST_TOKENS = 128, 2**14
-"""The most examples that are scored, and about the most tokens in them."""
+"""The most examples that are scored, and the most tokens in them."""
+MOST_OPERATIONS = 2 * 10**13
+"""About the most operations of a forward pass over all of them without a GPU, at two a parameter and token: minutes."""
 ALLOWED_RISE = {
     "float32": 0.005, "float16": 0.005, "bfloat16": 0.02, "q8_0": 0.02, "q6_k": 0.03, "q5_k_m": 0.05, "q4_k_m": 0.1,
 }  # fmt: skip
@@ -126,13 +129,18 @@ class ScoreCheck:
         )
 
 
-def choose_examples(encoded: Dataset) -> Dataset:
-    """Returns at most `MOST_EXAMPLES` examples, evenly spread over a data set, and about `MOST_TOKENS` tokens at most;
+def most_tokens(num_parameters: int) -> int:
+    """Returns the most tokens on which a model of this size is scored on this machine."""
+    return MOST_TOKENS if has_gpu() else min(MOST_TOKENS, MOST_OPERATIONS // (2 * num_parameters))
+
+
+def choose_examples(encoded: Dataset, limit: int) -> Dataset:
+    """Returns at most `MOST_EXAMPLES` examples, evenly spread over a data set, with at most `limit` tokens together;
     one example at least."""
     lengths = sequence_lengths(encoded)
     number = min(MOST_EXAMPLES, len(encoded))
     chosen = _spread(len(encoded), number)
-    while number > 1 and sum(lengths[i] for i in chosen) > MOST_TOKENS:
+    while number > 1 and sum(lengths[i] for i in chosen) > limit:
         number -= max(1, number // 8)
         chosen = _spread(len(encoded), number)
     return encoded.select(chosen)
