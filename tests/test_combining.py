@@ -154,6 +154,8 @@ def test_a_combination_can_be_cut(runs, tmp_path):
         (["--add", "other-base", "--weights", "1,1"], "only adapters of one base can be combined"),
         (["--add", "other-name", "--weights", "1,1"], "names the base elsewhere/model"),
         (["--add", "dora", "--weights", "1,1"], "`use_dora` is 'True', and only plain LoRA"),
+        (["--add", "pissa", "--weights", "1,1"], "`init_lora_weights` is 'pissa'"),
+        (["--add", "loha", "--weights", "1,1"], "`peft_type` is 'LOHA'"),
         (["--add", "half", "--weights", "1,1"], "is not a whole adapter"),
         (["--add", "narrow", "--weights", "1,1"], "does not fit the base model"),
         (["--add", "unknown", "--weights", "1,1"], "No linear layer is called `model.layers.99.mlp.up_proj`"),
@@ -175,10 +177,18 @@ def test_what_cannot_be_combined_is_one_line(runs, options, said, tmp_path):
 
 def _broken(runs: Path, folder: Path) -> Path:
     """`folder`, which becomes a copy of b's adapter with the fault of that name."""
-    faults = {
-        "gone": {}, "other-name": {"base_model_name_or_path": "elsewhere/model"}, "dora": {"use_dora": True},
-        "half": {}, "narrow": {}, "unknown": {}, "embedding": {}, "classifier": {"task_type": "SEQ_CLS"},
-    }  # fmt: skip
+    faults: dict[str, dict] = {
+        "gone": {},
+        "half": {},
+        "narrow": {},
+        "unknown": {},
+        "embedding": {},
+        "other-name": {"base_model_name_or_path": "elsewhere/model"},
+        "dora": {"use_dora": True},
+        "pissa": {"init_lora_weights": "pissa"},
+        "loha": {"peft_type": "LOHA"},
+        "classifier": {"task_type": "SEQ_CLS"},
+    }
     if folder.name == "other-base" and not folder.exists():
         model = save_pico("llama", runs / "other-model")
         train(model, "causal-lm", runs / "text.txt", folder)

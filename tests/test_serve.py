@@ -14,8 +14,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from architectures import save_pico
 from conftest import adapted, make_model, make_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
@@ -188,6 +189,28 @@ def test_one_seed_draws_one_answer_and_none_draws_others(client):
     assert len(others) > 1
 
 
+def test_the_coldest_and_the_narrowest_sampling_take_the_likeliest_token(client):
+    greedy = chat(client).choices[0].message.content
+    for options in ({"temperature": 1e-40}, {"temperature": 2, "top_p": 0}):
+        assert chat(client, **options).choices[0].message.content == greedy
+
+
+def test_a_translator_completes_and_does_not_chat(tmp_path):
+    from sgm_finetune.model.files import ModelFiles
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(save_pico("t5", tmp_path)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    config = load_config(None, ["model.task=seq2seq-lm", f"model.name={tmp_path}"])
+    files = ModelFiles(tmp_path, tokenizer, model.config, None)
+    result = LoadedResult(tmp_path / "x.pth", {}, config, base=files, roles=("source",), model=model)
+    with served(result) as port, client_of(port) as client:
+        said = client.completions.create(model="after", prompt="the story", max_tokens=5, logprobs=1)
+        assert said.choices[0].text.strip() == answer(result, ["the story"], Sampling(5))[0]["answer"]
+        assert len(said.choices[0].logprobs.tokens) in (said.usage.completion_tokens, said.usage.completion_tokens - 1)
+        with pytest.raises(openai.BadRequestError, match="no chat template"):
+            chat(client)
+
+
 def test_twenty_clients_get_the_answers_of_one_after_another(client):
     asked = [("before", "after")[n % 2] for n in range(20)]
 
@@ -210,6 +233,7 @@ def test_twenty_clients_get_the_answers_of_one_after_another(client):
         ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
         ({"temperature": "1"}, 400, "temperature", "valid number"),
         ({"top_p": 0.5}, 400, "top_p", "needs `temperature`"),
+        ({"max_tokens": 10**30}, 400, "max_tokens", "less than or equal to"),
         ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, 400, "max_tokens", "give one"),
         ({"top_logprobs": 2}, 400, "top_logprobs", "needs `logprobs`"),

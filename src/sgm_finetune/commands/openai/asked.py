@@ -17,6 +17,7 @@ from sgm_finetune.results.sampling import Sampling
 
 MAX_TOKENS = 512
 """Most tokens of an answer whose request does not say."""
+_MOST_TOKENS = 2**20
 MODELS: tuple[When, ...] = get_args(When)
 """Names of the models: the base, and the trained one."""
 _WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -88,7 +89,7 @@ class _Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
     seed: int | None = None
@@ -114,7 +115,7 @@ class _Body(BaseModel):
 
 class _ChatBody(_Body):
     messages: list[_Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MOST_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 

@@ -36,12 +36,14 @@ from sgm_finetune.train.adapters.pool import plain_factors
 
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 _COMBINED = "combined"
-_PLAIN = {
-    "use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {},
-    "modules_to_save": None, "target_parameters": None, "trainable_token_indices": None, "layer_replication": None,
-    "lora_bias": False, "use_qalora": False, "use_bdlora": None, "alora_invocation_tokens": None,
+_WITHOUT_EFFECT = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "fan_in_fan_out", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+    "inference_mode",
 }  # fmt: skip
-"""Settings of a PEFT adapter with which it is plain LoRA on linear layers, which alone is combined."""
+"""Settings of a PEFT adapter that are read elsewhere, or only say how it was trained and to which layers."""
+_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""Starts of a PEFT adapter after which its base is as it was."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,10 @@ def _read_peft(folder: Path, result: Result) -> _Adapter:
     """A PEFT adapter's folder. Its tensors' names say which layers it changes; patterns in it are not followed."""
     path = folder / "adapter_config.json"
     settings = require_json_object(path)
-    for key, plain in {"peft_type": "LORA", **_PLAIN}.items():
-        if (value := settings.get(key) or None) != (plain or None):
+    usual = plain_settings(LoraConfig())
+    for key in sorted(settings.keys() & usual.keys() - _WITHOUT_EFFECT):
+        value = settings[key]
+        if (value or None) != (usual[key] or None) and not (key == "init_lora_weights" and value in _STARTS):
             raise UserError(f"{path}: `{key}` is {str(value)[:60]!r}, and only plain LoRA can be combined")
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if not (isinstance(rank, int) and rank >= 1 and isinstance(alpha, int | float) and alpha > 0):
