@@ -191,19 +191,35 @@ RANGES = ("training.learning_rate=log:0.01..0.2", "merge.side=auto,none")
 
 @pytest.fixture(scope="module")
 def swept(request_of, tmp_path_factory) -> Path:
-    """The folder of a sweep of three tries. Ctrl-C ended the third one, and a second call began it again."""
+    """The folder of a sweep of three tries. Ctrl-C ended the third one, and a second call began it again. Each call
+    loads the base once, and measures once."""
+    from sgm_finetune.commands import shared
     from sgm_finetune.commands import sweep as command
 
     output = tmp_path_factory.mktemp("swept") / "sweep"
     request = request_of(output, *RANGES)
     with pytest.MonkeyPatch.context() as patched:
+        calls: dict[str, int] = {}
+        for name in ("load_base", "probe_gradients", "scan_weights", "checked_data", "choose_plan"):
+            patched.setattr(shared, name, counted(name, calls, getattr(shared, name)))
         patched.setattr(command, "make_trainer", ctrl_c_in(3, command.make_trainer))
         with pytest.raises(Interrupted, match="Stopped in try 3 of 3, which is not kept; the same command begins it"):
             command.sweep(request, Console(quiet=True))
-    assert len(open_folder(output, request.space).tries) == 2
+    settings = [one.settings for one in open_folder(output, request.space).tries]
+    assert calls.pop("choose_plan") == len({one["merge.side"] for one in settings}) == 2
+    assert set(calls.values()) == {1}
+    assert len(settings) == 2
     assert (output / "sweep.html").is_file()
     command.sweep(request, Console(quiet=True))
     return output
+
+
+def counted(name: str, calls: dict[str, int], real: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        calls[name] = calls.get(name, 0) + 1
+        return real(*args, **options)
+
+    return call
 
 
 def ctrl_c_in(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -271,14 +287,25 @@ def without_seconds(tries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["adapter.kind=full"], ["model.quantization=nf4"], ["adapter.dropout=0.1"]])
-def test_the_run_of_the_best_configuration_is_the_best_try(more, request_of, tmp_path):
+@pytest.mark.parametrize(
+    ("choices", "more"),
+    [
+        ("training.seed=0,1", []),
+        ("adapter.alpha=8,16", ["adapter.dropout=0.1"]),
+        ("merge.scope=layers,pool", []),
+        ("probe.seed=0,1", ["training.checkpointing=true"]),
+        ("adapter.alpha=8,16", ["model.quantization=nf4"]),
+        ("adapter.alpha=8,16", ["model.residence=disk"]),
+        ("training.schedule=linear,cosine", ["adapter.kind=full", "adapter.rank=16"]),
+    ],
+)
+def test_the_run_of_a_trys_configuration_is_the_try(choices, more, request_of, tmp_path):
     """To the last bit, although the try was one of three on a shared base."""
     from sgm_finetune.commands.finetune import finetune
     from sgm_finetune.commands.sweep import sweep
 
-    ranges = ("training.learning_rate=log:1e-4..1e-2", "training.max_steps=4,6")
-    found = sweep(request_of(tmp_path / "sweep", *ranges, *more), Console(quiet=True))
+    request = request_of(tmp_path / "sweep", "training.learning_rate=log:1e-4..1e-2", choices, *more)
+    found = sweep(request, Console(quiet=True))
     assert [one["state"] for one in found["tries"]] == ["complete"] * 3, found
     for one in found["tries"][1:]:
         folder, output = tmp_path / "sweep" / "tries" / f"00{one['number']}", tmp_path / f"out{one['number']}"

@@ -166,6 +166,10 @@ class SweepRequest:
             raise UserError("training.resume=true is for a run; a sweep goes on by itself, so leave it out")
         open_folder(self.output, self.space)
         check_inputs(config, with_plan=True)
+        for part in self.space.ranges:
+            if part.key == "plan":
+                for path in part.corners:
+                    read_plan(path)
 
 
 NOTHING_TO_ANSWER = "There is nothing to answer; give --prompt TEXT or --input FILE"

@@ -1,5 +1,4 @@
-"""The folder of a sweep: sweep.json, which is all that a sweep knows, and a folder for each try. Nothing here needs
-torch."""
+"""The folder of a sweep: sweep.json, which is all that a sweep knows, and a folder for each try; without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep tries next, and when it gives a try up, by Optuna's samplers and pruners (docs/sweeps.md).
+"""What a sweep tries next, and when it gives a try up, by Optuna's samplers and pruners (docs/tutorials/sweeps.md).
 
 The tries themselves are all that Optuna has to know. So its study is made anew from them for each try: a sweep that was
 interrupted goes on as if it had not been.
