@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -41,6 +42,20 @@ def memory_within_reach() -> int:
         free, _ = torch.cuda.mem_get_info()
         return torch.cuda.memory_reserved() + free
     return host_memory_within_reach()
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory of this process before a model is in it, in bytes: what it uses, and what it can use in total."""
+
+    held: int
+    within_reach: int
+
+
+def room() -> Room:
+    """The room of this process, as it is now."""
+    release_memory()
+    return Room(held_memory(), memory_within_reach())
 
 
 def host_memory_within_reach() -> int:

@@ -26,7 +26,11 @@ COMMANDS = {
         "estimate": look.estimate_command,
         "plan": look.plan_command,
     },
-    "Train": {"finetune": train.finetune_command, "evaluate": train.evaluate_command},
+    "Train": {
+        "finetune": train.finetune_command,
+        "sweep": train.sweep_command,
+        "evaluate": train.evaluate_command,
+    },
     "Use": {
         "report": use.report_command,
         "compare": use.compare_command,

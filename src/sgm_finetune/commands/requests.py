@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Literal
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
+from sgm_finetune.base.search_space import SearchSpace
 from sgm_finetune.base.text import first_line
 from sgm_finetune.data.splits import check_data
 from sgm_finetune.data.tables import type_of
@@ -37,6 +39,7 @@ from sgm_finetune.results.export.target import (
 )
 from sgm_finetune.results.files import find_result
 from sgm_finetune.results.sampling import Sampling
+from sgm_finetune.results.sweep_folder import open_folder
 
 ScanFormat = Literal["json", "spectrum", "axolotl"]
 HOST = "127.0.0.1"
@@ -180,6 +183,34 @@ class GenerateRequest:
             raise UserError(NOTHING_TO_ANSWER)
         if self.file is not None and str(self.file) != "-":
             type_of(self.file, "--input")
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """What `sgm sweep` was asked for."""
+
+    space: SearchSpace
+    tries: int
+    """The tries of the sweep, those before an interruption among them."""
+    minutes: float | None = None
+    """Time after which no try begins; None: no limit."""
+    output: Path = Path("sweep")
+
+    def check(self) -> None:
+        """Raises UserError when Optuna is missing, the folder holds something else, or the inputs do not fit."""
+        if importlib.util.find_spec("optuna") is None:
+            raise UserError(f"sgm sweep needs Optuna; {install_line('sweep')}")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("sgm sweep trains in one process; start it without torchrun or accelerate launch")
+        config = self.space.config(self.space.first)
+        if config.training.resume:
+            raise UserError("training.resume=true is for a run; a sweep goes on by itself, so leave it out")
+        open_folder(self.output, self.space)
+        check_inputs(config, with_plan=True)
+        for part in self.space.ranges:
+            if part.key == "plan":
+                for path in part.corners:
+                    read_plan(path)
 
 
 NOTHING_TO_ANSWER = "There is nothing to answer; give --prompt TEXT or --input FILE"

@@ -30,7 +30,9 @@ class Fitted:
     given_up: tuple[str, ...]
 
 
-def fit(config: Config, prepared: PreparedData, budget: int, plan: Plan | None = None) -> Fitted:
+def fit(
+    config: Config, prepared: PreparedData, budget: int, plan: Plan | None = None, held: int | None = None
+) -> Fitted:
     """Returns `config`, changed until its predicted peak is within `budget` bytes.
 
     Each change concerns the phase that needs most. A test takes smaller batches, which keeps its results. A step or the
@@ -39,12 +41,13 @@ def fit(config: Config, prepared: PreparedData, budget: int, plan: Plan | None =
     smaller rank; fewer layers, those nearest to the output. A given plan keeps its rank and layers. Where the weights
     alone are more than the budget, the base goes elsewhere first. Where whole matrices are trained, checkpointing comes
     before smaller micro-batches, whose gradients would have to be kept, and rank and another place are no choice.
+    `held` is as in `estimate`.
     Raises UserError when all of this is not enough.
     """
     current = config
     cache: dict[tuple, Any] = {}
     while True:
-        needed = estimate(current, prepared, plan, cache)
+        needed = estimate(current, prepared, plan, cache, held)
         if needed.firm_bytes <= budget:
             return Fitted(current, needed, tuple(_changes(config, current)))
         fixed = needed.weights_bytes + needed.process_bytes
