@@ -61,6 +61,8 @@ class Encoded:
     """Fields of messages that the chat template does not write."""
     doubled: Mapping[str, int] = field(default_factory=dict)
     """Special token -> the number of sequences in which it stands twice in a row."""
+    is_recalled: bool = False
+    """Whether it comes from the cache."""
 
 
 def encode(
@@ -155,6 +157,7 @@ def join_sources(parts: Mapping[int, Encoded]) -> Encoded:
         num_packed=sum(one.num_packed for one in parts.values()),
         unread=tuple(dict.fromkeys(name for one in parts.values() for name in one.unread)),
         doubled=doubled,
+        is_recalled=any(one.is_recalled for one in parts.values()),
     )
 
 

@@ -15,9 +15,9 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import collator
-from sgm_finetune.data.encoding import Encoded, encode, join_sources, largest_id, pack
+from sgm_finetune.data.encoding import Encoded, join_sources, largest_id
+from sgm_finetune.data.encoding_cache import encode_or_recall
 from sgm_finetune.data.mixture import SOURCE, Share, in_entry, shares
-from sgm_finetune.data.questions import has_answers
 from sgm_finetune.data.rows import Origin
 from sgm_finetune.data.sources import Split, is_on_hub
 from sgm_finetune.data.splits import SPLITS, DataSplits, load_splits, with_classes
@@ -96,13 +96,10 @@ def _encode_source(
     config: Config,
     origins: Sequence[Origin] | None,
 ) -> Encoded:
-    task, max_length = config.model.task, config.data.max_length
-    encoded = encode(dataset, tokenizer, task, max_length, origins)
-    if not config.data.packing or name != "train":
-        return encoded
-    if not has_answers(encoded.dataset, task) or task != "causal-lm":
+    task, packs = config.model.task, config.data.packing and name == "train"
+    if packs and (task != "causal-lm" or "text" in dataset.column_names):
         raise UserError("data.packing=true is for completion and chat data; running text is packed without it")
-    return pack(encoded, max_length)
+    return encode_or_recall(dataset, tokenizer, task, config.data.max_length, origins, packs)
 
 
 def _mixture(config: Config, splits: DataSplits, train: Encoded) -> list[Share]:
@@ -172,4 +169,6 @@ def _encoding_notes(encoded: Mapping[str, Encoded], max_length: int) -> list[str
         notes.append(f"{packed:,} examples packed into {len(encoded['train'].dataset):,} sequences")
     if divided:
         notes.append(f"{divided:,} conversations divided into one example an answer")
+    if any(part.is_recalled for part in encoded.values()):
+        notes.append("token sequences from the cache")
     return notes
