@@ -239,7 +239,11 @@ class _Section(BaseModel):
 
 _DESCRIPTION = ("data.columns", "data.format")
 ALTERNATIVES: tuple[dict[str, tuple[str, ...]], ...] = (
-    {"data.name": _DESCRIPTION, "data.train": (*_DESCRIPTION, "data.validation", "data.test", "data.file_type")},
+    {
+        "data.name": _DESCRIPTION,
+        "data.train": (*_DESCRIPTION, "data.validation", "data.test", "data.file_type"),
+        "data.mixture": (),
+    },
     {"selection.top_fraction": ("selection.by",), "selection.snr_threshold": ()},
     {"plan": (), "adapter.parameters": ()},
 )
@@ -277,7 +281,9 @@ class ModelConfig(_Section):
     """Run the Python code that comes with the model. Read that code first."""
 
 
-class DataConfig(_Section):
+class SourceConfig(_Section):
+    """What names one source of data, and says how to read it."""
+
     name: PathText | None = None
     """Embedded data set (`rotten-tomatoes`, `imdb`, `xsum`, `conll-sample`, `jane-austen`), hub id or local data set
     folder. `owner/name:subset` selects a subset on the hub. For your own files, set `train` instead."""
@@ -296,6 +302,48 @@ class DataConfig(_Section):
     columns: dict[Role, Text] = {}
     """Column of each role, for example {text: review, label: stars}. By default, a role's column has the role's
     name."""
+
+    @model_validator(mode="after")
+    def _held_out_goes_with_train(self) -> Self:
+        for split in ("validation", "test"):
+            if self.name is not None and getattr(self, split) is not None:
+                raise ValueError(f"data.{split} needs data.train; it cannot be used with data.name")
+        return self
+
+
+class MixtureEntry(SourceConfig):
+    """One source of a mixture."""
+
+    weight: Real | None = Field(default=None, gt=0)
+    """Share of the source in the examples of every epoch, in proportion to the other weights. All entries have one, or
+    none has: then every example comes once an epoch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_nulls(cls, given: Any) -> Any:
+        """What is null is left out, as in the rest of a file."""
+        if not isinstance(given, dict):
+            return given
+        return {
+            key: value
+            for key, value in given.items()
+            if value is not None and not (isinstance(value, Written) and value.is_null)
+        }
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.name is None) == (self.train is None):
+            raise ValueError("give each entry either train, a file, or name")
+        return self
+
+
+class DataConfig(SourceConfig):
+    mixture: list[MixtureEntry] | None = None
+    """Several sources in one run, instead of `name` or `train`: a list of entries such as {train: chats.jsonl, weight:
+    0.7}. An entry has the keys above, which say of its source what they say here of the only one, and a `weight`: the
+    share of the source in the examples of every epoch. An epoch has as many examples as all sources together; a source
+    with a larger share repeats its examples, one with a smaller share leaves some out, other ones in each epoch. With
+    no weights, every example comes once an epoch. Each source is split and tested on its own too."""
     label_kind: Literal["auto", "class", "classes", "number"] = "auto"
     """Kind of label in sequence classification. class: one class. classes: any number of classes (a list of names, a
     list with a 0 or 1 for every class or, in CSV, names separated by commas or semicolons). number: a number to
@@ -326,13 +374,45 @@ class DataConfig(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         _refuse_both("data", self)
-        for split in ("validation", "test"):
-            if self.name is not None and getattr(self, split) is not None:
-                raise ValueError(f"data.{split} needs data.train; it cannot be used with data.name")
+        if self.streaming and self.mixture is not None:
+            raise ValueError("data.streaming=true does not go with data.mixture; set it to false")
         counts = {f"data.num_{split}": getattr(self, f"num_{split}") for split in ("train", "validation", "test")}
         if self.streaming and (uncounted := [key for key, count in counts.items() if count is None]):
             raise ValueError(f"data.streaming=true needs {' and '.join(uncounted)}; give the number of rows to read")
         return self
+
+    @model_validator(mode="after")
+    def _mixture_fits(self) -> Self:
+        if self.mixture is None:
+            return self
+        if not self.mixture:
+            raise ValueError("data.mixture is empty; give it entries, such as {train: chats.jsonl, weight: 0.7}")
+        for key in SourceConfig.model_fields:
+            if getattr(self, key) != SourceConfig.model_fields[key].default:
+                raise ValueError(f"data.{key} does not go with data.mixture; write it into the entries")
+        unweighted = [number for number, entry in enumerate(self.mixture, start=1) if entry.weight is None]
+        if 0 < len(unweighted) < len(self.mixture):
+            raise ValueError(
+                f"data.mixture: entry {unweighted[0]} has no weight and others have one; give every entry a weight, or "
+                "none"
+            )
+        return self
+
+    @property
+    def sources(self) -> list[DataConfig]:
+        """The configuration of each source: those of the mixture, or this one."""
+        if self.mixture is None:
+            return [self]
+        return [
+            self.model_copy(update={"mixture": None, **{key: getattr(entry, key) for key in SourceConfig.model_fields}})
+            for entry in self.mixture
+        ]
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The weight of each source of a mixture; None where every example counts alike."""
+        weights = [entry.weight for entry in self.mixture or () if entry.weight is not None]
+        return tuple(weights) or None
 
 
 class SnrConfig(_Section):

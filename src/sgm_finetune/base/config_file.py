@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sgm_finetune.base.config import ALTERNATIVES, Config, known_keys, sections, with_present_keys
+from sgm_finetune.base.config import ALTERNATIVES, Config, MixtureEntry, known_keys, sections, with_present_keys
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import short_repr
 from sgm_finetune.base.untrusted import Written, parse_yaml, read_yaml
@@ -118,7 +118,8 @@ def _declared(dotted: str) -> Any:
 def _is_nested(declared: Any) -> bool:
     """Whether a key takes a list, a mapping or keys of its own."""
     is_section = isinstance(declared, type) and issubclass(declared, BaseModel)
-    return is_section or typing.get_origin(declared) in (list, dict)
+    kinds = [typing.get_origin(kind) for kind in (declared, *typing.get_args(declared))]
+    return is_section or list in kinds or dict in kinds
 
 
 def _is_null(value: Any, declared: Any) -> bool:
@@ -160,8 +161,13 @@ def _replace_alternatives(values: dict[str, Any], given: typing.Mapping[str, Any
             for key in (old, *alternatives[old]):
                 _remove(values, key)
             more = f", and {', '.join(gone)} with it" if gone else ""
-            lines.append(f"{new}={given[new]} replaces {old}={replaced} of {where}{more}")
+            lines.append(f"{_shown(new, given[new])} replaces {_shown(old, replaced)} of {where}{more}")
     return lines
+
+
+def _shown(key: str, value: Any) -> str:
+    """A key with its value, or alone where the value is a list."""
+    return key if isinstance(value, list) else f"{key}={value}"
 
 
 def _section_of(values: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
@@ -277,12 +283,34 @@ def _suggestion(key: str, model: type[BaseModel], dotted: str) -> str:
     return f"; known keys: {', '.join(model.model_fields)}"
 
 
+_AN_ENTRY = "{train: chats.jsonl, weight: 0.7}"
+
+
+def _describe_in_entry(error: typing.Any, location: list[str], message: str) -> str:
+    """What is wrong with an entry of data.mixture; `location` is its index and the key."""
+    number, *keys = location
+    entry, key = f"data.mixture, entry {int(number) + 1}", ".".join(keys)
+    if error["type"] == "extra_forbidden":
+        return f"{entry}: unknown key `{key}`{_suggestion(key, MixtureEntry, key)}"
+    if error["type"] == "model_type":
+        return f"{entry} is {short_repr(error['input'], limit=60)}; write {_AN_ENTRY}"
+    if not keys:
+        return f"{entry}: {message.replace('data.', '')}"
+    if error["type"] == "dict_type":
+        message = "write a mapping, such as {text: review, label: stars}"
+    return f"{entry}: `{key}` is {short_repr(error['input'], limit=60)}; {message}"
+
+
 def _describe_error(error: ValidationError, where: str, origin: typing.Mapping[str, str]) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     dotted = ".".join(location)
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if location[:2] == ["data", "mixture"] and len(location) > 2:
+        return f"{_origin('data.mixture', where, origin)}: {_describe_in_entry(first, location[2:], message)}"
+    if first["type"] == "list_type" and dotted == "data.mixture":
+        message = f"write a list of entries, such as [{_AN_ENTRY}]"
     if first["type"] == "dict_type":
         message = "write a mapping, such as {text: review, label: stars}"
     if (

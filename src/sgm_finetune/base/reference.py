@@ -153,8 +153,8 @@ def _type(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(_scalar(argument) for argument in arguments)
     if origin is list:
-        return f"list of {_type(arguments[0])}"
-    if origin is dict:
+        return f"list of {_type(arguments[0])}{'s' if _type(arguments[0]) == 'mapping' else ''}"
+    if origin is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         return "mapping"
     return {int: "whole number", float: "number", str: "text", bool: "true | false", type(None): "null"}[annotation]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import chain, groupby
 from typing import Any
 
@@ -16,6 +17,7 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.commands.checked_data import checked_data
 from sgm_finetune.data.encoding import IGNORED, num_tokens, sequence_lengths
+from sgm_finetune.data.mixture import SOURCE, by_source
 from sgm_finetune.data.prepared import PreparedData, not_read
 from sgm_finetune.data.splits import SPLITS, DataSplits
 
@@ -31,15 +33,18 @@ def preview(config: Config, console: Console, num_examples: int = 3) -> dict[str
     the model does not see, and returns the same as data.
 
     An example is {"text", "parts": [[text, learnt], ...], "tokens"}, with "label" or "target" when it has one, and with
-    "rejected" (parts again) when it is a pair. `learnt` is true for text that the loss counts.
+    "rejected" (parts again) when it is a pair. Of a mixture, it has its "source" too, and `num_examples` of each source
+    are shown. `learnt` is true for text that the loss counts.
     """
     prepared = checked_data(config, StepLog(console))
     dataset = prepared.train.dataset
-    examples = [_describe_example(dataset[i], i, prepared, config) for i in range(min(num_examples, len(dataset)))]
+    sources = by_source(dataset, range(len(dataset)))
+    shown = [(source, index) for source, indices in sources.items() for index in indices[:num_examples]]
+    examples = [_describe_example(dataset[index], prepared, config) for _, index in shown]
     lengths = {split: _lengths(getattr(prepared, split).dataset) for split in SPLITS}
     bright = console.is_terminal and not console.no_color
-    for number, example in enumerate(examples, start=1):
-        console.print(Rule(f"training example {number} of {len(dataset):,} · {example['tokens']} tokens", align="left"))
+    for (source, index), example in zip(shown, examples, strict=True):
+        console.print(Rule(_title(example, index - sources[source][0] + 1, len(sources[source])), align="left"))
         console.print(_example_text(example, bright), highlight=False, soft_wrap=not console.is_terminal)
     classes = _class_counts(prepared.splits)
     if classes:
@@ -50,6 +55,7 @@ def preview(config: Config, console: Console, num_examples: int = 3) -> dict[str
     console.print(_length_table(lengths, config.data.max_length))
     return {
         "data": prepared.splits.description,
+        "mixture": [asdict(share) for share in prepared.mixture],
         "not_read": not_read(prepared.splits, prepared.train),
         "doubled_tokens": dict(prepared.train.doubled),
         "examples": examples,
@@ -60,10 +66,17 @@ def preview(config: Config, console: Console, num_examples: int = 3) -> dict[str
     }
 
 
-def _describe_example(encoded: Mapping[str, Any], index: int, prepared: PreparedData, config: Config) -> dict[str, Any]:
+def _title(example: Mapping[str, Any], number: int, total: int) -> str:
+    source = f" of {example['source']}" if "source" in example else ""
+    return f"training example {number:,} of {total:,}{source} · {example['tokens']} tokens"
+
+
+def _describe_example(encoded: Mapping[str, Any], prepared: PreparedData, config: Config) -> dict[str, Any]:
     ids, labels = encoded["input_ids"], encoded["labels"]
     tokenizer, names = prepared.tokenizer, prepared.splits.labels
     found: dict[str, Any] = {"text": tokenizer.decode(ids), "tokens": len(ids)}
+    if prepared.mixture:
+        found["source"] = prepared.mixture[encoded[SOURCE]].name
     match config.model.task:
         case "causal-lm":
             found["parts"] = _learnt_parts(ids, labels, tokenizer)

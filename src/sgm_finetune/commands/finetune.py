@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from peft import PeftModel
@@ -32,6 +32,7 @@ from sgm_finetune.commands.steps import (
     scan_weights,
     test,
 )
+from sgm_finetune.data.batches import tokens_per_example
 from sgm_finetune.data.encoding import num_tokens
 from sgm_finetune.measure.probe import Probe
 from sgm_finetune.measure.scan_result import Scan
@@ -207,10 +208,10 @@ def training_job(s: Session, base: Base, adapted: Adapted, start: Start, argumen
 def expected_pace(s: Session) -> Pace:
     """What the test of the untouched model says about the time of the validations and of the last test."""
     seconds, training = s.clock.seconds, s.config.training
-    tokens = {name: num_tokens(getattr(s.prepared, name).dataset) for name in ("train", "validation", "test")}
+    tokens = {name: num_tokens(getattr(s.prepared, name).dataset) for name in ("validation", "test")}
     test = seconds.get("evaluate", 0.0)
     return Pace(
-        tokens_per_step=training.batch_size * tokens["train"] / len(s.prepared.train.dataset),
+        tokens_per_step=training.batch_size * tokens_per_example(s.config, s.prepared.train.dataset),
         validation=seconds.get(TEST_LOSS, test) * tokens["validation"] / tokens["test"],
         test=test,
         spent=test + sum(seconds.get(name, 0.0) for name in ("reference", "probe", "rate_trials")),
@@ -264,6 +265,7 @@ def _metrics(s: Session, start: Start, adapted: Adapted, state: TrainerState, af
         "best_step": state.best_global_step,
         "tokens_per_second": None if s.checkpoint else state.num_input_tokens_seen / seconds["train"],
         "probe": start.probe,
+        **({"mixture": [asdict(share) for share in s.prepared.mixture]} if s.prepared.mixture else {}),
         "environment": environment(),
     }
 

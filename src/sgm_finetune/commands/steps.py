@@ -131,17 +131,23 @@ def test(s: Session, base: Base, model: nn.Module, when: str) -> Tested:
         base.head_loss,
         config.preference,
         is_base=when == "before",
+        sources=prepared.splits.sources,
     )
     with s.clock.time("evaluate"), s.log.bar(when) as progress:
         with s.clock.time(TEST_LOSS):
             found = evaluate_model(model, test_set, progress)
         metrics = found.metrics
-        metrics |= evaluate_answers(model, test_set, prepared.tokenizer, config.evaluation.num_generated, progress)
+        answered = evaluate_answers(model, test_set, prepared.tokenizer, config.evaluation.num_generated, progress)
+        for name, numbers in answered.pop("sources", {}).items():
+            metrics["sources"][name] |= numbers
+        metrics |= answered
         if tasks := config.evaluation.harness:
             size, limit = config.training.eval_batch_size, config.evaluation.harness_limit
             metrics["harness"] = harness_metrics(model, prepared.tokenizer, tasks, size, limit)
     release_memory()
     s.log.line(when, describe_metrics(metrics))
+    for name, numbers in metrics.get("sources", {}).items():
+        s.log.line("", f"{name}: {describe_metrics(numbers)}")
     for name, numbers in metrics.get("harness", {}).items():
         s.log.line("", " · ".join([name, *(f"{key} {value:.4f}" for key, value in numbers.items())]))
     return Tested(metrics, kept_predictions(found.predictions))

@@ -13,7 +13,8 @@ from torch.utils.data import Sampler
 
 from sgm_finetune.base.config import Config, Task
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.encoding import IGNORED, REFERENCES, sequence_lengths
+from sgm_finetune.data.encoding import IGNORED, REFERENCES, num_tokens, sequence_lengths
+from sgm_finetune.data.mixture import SOURCE, Draw, by_source, whole_batches
 
 
 def by_length(encoded: Dataset) -> list[int]:
@@ -51,24 +52,30 @@ class LengthGroupedSampler(Sampler[int]):
     batches, and the batches are shuffled. The order depends only on the *global* batch size and every batch is full, so
     any number of processes that share each batch see the same batches.
 
+    With `draw`, the examples of an epoch are those that it chooses, as many as fill all batches.
+
     >>> sampler = LengthGroupedSampler([5, 5, 9, 9, 5], batch_size=2, seed=0)
     >>> len(sampler), sorted(set(sampler))
     (6, [0, 1, 2, 3, 4])
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, draw: Draw | None = None):
+        self.lengths, self.batch_size, self.seed, self.draw, self.epoch = lengths, batch_size, seed, draw, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size) * self.batch_size
+        return whole_batches(len(self.lengths), self.batch_size)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        order = [order[i % len(order)] for i in range(len(self))]
+        if self.draw is not None:
+            drawn = self.draw.indices(self.epoch, len(self))
+            order = [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
+        else:
+            order = torch.randperm(len(self.lengths), generator=generator).tolist()
+            order = [order[i % len(order)] for i in range(len(self))]
         size = self.batch_size
         for first in range(0, len(order), _WINDOW * size):
             window = sorted(order[first : first + _WINDOW * size], key=lambda i: -self.lengths[i])
@@ -149,6 +156,22 @@ def divide_batch(config: Config, world_size: int) -> tuple[int, int]:
             f"choose a multiple of {micro * world_size}"
         )
     return micro, batch // (micro * world_size)
+
+
+def draw_of(config: Config, train: Dataset, seed: int) -> Draw | None:
+    """What chooses the training examples of each epoch; None where every one comes once."""
+    weights = config.data.weights
+    return None if weights is None else Draw(train[SOURCE][:], weights, seed)
+
+
+def tokens_per_example(config: Config, train: Dataset) -> float:
+    """The mean number of tokens of the training examples of an epoch."""
+    weights = config.data.weights
+    if weights is None:
+        return num_tokens(train) / len(train)
+    parts = {source: train.select(here) for source, here in by_source(train, range(len(train))).items()}
+    total = sum(weights[source] for source in parts)
+    return sum(weights[source] / total * num_tokens(part) / len(part) for source, part in parts.items())
 
 
 def num_steps(config: Config, num_train: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +21,7 @@ from sgm_finetune.base.text import num_common
 from sgm_finetune.data.arrow import column_parts
 from sgm_finetune.data.chat import CHECKED_ELSEWHERE, UnreadFields, asked_text, needs_template, written_answers
 from sgm_finetune.data.conversations import Message
+from sgm_finetune.data.mixture import SOURCE
 from sgm_finetune.data.rows import Origin
 from sgm_finetune.data.token_lists import TokenLists
 from sgm_finetune.data.tokens import doubled_tokens, learnt_tokens, single_ends
@@ -59,6 +61,8 @@ class Encoded:
     """Fields of messages that the chat template does not write."""
     doubled: Mapping[str, int] = field(default_factory=dict)
     """Special token -> the number of sequences in which it stands twice in a row."""
+    is_recalled: bool = False
+    """Whether it comes from the cache."""
 
 
 def encode(
@@ -134,6 +138,27 @@ def pack(encoded: Encoded, max_length: int) -> Encoded:
     features = datasets.Features(dict.fromkeys(columns, TOKEN_FEATURES["labels"]))
     dataset = datasets.Dataset.from_dict(columns, features=features)
     return replace(encoded, dataset=dataset, num_packed=len(rows))
+
+
+def join_sources(parts: Mapping[int, Encoded]) -> Encoded:
+    """The encoded sources of a mixture one after another, by their index, which a column SOURCE holds."""
+    numbered = [
+        one.dataset.add_column(SOURCE, [source] * len(one.dataset), feature=datasets.Value("int32"))  # type: ignore[call-arg]
+        for source, one in parts.items()
+    ]
+    doubled: Counter[str] = Counter()
+    for one in parts.values():
+        doubled.update(one.doubled)
+    return Encoded(
+        datasets.concatenate_datasets(numbered),
+        num_truncated=sum(one.num_truncated for one in parts.values()),
+        num_dropped=sum(one.num_dropped for one in parts.values()),
+        num_divided=sum(one.num_divided for one in parts.values()),
+        num_packed=sum(one.num_packed for one in parts.values()),
+        unread=tuple(dict.fromkeys(name for one in parts.values() for name in one.unread)),
+        doubled=doubled,
+        is_recalled=any(one.is_recalled for one in parts.values()),
+    )
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:

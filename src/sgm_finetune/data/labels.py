@@ -259,9 +259,10 @@ def label_vectors(table: Table, split: str, sets: Sequence[Sequence[str]], names
 def _label_id(label: str, ids: Mapping[str, int], table: Table, split: str, row: int) -> int:
     if label not in ids:
         known = ", ".join(list(ids)[:10]) + (", ..." if len(ids) > 10 else "")
-        raise UserError(
-            f"{table.name}, row {row} ({split}): label {label!r} is not in the training data (known: {known})"
-        )
+        defined = "the training data"
+        if split == "train":  # of a later source
+            defined = "the first source of data.mixture, which defines the classes"
+        raise UserError(f"{table.name}, row {row} ({split}): label {label!r} is not in {defined} (known: {known})")
     return ids[label]
 
 

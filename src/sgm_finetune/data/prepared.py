@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import collator
-from sgm_finetune.data.encoding import Encoded, encode, largest_id, pack
-from sgm_finetune.data.questions import has_answers
-from sgm_finetune.data.sources import is_on_hub
+from sgm_finetune.data.encoding import Encoded, join_sources, largest_id
+from sgm_finetune.data.encoding_cache import encode_or_recall
+from sgm_finetune.data.mixture import SOURCE, Share, in_entry, shares
+from sgm_finetune.data.rows import Origin
+from sgm_finetune.data.sources import Split, is_on_hub
 from sgm_finetune.data.splits import SPLITS, DataSplits, load_splits, with_classes
 from sgm_finetune.model.classes import Head, choose_head, matching_rows
 from sgm_finetune.model.files import ModelFiles, find_model_files
@@ -36,6 +39,8 @@ class PreparedData:
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
     head: Head
     """What the data ask of the model's head."""
+    mixture: Sequence[Share] = ()
+    """What each source of a mixture contributes to an epoch; () without a mixture."""
 
 
 def prepare_data(config: Config, log: StepLog, trained: Head | None = None) -> PreparedData:
@@ -45,25 +50,19 @@ def prepare_data(config: Config, log: StepLog, trained: Head | None = None) -> P
     own (`model/classes.py`). Checks everything that needs no weights: files, columns, labels, lengths, the tokenizer.
     Raises UserError.
     """
-    if is_on_hub(config.data):
-        log.line("data", f"looking for {config.data.name} on the hub")
+    for source in filter(is_on_hub, config.data.sources):
+        log.line("data", f"looking for {source.name} on the hub")
     splits = load_splits(config.data, config.model.task)
     if config.model.task == "preference":
         _check_loss(splits, config)
     files = find_model_files(config.model, log, config.data.max_length)
     splits, head, about_head = _choose_head(splits, config, files, trained)
-    encoded = {
-        name: encode(
-            getattr(splits, name), files.tokenizer, config.model.task, config.data.max_length, splits.origins.get(name)
-        )
-        for name in SPLITS
-    }
+    encoded = {name: _encode_split(splits, name, files.tokenizer, config) for name in SPLITS}
     _check_ids(encoded, files, config)
-    if config.data.packing:
-        if not has_answers(encoded["train"].dataset, config.model.task) or config.model.task != "causal-lm":
-            raise UserError("data.packing=true is for completion and chat data; running text is packed without it")
-        encoded["train"] = pack(encoded["train"], config.data.max_length)
     log.line("data", " · ".join([splits.description, *_encoding_notes(encoded, config.data.max_length)]))
+    mixture = _mixture(config, splits, encoded["train"])
+    for share in mixture:
+        log.line("", share.describe())
     if about_head is not None:
         log.line("head", about_head)
     if unread := not_read(splits, encoded["train"]):
@@ -71,7 +70,42 @@ def prepare_data(config: Config, log: StepLog, trained: Head | None = None) -> P
     for token, count in encoded["train"].doubled.items():
         log.line("data", f"{token} stands twice in a row in {count:,} training sequences; remove it from the texts")
     collate = collator(files.tokenizer, config.model.task, 8)
-    return PreparedData(files.folder, files.tokenizer, splits, **encoded, collate=collate, head=head)
+    return PreparedData(files.folder, files.tokenizer, splits, **encoded, collate=collate, head=head, mixture=mixture)
+
+
+def _encode_split(splits: DataSplits, name: Split, tokenizer: PreTrainedTokenizerBase, config: Config) -> Encoded:
+    """A split as token sequences, and as packed ones if the training data are to be packed. Each source of a mixture is
+    encoded on its own, and a column SOURCE has its index."""
+    dataset, origins = getattr(splits, name), splits.origins.get(name)
+    if not splits.sources:
+        return _encode_source(dataset, name, tokenizer, config, origins)
+    parts, end = {}, 0
+    for source, count in enumerate(splits.counts[name]):
+        begin, end = end, end + count
+        if count:
+            here = origins[begin:end] if origins is not None else None
+            with in_entry(source + 1):
+                parts[source] = _encode_source(dataset.select(range(begin, end)), name, tokenizer, config, here)
+    return join_sources(parts)
+
+
+def _encode_source(
+    dataset: Dataset,
+    name: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    origins: Sequence[Origin] | None,
+) -> Encoded:
+    task, packs = config.model.task, config.data.packing and name == "train"
+    if packs and (task != "causal-lm" or "text" in dataset.column_names):
+        raise UserError("data.packing=true is for completion and chat data; running text is packed without it")
+    return encode_or_recall(dataset, tokenizer, task, config.data.max_length, origins, packs)
+
+
+def _mixture(config: Config, splits: DataSplits, train: Encoded) -> list[Share]:
+    if not splits.sources:
+        return []
+    return shares(splits.sources, train.dataset[SOURCE][:], config.data.weights, config.training.batch_size)
 
 
 def _check_loss(splits: DataSplits, config: Config) -> None:
@@ -135,4 +169,6 @@ def _encoding_notes(encoded: Mapping[str, Encoded], max_length: int) -> list[str
         notes.append(f"{packed:,} examples packed into {len(encoded['train'].dataset):,} sequences")
     if divided:
         notes.append(f"{divided:,} conversations divided into one example an answer")
+    if any(part.is_recalled for part in encoded.values()):
+        notes.append("token sequences from the cache")
     return notes

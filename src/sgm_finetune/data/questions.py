@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from sgm_finetune.base.config import Task
 from sgm_finetune.data.encoding import IGNORED
+from sgm_finetune.data.mixture import by_source, divide
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,14 @@ def questions(encoded: Dataset, indices: Sequence[int], task: Task) -> list[Ques
         begin = next((at + 1 for at in range(end - 1, -1, -1) if labels[at] == IGNORED), 0)
         found.append(Question(ids[:begin], ids[begin:end]))
     return found
+
+
+def asked_indices(encoded: Dataset, number: int) -> list[int]:
+    """The examples that a test asks: the first `number`, or of a mixture the first ones of each source, in proportion
+    to their examples."""
+    parts = by_source(encoded, range(len(encoded)))
+    numbers = divide([len(here) for here in parts.values()], min(number, len(encoded)))
+    return [index for here, count in zip(parts.values(), numbers, strict=True) for index in here[:count]]
 
 
 def has_answers(encoded: Dataset, task: Task) -> bool:

@@ -35,15 +35,15 @@ class Normalised:
     """Columns that nothing reads."""
 
 
-def normalise(source: Source, config: DataConfig, task: Task) -> Normalised:
-    """The rows of each split of the source, and what they are.
+def normalise(source: Source, config: DataConfig, task: Task, labels: LabelReader | None = None) -> Normalised:
+    """The rows of each split of the source, and what they are. `labels` knows the classes of earlier sources.
 
     Raises UserError for a split without text, and as data/columns.py and data/labels.py.
     """
     train = source.tables["train"]
     layout = columns.choose_layout(train, config.columns, task, config.format)
     rows: dict[Split, Rows] = {}
-    labels = LabelReader()
+    labels, num_noted = labels or LabelReader(), len(labels.notes) if labels else 0
     notes: list[str] = []
     used: dict[Split, dict[Role, str]] = {}
     unread: dict[str, None] = {}
@@ -75,7 +75,8 @@ def normalise(source: Source, config: DataConfig, task: Task) -> Normalised:
         notes.append(f"format {layout.name} ({', '.join(f'`{name}`' for name in used['train'].values())})")
     if num_empty:
         notes.append(f"{num_empty:,} empty texts dropped")
-    return Normalised(rows, labels.names, labels.kind, [*notes, *labels.notes], list(unread))
+    found = [*notes, *labels.notes[num_noted:]]
+    return Normalised(rows, labels.names, labels.kind, found, list(unread))
 
 
 def check_head(source: Source, config: DataConfig, task: Task) -> None:

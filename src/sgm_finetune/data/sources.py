@@ -11,6 +11,7 @@ from typing import Literal
 from sgm_finetune.base.config import DataConfig
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.embedded import EMBEDDED
+from sgm_finetune.data.mixture import in_entry
 from sgm_finetune.data.tables import Table, read_file, type_of
 
 Split = Literal["train", "validation", "test"]
@@ -34,8 +35,25 @@ class Source:
 
 
 def is_on_hub(config: DataConfig) -> bool:
-    """Whether `data.name` can only be a hub data set."""
+    """Whether the name of the data can only be that of a hub data set."""
     return config.name is not None and config.name not in EMBEDDED and not Path(config.name).exists()
+
+
+def numbered(config: DataConfig) -> list[tuple[int | None, DataConfig]]:
+    """The configuration of each source, with its entry's number in the mixture; None for an only source."""
+    return [(number if config.mixture is not None else None, one) for number, one in enumerate(config.sources, start=1)]
+
+
+def open_sources(config: DataConfig) -> list[Source]:
+    """The tables of all sources. Raises UserError as `open_source`, with the entry of the mixture."""
+    for number, one in numbered(config):  # before any is read
+        with in_entry(number):
+            check_settings(one)
+    opened = []
+    for number, one in numbered(config):
+        with in_entry(number):
+            opened.append(open_source(one))
+    return opened
 
 
 def open_source(config: DataConfig) -> Source:

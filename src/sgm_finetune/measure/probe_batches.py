@@ -8,15 +8,19 @@ import torch
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.processes import processes
-from sgm_finetune.data.batches import divide_batch, num_predictions, some_pairs
+from sgm_finetune.data.batches import divide_batch, draw_of, num_predictions, some_pairs
 from sgm_finetune.data.prepared import PreparedData
 
 
 def probe_batches(config: Config, prepared: PreparedData) -> list[dict[str, torch.Tensor]]:
-    """The first batches of a permutation of the training data, seeded by `probe.seed`."""
-    dataset = prepared.train.dataset
-    wanted = config.probe.num_batches * config.probe.batch_size
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.probe.seed)).tolist()[:wanted]
+    """The first batches of a permutation of the training data, seeded by `probe.seed`. Sources of a mixture have their
+    shares in them."""
+    dataset, seed = prepared.train.dataset, config.probe.seed
+    wanted = min(config.probe.num_batches * config.probe.batch_size, len(dataset))
+    draw = draw_of(config, dataset, seed)
+    among = draw.indices(0, wanted) if draw is not None else range(len(dataset))
+    order = torch.randperm(len(among), generator=torch.Generator().manual_seed(seed)).tolist()[:wanted]
+    order = [among[i] for i in order]
     size = max(1, min(config.probe.batch_size, len(order) // 2))  # the probe needs two batches
     batches = [order[at : at + size] for at in range(0, len(order), size)]
     return [prepared.collate([dataset[i] for i in batch]) for batch in batches]

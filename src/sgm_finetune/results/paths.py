@@ -7,6 +7,7 @@ same way from the run's folder is tried. Older results hold paths as they were t
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,20 @@ _PATHS = (
     ("output", "dir"), ("plan",),
 )  # fmt: skip
 """The keys that name local files. A name of a model or of data can be a hub id or an embedded one instead."""
+_Keys = tuple[str | int, ...]
+
+
+def _keys_of(values: dict[str, Any]) -> list[_Keys]:
+    """The keys that name local files, also those of the entries of a mixture."""
+    entries = range(len(values["data"].get("mixture") or ()))
+    of_data = [keys for keys in _PATHS if keys[0] == "data"]
+    return [*_PATHS, *(("data", "mixture", entry, *keys[1:]) for entry in entries for keys in of_data)]
 
 
 def with_absolute_paths(config: Config) -> Config:
     """The configuration with absolute paths of local files; names of the hub and embedded ones stay."""
     values = config.model_dump()
-    for keys in _PATHS:
+    for keys in _keys_of(values):
         name = _get(values, keys)
         if name is not None and (keys[-1] != "name" or _is_local(keys, name)):
             _set(values, keys, absolute_path(name))
@@ -36,8 +45,8 @@ def found_from(values: dict[str, Any], output: Path) -> dict[str, Any]:
     """The stored `values` of a configuration, with the paths of local files as they are now that the run's folder is
     `output`; a path that is found nowhere stays."""
     stored = str(_get(values, ("output", "dir")))
-    found = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    for keys in _PATHS:
+    found = deepcopy(values)
+    for keys in _keys_of(values):
         name = _get(values, keys)
         if keys == ("output", "dir") or name is None or name in (MODELS if keys[0] == "model" else DATA):
             continue
@@ -58,16 +67,15 @@ def _way(start: str, end: str) -> str:
     return os.path.relpath(os.path.join(unknown, end), os.path.join(unknown, start))
 
 
-def _is_local(keys: tuple[str, ...], name: str) -> bool:
+def _is_local(keys: _Keys, name: str) -> bool:
     return name not in (MODELS if keys[0] == "model" else DATA) and os.path.isdir(os.path.expanduser(name))
 
 
-def _get(values: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    return values[keys[0]] if len(keys) == 1 else values[keys[0]][keys[1]]
+def _get(values: Any, keys: _Keys) -> Any:
+    for key in keys:
+        values = values[key]
+    return values
 
 
-def _set(values: dict[str, Any], keys: tuple[str, ...], value: str) -> None:
-    if len(keys) == 1:
-        values[keys[0]] = value
-    else:
-        values[keys[0]][keys[1]] = value
+def _set(values: Any, keys: _Keys, value: str) -> None:
+    _get(values, keys[:-1])[keys[-1]] = value

@@ -41,6 +41,8 @@ class TestSet:
     """The loss of preferences (train/preference.py)."""
     is_base: bool = False
     """Whether the tested model is the base, with which the loss of preferences compares."""
+    sources: tuple[str, ...] = ()
+    """Names of the sources of a mixture."""
 
 
 @dataclass
@@ -53,6 +55,10 @@ class Losses:
     """Examples, predicted tokens or tagged words that the loss was summed over."""
     predictions: dict[int, Any] = field(default_factory=dict)
     """Index of an example -> its predicted class, vector of 0 and 1, number, or tags of its words."""
+
+    def __add__(self, other: Losses) -> Losses:
+        """The sums over both parts."""
+        return Losses(self.total + other.total, self.count + other.count, {**self.predictions, **other.predictions})
 
 
 def summed_loss(logits: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, int]:

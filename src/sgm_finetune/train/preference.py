@@ -140,17 +140,23 @@ def score(
 
     over_batches(model, test_set, indices, add, progress, num_batches)
 
-    def joined(name: str) -> Tensor | None:
+    return joined(parts)
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Scores one after another, in float64 on the CPU."""
+
+    def together(name: str) -> Tensor | None:
         values = [getattr(part, name) for part in parts]
         if any(value is None for value in values):
             return None
         found = torch.cat(values, dim=-1).cpu() if values else torch.zeros(2, 0)
         return found if found.dtype == torch.bool else found.double()
 
-    found, counts = joined("log_probabilities"), joined("num_tokens")
+    found, counts = together("log_probabilities"), together("num_tokens")
     assert found is not None
     assert counts is not None
-    return Scores(found, counts, joined("reference"), joined("desirable"))
+    return Scores(found, counts, together("reference"), together("desirable"))
 
 
 def summed_loss(

@@ -35,8 +35,9 @@ from sgm_finetune.base.errors import NotFiniteError, UserError
 from sgm_finetune.base.files import writing
 from sgm_finetune.base.processes import sum_over_processes
 from sgm_finetune.base.untrusted import refuse, rehearse_torch, require_json_object
-from sgm_finetune.data.batches import LengthGroupedSampler, by_length
+from sgm_finetune.data.batches import LengthGroupedSampler, by_length, draw_of
 from sgm_finetune.data.encoding import sequence_lengths
+from sgm_finetune.data.mixture import Draw
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.train.adapters.apply import tie
 from sgm_finetune.train.adapters.optimizer import HEAD_RATE, create_optimizer
@@ -72,7 +73,7 @@ class SGMTrainer(Trainer):
     examples of similar length and do not depend on the number of processes. `head_loss` computes a language model's
     loss without all of its logits. `updates` is the optimizer of whole matrices, which steps in the backward pass; a
     checkpoint then holds what it trains, and nothing else of the model. `preference` is the loss of the task
-    `preference`.
+    `preference`. `draw` chooses the examples of each epoch of a mixture; it needs `global_batch_size`.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class SGMTrainer(Trainer):
         head_loss: HeadLoss | None = None,
         updates: BackwardUpdates | None = None,
         preference: PreferenceConfig | None = None,
+        draw: Draw | None = None,
         **kwargs: Any,
     ):
         if updates is not None:
@@ -96,7 +98,7 @@ class SGMTrainer(Trainer):
         self._epoch, self.meter = SamplerEpoch(), StepMeter()
         self.add_callback(self._epoch)
         self.add_callback(self.meter)
-        self.plan, self.global_batch_size = plan, global_batch_size
+        self.plan, self.global_batch_size, self.draw = plan, global_batch_size, draw
         self.task: Task | None = task
         self.preference = PreferenceLoss(preference or PreferenceConfig(), head_loss) if task == "preference" else None
         if task in ("sequence-classification", "preference"):
@@ -114,7 +116,7 @@ class SGMTrainer(Trainer):
         if self.global_batch_size is None or "input_ids" not in getattr(dataset, "column_names", ()):
             return super()._get_train_sampler(train_dataset)
         lengths = sequence_lengths(dataset)  # type: ignore[arg-type]
-        self._epoch.sampler = LengthGroupedSampler(lengths, self.global_batch_size, self.args.seed)
+        self._epoch.sampler = LengthGroupedSampler(lengths, self.global_batch_size, self.args.seed, self.draw)
         return self._epoch.sampler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -370,6 +372,7 @@ def make_trainer(job: TrainingJob, callbacks: Sequence[TrainerCallback]) -> SGMT
         head_loss=job.head_loss,
         updates=updates,
         preference=job.config.preference,
+        draw=draw_of(job.config, job.train, job.arguments.seed),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

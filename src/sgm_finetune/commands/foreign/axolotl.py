@@ -103,7 +103,7 @@ def _translate_data(t: Translation) -> None:
     if others:
         t.note(
             f"datasets: {len(others)} more ({describe([one.get('path') for one in others if isinstance(one, dict)])}): "
-            "SGM takes one; put their rows into one file"
+            "left out; give them all as entries of data.mixture"
         )
     _translate_data_set(t, Translation(first))
     if isinstance(tests, list) and tests and isinstance(tests[0], dict) and "data.train" in t.values:

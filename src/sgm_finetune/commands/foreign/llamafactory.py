@@ -89,7 +89,7 @@ def _translate_data(t: Translation, stage: str, folder: Path) -> None:
     names = str(t.text("dataset") or "").split(",")
     name, *others = [name.strip() for name in names]
     if others:
-        t.note(f"dataset: {', '.join(others)} left out: SGM takes one; put their rows into one file")
+        t.note(f"dataset: {', '.join(others)} left out; give them all as entries of data.mixture")
     if not name:
         raise UserError("it names no data; give `dataset` a name of dataset_info.json")
     info = next(

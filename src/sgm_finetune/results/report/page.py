@@ -89,8 +89,23 @@ def _results(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "headlines": lines,
         "has_intervals": any("95 %" in line.note for line in lines),
+        **_sources(metrics),
         "test_size": " · ".join(sizes),
         "shortfall": shortfall(metrics),
+    }
+
+
+def _sources(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what each source of a mixture gave to the training, and its test before and after."""
+    before, after = ((metrics.get(when) or {}).get("sources") or {} for when in ("before", "after"))
+    found = []
+    for share in metrics.get("mixture") or ():
+        name, own = share["name"], after.get(share["name"]) or {}
+        lines = headlines({"before": before.get(name), "after": own})
+        found.append({**share, "tested": own.get("num_examples"), "lines": {line.name: line for line in lines}})
+    return {
+        "sources": found,
+        "source_metrics": list(dict.fromkeys(name for source in found for name in source["lines"])),
     }
 
 

@@ -21,7 +21,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.memory import held_memory, release_memory
 from sgm_finetune.base.processes import processes
 from sgm_finetune.base.text import first_line
-from sgm_finetune.data.batches import num_steps
+from sgm_finetune.data.batches import num_steps, tokens_per_example
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.measure.make_plan import check_rank
 from sgm_finetune.method.plan import Plan
@@ -320,6 +320,7 @@ class _Estimator:
 
         size = {name: len(lengths) for name, lengths in self.follower.lengths.items()}
         tokens = {name: number / size[name] for name, number in self.follower.num_tokens.items()}
+        tokens["train"] = tokens_per_example(self.config, self.prepared.train.dataset)
         training, probe = self.config.training, self.config.probe
 
         def tested(work: Work, split: str, number: int) -> float:

@@ -21,13 +21,14 @@ from sgm_finetune.data.batches import (
     PAIR_COLUMNS,
     LengthGroupedSampler,
     divide_batch,
+    draw_of,
     longest_first,
     num_predictions,
     num_steps,
 )
 from sgm_finetune.data.encoding import num_tokens, sequence_lengths
 from sgm_finetune.data.prepared import PreparedData
-from sgm_finetune.data.questions import answer_limit, has_answers, questions
+from sgm_finetune.data.questions import answer_limit, asked_indices, has_answers, questions
 from sgm_finetune.measure.probe import following, readers_of_same_activations
 from sgm_finetune.measure.probe_batches import probe_batches, probe_pieces
 from sgm_finetune.model.matrices import adaptable
@@ -99,11 +100,11 @@ class Follower:
         """The answers to the first test questions: a forward pass over the prompts, and a cache that grows by the
         answers. Nothing where the task has no answers or `evaluation.num_generated` is 0."""
         task, test = self.config.model.task, self.prepared.test.dataset
-        num_asked = min(self.config.evaluation.num_generated, len(test))
-        if not num_asked or not has_answers(test, task):
+        indices = asked_indices(test, self.config.evaluation.num_generated)
+        if not indices or not has_answers(test, task):
             return Work()
-        asked = questions(test, range(num_asked), task)
-        size, prompt = min(self.config.training.eval_batch_size, num_asked), max(len(q.prompt) for q in asked)
+        asked = questions(test, indices, task)
+        size, prompt = min(self.config.training.eval_batch_size, len(indices)), max(len(q.prompt) for q in asked)
         limit = answer_limit(asked)
         ids = torch.zeros(size, prompt, dtype=torch.long, device="meta")
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True}
@@ -222,7 +223,8 @@ class Follower:
         """The micro-batch with the most tokens of the first epochs, in the order in which training takes them."""
         dataset, lengths = self.prepared.train.dataset, self.lengths["train"]
         batch_size = self.config.training.batch_size
-        sampler = LengthGroupedSampler(lengths, batch_size, self.config.training.seed)
+        seed = self.config.training.seed
+        sampler = LengthGroupedSampler(lengths, batch_size, seed, draw_of(self.config, dataset, seed))
         num_left, largest, most = batch_size * num_steps(self.config, len(lengths)), [0], 0
         for epoch in range(_NUM_EPOCHS):
             sampler.set_epoch(epoch)
