@@ -26,7 +26,15 @@ from sgm_finetune.model.folder import check_name, refuse_adapter
 from sgm_finetune.results.claim import as_it_began, claim_output
 from sgm_finetune.results.export.combination import Combination
 from sgm_finetune.results.export.hub import check_push
-from sgm_finetune.results.export.target import ExportFormat, GgufType, check_folder, check_packages
+from sgm_finetune.results.export.target import (
+    ADAPTER_TYPES,
+    ADAPTERS,
+    BaseWeights,
+    ExportFormat,
+    GgufType,
+    check_folder,
+    check_packages,
+)
 from sgm_finetune.results.files import find_result
 from sgm_finetune.results.sampling import Sampling
 
@@ -187,6 +195,8 @@ class ExportRequest:
     push_to_hub: str | None = None
     rank: int | None = None
     """The rank to which the adapter is cut; None: its own."""
+    base: BaseWeights | None = None
+    """What a merge adds the update to, if the base was quantised in training; None: what predicts better."""
     combination: Combination | None = None
     """Other adapters that are combined with the result's."""
 
@@ -196,6 +206,19 @@ class ExportRequest:
 
     def check(self, config: Config) -> None:
         """Raises UserError when there is no result or package, the folder is taken, or the hub would refuse."""
+        for option, given, formats in (
+            ("gguf-type", self.gguf_type, ("gguf", "gguf-adapter")),
+            ("rank", self.rank, ADAPTERS),
+            ("base", self.base, ("merged", "gguf")),
+        ):
+            if given is not None and self.to not in formats:
+                goes = " or ".join(f"--to {name}" for name in formats)
+                raise UserError(f"--{option} {given} goes with {goes}, not with --to {self.to}")
+        if self.to == "gguf-adapter" and self.gguf_type not in (None, *ADAPTER_TYPES):
+            raise UserError(
+                f"--gguf-type {self.gguf_type} is for whole models, and an adapter is written in f32 or f16; take "
+                "--gguf-type f16"
+            )
         check_result(config)
         if self.combination is not None:
             self.combination.check()

@@ -183,9 +183,10 @@ def serve_command(
 
 def export_command(
     to: Annotated[
-        Literal["adapter", "merged", "gguf"],
+        Literal["adapter", "merged", "gguf", "gguf-adapter"],
         typer.Option(
-            help="adapter: for PEFT. merged: a whole model for Transformers and vLLM. gguf: for llama.cpp and Ollama.",
+            help="adapter: for PEFT. merged: a whole model for Transformers and vLLM. gguf: for llama.cpp and Ollama. "
+            "gguf-adapter: for llama.cpp's --lora.",
             show_default=False,
         ),
     ],
@@ -198,14 +199,25 @@ def export_command(
         Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"] | None,
         typer.Option(
             metavar="TYPE",
-            help="gguf: type of the matrices: f32, f16 (if not given), bf16, q8_0, q6_k, q5_k_m or q4_k_m.",
+            help="gguf: type of the matrices: f32, f16 (if not given), bf16, q8_0, q6_k, q5_k_m or q4_k_m. "
+            "gguf-adapter: f32 (if not given) or f16.",
             show_default=False,
         ),
     ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
-            min=1, help="adapter: cut each update to its best approximation of this rank.", show_default=False
+            min=1,
+            help="adapter, gguf-adapter: cut each update to its best approximation of this rank.",
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        Literal["original", "trained"] | None,
+        typer.Option(
+            help="merged, gguf, of a base trained in nf4 or int8: add to its original weights, or to those that "
+            "training computed with. Not given: what predicts the validation data better.",
+            show_default=False,
         ),
     ] = None,
     add: Annotated[
@@ -251,10 +263,6 @@ def export_command(
 
     Example: sgm export --to gguf --gguf-type q8_0 output.dir=runs/two-epochs
     """
-    if gguf_type is not None and to != "gguf":
-        raise UserError(f"--gguf-type {gguf_type} goes with --to gguf, not with --to {to}")
-    if rank is not None and to != "adapter":
-        raise UserError(f"--rank {rank} goes with --to adapter, not with --to {to}")
     given = {"--weights": weights, "--method": method, "--density": density}
     if not add and (option := next((name for name, value in given.items() if value is not None), None)):
         raise UserError(f"{option} goes with --add, which names another adapter")
@@ -265,7 +273,7 @@ def export_command(
     from sgm_finetune.results.export.combination import Combination, parse_weights
 
     combination = Combination(tuple(add), parse_weights(weights), method or "cat", density) if add and weights else None
-    request = ExportRequest(to, output, gguf_type, push_to_hub, rank, combination)
+    request = ExportRequest(to, output, gguf_type, push_to_hub, rank, base, combination)
     request.check(settings)
     with loading():
         from sgm_finetune.commands.export import export_result
