@@ -56,6 +56,12 @@ def logits_of(result) -> torch.Tensor:
     return attach(load_unquantised(result, "float32"), result.content, result.path)[0](IDS).logits
 
 
+def alone(runs: Path) -> float:
+    """The loss of a's adapter on its validation data, as a plain export of it measures it."""
+    report = json.loads((runs / "a-adapter" / "export.json").read_text())
+    return report["validation"]["loss_trained"]
+
+
 @torch.no_grad()
 def pefts(runs: Path, base: Path, weights, method, density=None) -> torch.Tensor:
     """The logits of PEFT's own combination of the two folders, on the whole base."""
@@ -115,6 +121,7 @@ def test_the_written_folder_computes_the_combination(runs, llama_folder, tmp_pat
         report = json.loads((tmp_path / to / "export.json").read_text())
         assert report["combined"] == {
             "others": [str(runs / "b")], "weights": [0.7, 0.3], "method": "linear", "density": None,
+            "validation_loss_alone": pytest.approx(alone(runs)),
         }  # fmt: skip
         assert report["difference"] < 1e-5
     expected = logits_of(combined(runs, ["b"], (0.7, 0.3), "linear"))
