@@ -48,7 +48,7 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
     request.check(config)
     stored = read_stored(config, overrides, log)
     _check_fits(request, stored)
-    result = find_base(stored, log)
+    own = result = find_base(stored, log)
     if request.combination is not None:
         result = combine(result, request.combination, config, overrides, log)
     check_own_files(result.folder)
@@ -66,6 +66,7 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
     if bases is not None:
         export = exports[bases.taken]
     log.line("export", export.description)
+    alone = _loss_alone(own, export, validation, log) if request.combination is not None else None
     cost = None if cut is None else _measure_cut(result, cut, export.num_parameters, validation, log)
     with log.bar("score") as progress:
         known = None if bases is None else bases.scores
@@ -85,7 +86,7 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
             "base": _base_report(export, bases),
             **found.to_dict(),
             **({} if cost is None else {"cut": cost}),
-            **({} if request.combination is None else {"combined": request.combination.to_dict()}),
+            **_combination_report(request, alone),
             "bytes": sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file()),
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
@@ -97,6 +98,11 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
         log.line("score", f"{found.validation.describe()} · computed by {found.by}")
     for remark in _answer_remarks(result, found, expected):
         log.line("", remark)
+    if alone is not None and expected.scores is not None:
+        log.line(
+            "combined",
+            f"validation loss {alone:.4f} with this run's adapter alone, {expected.scores.loss:.4f} combined",
+        )
     if cost is not None:
         log.line("cut", _describe_cut(cost))
         if cut is not None and cut.left_out:
@@ -178,6 +184,22 @@ def _base_report(export: Prepared, bases: _Bases | None) -> dict[str, Any] | Non
         "weights": export.result.base_weights,
         "validation_loss": None if bases is None else bases.losses,
     }
+
+
+def _loss_alone(own: Result, export: Prepared, validation: Validation | None, log: StepLog) -> float | None:
+    """The loss on validation data of the run's adapter before it was combined; None without such data."""
+    if validation is None:
+        return None
+    with log.bar("alone") as progress:
+        result = dataclasses.replace(own, base_weights=export.result.base_weights)
+        return reference_scores(result, export.num_parameters, validation, progress).loss
+
+
+def _combination_report(request: ExportRequest, alone: float | None) -> dict[str, Any]:
+    """What export.json says of the adapters that were combined; nothing where there is one."""
+    if request.combination is None:
+        return {}
+    return {"combined": {**request.combination.to_dict(), "validation_loss_alone": alone}}
 
 
 def _require_same(export: Prepared, found: LogitCheck) -> None:
