@@ -185,7 +185,7 @@ def request_of(llama_folder, reviews):
     return make
 
 
-RANGES = ("training.learning_rate=log:0.01..0.2", "merge.side=auto,none")
+RANGES = ("training.learning_rate=log:0.01..0.2", "adapter.alpha=8,16")
 """One key that the training alone reads, and one that changes the plan."""
 
 
@@ -206,7 +206,7 @@ def swept(request_of, tmp_path_factory) -> Path:
         with pytest.raises(Interrupted, match="Stopped in try 3 of 3, which is not kept; the same command begins it"):
             command.sweep(request, Console(quiet=True))
     settings = [one.settings for one in open_folder(output, request.space).tries]
-    assert calls.pop("choose_plan") == len({one["merge.side"] for one in settings}) == 2
+    assert calls.pop("choose_plan") == len({one["adapter.alpha"] for one in settings}) == 2
     assert set(calls.values()) == {1}
     assert len(settings) == 2
     assert (output / "sweep.html").is_file()
@@ -248,13 +248,13 @@ def test_a_sweep_leaves_a_folder_for_each_try_a_table_a_picture_and_the_best_con
         assert json.loads((folder / "metrics.json").read_text()) == one
         config = load_config(folder / "config.yaml")
         assert config.training.learning_rate == float(one["settings"]["training.learning_rate"])
-        assert config.merge.side == one["settings"]["merge.side"]
+        assert config.adapter.alpha == float(one["settings"]["adapter.alpha"])
     text = (swept / "best.yaml").read_text()
     assert text.startswith(f"# Try {best['number']} of a sweep: validation loss {best['loss']:.4f} with training.learn")
     assert load_config(swept / "best.yaml") == load_config(swept / "tries" / f"{best['number']:03d}" / "config.yaml")
     page = (swept / "sweep.html").read_text()
     assert page.count("<svg") == 4
-    assert "Validation loss by merge.side" in page
+    assert "Validation loss by adapter.alpha" in page
     assert {path.name for path in swept.iterdir()} == {"best.yaml", "sweep.html", "sweep.json", "tries"}
 
 
@@ -331,7 +331,7 @@ def test_a_signal_leaves_a_whole_sweep(number, llama_folder, reviews, tmp_path):
     assert said == [line if number == signal.SIGINT else "Ended by SIGTERM"]
     sweep = tmp_path / "sweep"
     assert len(json.loads((sweep / "sweep.json").read_text())["tries"]) == 1
-    assert load_config(sweep / "best.yaml").merge.side in ("auto", "none")
+    assert load_config(sweep / "best.yaml").adapter.alpha in (8, 16)
     assert not [path for path in sweep.rglob("*") if path.name.endswith((".partial", ".lock"))]
 
 
@@ -424,12 +424,10 @@ def test_the_folder_of_another_sweep_and_of_other_files_is_refused(swept, llama_
     (tmp_path / "empty.yaml").write_text("")
     run = [str(tmp_path / "empty.yaml"), *pico(llama_folder, reviews, swept)]
     output = ["--output", str(swept)]
-    line = refused([*run, RANGES[0], "merge.side=auto,input", *output], capfd)
-    assert (
-        "holds another sweep: `merge.side` was 'auto,none' there and is 'auto,input' now; name another --outp" in line
-    )
-    line = refused([*run, *RANGES, "adapter.alpha=8", *output], capfd)
-    assert "`adapter.alpha` was 32.0 there and is 8.0 now" in line
+    line = refused([*run, RANGES[0], "adapter.alpha=8,32", *output], capfd)
+    assert "holds another sweep: `adapter.alpha` was '8,16' there and is '8,32' now; name another --output" in line
+    line = refused([*run, *RANGES, "training.weight_decay=0.1", *output], capfd)
+    assert "`training.weight_decay` was 0.0 there and is 0.1 now" in line
     assert "holds empty.yaml and no sweep.json" in refused([*run, *RANGES, "--output", str(tmp_path)], capfd)
     (tmp_path / "harmed").mkdir()
     (tmp_path / "harmed" / "sweep.json").write_text('{"ranges": {}, "config": {}, "tries": [{"number": 0}]}')

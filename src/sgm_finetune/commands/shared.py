@@ -44,11 +44,12 @@ _TRAINING_ALONE = (
 )  # fmt: skip
 """Sections and keys that only the training reads."""
 _NO_MEMORY = (
+    "snr", "merge.criterion", "merge.threshold", "merge.snr_tolerance_db", "merge.max_group_size", "adapter.alpha",
     "output.dir", "output.overwrite", "training.epochs", "training.max_steps", "training.schedule",
     "training.warmup_fraction", "training.weight_decay", "training.max_grad_norm", "training.eval_steps",
     "training.early_stopping_patience", "training.seed", "training.report_to",
 )  # fmt: skip
-"""Keys that change nothing in the memory that a try needs."""
+"""Sections and keys that change nothing in the prediction of the memory that a try needs."""
 _PLAN_ALONE = (
     "snr", "selection", "merge", "plan", "adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.parameters",
 )  # fmt: skip
@@ -119,7 +120,7 @@ class Shared:
         """The base, the plan and the model that trains what the plan selects. It is gone when the context ends."""
         if s.given_plan is None:
             self._scan(s)  # before the base takes its memory
-        base = self._base(s)
+        base = self._loaded(s)
         self._refer(s, base)
         plan = self._plan(s, base)
         before, adapted = condition(base.model), None
@@ -139,7 +140,7 @@ class Shared:
             return False
         return take_back(adapted.model, before)
 
-    def _base(self, s: Session) -> Base:
+    def _loaded(self, s: Session) -> Base:
         key = _all_but(s.config, *_TRAINING_ALONE, *_PLAN_ALONE, *_PROBE_ALONE)
         if self.base is None or self.base[0] != key:
             self.base = None  # two do not fit

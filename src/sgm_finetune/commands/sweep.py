@@ -1,4 +1,4 @@
-"""`sgm sweep`: tries settings of a configuration one after another, by validation loss (docs/tutorials/sweeps.md)."""
+"""`sgm sweep`: tries settings of a configuration by their validation loss (docs/tutorials/sweeps.md)."""
 
 from __future__ import annotations
 
