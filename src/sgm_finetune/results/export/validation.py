@@ -164,7 +164,7 @@ def score(
         found = sum_losses(model, examples, [i])
         losses.append(found.total)
         counts.append(found.count)
-        right.append(_num_right(found.predictions[i], label, examples.task))
+        right.append(num_right(found.predictions[i], label, examples.task))
         progress(i + 1, len(labels))
     return Scores(
         np.array(losses),
@@ -174,7 +174,7 @@ def score(
     )
 
 
-def _num_right(predicted: Any, truth: Any, task: str) -> int | None:
+def num_right(predicted: Any, truth: Any, task: str) -> int | None:
     """How many predictions of an example are right; None where the task has no right and wrong."""
     if task == "token-classification":
         return sum(a == b for a, b in zip(predicted, (tag for tag in truth if tag != IGNORED), strict=True))
