@@ -330,8 +330,8 @@ def test_the_trained_weights_are_those_that_the_quantised_base_computes_with(nam
 
 
 def test_without_a_choice_the_weights_that_predict_better_are_taken(four_bits, tmp_path):
-    words = Console(file=StringIO(), width=300)
-    report = export_result(load_config(None, four_bits), four_bits, ExportRequest("merged", tmp_path / "m"), words)
+    where, words = [*four_bits, "model.residence=disk"], Console(file=StringIO(), width=300)
+    report = export_result(load_config(None, where), where, ExportRequest("merged", tmp_path / "m"), words)
     losses = report["base"]["validation_loss"]
     assert losses["trained"] != losses["original"]
     assert report["base"]["weights"] == min(losses, key=losses.__getitem__)
@@ -433,6 +433,21 @@ def test_a_paired_error_is_that_of_repeated_draws():
     assert np.mean([one.standard_error for one in found]) == pytest.approx(np.std([o.mean for o in found]), rel=0.05)
     assert np.mean([one.exceeds(0.0) for one in found]) > 0.2
     assert np.mean([one.mean - one.margin > 0.2 for one in found]) == pytest.approx(0.025, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "truth", "task", "right"),
+    [
+        (1, 1, "sequence-classification", 1),
+        ([1, 0], [1.0, 0.0], "sequence-classification", 1),
+        ([1, 1], [1.0, 0.0], "sequence-classification", 0),
+        (0.5, 0.5, "sequence-classification", None),
+        ([3, 0, 2], [-100, 3, 1, -100, 2], "token-classification", 2),
+        (None, [4, 5], "causal-lm", None),
+    ],
+)
+def test_right_predictions_are_counted_where_a_task_has_some(predicted, truth, task, right):
+    assert validation.num_right(predicted, truth, task) == right
 
 
 def test_few_examples_are_chosen_from_all_over_the_data():
@@ -689,6 +704,28 @@ def test_a_k_quant_without_llama_cpp_is_refused_before_the_result_is_loaded(smal
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "llama_cpp" else find(name))
     with pytest.raises(UserError, match=r"--gguf-type q4_k_m needs llama\.cpp, whose quantiser writes it"):
         exported(small, "gguf", gguf_type="q4_k_m", output=tmp_path / "g")
+
+
+@needs_llama_cpp
+def test_a_sequence_that_llama_cpp_reads_in_pieces_has_the_same_loss_and_answer(small, tmp_path, monkeypatch):
+    from sgm_finetune.results.export import ask_llama_cpp
+
+    exported(small, "gguf", gguf_type="f32", output=tmp_path / "g")
+    ids = torch.randint(3, 400, (200,)).tolist()
+    asked = {
+        "model": str(tmp_path / "g/model-f32.gguf"), "ids": [ids[:9]], "texts": [], "threads": 1,
+        "prompts": [ids[:150]], "max_new_tokens": 4, "scored": [[ids, [-100] * 100 + ids[100:]], [ids[:3], ids[:3]]],
+    }  # fmt: skip
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    found = []
+    for piece in (512, 64):
+        monkeypatch.setattr(ask_llama_cpp, "_PIECE", piece)
+        ask_llama_cpp.main(tmp_path / "asked.json", tmp_path / f"{piece}.npz")
+        found.append(np.load(tmp_path / f"{piece}.npz"))
+    whole, pieces = found
+    assert whole["counts"].tolist() == pieces["counts"].tolist() == [100, 2]
+    np.testing.assert_allclose(pieces["losses"], whole["losses"], rtol=1e-5)
+    assert pieces["answer.0"].tolist() == whole["answer.0"].tolist()
 
 
 @needs_llama_cpp

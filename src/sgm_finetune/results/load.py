@@ -172,11 +172,15 @@ def load_unquantised(result: Result, dtype: str) -> PreTrainedModel:
     """Loads the base model without quantisation, computing in `dtype`.
 
     Its weights are those in the files. If `result.base_weights` is "trained", they are what quantisation made of these
-    in training.
+    in training, and all of them are in memory.
     """
     set_seed(result.config.training.seed)  # a new head is random until the adapter brings its own
-    model, _ = load_model(unquantised(result.config.model, dtype), result.folder, result.head)
-    if result.base_weights == "trained":
+    is_trained = result.base_weights == "trained"
+    config = unquantised(result.config.model, dtype)
+    if is_trained:  # elsewhere, weights are views of files, or copies that are made once
+        config = config.model_copy(update={"residence": "device"})
+    model, _ = load_model(config, result.folder, result.head)
+    if is_trained:
         round_as_trained(model, result.config.model)
     return model
 
