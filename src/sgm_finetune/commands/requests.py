@@ -7,6 +7,7 @@ again, for callers from Python and because a file may have changed.
 from __future__ import annotations
 
 import importlib.util
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,7 +66,8 @@ def check_page(config: Config, port: int) -> None:
 def _check_free(port: int) -> None:
     """Raises UserError if the port is taken or not allowed."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # on Windows it allows a port that is taken
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
