@@ -9,10 +9,12 @@ import io
 import json
 import ntpath
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from types import ModuleType, SimpleNamespace
@@ -20,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from systems import needs_posix
 
 from sgm_finetune.base import device, files, memory
@@ -443,3 +446,34 @@ def test_a_template_is_not_tried_without_fork(monkeypatch):
     monkeypatch.delattr(os, "fork", raising=False)
     monkeypatch.setattr(template_trial, "_try", lambda *given: pytest.fail("tried"))
     assert template_trial._find_reason("{{ messages }}", {}) == ""
+
+
+# the repository
+
+
+def test_every_name_in_the_repository_is_possible_on_windows():
+    """No reserved name, no character that it forbids, and none that another name has in other letters."""
+    root = SOURCE.parents[1]
+    folders = (root / name for name in ("src", "tests", "docs", "configs", "benchmarks", "notebooks", ".github", ".ci"))
+    names = [path.relative_to(root) for folder in folders for path in folder.rglob("*") if path.name != "__pycache__"]
+    assert len(names) > 400
+    impossible = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*[<>:\"|?*\\].*|.*[. ]")
+    assert [str(name) for name in names if any(impossible.fullmatch(part) for part in name.parts)] == []
+    assert len({str(name).lower() for name in names}) == len(names)
+
+
+def test_the_workflow_tests_three_systems_with_the_packages_of_the_repository():
+    root = SOURCE.parents[1]
+    workflow = yaml.safe_load((root / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
+    tests, checks = workflow["jobs"]["tests"], workflow["jobs"]["checks"]
+    systems = tests["strategy"]["matrix"]["system"]
+    assert [system.partition("-")[0] for system in systems] == ["ubuntu", "windows", "macos"]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for python in tests["strategy"]["matrix"]["python"]:
+        assert f"Programming Language :: Python :: {python}" in project["classifiers"]
+    runs = [step["run"] for job in (tests, checks) for step in job["steps"] if "run" in step]
+    (installed,) = [found[1] for run in runs if (found := re.search(r"-r (\S+)", run))]
+    assert (root / installed).is_file()
+    targets = next(run for run in runs if run.startswith("make ")).split()[1:]
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    assert all(f"\n{target}:" in makefile for target in targets)
