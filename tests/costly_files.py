@@ -12,7 +12,6 @@ import gzip
 import itertools
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from fuzz_seeds import read_chats
@@ -39,6 +39,8 @@ from sgm_finetune.model.architecture import check_model
 from sgm_finetune.model.classes import Head
 from sgm_finetune.model.load import load_model
 from sgm_finetune.model.weights.stored import stored_matrices
+
+resource = pytest.importorskip("resource")  # not on Windows
 
 SECONDS, MIB = 60, 12 * 1024
 """Where a reader without bounds is stopped."""

@@ -21,6 +21,8 @@ ANOTHER_ORDER = 1e-4
 
 def forkserver() -> Any:
     """Starts processes that have already imported what commands import. A test process has one such server."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     modules = ("commands.finetune", "commands.export", "commands.scan", "results.report.page")
     context.set_forkserver_preload([f"sgm_finetune.{module}" for module in modules])

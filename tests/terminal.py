@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
 import re
 import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Mapping, Sequence
+
+import pytest
+
+fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))  # not on Windows
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 

@@ -22,6 +22,7 @@ from architectures import save_pico
 from conftest import GOOD, make_model, make_tokenizer
 from processes import environment
 from rich.console import Console
+from systems import needs_posix
 
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
@@ -318,6 +319,7 @@ def join_queue(port: int, session: str) -> None:
     raise TimeoutError("the page is not there")
 
 
+@needs_posix
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason=install_line("browser"))
 def test_ctrl_c_ends_the_page_while_the_model_answers(talker):

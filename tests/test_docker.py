@@ -11,6 +11,7 @@ from pathlib import Path
 
 import dockerfile
 import pytest
+from systems import needs_posix
 
 ROOT = Path(__file__).parents[1]
 INSTRUCTIONS = dockerfile.instructions((ROOT / "Dockerfile").read_text(encoding="utf-8"))
@@ -18,12 +19,14 @@ PAGE = (ROOT / "docs" / "docker.md").read_text(encoding="utf-8")
 RUNS = [dockerfile.command(rest) for name, rest in INSTRUCTIONS if name == "RUN"]
 
 
+@needs_posix
 def test_every_run_line_is_a_shell_command():
     assert len(RUNS) == 3
     for line in RUNS:
         subprocess.run(["sh", "-n", "-c", line], check=True)
 
 
+@needs_posix
 @pytest.mark.parametrize(("torch", "compilers"), [("cpu", []), ("cu130", ["gcc"])])
 def test_only_an_image_for_gpus_installs_a_compiler(torch, compilers):
     """The shell writes out the arguments of `apt-get install`."""

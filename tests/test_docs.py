@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from systems import needs_posix
 
 from sgm_finetune.base.install import install_line
 
@@ -138,6 +139,7 @@ def test_a_page_needs_no_file_but_those_that_it_makes(page):
     assert [word for word in words if "/" in word and word.partition("/")[0] in tracked] == []
 
 
+@needs_posix
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_run_in_their_order(page, tmp_path):

@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from systems import needs_posix
 
 from sgm_finetune.base.config import Task, known_keys
 from sgm_finetune.base.config_file import load_config, parse_config
@@ -44,6 +45,7 @@ def test_the_file_that_init_writes_is_the_configuration_that_was_asked_for(tmp_p
     assert json.loads(schema.read_text()) == json_schema()
 
 
+@needs_posix
 def test_a_cache_that_cannot_be_written_does_not_stop_init(tmp_path, reviews, llama_folder, monkeypatch):
     """The schema in the cache only helps editors."""
     (tmp_path / "file").write_text("")

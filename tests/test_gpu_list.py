@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from systems import needs_linux
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,6 +97,7 @@ def test_a_time_limit_ends_what_the_item_started_and_keeps_what_it_measured(gpu,
     assert not _runs(kept["child"])
 
 
+@needs_linux
 def test_ending_the_list_ends_the_item(gpu, tmp_path):
     slow = item(gpu, tmp_path, "slow", "import os, time\nupdate(out, rows=[os.getpid()])\ntime.sleep(300)")
     script = tmp_path / "runner.py"

@@ -14,8 +14,11 @@ import pytest
 import torch
 from processes import forkserver, run_command
 from safetensors.torch import load_file
+from systems import needs_posix
 
 from sgm_finetune.train.checkpoints import CONTENTS, is_whole, last_whole_checkpoint, seal
+
+pytestmark = needs_posix
 
 STEPS, EVERY = 18, 3
 

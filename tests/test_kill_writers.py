@@ -15,11 +15,14 @@ import pytest
 import torch
 from processes import forkserver, run_command
 from rich.console import Console
+from systems import needs_posix
 from test_exporting import TEXT, save_decoder, train
 
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.files import whole_folder
 from sgm_finetune.commands.finetune import finetune
+
+pytestmark = needs_posix
 
 KILLS = 24
 

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from systems import needs_posix
 
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import LOCK, lock_folder, remove, whole_file, whole_folder, write_text
 from sgm_finetune.commands.finetune import finetune as run
 from sgm_finetune.results.files import RESULTS, clear_results
+
+pytestmark = needs_posix
 
 
 @pytest.fixture

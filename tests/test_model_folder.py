@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from systems import needs_posix
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
@@ -56,6 +57,7 @@ def test_pickles_of_a_hub_model_are_downloaded_only_without_other_weights(weight
     assert len(asked) == (1 if weights == "model.safetensors" else 2)
 
 
+@needs_posix
 @pytest.mark.parametrize("place", ["file/cache", "/proc/none", "/dev/null/cache"])
 def test_a_cache_in_a_place_that_cannot_be_is_one_line_before_anything_is_fetched(place, tmp_path, monkeypatch, capfd):
     (tmp_path / "file").touch()
@@ -72,6 +74,7 @@ def test_a_cache_in_a_place_that_cannot_be_is_one_line_before_anything_is_fetche
     assert is_here("smollm2-135m-instruct") in (True, False)
 
 
+@needs_posix
 @pytest.mark.parametrize("place", ["file/cache", "/proc/none"])
 def test_a_scan_needs_no_cache(place, llama_folder, tmp_path, monkeypatch, capfd):
     (tmp_path / "file").touch()

@@ -14,6 +14,7 @@ import torch
 from fuzz_seeds import as_gguf, finished_run
 from processes import environment
 from rich.console import Console
+from systems import needs_posix
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.config_file import load_config
@@ -133,6 +134,7 @@ def test_a_pth_calls_nothing(called, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@needs_posix
 @pytest.mark.parametrize(
     "claim", [b"r" + (2**32 - 1).to_bytes(4, "little"), b"\x96" + (2**40).to_bytes(8, "little")], ids=["memo", "bytes"]
 )

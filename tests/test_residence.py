@@ -20,6 +20,7 @@ from conftest import WORDS, make_tokenizer
 from processes import forkserver, run_command, torchrun
 from rich.console import Console
 from safetensors.torch import load_file
+from systems import needs_linux
 from test_answering import TEMPLATE
 from test_harness import TASK, film
 
@@ -33,6 +34,8 @@ from sgm_finetune.model.load import check_checkpointing, skeleton
 from sgm_finetune.results import load
 from sgm_finetune.results.answers import Sampling
 from sgm_finetune.train.arguments import check_machine
+
+pytestmark = needs_linux
 
 
 def results(folder: Path) -> dict[str, torch.Tensor]:

@@ -26,6 +26,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from processes import ROOT, adapter, assert_one_run, environment, losses, remove, torchrun, torchrun_command
 from rich.console import Console
 from safetensors.torch import load_file
+from systems import needs_posix
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from sgm_finetune.base.config_file import load_config
@@ -351,6 +352,7 @@ def test_an_encoder_merges_learns_and_evaluates_to_the_same_digits(bert_folder, 
 # (e) interrupted
 
 
+@needs_posix
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],

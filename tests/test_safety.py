@@ -19,6 +19,7 @@ import torch
 from processes import ROOT, environment
 from rich.console import Console
 from safetensors.torch import load_file
+from systems import needs_posix
 
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import Interrupted, UserError
@@ -269,6 +270,7 @@ def test_one_seed_gives_one_run_and_records_where_it_was_made(settings, tmp_path
     assert not [name for name in recorded["variables"] if "TOKEN" in name]
 
 
+@needs_posix
 @pytest.mark.slow
 def test_a_signal_at_a_step_that_validates_lets_it_validate(settings, tmp_path, monkeypatch):
     """So a resumed run chooses its best checkpoint among the same ones."""
@@ -293,6 +295,7 @@ def test_a_signal_at_a_step_that_validates_lets_it_validate(settings, tmp_path, 
     assert (resumed["after"], resumed["best_step"]) == (whole["after"], whole["best_step"])
 
 
+@needs_posix
 def test_a_signal_outside_of_training_ends_with_one_line(settings, tmp_path, capfd, monkeypatch):
     def prepared(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)

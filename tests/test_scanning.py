@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from systems import needs_posix
 
 from sgm_finetune.commands.cli import main
 from sgm_finetune.measure.scan import scan
@@ -113,6 +114,7 @@ def test_a_result_file_gives_only_the_heat_map(llama_folder, tmp_path, capfd):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["snr.png"]
 
 
+@needs_posix
 def test_an_interrupted_scan_prints_its_progress_and_resumes_there(tmp_path):
     draw = torch.Generator().manual_seed(0)
     save_file(

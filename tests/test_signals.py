@@ -3,6 +3,7 @@ and no half-written file."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -14,6 +15,9 @@ from rich.console import Console
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.commands.finetune import finetune
 from sgm_finetune.train.checkpoints import last_whole_checkpoint
+
+if os.name != "posix":
+    pytest.skip("no signals between processes", allow_module_level=True)
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 LINES = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Ended by SIGTERM", signal.SIGHUP: "Ended by SIGHUP"}

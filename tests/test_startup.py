@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from made_up_runs import leave_run
+
+pty = pytest.importorskip("pty")  # not on Windows
 
 LARGE = ("torch", "transformers", "datasets", "peft", "accelerate", "sklearn", "scipy", "bitsandbytes", "matplotlib")
 """Libraries that take seconds to load."""

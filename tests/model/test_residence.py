@@ -19,6 +19,7 @@ from architectures import DECODERS, ENCODER_DECODERS, ENCODERS, assert_equal, sa
 from architectures import load_pico as load
 from conftest import adapted, llama_config, make_batches
 from safetensors.torch import load_file, save_file
+from systems import needs_linux
 from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 from transformers import Gemma3nTextConfig, JambaConfig, LlamaForCausalLM, PreTrainedConfig, ZambaConfig
@@ -35,6 +36,8 @@ from sgm_finetune.train.adapters.shard import reduce_factors_only
 from sgm_finetune.train.fast import head_loss
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.head_loss import cross_entropy_in_parts
+
+pytestmark = needs_linux
 
 PLAIN, CONVERTED, PACKED = ("float32", "none"), ("bfloat16", "none"), ("bfloat16", "nf4")
 """A base whose own files hold what the kernels read; one in another type; one in 4 bits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -153,7 +155,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.close(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # so the writer opens no link
             yield scratch
             sync(scratch)
-            os.replace(scratch, path)
+            rename(scratch, path)
             sync(path.parent)
     finally:
         with suppress(OSError):
@@ -168,7 +170,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     after a kill in that moment the next call gives it its name back. If `path` is a link to a folder, that
     folder is replaced, and the link stays. Raises UserError when a file cannot be written.
     """
-    place = path.resolve() if path.is_symlink() else path
+    place = path.resolve() if is_link(path) else path
     scratch, old = (place.with_name(f".{place.name}.{what}") for what in ("partial", "old"))
     try:
         with writing(path):
@@ -180,8 +182,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
             for written in sorted(scratch.rglob("*")):
                 sync(written)
             if place.exists():
-                place.rename(old)
-            scratch.rename(place)
+                rename(place, old)
+            rename(scratch, place)
             sync(place.parent)
             remove(old)
     finally:
@@ -191,13 +193,46 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _restore(old: Path, place: Path) -> None:
-    if old.is_dir() and not old.is_symlink() and not place.exists():
-        old.rename(place)
+    if old.is_dir() and not is_link(old) and not place.exists():
+        rename(old, place)
+
+
+def rename(path: Path, new: Path) -> None:
+    """Gives a file or folder another name; a file that has it is replaced.
+
+    Windows refuses this while anybody has the file, or one in the folder, open. There it is tried for some seconds: a
+    scanner of viruses or an indexer opens a new file for a moment, and a tensor that is no longer used may hold one.
+    """
+    deadline = time.monotonic() + (_PATIENCE if os.name == "nt" else 0)
+    while True:
+        try:
+            os.replace(path, new)
+            return
+        except PermissionError:
+            if time.monotonic() >= deadline:
+                raise
+        gc.collect()
+        time.sleep(0.05)
+
+
+_PATIENCE = 3.0
+"""Seconds in which Windows may still refuse to rename a file."""
+
+
+def is_link(path: Path) -> bool:
+    """Whether `path` is a symbolic link, or a junction, which is what Windows lets everybody make for folders."""
+    try:
+        return path.is_symlink() or getattr(os.lstat(path), "st_reparse_tag", 0) == _JUNCTION
+    except OSError:
+        return False
+
+
+_JUNCTION = 0xA0000003  # stat.IO_REPARSE_TAG_MOUNT_POINT, which only Windows has
 
 
 def remove(path: Path) -> None:
     """Removes a file, a folder with all that is in it, or a link, but not what the link leads to. It may be absent."""
-    if path.is_dir() and not path.is_symlink():
+    if path.is_dir() and not is_link(path):
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -215,9 +250,9 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` to `path` in UTF-8. Raises UserError when the file cannot be written."""
+    """Writes `text` to `path` in UTF-8, the same bytes on every system. Raises UserError when that is impossible."""
     with whole_file(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:

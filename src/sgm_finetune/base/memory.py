@@ -20,6 +20,8 @@ def peak_memory() -> int:
     """The peak memory of this process so far, in bytes: allocated on the GPU, or resident without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -63,7 +65,7 @@ def host_memory_within_reach() -> int:
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     within = psutil.Process().memory_info().rss + psutil.virtual_memory().available // sharing
     for limit in (_CGROUP / "memory.max", _CGROUP / "memory" / "memory.limit_in_bytes"):
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
             within = min(within, int(text) // sharing)
     return within
 

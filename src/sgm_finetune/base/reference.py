@@ -187,8 +187,10 @@ def _write_reference(folder: str) -> None:
     from pathlib import Path
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "config.md").write_text(reference_page(), encoding="utf-8")
-    (Path(folder) / "config.schema.json").write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
+    (Path(folder) / "config.md").write_text(reference_page(), encoding="utf-8", newline="\n")
+    (Path(folder) / "config.schema.json").write_text(
+        json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8", newline="\n"
+    )
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ def _gpus() -> Iterator[Finding]:
                 "GPU", "missing", "there is a driver, but this torch is built for CPUs",
                 f"pip install torch=={torch.__version__.partition('+')[0]} from the index for your CUDA (pytorch.org)",
             )  # fmt: skip
+        elif torch.backends.mps.is_available():
+            yield Finding("GPU", "missing", "the GPU of a Mac has no float64; everything runs on the processor")
         else:
             yield Finding("GPU", "missing", "torch finds no GPU; everything runs on the processor")
         return

@@ -8,6 +8,7 @@ that a signal ends a command in one line also while its libraries are imported.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ from sgm_finetune.base.text import printable
 def run_and_exit(command: Callable[[], object]) -> NoReturn:
     """Runs `command` and exits with its status. Unexpected exceptions pass through, with their traceback."""
     sys.excepthook = _print_traceback
+    _print_anything()
     try:
         with _signals_as_exceptions():
             command()
@@ -53,6 +55,14 @@ def run_and_exit(command: Callable[[], object]) -> NoReturn:
             "memory); continue from the last checkpoint with training.resume=true"
         )
     sys.exit(0)
+
+
+def _print_anything() -> None:
+    """Makes a character that the encoding of the output lacks an escape code, not an exception. Windows writes files
+    and pipes in an encoding of the country, which has no arrows."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _end_without_peer(line: str) -> NoReturn:
@@ -103,13 +113,13 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 
 @contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
-    """Raises Terminated for SIGTERM and SIGHUP, so that half-written files and locks are removed. Training has its own
-    handlers."""
+    """Raises Terminated for SIGTERM, SIGHUP and Windows' Ctrl-Break, so that half-written files and locks are removed.
+    Training has its own handlers."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated(number)
 
-    caught = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    caught = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
     caught = [number for number in caught if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores SIGHUP
     if not _may_handle_signals():
         caught = []

@@ -22,6 +22,7 @@ def configure_libraries(verbose: bool) -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("FOR_DISABLE_CONSOLE_CTRL_HANDLER", "1")  # else Intel's Fortran in conda's scipy ends Ctrl-C
     if verbose:
         os.environ["TRANSFORMERS_VERBOSITY"] = "info"
         return

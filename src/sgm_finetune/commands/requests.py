@@ -83,7 +83,8 @@ def _check_free(host: str, port: int) -> None:
     except (OSError, UnicodeError) as error:
         raise UserError(f"--host {host} is not known here ({first_line(error)}); name another --host") from None
     with socket.socket(family, kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # on Windows it allows a port that is taken
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(address)
         except OSError as error:

@@ -21,6 +21,8 @@ SECONDS = 1
 MEMORY = 128 * 2**20
 """Bytes that the trial may take beyond those of this process."""
 _TOO_LONG, _TOO_MUCH = 3, 4  # exit statuses of the trial
+_ENDS = [getattr(signal, name) for name in ("SIGXCPU", "SIGKILL", "SIGSEGV") if hasattr(signal, name)]
+"""The signals by which a trial ends that takes too long, or nests too deep."""
 
 
 def try_template(tokenizer: Any, tools: Any = None) -> None:
@@ -53,9 +55,9 @@ def _find_reason(template: str, special: Mapping[str, Any]) -> str:
     if not child:
         _try(template, special)
     status = _wait(child)
-    if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == _TOO_LONG:
-        return f"{SECONDS} second"
-    return f"{MEMORY // 2**20} MiB" if os.WEXITSTATUS(status) == _TOO_MUCH else ""
+    if os.WIFSIGNALED(status):  # macOS ends copies of processes that used its libraries with other signals
+        return f"{SECONDS} second" if os.WTERMSIG(status) in _ENDS else ""
+    return {_TOO_LONG: f"{SECONDS} second", _TOO_MUCH: f"{MEMORY // 2**20} MiB"}.get(os.WEXITSTATUS(status), "")
 
 
 def _wait(child: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgm_finetune.base.device import check_has_float64
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.method.subspace import Sketch, sketch_batch, sketch_stack, test_matrix
 from sgm_finetune.model.four_bit import ready_for_backward
@@ -195,6 +196,7 @@ def probe(
     matrices = adaptable(model, names)
     recorders = [_Recorder(matrices, sketch_size, 2 * seed + half) for half in (0, 1)]
     device = next(model.parameters()).device
+    check_has_float64(device)
     started, losses, num_tokens = time.perf_counter(), [], 0
     with _frozen(model, matrices):
         for index, batch in enumerate(batches):

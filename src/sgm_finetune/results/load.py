@@ -147,7 +147,8 @@ def find_base(stored: StoredResult, log: StepLog) -> Result:
     Raises UserError where the base model is not available.
     """
     model = stored.config.model
-    if model.name.startswith(("/", "./", "../")) and not Path(model.name).exists():
+    is_path = Path(model.name).is_absolute() or model.name.startswith(("./", "../"))
+    if is_path and not Path(model.name).exists():
         raise UserError(
             f"No model folder {model.name}, from which this run was trained; give its new place: model.name=FOLDER"
         )

@@ -53,18 +53,23 @@ def found_from(values: dict[str, Any], output: Path) -> dict[str, Any]:
         path = os.path.expanduser(name)
         tried = [path]
         if path and stored and os.path.isabs(path) == os.path.isabs(stored):  # else one does not tell of the other
-            beside = os.path.normpath(output.absolute() / _way(stored, path))
-            tried = [path, beside] if os.path.isabs(path) else [beside, path]
+            way = _way(stored, path)
+            beside = [] if way is None else [os.path.normpath(output.absolute() / way)]
+            tried = [path, *beside] if os.path.isabs(path) else [*beside, path]
         there = next((option for option in tried if os.path.exists(option)), None)
         if there is not None:
             _set(found, keys, absolute_path(there))
     return found
 
 
-def _way(start: str, end: str) -> str:
-    """The relative path from `start` to `end`, which are both absolute, or relative to one unknown folder."""
+def _way(start: str, end: str) -> str | None:
+    """The relative path from `start` to `end`, which are both absolute, or relative to one unknown folder. None where
+    they are on different drives of Windows."""
     unknown = os.path.join(os.sep, *["_"] * 64)  # deep, so that `..` leads out of it
-    return os.path.relpath(os.path.join(unknown, end), os.path.join(unknown, start))
+    try:
+        return os.path.relpath(os.path.join(unknown, end), os.path.join(unknown, start))
+    except ValueError:
+        return None
 
 
 def _is_local(keys: _Keys, name: str) -> bool:

@@ -180,12 +180,13 @@ def describe_time_left(pace: Pace, one_step: float, num_steps: int, num_validati
     return line
 
 
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # Windows has no SIGHUP, and alone has Ctrl-Break
+_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class Interruption(TrainerCallback):
-    """On Ctrl-C, SIGTERM or a closed terminal, finishes the step, saves a checkpoint and stops the training. A second
-    signal stops it at once."""
+    """On Ctrl-C, Ctrl-Break, SIGTERM or a closed terminal, finishes the step, saves a checkpoint and stops the
+    training. A second signal stops it at once."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None

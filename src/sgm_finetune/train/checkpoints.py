@@ -25,7 +25,7 @@ def seal(folder: Path) -> None:
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CONTENTS):
         sync(path)
-        found[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh3": checksum(path)}
+        found[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "xxh3": checksum(path)}
     write_json(folder / CONTENTS, found)
     sync(folder.parent)
 

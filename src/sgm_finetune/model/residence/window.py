@@ -67,7 +67,7 @@ def are_mapped(tensors: Iterable[Tensor]) -> bool:
 def _mapped_files() -> list[tuple[int, int]]:
     """The addresses of all files that this process has mapped (Linux)."""
     found = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
         addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
         if inode != "0":
             first, _, end = addresses.partition("-")

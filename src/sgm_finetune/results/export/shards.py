@@ -79,7 +79,7 @@ def write_config_files(result: Result, skeleton: PreTrainedModel, folder: Path) 
     write_json(folder / "config.json", merged_config(result, skeleton))
     for pattern in (*_COPIED, *(["*.py"] if result.config.model.trust_remote_code else [])):
         for file in result.folder.glob(pattern):
-            shutil.copy(file, folder / file.name)
+            shutil.copyfile(file, folder / file.name)  # without its mode: Windows replaces no read-only file
     save_result_tokenizer(result, skeleton, folder)
 
 

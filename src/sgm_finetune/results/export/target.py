@@ -58,7 +58,9 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 def hub_model(name: str) -> str | None:
     """Returns the name if it is a hub id, by which others can download the model; else None."""
-    return name if name.count("/") == 1 and not Path(name).expanduser().exists() and not name.startswith(".") else None
+    path = Path(name).expanduser()
+    is_path = path.is_absolute() or path.exists() or name.startswith(".")
+    return name if name.count("/") == 1 and not is_path else None
 
 
 def base_for_peft(name: str, folder: Path) -> str:

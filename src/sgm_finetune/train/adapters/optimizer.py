@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from sgm_finetune.base.config import Optimizer
+from sgm_finetune.base.device import check_has_float64
 from sgm_finetune.base.errors import NotFiniteError
 from sgm_finetune.method.descent import (
     channel_profile,
@@ -118,6 +119,8 @@ class FactorDescent(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         factors, *others = self.param_groups
+        for factor in factors["params"][:1]:
+            check_has_float64(factor.device)
         self._step_factors(factors)
         for group in others:
             self._step_others(group)
