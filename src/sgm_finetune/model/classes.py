@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from sgm_finetune.base.config import LabelKind, Task
+from sgm_finetune.base.config import HEAD_TASKS, LabelKind, Task
 from sgm_finetune.base.text import listed
 
 _DEFAULT = re.compile(r"LABEL_[0-9]+")
@@ -27,7 +27,8 @@ class Head:
     labels: tuple[str, ...] = ()
     """Names of the classes, in the order of the logits; () keeps the stored head."""
     label_kind: LabelKind | None = None
-    """What one label is: a class, a set of classes, or a number. None: unknown, or the task has no labels."""
+    """What the head predicts: a class, a set of classes, or a number, such as a reward. None: unknown, or the task has
+    no head of its own."""
     pad_token_id: int | None = None
     """The tokenizer's; None keeps the one in config.json."""
     is_new: bool = False
@@ -61,11 +62,14 @@ def choose_head(labels: Sequence[str], described: PreTrainedConfig, task: Task) 
     """
     own = tuple(labels), tuple(range(len(labels)))
     held = _head_task(described)
-    if held is None or task not in _HEADS:
+    if held is None or task not in HEAD_TASKS:
         return HeadChoice(*own, is_new=False, line=None)
     num_rows, names = described.num_labels or 0, named_classes(described)
     if not labels:  # one number needs one row
-        line = f"a new head for a number; the model's own has {num_rows} classes" if num_rows > 1 else None
+        what = "rewards" if task == "reward" else "a number"
+        line = f"a new head for {what}; the model's own has {num_rows} classes" if num_rows > 1 else None
+        if task == "reward" and held == "sequence-classification" and num_rows == 1:
+            line = "the model's own is kept: its row is the reward"
         return HeadChoice(*own, is_new=False, line=line)
     if held != task:
         return HeadChoice(*own, is_new=True, line=f"a new head for {listed(labels)}; the model's own is for {held}")

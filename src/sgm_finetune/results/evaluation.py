@@ -22,7 +22,7 @@ from sgm_finetune.results.metrics import (
     regression_metrics,
     tagging_metrics,
 )
-from sgm_finetune.results.preference_metrics import preference_metrics
+from sgm_finetune.results.preference_metrics import preference_metrics, reward_metrics
 from sgm_finetune.results.stops import model_stops
 from sgm_finetune.train.losses import Losses, Progress, TestSet, sum_losses
 from sgm_finetune.train.preference import score
@@ -38,7 +38,8 @@ class Evaluation:
     metrics: dict[str, Any]
     """Plain data. `loss` is the mean loss in nats, `num_examples` the number of examples; then the task's metrics."""
     predictions: list[Any]
-    """For each example its class, vector of 0 and 1, number, or tags of its words; None for language models."""
+    """For each example its class, vector of 0 and 1, number, tags of its words, or the scores of its two answers; None
+    for language models."""
 
 
 def evaluate_model(model: nn.Module, test_set: TestSet, progress: Progress = lambda done, total: None) -> Evaluation:
@@ -46,7 +47,8 @@ def evaluate_model(model: nn.Module, test_set: TestSet, progress: Progress = lam
 
     One class: `classification_metrics`. Sets of classes: `multilabel_metrics`. Numbers: `regression_metrics`. Tagged
     words: `tagging_metrics`. Language modelling: perplexity = exp(loss), num_tokens (predicted). All but the last have
-    `intervals`: name of a metric -> its 95 % interval. Preferences: `preference_metrics`.
+    `intervals`: name of a metric -> its 95 % interval. Preferences: `preference_metrics`; rewards:
+    `reward_metrics`.
     Raises UserError for a loss that is not finite.
     """
     encoded = test_set.encoded
@@ -101,6 +103,8 @@ def evaluate_answers(
 
 
 def _task_metrics(test_set: TestSet, predictions: list[Any], losses: Losses) -> dict[str, Any]:
+    if test_set.task == "reward":
+        return reward_metrics(predictions)
     truth = list(test_set.encoded["labels"])
     match test_set.task:
         case "causal-lm" | "seq2seq-lm":
