@@ -25,6 +25,7 @@ from sgm_finetune.commands.finetune import finetune
 from sgm_finetune.data.batches import collator
 from sgm_finetune.data.encoding import encode
 from sgm_finetune.data.pair_encoding import scored_conversation, scored_text
+from sgm_finetune.model.classes import choose_head
 from sgm_finetune.train.adapters.apply import lora_layers
 from sgm_finetune.train.fast.adapter_forward import use_fast_step
 from sgm_finetune.train.fast.prepare import prepare_base
@@ -360,3 +361,17 @@ def test_what_a_reward_model_cannot_do_is_refused_before_it_is_loaded(
         main([name, f"output.dir={trained[0]}", *options])
     assert caught.value.code == 2
     assert said_so in " ".join(capfd.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "num_rows", "said"),
+    [
+        ("BertModel", 2, "a new head for rewards, which scores at random before it is trained"),
+        ("BertForSequenceClassification", 3, "a new head for rewards, which scores at random before it is trained"),
+        ("BertForSequenceClassification", 1, "the model's own is kept: its row is the reward"),
+    ],
+)
+def test_the_head_of_a_reward_model_is_kept_and_another_is_not(architecture, num_rows, said):
+    config = hf.BertConfig(num_labels=num_rows, architectures=[architecture])
+    chosen = choose_head((), config, "reward")
+    assert (chosen.line, chosen.labels, chosen.is_new) == (said, (), False)

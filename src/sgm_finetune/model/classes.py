@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from sgm_finetune.base.config import HEAD_TASKS, LabelKind, Task
+from sgm_finetune.base.config import LabelKind, Task
 from sgm_finetune.base.text import listed
 
 _DEFAULT = re.compile(r"LABEL_[0-9]+")
@@ -51,7 +51,7 @@ class HeadChoice:
     is_new: bool
     """Whether the rows that the files hold are for other classes, so that the head starts anew."""
     line: str | None
-    """What a person should know about it; None where the files hold no head."""
+    """What a person should know about it; None where the files hold no head of classes and none is expected."""
 
 
 def choose_head(labels: Sequence[str], described: PreTrainedConfig, task: Task) -> HeadChoice:
@@ -62,14 +62,17 @@ def choose_head(labels: Sequence[str], described: PreTrainedConfig, task: Task) 
     """
     own = tuple(labels), tuple(range(len(labels)))
     held = _head_task(described)
-    if held is None or task not in HEAD_TASKS:
-        return HeadChoice(*own, is_new=False, line=None)
     num_rows, names = described.num_labels or 0, named_classes(described)
+    if task == "reward":
+        is_kept = held == "sequence-classification" and num_rows == 1
+        line = "a new head for rewards, which scores at random before it is trained"
+        return HeadChoice(
+            *own, is_new=False, line="the model's own is kept: its row is the reward" if is_kept else line
+        )
+    if held is None or task not in _HEADS:
+        return HeadChoice(*own, is_new=False, line=None)
     if not labels:  # one number needs one row
-        what = "rewards" if task == "reward" else "a number"
-        line = f"a new head for {what}; the model's own has {num_rows} classes" if num_rows > 1 else None
-        if task == "reward" and held == "sequence-classification" and num_rows == 1:
-            line = "the model's own is kept: its row is the reward"
+        line = f"a new head for a number; the model's own has {num_rows} classes" if num_rows > 1 else None
         return HeadChoice(*own, is_new=False, line=line)
     if held != task:
         return HeadChoice(*own, is_new=True, line=f"a new head for {listed(labels)}; the model's own is for {held}")

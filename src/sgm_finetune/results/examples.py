@@ -192,8 +192,8 @@ def _texts_of_pair(row: Mapping[str, Any]) -> tuple[str, str, str]:
     chosen, rejected = row["messages"], row["rejected"]
     shared = next((at for at, two in enumerate(zip(chosen, rejected, strict=False)) if two[0] != two[1]), 0)
     asked = chosen[shared - 1].get("content") if shared else None
-    said = ("\n".join(str(one.get("content") or "") for one in turns[shared:]) for turns in (chosen, rejected))
-    return str(asked or ""), *said
+    better, worse = ("\n".join(str(one.get("content") or "") for one in turns[shared:]) for turns in (chosen, rejected))
+    return str(asked or ""), better, worse
 
 
 def _compare_tags(
