@@ -12,9 +12,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from sgm_finetune.base.untrusted import Written
 
-Task = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq-lm", "preference"]
+Task = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq-lm", "preference", "reward"]
 DECODER_TASKS: tuple[Task, ...] = ("causal-lm", "preference")
 """Tasks of a decoder: a model that goes on from a prompt."""
+HEAD_TASKS: tuple[Task, ...] = ("sequence-classification", "token-classification", "reward")
+"""Tasks of a model with a head of its own, which may be new."""
+PAIR_TASKS: tuple[Task, ...] = ("preference", "reward")
+"""Tasks whose examples are two token sequences: a chosen and a rejected answer."""
 Role = Literal[
     "text", "text_pair", "label", "prompt", "completion", "messages", "instruction", "input", "output", "source",
     "target", "tokens", "tags", "system", "tools", "history", "chosen", "rejected",
@@ -263,7 +267,8 @@ class ModelConfig(_Section):
     name: PathText = "smollm2-135m-instruct"
     """Hub id, local folder, or an embedded demo model: `smollm2-135m-instruct`, `all-minilm-l6-v2`."""
     task: Task = "sequence-classification"
-    """Task that the model learns."""
+    """Task that the model learns. preference: to prefer the chosen answers of pairs. reward: to score answers, the
+    chosen one of a pair higher than the rejected one."""
     quantization: Quantization = "none"
     """Format of the frozen base in memory. none: as `dtype` says. nf4: 4 bits. int8: 8 bits. bitsandbytes does both."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -746,8 +751,8 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _preference_fits(self) -> Self:
-        if self.model.task == "preference" and self.data.packing:
-            raise ValueError("data.packing=true does not go with model.task=preference; set it to false")
+        if self.model.task in PAIR_TASKS and self.data.packing:
+            raise ValueError(f"data.packing=true does not go with model.task={self.model.task}; set it to false")
         if self.model.task != "preference" and self.preference != PreferenceConfig():
             key = next(k for k, value in PreferenceConfig() if getattr(self.preference, k) != value)
             raise ValueError(f"preference.{key} needs model.task=preference, not {self.model.task}; leave it out")

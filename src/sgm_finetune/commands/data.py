@@ -80,7 +80,7 @@ def _describe_example(encoded: Mapping[str, Any], prepared: PreparedData, config
     match config.model.task:
         case "causal-lm":
             found["parts"] = _learnt_parts(ids, labels, tokenizer)
-        case "preference":
+        case "preference" | "reward":
             found["parts"] = _learnt_parts(ids, labels, tokenizer)
             if "desirable" in encoded:
                 found["label"] = "a good answer" if encoded["desirable"] else "a bad answer"

@@ -20,7 +20,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import one_line
 from sgm_finetune.commands.requests import NOTHING_TO_ANSWER, GenerateRequest
 from sgm_finetune.data import columns
-from sgm_finetune.data.conversations import read_questions
+from sgm_finetune.data.conversations import is_json_list, read_messages, read_questions
 from sgm_finetune.data.tables import read_file, type_of
 from sgm_finetune.data.text_file import read_text
 from sgm_finetune.results.answers import Prompt, When, answer, encode_prompts, generates_text
@@ -31,6 +31,7 @@ WIDE = 100
 ROLES: dict[Task, tuple[Role, ...]] = {
     "causal-lm": ("messages", "prompt", "instruction", "text"),
     "preference": ("messages", "prompt", "instruction", "text"),
+    "reward": ("messages", "completion", "text"),
     "seq2seq-lm": ("source", "text"),
     "sequence-classification": ("text",),
     "token-classification": ("tokens", "text"),
@@ -52,8 +53,10 @@ def generate(
     prompts: list[Prompt] = [*request.texts, *from_file]
     if not prompts:
         raise UserError(NOTHING_TO_ANSWER)
+    if stored.config.model.task == "reward":
+        prompts = [read_messages(one, "--prompt") if is_json_list(one) else one for one in prompts]  # type: ignore[arg-type]
     found = find_base(stored, log)
-    if generates_text(found.config.model.task):
+    if generates_text(found.config.model.task) or found.config.model.task == "reward":
         encode_prompts(found, prompts, request.raw)  # a template refuses a prompt before the model is loaded
     result = load_trained(found, log)
     is_one_text = len(prompts) == 1 and generates_text(result.config.model.task)
@@ -89,14 +92,16 @@ def read_prompts(path: Path, config: Config) -> list[Prompt]:
     """Reads the prompts of a file ("-": of standard input).
 
     A text file has one prompt a line. Other files (CSV, JSON lines, Parquet ...) are read by the columns that the run
-    was trained on, or by their roles' own names. If a conversation ends with an answer, that answer is left out.
+    was trained on, or by their roles' own names. If a conversation ends with an answer, that answer is left out, but
+    not for a reward model, which scores it.
     """
     if str(path) == "-" or type_of(path, "--input") == "text":
         text = sys.stdin.read() if str(path) == "-" else _read_text(path)
         return [line for line in text.splitlines() if line.strip()]
     table = read_file(path, "--input")
     task, chosen = config.model.task, config.data.columns
-    if task in DECODER_TASKS and (chats := read_questions(table, chosen)) is not None:
+    is_scored = task == "reward"
+    if (task in DECODER_TASKS or is_scored) and (chats := read_questions(table, chosen, is_scored)) is not None:
         return list(chats)
     names = {role: chosen.get(role, role) for role in ROLES[task]}
     role = next((role for role, name in names.items() if name in table.columns), None)
@@ -109,6 +114,9 @@ def read_prompts(path: Path, config: Config) -> list[Prompt]:
     if role == "tokens":
         return [[str(word) for word in words] for words in table.columns[name]]
     texts = columns.read_texts(table, name, may_be_empty=False)
+    asked = chosen.get("prompt", "prompt")
+    if role == "completion" and asked in table.columns:
+        return list(zip(columns.read_texts(table, asked, may_be_empty=True), texts, strict=True))
     pair = chosen.get("text_pair", "text_pair")
     if task == "sequence-classification" and pair in table.columns:
         return list(zip(texts, columns.read_texts(table, pair, may_be_empty=False), strict=True))

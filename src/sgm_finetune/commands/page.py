@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sgm_finetune.base.config import Config
+from sgm_finetune.base.config import HEAD_TASKS, Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.requests import HOST, check_page
@@ -80,7 +80,7 @@ def framed(report: str) -> str:
 
 
 def _add_inputs(gradio: Any, result: LoadedResult) -> None:
-    if result.config.model.task in ("sequence-classification", "token-classification"):
+    if result.config.model.task in HEAD_TASKS:
         _add_classifier(gradio, result)
     elif is_chat_model(result):
         _add_conversation(gradio, result)
@@ -89,21 +89,23 @@ def _add_inputs(gradio: Any, result: LoadedResult) -> None:
 
 
 def _add_classifier(gradio: Any, result: LoadedResult) -> None:
-    """Adds a text, and for it classes with probabilities, a number, or words with tags."""
-    is_tagger = result.config.model.task == "token-classification"
+    """Adds a text, and for it classes with probabilities, a number, or words with tags. A reward model scores the
+    answer in the second text."""
+    is_tagger, is_scored = (result.config.model.task == task for task in ("token-classification", "reward"))
     kind = gradio.Label
     if is_tagger:
         kind = gradio.HighlightedText
     elif result.label_kind == "number":
         kind = gradio.Number
-    text = gradio.Textbox(label="Text", lines=3, autofocus=True)
-    pair = gradio.Textbox(label="Second text", lines=3, visible="text_pair" in result.roles)
+    names = ("Prompt", "Answer") if is_scored else ("Text", "Second text")
+    text = gradio.Textbox(label=names[0], lines=3, autofocus=True)
+    pair = gradio.Textbox(label=names[1], lines=3, visible=is_scored or "text_pair" in result.roles)
     ask = gradio.Button("Ask", variant="primary")
     with gradio.Row():
         outputs = [kind(label="before (head untrained)" if when == "before" else when) for when in _WHENS]
 
     def classify(first: str, second: str) -> list[Any]:
-        prompt: Prompt = (first, second) if second else first
+        prompt: Prompt = (first, second) if second or is_scored else first
         found = [_answer_once(gradio, result, prompt, when) for when in _WHENS]
         if is_tagger:
             return [[(word, None if tag == "O" else tag) for word, tag in row["answer"]] for row in found]

@@ -43,7 +43,7 @@ from sgm_finetune.train.fast.prepare import prepare_adapters
 from sgm_finetune.train.full.apply import train_whole
 from sgm_finetune.train.full.changed import trained_parameters
 from sgm_finetune.train.launch import model_is_sharded
-from sgm_finetune.train.losses import TestSet
+from sgm_finetune.train.losses import TestSet, mean_reward_loss
 from sgm_finetune.train.preference import PreferenceLoss, add_reference, reference_columns
 
 TEST_LOSS = "test loss"
@@ -186,6 +186,8 @@ def _mean_loss(config: Config, base: Base) -> Callable[[nn.Module, Mapping[str, 
     """A function from model and batch to the loss; None for the model's own."""
     if config.model.task == "preference":
         return PreferenceLoss(config.preference, base.head_loss).mean
+    if config.model.task == "reward":
+        return mean_reward_loss
     return base.head_loss and base.head_loss.mean
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from sgm_finetune.base.config import Config, Task
+from sgm_finetune.base.config import PAIR_TASKS, Config, Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.encoding import IGNORED, REFERENCES, num_tokens, sequence_lengths
 from sgm_finetune.data.mixture import SOURCE, Draw, by_source, whole_batches
@@ -35,7 +35,7 @@ def num_predictions(labels: Tensor, task: Task) -> int:
     """The number of terms in the mean loss of a batch: examples, pairs, predicted tokens or tagged words."""
     if task == "sequence-classification":
         return len(labels)
-    if task == "preference":  # two rows an example
+    if task in PAIR_TASKS:  # two rows an example
         return len(labels) // 2
     return int(((labels[:, 1:] if task == "causal-lm" else labels) != IGNORED).sum())
 
@@ -98,8 +98,11 @@ def collator(
 
 
 def _collate(examples: Sequence[Mapping[str, Any]], pad_id: int, task: Task, multiple: int) -> dict[str, torch.Tensor]:
-    if task == "preference":
-        return _collate_pairs(examples, pad_id, multiple)
+    if task in PAIR_TASKS:
+        batch = _collate_pairs(examples, pad_id, multiple)
+        if task == "reward":  # the score of a whole sequence: 1 for the better one
+            batch["labels"] = torch.tensor([1.0, 0.0]).repeat_interleave(len(examples))
+        return batch
 
     def padded(key: str, value: int) -> torch.Tensor:
         longest = max(len(example[key]) for example in examples)

@@ -49,6 +49,7 @@ LAYOUTS: dict[Task, tuple[Layout, ...]] = {
         Layout("preference", ("chosen", "rejected"), ("prompt", "system", "tools")),
         Layout("verdict", ("prompt", "completion", "label"), ("system", "tools")),
     ),
+    "reward": (Layout("preference", ("chosen", "rejected"), ("prompt", "system", "tools")),),
 }
 """The layouts of each task, in the order in which SGM tries them."""
 
@@ -90,6 +91,11 @@ def choose_layout(table: Table, columns: Mapping[Role, str], task: Task, format:
             layout, table, columns
         ):
             return layout
+    if task == "reward" and {"prompt", "completion", "label"} <= set(table.columns):
+        raise UserError(
+            f"model.task=reward learns from pairs (chosen, rejected), and {table.name} has single answers with a "
+            "label; take model.task=preference preference.loss=kto, or make pairs of them"
+        )
     return fitting[-1]  # whose missing column is what the error names
 
 
@@ -102,8 +108,8 @@ def _has_format(layout: Layout, table: Table, columns: Mapping[Role, str]) -> bo
     return first is None or "from" not in first
 
 
-def find_columns(table: Table, layout: Layout, columns: Mapping[Role, str]) -> dict[Role, str]:
-    """The column of each role: the one in `columns` (`data.columns`), else the layout's default.
+def find_columns(table: Table, layout: Layout, columns: Mapping[Role, str], task: Task) -> dict[Role, str]:
+    """The column of each role of a layout of `task`: the one in `columns` (`data.columns`), else the default.
 
     Raises UserError when the table lacks a column, or when two roles have the same column.
     """
@@ -125,17 +131,16 @@ def find_columns(table: Table, layout: Layout, columns: Mapping[Role, str]) -> d
             raise UserError(f"data.columns: {table.name} has no column `{name}` for {role} {has}{hint}")
         if len(there) == 1 and re.search("[;\t|]", there[0]):  # a file is read so, a folder is not
             raise UserError(f"{table.name} has the column `{there[0]}` alone; separate the fields with commas")
-        raise UserError(f"{table.name} has no column `{name}` {has}; {_remedy(table, layout, columns)}")
+        raise UserError(f"{table.name} has no column `{name}` {has}; {_remedy(table, layout, columns, task)}")
     if len(set(found.values())) < len(found):
         raise UserError(f"data.columns: `{'` and `'.join(found)}` name the same column `{found[layout.roles[0]]}`")
     return found
 
 
-def _remedy(table: Table, layout: Layout, columns: Mapping[Role, str]) -> str:
+def _remedy(table: Table, layout: Layout, columns: Mapping[Role, str], task: Task) -> str:
     """What to give for a table that lacks a column of `layout`: what its columns look like."""
     if is_headless(table):
         return f"its first line looks like a row, so write the names above it: {', '.join(layout.roles)}"
-    task: Task = next(task for task, layouts in LAYOUTS.items() if layout.name in {known.name for known in layouts})
     found = propose_columns(table, task, layout.roles, columns, layout.is_named)
     if found is None:
         possible = (layout,) if layout.is_named or columns else LAYOUTS[task]

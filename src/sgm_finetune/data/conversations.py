@@ -69,10 +69,11 @@ def read_conversations(
     return {"messages": conversations, **({"tools": tools} if any(tools) else {})}
 
 
-def read_questions(table: Table, columns: Mapping[Role, str]) -> list[Any] | None:
+def read_questions(table: Table, columns: Mapping[Role, str], answered: bool = False) -> list[Any] | None:
     """The conversations of a table without the answers at their ends; None if the table has no conversations.
 
-    `columns` is `data.columns`. A conversation with tools is {"messages", "tools"}, every other one a list of messages.
+    With answered=True, they keep the answers. `columns` is `data.columns`. A conversation with tools is {"messages",
+    "tools"}, every other one a list of messages.
     """
     for layout in LAYOUTS["causal-lm"]:
         needed = layout.column(layout.roles[0], columns)
@@ -86,8 +87,9 @@ def read_questions(table: Table, columns: Mapping[Role, str]) -> list[Any] | Non
         there: dict[Role, str] = {role: name for role, name in names.items() if name in table.columns}
         read = read_conversations(table, there, layout.name, answered=False)
         tools = read.get("tools") or [None] * len(read["messages"])
+        read["messages"] = [turns if answered else _question(turns) for turns in read["messages"]]
         return [
-            {"messages": _question(turns), "tools": offered} if offered else _question(turns)
+            {"messages": turns, "tools": offered} if offered else turns
             for turns, offered in zip(read["messages"], tools, strict=True)
         ]
     return None
@@ -135,6 +137,11 @@ def spoken(messages: Sequence[Message]) -> list[Message]:
     return found
 
 
+def read_messages(text: str, where: str) -> list[Message]:
+    """The messages that a JSON text holds; `where` says for errors where it stands."""
+    return RowReader(where, {"messages": "messages"}, fills_nulls=False).messages("messages", {"messages": text})
+
+
 class RowReader:
     """Reads one row; its errors name the row and the column."""
 
@@ -158,7 +165,7 @@ class RowReader:
 
     def messages(self, role: Role, row: Mapping[Role, Any]) -> list[Message]:
         """The messages in the column of a role, also where they are written as a JSON text."""
-        turns = self._parsed(row[role], self.where(role)) if _is_json_list(row[role]) else row[role]
+        turns = self._parsed(row[role], self.where(role)) if is_json_list(row[role]) else row[role]
         if not isinstance(turns, list) or not turns:
             raise UserError(
                 f"{self.where(role)} is {short_repr(turns)}, not a list of messages; "
@@ -331,7 +338,8 @@ def _first(turn: Mapping[str, Any], *keys: str) -> Any:
     return next((turn[key] for key in keys if not is_missing(turn.get(key))), None)
 
 
-def _is_json_list(value: Any) -> bool:
+def is_json_list(value: Any) -> bool:
+    """Whether a value is a text that begins as a list of messages does in JSON."""
     return isinstance(value, str) and value.lstrip().startswith("[{")
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import xxhash
 from datasets.table import InMemoryTable
 
-from sgm_finetune.base.config import Task
+from sgm_finetune.base.config import PAIR_TASKS, Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import num_common
 from sgm_finetune.data.arrow import column_parts
@@ -78,7 +78,7 @@ def encode(
     - Language modelling on `prompt` and `completion`: the loss counts the completion and the end-of-sequence token.
     - Language modelling on `messages`: the chat template writes them; the loss counts the answers of the assistant and
       the end of its turns.
-    - Preferences: two sequences with the same prompt (data/pair_encoding.py).
+    - Preferences and rewards: two sequences with the same prompt (data/pair_encoding.py).
 
     Longer classification inputs and sources are truncated by the tokenizer's own rule; longer completion and chat
     examples are truncated at the end. A sequence begins with one beginning-of-sequence token and ends with one
@@ -98,11 +98,11 @@ def encode(
             encoded = _encode_conversations(split, tokenizer, max_length, origins)
         case "causal-lm":
             encoded = _encode_running_text(split, tokenizer, max_length)
-        case "preference":
+        case "preference" | "reward":
             from sgm_finetune.data.pair_encoding import encode_preferences  # here: it builds on this file
 
-            encoded = encode_preferences(split, tokenizer, max_length, origins)
-    if task in ("causal-lm", "seq2seq-lm", "preference"):
+            encoded = encode_preferences(split, tokenizer, max_length, origins, is_scored=task == "reward")
+    if task in ("causal-lm", "seq2seq-lm", *PAIR_TASKS):
         encoded = replace(encoded, doubled=doubled_tokens(encoded.dataset, tokenizer))
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s", encoding_summary(encoded))
@@ -321,15 +321,24 @@ def plain_questions(
 ) -> tuple[list[str], list[str]]:
     """Questions and their answers as texts, for a tokenizer without a chat template. Raises UserError for a longer
     conversation, which needs one."""
+    found = []
     for number, (turns, offered) in enumerate(zip(conversations, tools, strict=True)):
-        is_plain = [(message["role"], "tool_calls" in message) for message in turns] == [
-            ("user", False),
-            ("assistant", False),
-        ]
-        if offered or not is_plain:
-            raise in_row(UserError(needs_template(len(turns))), origins, number)
-    prompts = [asked_text(turns[:1], tokenizer) for turns in conversations]
-    return prompts, [answer["content"] for _, answer in conversations]
+        try:
+            found.append(plain_question(turns, offered, tokenizer))
+        except UserError as error:
+            raise in_row(error, origins, number) from None
+    return [prompt for prompt, _ in found], [answer for _, answer in found]
+
+
+def plain_question(turns: list[Message], tools: list[dict] | None, tokenizer: Any) -> tuple[str, str]:
+    """As `plain_questions`, of one conversation."""
+    is_plain = [(message["role"], "tool_calls" in message) for message in turns] == [
+        ("user", False),
+        ("assistant", False),
+    ]
+    if tools or not is_plain:
+        raise UserError(needs_template(len(turns)))
+    return asked_text(turns[:1], tokenizer), turns[1]["content"]
 
 
 def _encode_running_text(split: datasets.Dataset, tokenizer: Any, max_length: int) -> Encoded:
@@ -364,20 +373,20 @@ def _encode_completions(prompts: Sequence[str], completions: Sequence[str], toke
 
 
 def completed_prompts(
-    prompts: Sequence[str], completions: Sequence[str], tokenizer: Any, max_length: int
+    prompts: Sequence[str], completions: Sequence[str], tokenizer: Any, max_length: int, is_generated: bool = True
 ) -> Iterator[tuple[list[int], int]]:
     """The tokens of each prompt with its completion, tokenised as one text, as the model will read them, and the number
     of them that are the prompt's.
 
     The prompt ends where the tokens differ from those of the prompt alone. A token across the border therefore belongs
-    to the answer.
+    to the answer. An end-of-sequence token ends them; with is_generated=False only where the tokenizer has one.
     """
-    eos = _end_of_sequence(tokenizer)
+    eos = _end_of_sequence(tokenizer) if is_generated else tokenizer.eos_token_id
     for column in (prompts, completions):
         check_lengths(in_parts(column), max_length)
     whole = _token_ids(tokenizer, [prompt + answer for prompt, answer in zip(prompts[:], completions[:], strict=True)])
     for prompt, ids in zip(_token_ids(tokenizer, prompts), whole, strict=True):
-        ids = _with_end(ids, eos)
+        ids = ids if eos is None else _with_end(ids, eos)
         yield ids, num_common(prompt, ids)
 
 

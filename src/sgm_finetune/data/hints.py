@@ -45,6 +45,7 @@ PAIRS = {"premise": "hypothesis", "sentence1": "sentence2", "question1": "questi
 """Names of two texts that are classified together."""
 SHAPES: dict[Task, tuple[tuple[Role, ...], ...]] = {
     "preference": (("chosen", "rejected"),),
+    "reward": (("chosen", "rejected"),),
     "token-classification": (("tokens", "tags"),),
     "causal-lm": (
         ("messages",), ("instruction", "input", "output"), ("instruction", "output"), ("prompt", "completion"),

@@ -16,6 +16,7 @@ import datasets
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import num_common
 from sgm_finetune.data.chat import written_answers
+from sgm_finetune.data.conversations import Message, answers, is_learnt
 from sgm_finetune.data.encoding import (
     IGNORED,
     TOKEN_FEATURES,
@@ -24,6 +25,7 @@ from sgm_finetune.data.encoding import (
     check_lengths,
     completed_prompts,
     in_row,
+    plain_question,
     plain_questions,
     token_dataset,
 )
@@ -53,22 +55,33 @@ class Answer(NamedTuple):
         """The same with the tokens from `begin` on learnt, up to the first learnt one."""
         return Answer(self.ids, [*self.labels[:begin], *self.ids[begin : self.begin], *self.labels[self.begin :]])
 
-    def cut(self, length: int) -> Answer:
+    def cut(self, length: int, keeps_end: bool = False) -> Answer:
+        """The first `length` tokens; with `keeps_end`, the last token in the place of the last of these."""
+        if len(self.ids) <= length:
+            return self
+        if keeps_end:
+            return Answer([*self.ids[: length - 1], self.ids[-1]], [*self.labels[: length - 1], self.labels[-1]])
         return Answer(self.ids[:length], self.labels[:length])
 
 
 def encode_preferences(
-    split: datasets.Dataset, tokenizer: Any, max_length: int, origins: Sequence[Origin] | None
+    split: datasets.Dataset,
+    tokenizer: Any,
+    max_length: int,
+    origins: Sequence[Origin] | None,
+    is_scored: bool = False,
 ) -> Encoded:
     """`split` as pairs of token sequences of at most `max_length` tokens; longer ones are cut at the end.
 
-    An example is dropped if its prompt fills `max_length`, or if its two answers are equal up to there. Raises
-    UserError when none is left, and for a conversation that the chat template refuses.
+    With `is_scored`, for a model that reads whole answers and generates none, a cut sequence keeps its last token, at
+    which a decoder is asked for the score. An example is dropped if its prompt fills `max_length`, or if its two
+    answers are equal up to there. Raises UserError when none is left, and for a conversation that the chat template
+    refuses.
     """
     has_pairs = "rejected" in split.column_names
-    first = list(_answers(split, "messages", "completion", tokenizer, max_length, origins))
+    first = list(_answers(split, "messages", "completion", tokenizer, max_length, origins, is_scored))
     if has_pairs:
-        second = list(_answers(split, "rejected", "rejected", tokenizer, max_length, origins))
+        second = list(_answers(split, "rejected", "rejected", tokenizer, max_length, origins, is_scored))
         pairs = [_with_one_prompt(*pair, origins, at) for at, pair in enumerate(zip(first, second, strict=True))]
     else:
         pairs = _with_other_answers(first)
@@ -79,7 +92,7 @@ def encode_preferences(
         is_long = max(len(answer.ids), len(other.ids)) > max_length
         if max(answer.begin, 1) >= max_length:  # the first token of a sequence is never predicted
             continue
-        answer, other = answer.cut(max_length), other.cut(max_length)
+        answer, other = answer.cut(max_length, is_scored), other.cut(max_length, is_scored)
         if has_pairs and answer.ids == other.ids:
             continue
         num_truncated += is_long
@@ -107,35 +120,64 @@ def _answers(
     tokenizer: Any,
     max_length: int,
     origins: Sequence[Origin] | None,
+    is_scored: bool,
 ) -> Iterator[Answer]:
     """The answer in each row: at the end of the conversation in the column `messages`, or in the column `text`."""
     if "messages" not in split.column_names:
-        yield from _answer_texts(split["prompt"][:], split[text][:], tokenizer, max_length)
+        yield from _answer_texts(split["prompt"][:], split[text][:], tokenizer, max_length, is_scored)
         return
     conversations = split[messages][:]
     tools = split["tools"][:] if "tools" in split.column_names else [None] * len(conversations)
     if tokenizer.chat_template is None:
-        yield from _answer_texts(*plain_questions(conversations, tools, tokenizer, origins), tokenizer, max_length)
+        questions = plain_questions(conversations, tools, tokenizer, origins)
+        yield from _answer_texts(*questions, tokenizer, max_length, is_scored)
         return
     for at, (turns, offered) in enumerate(zip(conversations, tools, strict=True)):
         try:
-            written = written_answers(turns, tokenizer, offered)
-            if len(written) > 1:
-                raise UserError(
-                    "This model's chat template changes earlier answers when later ones follow; let the two "
-                    "conversations differ in their last answer only"
-                )
+            yield _answer_in(turns, offered, tokenizer, max_length)
         except UserError as error:
             raise in_row(error, origins, at) from None
-        ((whole, spans),) = written
-        check_lengths([whole], max_length)
-        ids, learnt = learnt_tokens(whole, spans, tokenizer)
-        yield Answer(ids, [token if counts else IGNORED for token, counts in zip(ids, learnt, strict=True)])
 
 
-def _answer_texts(prompts: Sequence[str], answers: Sequence[str], tokenizer: Any, max_length: int) -> Iterator[Answer]:
-    for ids, begin in completed_prompts(prompts, answers, tokenizer, max_length):
+def _answer_in(turns: list[Message], tools: list[dict] | None, tokenizer: Any, max_length: int) -> Answer:
+    """The answer at the end of a conversation, which the chat template writes."""
+    written = written_answers(turns, tokenizer, tools)
+    if len(written) > 1:
+        raise UserError(
+            "This model's chat template changes earlier answers when later ones follow; let the two conversations "
+            "differ in their last answer only"
+        )
+    ((whole, spans),) = written
+    check_lengths([whole], max_length)
+    ids, learnt = learnt_tokens(whole, spans, tokenizer)
+    return Answer(ids, [token if counts else IGNORED for token, counts in zip(ids, learnt, strict=True)])
+
+
+def _answer_texts(
+    prompts: Sequence[str], answers: Sequence[str], tokenizer: Any, max_length: int, is_scored: bool
+) -> Iterator[Answer]:
+    for ids, begin in completed_prompts(prompts, answers, tokenizer, max_length, is_generated=not is_scored):
         yield Answer(ids, [IGNORED] * begin + ids[begin:])
+
+
+def scored_text(text: str, tokenizer: Any, max_length: int) -> list[int]:
+    """The tokens of a prompt with its answer, as a reward model reads them (`encode_preferences`)."""
+    (answer,) = _answer_texts([""], [text], tokenizer, max_length, is_scored=True)
+    return answer.cut(max_length, keeps_end=True).ids
+
+
+def scored_conversation(turns: list[Message], tools: list[dict] | None, tokenizer: Any, max_length: int) -> list[int]:
+    """The tokens of a conversation that ends with an answer, as a reward model reads them. Raises UserError for a
+    conversation that ends otherwise, or that the chat template refuses."""
+    if not answers(turns[-1]):
+        raise UserError(
+            f"The conversation ends with a message by the {turns[-1]['role']}; end it with the assistant's answer, "
+            "which is scored"
+        )
+    if tokenizer.chat_template is None:
+        return scored_text("".join(plain_question(turns, tools, tokenizer)), tokenizer, max_length)
+    asked = [{**said, "weight": 0} if is_learnt(said) else said for said in turns[:-1]]
+    return _answer_in([*asked, turns[-1]], tools, tokenizer, max_length).cut(max_length, keeps_end=True).ids
 
 
 def _with_one_prompt(

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sgm_finetune.base.config import Config
+from sgm_finetune.base.config import PAIR_TASKS, Config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import collator
@@ -135,7 +135,8 @@ def _choose_head(
         return splits, replace(trained, pad_token_id=padding), None
     chosen = choose_head(splits.labels, files.described, config.model.task)
     splits = with_classes(splits, chosen.labels, chosen.rows)
-    return splits, Head(chosen.labels, splits.label_kind, padding, chosen.is_new), chosen.line
+    kind = "number" if config.model.task == "reward" else splits.label_kind
+    return splits, Head(chosen.labels, kind, padding, chosen.is_new), chosen.line
 
 
 def _check_ids(encoded: Mapping[str, Encoded], files: ModelFiles, config: Config) -> None:
@@ -143,7 +144,7 @@ def _check_ids(encoded: Mapping[str, Encoded], files: ModelFiles, config: Config
     limits: dict[str, int | None] = {"input_ids": files.num_embeddings}
     if config.model.task == "seq2seq-lm":
         limits["labels"] = getattr(files.described, "decoder_vocab_size", None) or files.num_embeddings
-    if config.model.task == "preference":
+    if config.model.task in PAIR_TASKS:
         limits["other_ids"] = files.num_embeddings
     for column, limit in limits.items():
         largest = max(largest_id(part.dataset, column) for part in encoded.values())

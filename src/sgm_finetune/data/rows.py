@@ -49,7 +49,7 @@ def normalise(source: Source, config: DataConfig, task: Task, labels: LabelReade
     unread: dict[str, None] = {}
     num_empty = 0
     for split, table in source.tables.items():  # train first: it defines the classes
-        column = columns.find_columns(table, layout, config.columns)
+        column = columns.find_columns(table, layout, config.columns, task)
         if "label" in column and split != "train" and is_unlabelled(table, column["label"]):
             notes.append(f"{table.name} has no labels and is not used")
             continue
@@ -71,7 +71,7 @@ def normalise(source: Source, config: DataConfig, task: Task, labels: LabelReade
             raise UserError(f"{table.name} ({split}) contains no text")
         rows[split] = texts
     _check_same_form(rows)
-    if task in DECODER_TASKS and not train.is_running_text:
+    if task in (*DECODER_TASKS, "reward") and not train.is_running_text:
         notes.append(f"format {layout.name} ({', '.join(f'`{name}`' for name in used['train'].values())})")
     if num_empty:
         notes.append(f"{num_empty:,} empty texts dropped")
@@ -83,7 +83,7 @@ def check_head(source: Source, config: DataConfig, task: Task) -> None:
     """Raises the UserErrors of `normalise` that the first rows of each table already show: its columns and texts."""
     layout = columns.choose_layout(source.tables["train"], config.columns, task, config.format)
     for table in source.tables.values():
-        column = columns.find_columns(table, layout, config.columns)
+        column = columns.find_columns(table, layout, config.columns, task)
         _read_rows(layout.name, table, column, config)
         if layout.name == "verdict":
             read_verdicts(table, column["label"])

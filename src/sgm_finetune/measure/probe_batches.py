@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from sgm_finetune.base.config import Config
+from sgm_finetune.base.config import PAIR_TASKS, Config
 from sgm_finetune.base.processes import processes
 from sgm_finetune.data.batches import divide_batch, draw_of, num_predictions, some_pairs
 from sgm_finetune.data.prepared import PreparedData
@@ -34,7 +34,7 @@ def probe_pieces(config: Config, batch: Mapping[str, torch.Tensor]) -> list[tupl
     """
     micro, _ = divide_batch(config, processes().num_processes)
     size = 1 if config.training.checkpointing else max(1, micro // 2)
-    if config.model.task == "preference":
+    if config.model.task in PAIR_TASKS:
         pieces = [some_pairs(batch, at, size) for at in range(0, len(batch["labels"]) // 2, size)]
     else:
         pieces = [{k: x[at : at + size] for k, x in batch.items()} for at in range(0, len(batch["labels"]), size)]

@@ -52,7 +52,7 @@
     9.2 Stochastic rounding
         rounding: stochastic_round, rounding_seed
     10. Losses of preferences
-        preference: dpo, ipo, orpo, simpo, kto, divergence, apo_zero, apo_down
+        preference: dpo, ipo, orpo, simpo, kto, divergence, apo_zero, apo_down, bradley_terry
 
 `plan` holds the data that sections 1 to 3 produce. Sections 5 and 8 change models: see `model` and `train/fast`.
 """

@@ -1,4 +1,4 @@
-"""Losses of preferences (docs/method.md section 10), one for each example, as functions of log-probabilities.
+"""Losses of preferences (docs/method.md section 10), one for each example, as functions of log-probabilities or scores.
 
 x: a prompt. y: an answer, the chosen or the rejected one. |y|: the number of its tokens. log π(y|x): the answer's
 log-probability in nats, summed over its tokens. log π₀(y|x): the same of the base model. A ratio is
@@ -19,6 +19,17 @@ def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     tensor(0.6931)
     """
     return -logsigmoid(beta * (chosen - rejected))
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """−log σ(chosen − rejected), of the two scores that a reward model gives (eq. 48).
+
+    It is the negative log-probability of the choice in the model of Bradley and Terry (Biometrika 39, 1952).
+
+    >>> bradley_terry(torch.tensor(2.0), torch.tensor(2.0))
+    tensor(0.6931)
+    """
+    return -logsigmoid(chosen - rejected)
 
 
 def ipo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:

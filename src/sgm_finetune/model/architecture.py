@@ -37,6 +37,7 @@ _AUTO: dict[str, Any] = {
     "token-classification": AutoModelForTokenClassification,
     "seq2seq-lm": AutoModelForSeq2SeqLM,
     "preference": AutoModelForCausalLM,
+    "reward": AutoModelForSequenceClassification,
 }
 _MODELS: dict[str, Any] = {
     "causal-lm": MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -44,6 +45,7 @@ _MODELS: dict[str, Any] = {
     "token-classification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     "seq2seq-lm": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     "preference": MODEL_FOR_CAUSAL_LM_MAPPING,
+    "reward": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 }
 """Task -> class of a configuration -> class of its model."""
 

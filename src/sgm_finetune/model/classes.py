@@ -27,7 +27,8 @@ class Head:
     labels: tuple[str, ...] = ()
     """Names of the classes, in the order of the logits; () keeps the stored head."""
     label_kind: LabelKind | None = None
-    """What one label is: a class, a set of classes, or a number. None: unknown, or the task has no labels."""
+    """What the head predicts: a class, a set of classes, or a number, such as a reward. None: unknown, or the task has
+    no head of its own."""
     pad_token_id: int | None = None
     """The tokenizer's; None keeps the one in config.json."""
     is_new: bool = False
@@ -50,7 +51,7 @@ class HeadChoice:
     is_new: bool
     """Whether the rows that the files hold are for other classes, so that the head starts anew."""
     line: str | None
-    """What a person should know about it; None where the files hold no head."""
+    """What a person should know about it; None where the files hold no head of classes and none is expected."""
 
 
 def choose_head(labels: Sequence[str], described: PreTrainedConfig, task: Task) -> HeadChoice:
@@ -61,9 +62,15 @@ def choose_head(labels: Sequence[str], described: PreTrainedConfig, task: Task) 
     """
     own = tuple(labels), tuple(range(len(labels)))
     held = _head_task(described)
+    num_rows, names = described.num_labels or 0, named_classes(described)
+    if task == "reward":
+        is_kept = held == "sequence-classification" and num_rows == 1
+        line = "a new head for rewards, which scores at random before it is trained"
+        return HeadChoice(
+            *own, is_new=False, line="the model's own is kept: its row is the reward" if is_kept else line
+        )
     if held is None or task not in _HEADS:
         return HeadChoice(*own, is_new=False, line=None)
-    num_rows, names = described.num_labels or 0, named_classes(described)
     if not labels:  # one number needs one row
         line = f"a new head for a number; the model's own has {num_rows} classes" if num_rows > 1 else None
         return HeadChoice(*own, is_new=False, line=line)

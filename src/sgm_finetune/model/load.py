@@ -134,7 +134,7 @@ def _config_for(config: ModelConfig, folder: Path, head: Head) -> PreTrainedConf
     """config.json with the settings of `head`."""
     described = read_model_config(config, folder)
     if head.fits_labels:
-        names = head.labels or ("number",)
+        names = head.labels or ("reward" if config.task == "reward" else "number",)
         described.num_labels = len(names)
         described.id2label = dict(enumerate(names))
         described.label2id = {label: i for i, label in enumerate(names)}

@@ -1,4 +1,4 @@
-"""The answers of a trained model: texts, classes with their probabilities, tags; before and after its training."""
+"""The answers of a trained model: texts, classes with their probabilities, tags, scores; before and after training."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sgm_finetune.base.config import DECODER_TASKS, Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.chat import asked_text
 from sgm_finetune.data.conversations import Message
+from sgm_finetune.data.pair_encoding import scored_conversation, scored_text
 from sgm_finetune.data.tokens import single_ends
 from sgm_finetune.model.architecture import num_positions
 from sgm_finetune.results.answer_stream import AnswerStream, Piece
@@ -25,7 +26,8 @@ from sgm_finetune.results.stops import Stops, model_stops
 When = Literal["before", "after"]
 """Before: the base model. After: the trained model."""
 Prompt = str | tuple[str, str] | list[Message] | list[str] | dict[str, Any]
-"""A text; two texts; a conversation; the words of a sentence; or a conversation with tools: {"messages", "tools"}."""
+"""A text; two texts, for a reward model a prompt and its answer; a conversation; the words of a sentence; or a
+conversation with tools: {"messages", "tools"}."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ def answer(
 ) -> list[dict[str, Any]]:
     """Answers each prompt; returns {"answer": ...}, with {"scores": class -> probability} for classes.
 
-    An answer is a text, a class, a list of classes, a number, or [[word, tag], ...]. `when="before"` asks the base
-    model, whose new head is untrained. `raw` leaves the chat template out. `show` is called with each piece of a text
-    as it is generated; prompts are then answered one at a time.
+    An answer is a text, a class, a list of classes, a number, a score, or [[word, tag], ...]. `when="before"` asks the
+    base model, whose new head is untrained. `raw` leaves the chat template out. `show` is called with each piece of a
+    text as it is generated; prompts are then answered one at a time.
     """
     config, model, tokenizer = result.config, result.model, result.tokenizer
     task = config.model.task
@@ -66,6 +68,8 @@ def answer(
             return [_classify(result, prompt) for prompt in _with_progress(prompts, progress)]
         if task == "token-classification":
             return [_tag(result, prompt) for prompt in _with_progress(prompts, progress)]
+        if task == "reward":
+            return [{"answer": _score(result, prompt, raw)} for prompt in _with_progress(prompts, progress)]
         encoded = encode_prompts(result, prompts, raw)
         result.base.check_ids(max(map(max, filter(None, encoded)), default=-1), "The prompt")
         limit = _token_limit(result, encoded, sampling.max_new_tokens)
@@ -151,8 +155,10 @@ def prompt_ids(result: Result, prompt: Prompt, raw: bool = False) -> list[int]:
 
     A conversation is written by the chat template, and so is a text if the model was trained on conversations: it
     becomes one question. The empty reasoning that a template writes belongs to it if those conversations had none.
-    `raw` tokenizes the text as it is.
+    `raw` tokenizes the text as it is. A reward model reads a prompt with its answer.
     """
+    if result.config.model.task == "reward":
+        return _scored_ids(result, prompt, raw)
     tokenizer: Any = result.tokenizer
     given: Any = prompt if isinstance(prompt, dict) else {"messages": prompt}
     if isinstance(prompt, str):
@@ -164,9 +170,31 @@ def prompt_ids(result: Result, prompt: Prompt, raw: bool = False) -> list[int]:
     return single_ends(tokenizer(prompt, verbose=False)["input_ids"], tokenizer)
 
 
+def _scored_ids(result: Result, prompt: Prompt, raw: bool) -> list[int]:
+    """Token ids of an answer behind its prompt. Raises UserError for a text alone if the model was trained on
+    conversations: nothing says where its answer begins."""
+    tokenizer, length = result.tokenizer, result.config.data.max_length
+    is_chat = is_chat_model(result) and not raw
+    given: Any = prompt if isinstance(prompt, dict) else {"messages": prompt}
+    if isinstance(prompt, tuple):
+        asked, answered = prompt
+        if not is_chat:
+            return scored_text(asked + answered, tokenizer, length)
+        given = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]}
+    elif isinstance(prompt, str):
+        if is_chat:
+            raise UserError(
+                "This model scores the answers of conversations; give a prompt such as "
+                '\'[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]\', a file with prompt '
+                "and completion (--input), or --raw"
+            )
+        return scored_text(prompt, tokenizer, length)
+    return scored_conversation(given["messages"], given.get("tools"), tokenizer, length)
+
+
 def is_chat_model(result: Result) -> bool:
     """Whether the model was trained on conversations. An older file does not say; then: whether it has a template."""
-    if result.config.model.task not in DECODER_TASKS:
+    if result.config.model.task not in (*DECODER_TASKS, "reward"):
         return False
     return "messages" in result.roles if result.roles else result.tokenizer.chat_template is not None
 
@@ -199,6 +227,11 @@ def _classify(result: LoadedResult, prompt: Prompt) -> dict[str, Any]:
     if several:
         return {"answer": [name for name, score in by_class.items() if score > 0.5], "scores": by_class}
     return {"answer": max(by_class, key=by_class.__getitem__), "scores": by_class}
+
+
+def _score(result: LoadedResult, prompt: Prompt, raw: bool) -> float:
+    ids = torch.tensor([_scored_ids(result, prompt, raw)])
+    return float(_logits(result, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})[0, 0])
 
 
 def _tag(result: LoadedResult, prompt: Prompt) -> dict[str, Any]:

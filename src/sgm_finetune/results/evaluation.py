@@ -24,7 +24,7 @@ from sgm_finetune.results.metrics import (
     regression_metrics,
     tagging_metrics,
 )
-from sgm_finetune.results.preference_metrics import preference_metrics
+from sgm_finetune.results.preference_metrics import preference_metrics, reward_metrics
 from sgm_finetune.results.stops import model_stops
 from sgm_finetune.train.losses import Losses, Progress, TestSet, sum_losses
 from sgm_finetune.train.preference import joined, score
@@ -41,7 +41,8 @@ class Evaluation:
     metrics: dict[str, Any]
     """Plain data. `loss` is the mean loss in nats, `num_examples` the number of examples; then the task's metrics."""
     predictions: list[Any]
-    """For each example its class, vector of 0 and 1, number, or tags of its words; None for language models."""
+    """For each example its class, vector of 0 and 1, number, tags of its words, or the scores of its two answers; None
+    for language models."""
 
 
 def evaluate_model(model: nn.Module, test_set: TestSet, progress: Progress = lambda done, total: None) -> Evaluation:
@@ -49,8 +50,8 @@ def evaluate_model(model: nn.Module, test_set: TestSet, progress: Progress = lam
 
     One class: `classification_metrics`. Sets of classes: `multilabel_metrics`. Numbers: `regression_metrics`. Tagged
     words: `tagging_metrics`. Language modelling: perplexity = exp(loss), num_tokens (predicted). All but the last have
-    `intervals`: name of a metric -> its 95 % interval. Preferences: `preference_metrics`. Of a mixture, `sources` has
-    the same metrics on the examples of each source, by its name.
+    `intervals`: name of a metric -> its 95 % interval. Preferences: `preference_metrics`;
+    rewards: `reward_metrics`. Of a mixture, `sources` has the same metrics on the examples of each source, by its name.
     Raises UserError for a loss that is not finite.
     """
     encoded = test_set.encoded
@@ -89,7 +90,7 @@ def _by_name(found: Mapping[int, _T], test_set: TestSet, metrics: Callable[[_T],
 def _metrics(test_set: TestSet, losses: Losses) -> dict[str, Any]:
     """The metrics on the examples of `losses`."""
     indices = sorted(losses.predictions)
-    labels = test_set.encoded["labels"][:] if test_set.task not in ("causal-lm", "seq2seq-lm") else []
+    labels = test_set.encoded["labels"][:] if test_set.task not in ("causal-lm", "seq2seq-lm", "reward") else []
     truth = [labels[i] for i in indices] if labels else []
     predictions = [losses.predictions[i] for i in indices]
     metrics = {"loss": losses.total / losses.count, "num_examples": len(indices)}
@@ -139,6 +140,8 @@ def evaluate_answers(
 
 
 def _task_metrics(test_set: TestSet, truth: list[Any], predictions: list[Any], losses: Losses) -> dict[str, Any]:
+    if test_set.task == "reward":
+        return reward_metrics(predictions)
     match test_set.task:
         case "causal-lm" | "seq2seq-lm":
             mean = losses.total / losses.count

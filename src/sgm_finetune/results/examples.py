@@ -81,6 +81,8 @@ def changed_examples(
         found = []  # no predictions; or examples were dropped, so that rows and predictions no longer correspond
     elif task == "token-classification":
         found = _compare_tags(splits, *predictions)
+    elif task == "reward":
+        found = _compare_pairs(splits, *predictions)
     elif splits.label_kind == "number":
         found = _compare_numbers(splits, *predictions)
     else:
@@ -163,6 +165,35 @@ def _compare_numbers(splits: DataSplits, before: Sequence[float], after: Sequenc
             became = "spoilt"
         found.append(_example(index, _text(row), f"{truth:.4g}", f"{old:.4g}", f"{new:.4g}", became))
     return found
+
+
+def _compare_pairs(
+    splits: DataSplits, before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]
+) -> list[dict[str, Any]]:
+    """Compares which of two answers has the higher score, and by how much."""
+
+    def better(scores: Sequence[float]) -> str:
+        margin = scores[0] - scores[1]
+        return f"{'chosen' if margin > 0 else 'rejected'} by {abs(margin):.3g}"
+
+    found = []
+    for old, new, (index, row) in zip(before, after, _rows(splits), strict=False):
+        became = _judge(old[0] > old[1], new[0] > new[1])
+        prompt, chosen, rejected = map(_shorten, _texts_of_pair(row))
+        text = " ⏐ ".join([*([prompt] if prompt else []), f"chosen: {chosen}", f"rejected: {rejected}"])
+        found.append(_example(index, text, "chosen", better(old), better(new), became))
+    return found
+
+
+def _texts_of_pair(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The last message before two answers, and the answers."""
+    if "messages" not in row:
+        return row["prompt"], row["completion"], row["rejected"]
+    chosen, rejected = row["messages"], row["rejected"]
+    shared = next((at for at, two in enumerate(zip(chosen, rejected, strict=False)) if two[0] != two[1]), 0)
+    asked = chosen[shared - 1].get("content") if shared else None
+    better, worse = ("\n".join(str(one.get("content") or "") for one in turns[shared:]) for turns in (chosen, rejected))
+    return str(asked or ""), better, worse
 
 
 def _compare_tags(

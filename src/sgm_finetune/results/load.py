@@ -58,8 +58,9 @@ class StoredResult:
 
     @property
     def label_kind(self) -> LabelKind | None:
-        """What one label is; None without labels. An older file does not say it of a number, which has no names."""
-        is_number = self.config.model.task == "sequence-classification" and not self.labels
+        """What the head predicts; None without a head. A file does not say it of a reward, nor an older one of a
+        number: both have no names."""
+        is_number = self.config.model.task in ("sequence-classification", "reward") and not self.labels
         return self.content.get("label_kind") or ("number" if is_number else None)
 
     @property

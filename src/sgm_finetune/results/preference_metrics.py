@@ -1,9 +1,9 @@
-"""The metrics of preferences: whether a model gives good answers the higher probability, and by how much."""
+"""The metrics of preferences: whether a model gives good answers the higher probability or score, and by how much."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,21 @@ def preference_metrics(scores: Scores, settings: PreferenceConfig, is_base: bool
     if rejected.size:
         metrics["rejected_tokens"] = float(rejected.mean())
     return metrics
+
+
+def reward_metrics(scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Returns the metrics of a reward model from its scores of the chosen and the rejected answer of each example.
+
+    - reward_accuracy: the share of pairs in which the chosen answer has the higher score.
+    - reward_margin: the mean difference of the two scores.
+
+    `intervals` has their 95 % intervals.
+    """
+    found, intervals = _of_pairs(*np.asarray(scores, dtype=float).T)
+    return {
+        **{f"reward_{key}": value for key, value in found.items()},
+        "intervals": {f"reward_{key}": value for key, value in intervals.items()},
+    }
 
 
 def _of_pairs(chosen: np.ndarray, rejected: np.ndarray) -> tuple[dict[str, float], dict[str, list[float]]]:

@@ -9,7 +9,7 @@ from sgm_finetune.results.intervals import interval_of
 from sgm_finetune.results.metric_names import METRICS, Metric
 from sgm_finetune.results.report.formats import finite
 
-_DECIDING = ("preference_accuracy", "entity_f1", "micro_f1", "accuracy", "r2", "perplexity", "loss")
+_DECIDING = ("preference_accuracy", "reward_accuracy", "entity_f1", "micro_f1", "accuracy", "r2", "perplexity", "loss")
 """The first of these metrics that a run has decides.
 
 Entity F1 and micro-F1 come before the accuracy, which most words without an entity, or all classes at once, decide. A

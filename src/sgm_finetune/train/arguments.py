@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from sgm_finetune.base.config import Config, Schedule
+from sgm_finetune.base.config import PAIR_TASKS, Config, Schedule
 from sgm_finetune.base.device import has_gpu
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import divide_batch, num_steps
@@ -87,7 +87,7 @@ def _arguments(config: Config, folder: Path, steps: int, world_size: int, **what
         bf16=False,
         disable_tqdm=True,
         dataloader_pin_memory=has_gpu(),
-        remove_unused_columns=config.model.task != "preference",  # the model does not read all of their columns
+        remove_unused_columns=config.model.task not in PAIR_TASKS,  # the model does not read all of their columns
         ddp_find_unused_parameters=False,
         ddp_backend="gloo" if world_size > 1 and not has_gpu() else None,
         **what,

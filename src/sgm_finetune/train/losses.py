@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import first_line
 from sgm_finetune.data.batches import num_predictions
 from sgm_finetune.data.encoding import IGNORED
+from sgm_finetune.method.preference import bradley_terry
 from sgm_finetune.train.fast.head_loss import HeadLoss
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
@@ -54,7 +55,8 @@ class Losses:
     count: int = 0
     """Examples, predicted tokens or tagged words that the loss was summed over."""
     predictions: dict[int, Any] = field(default_factory=dict)
-    """Index of an example -> its predicted class, vector of 0 and 1, number, or tags of its words."""
+    """Index of an example -> its predicted class, vector of 0 and 1, number, tags of its words, or the scores of its
+    two answers."""
 
     def __add__(self, other: Losses) -> Losses:
         """The sums over both parts."""
@@ -65,12 +67,15 @@ def summed_loss(logits: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, int
     """Returns (sum, count) of a batch's loss; the sum is float32.
 
     The loss is the cross-entropy in nats over examples (one class), predicted tokens or tagged words. Where labels are
-    vectors, it is the binary cross-entropy averaged over classes; where labels are numbers, the squared error.
+    vectors, it is the binary cross-entropy averaged over classes; where labels are numbers, the squared error. Rewards
+    of chosen answers and then of rejected ones have that of each pair (eq. 48).
 
     >>> summed_loss(torch.tensor([[2.0]]), torch.tensor([5.0]), "sequence-classification")
     (tensor(9.), 1)
     """
     logits, count = logits.float(), num_predictions(labels, task)
+    if task == "reward":
+        return bradley_terry(*logits.squeeze(-1).chunk(2)).sum(), count
     if task == "sequence-classification":
         if labels.is_floating_point():
             if labels.dim() == 1:
@@ -82,6 +87,13 @@ def summed_loss(logits: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, int
         logits, labels = logits[:, :-1], labels[:, 1:]
     total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total, count
+
+
+def mean_reward_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The mean loss of the pairs of a batch whose answers `model` scores."""
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    total, count = summed_loss(model(**inputs).logits, batch["labels"], "reward")
+    return total / count
 
 
 def sum_losses(
@@ -191,6 +203,8 @@ def _predictions(logits: Tensor, labels: Tensor, task: Task) -> list[Any]:
             return logits.squeeze(-1).tolist() if labels.dim() == 1 else (logits > 0).long().tolist()
         case "sequence-classification":
             return logits.argmax(-1).tolist()
+        case "reward":
+            return logits.squeeze(-1).view(2, -1).T.tolist()
         case "token-classification":
             rows = zip(logits.argmax(-1), labels != IGNORED, strict=True)
             return [row[tagged].tolist() for row, tagged in rows]

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from sgm_finetune.base.config import Config, PreferenceConfig, Task
+from sgm_finetune.base.config import PAIR_TASKS, Config, PreferenceConfig, Task
 from sgm_finetune.base.errors import NotFiniteError, UserError
 from sgm_finetune.base.files import writing
 from sgm_finetune.base.processes import sum_over_processes
@@ -58,7 +58,7 @@ from sgm_finetune.train.full.apply import CLASSIFICATION_HEADS
 from sgm_finetune.train.full.changed import load_trained_into, save_trained, trained_parameters
 from sgm_finetune.train.full.optimizers import make_optimizers
 from sgm_finetune.train.full.update import BackwardUpdates
-from sgm_finetune.train.losses import Collator, TestSet, sum_losses, summed_loss
+from sgm_finetune.train.losses import Collator, TestSet, mean_reward_loss, sum_losses, summed_loss
 from sgm_finetune.train.preference import PreferenceLoss, score
 from sgm_finetune.train.preference import summed_loss as preference_loss
 
@@ -101,7 +101,7 @@ class SGMTrainer(Trainer):
         self.plan, self.global_batch_size, self.draw = plan, global_batch_size, draw
         self.task: Task | None = task
         self.preference = PreferenceLoss(preference or PreferenceConfig(), head_loss) if task == "preference" else None
-        if task in ("sequence-classification", "preference"):
+        if task in ("sequence-classification", *PAIR_TASKS):
             # one term an example: micro-batches of equal size average, whether the model takes num_items or not
             self.model_accepts_loss_kwargs = False
         elif task in _OWN_LOSS or head_loss is not None:
@@ -141,6 +141,8 @@ class SGMTrainer(Trainer):
         outputs: Any = None
         if self.preference is not None:
             return self.preference.mean(model, inputs)
+        if self.task == "reward":
+            return mean_reward_loss(model, inputs)
         if num_items_in_batch is not None and self.head_loss is not None:
             batch = {key: value for key, value in inputs.items() if key != "labels"}
             total, _ = self.head_loss(model, batch, inputs["labels"])

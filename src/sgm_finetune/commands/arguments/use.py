@@ -104,7 +104,7 @@ def generate_command(
     seed: SamplingSeed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Answer texts with the result in output.dir: a text, a class with its probabilities, or tags.
+    """Answer texts with the result in output.dir: a text, a class with its probabilities, tags, or a score.
 
     Example: sgm generate --prompt "A warm and clever film." output.dir=runs/first --compare
     """

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from sgm_finetune.base.config import HEAD_TASKS
 from sgm_finetune.base.text import listed, printable
 from sgm_finetune.measure.plan_file import parse_plan
 from sgm_finetune.measure.plan_summary import describe_plan
@@ -22,6 +23,7 @@ from sgm_finetune.results.report.usage import head_arguments
 _PIPELINES = {
     "causal-lm": "text-generation",
     "preference": "text-generation",
+    "reward": "text-classification",
     "sequence-classification": "text-classification",
     "token-classification": "token-classification",
 }
@@ -29,6 +31,7 @@ _PIPELINES = {
 _AUTO = {
     "causal-lm": "AutoModelForCausalLM",
     "preference": "AutoModelForCausalLM",
+    "reward": "AutoModelForSequenceClassification",
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
@@ -186,8 +189,8 @@ def _usage(result: Result, to: ExportFormat, files: Mapping[str, str]) -> str:
     auto = _AUTO[result.config.model.task]
     base = base_name(result.config.model.name)
     generates = generates_text(result.config.model.task)
-    is_classifier = result.config.model.task.endswith("classification")
-    head = head_arguments(result.labels, result.head.is_new) if is_classifier else ""
+    has_head = result.config.model.task in HEAD_TASKS
+    head = head_arguments(result.labels, result.head.is_new) if has_head else ""
     match to:
         case "adapter":
             lines = [

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from sgm_finetune.base.config import HEAD_TASKS
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import write_json
 from sgm_finetune.results.answers import generates_text, is_chat_model
@@ -93,7 +94,7 @@ def save_result_tokenizer(result: Result, skeleton: PreTrainedModel, folder: Pat
 def merged_config(result: Result, skeleton: PreTrainedModel) -> dict[str, Any]:
     """Returns the base's config.json with the keys that the task changes."""
     config = {**result.base_config, "architectures": [type(skeleton).__name__]}
-    if result.config.model.task in ("sequence-classification", "token-classification"):
+    if result.config.model.task in HEAD_TASKS:
         task_config = skeleton.config.to_dict()
         names = ("id2label", "label2id", "problem_type", "pad_token_id")
         config |= {name: task_config[name] for name in names if task_config.get(name) is not None}

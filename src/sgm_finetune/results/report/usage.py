@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sgm_finetune.base.config import DECODER_TASKS, Config, Task
+from sgm_finetune.base.config import DECODER_TASKS, HEAD_TASKS, Config, Task
 
 
 class Command(NamedTuple):
@@ -21,10 +21,10 @@ def commands(config: Config, folder: Path) -> list[Command]:
     """Returns shell commands. They name the absolute path of `folder`, so that they work from anywhere."""
     absolute = os.path.abspath(folder)
     here = shlex.quote(f"output.dir={absolute}")
-    found = [
-        Command("Evaluate it again on the test data", f"sgm evaluate {here}"),
-        Command("Ask it a question, before and after fine-tuning", f'sgm generate --prompt "..." --compare {here}'),
-    ]
+    use = Command("Ask it a question, before and after fine-tuning", f'sgm generate --prompt "..." --compare {here}')
+    if config.model.task == "reward":
+        use = Command("Score the answers in a file (prompt, completion)", f"sgm generate --input answers.jsonl {here}")
+    found = [Command("Evaluate it again on the test data", f"sgm evaluate {here}"), use]
     if config.model.task in DECODER_TASKS:
         found += [
             Command("Chat with it", f"sgm chat {here}"),
@@ -44,6 +44,7 @@ _NAMED_CLASSES = 30
 _AUTO_CLASSES: dict[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
     "preference": "AutoModelForCausalLM",
+    "reward": "AutoModelForSequenceClassification",
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
@@ -76,7 +77,7 @@ def python_snippet(config: Config, metrics: Mapping[str, Any], folder: Path) -> 
         ])  # fmt: skip
     adapter = json.dumps(os.path.join(os.path.abspath(folder), "adapter"), ensure_ascii=False)
     auto, arguments = _AUTO_CLASSES[model.task], ""
-    if model.task in ("sequence-classification", "token-classification"):
+    if model.task in HEAD_TASKS:
         arguments = head_arguments(metrics["labels"], metrics.get("head_is_new", False))
         arguments += ", pad_token_id=tokenizer.pad_token_id"
     if model.revision is not None:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from sgm_finetune.base.config import Config
+from sgm_finetune.base.config import HEAD_TASKS, PAIR_TASKS, Config
 from sgm_finetune.base.device import has_gpu
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.memory import held_memory, release_memory
@@ -132,7 +132,7 @@ class _Estimator:
         self.num_processes = processes().num_processes
         self.follower = Follower(config, prepared, model)
         largest = max(self.follower.micro_batch_size, config.training.eval_batch_size)
-        rows = 2 if config.model.task == "preference" else 1
+        rows = 2 if config.model.task in PAIR_TASKS else 1
         num_tokens = rows * largest * max(map(max, self.follower.lengths.values()))
         in_parts = self.follower.head_loss is not None
         self.weights = count_weights(config, prepared, model, self.matrices, num_tokens, in_parts)
@@ -227,7 +227,7 @@ class _Estimator:
 
     def _new_modules(self) -> tuple[str, ...]:
         """The classification head, which is new."""
-        if self.config.model.task not in ("sequence-classification", "token-classification"):
+        if self.config.model.task not in HEAD_TASKS:
             return ()
         return tuple(name for name, _ in self.model.named_children() if name in CLASSIFICATION_HEADS)
 
