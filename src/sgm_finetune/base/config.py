@@ -286,7 +286,7 @@ class DataConfig(_Section):
     validation: PathText | None = None
     """Validation file (null: `validation_fraction` of the training data)."""
     test: PathText | None = None
-    """Test file (null: `test_fraction` of the training data)."""
+    """Test file (null: the test data of `name`, or `test_fraction` of the training data)."""
     file_type: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "text", "conll"] = "auto"
     """Type of the files. auto: inferred from the file name extension."""
     format: Literal["auto", "text", "completion", "chat", "sharegpt", "alpaca"] = "auto"
@@ -326,9 +326,10 @@ class DataConfig(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         _refuse_both("data", self)
-        for split in ("validation", "test"):
-            if self.name is not None and getattr(self, split) is not None:
-                raise ValueError(f"data.{split} needs data.train; it cannot be used with data.name")
+        if self.name is not None and self.validation is not None:
+            raise ValueError("data.validation needs data.train; it cannot be used with data.name")
+        if self.name is not None and self.test is not None and self.streaming:
+            raise ValueError("data.test needs data.train where data.streaming=true; leave one of them out")
         counts = {f"data.num_{split}": getattr(self, f"num_{split}") for split in ("train", "validation", "test")}
         if self.streaming and (uncounted := [key for key, count in counts.items() if count is None]):
             raise ValueError(f"data.streaming=true needs {' and '.join(uncounted)}; give the number of rows to read")

@@ -14,7 +14,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import by_length
 from sgm_finetune.data.encoding import IGNORED
 from sgm_finetune.data.questions import has_answers, questions
-from sgm_finetune.results.bootstrap import class_intervals, number_intervals, set_intervals, tag_intervals
+from sgm_finetune.results.bootstrap import Sums, class_sums, number_sums, set_sums, tag_sums
 from sgm_finetune.results.generation import answer_metrics, generate_answers
 from sgm_finetune.results.metrics import (
     classification_metrics,
@@ -101,19 +101,38 @@ def evaluate_answers(
 
 
 def _task_metrics(test_set: TestSet, predictions: list[Any], losses: Losses) -> dict[str, Any]:
-    truth = list(test_set.encoded["labels"])
-    match test_set.task:
-        case "causal-lm" | "seq2seq-lm":
-            mean = losses.total / losses.count
-            return {"perplexity": math.exp(min(mean, 700.0)), "num_tokens": losses.count}
-        case "token-classification":
-            tags = [[tag for tag in row if tag != IGNORED] for row in truth]
-            numbers = tagging_metrics(tags, predictions, test_set.labels)
-            return {**numbers, "intervals": tag_intervals(tags, predictions, test_set.labels)}
+    if test_set.task in ("causal-lm", "seq2seq-lm"):
+        mean = losses.total / losses.count
+        return {"perplexity": math.exp(min(mean, 700.0)), "num_tokens": losses.count}
+    truth, num_labels = true_labels(test_set), len(test_set.labels)
     match truth[0]:
+        case list() if test_set.task == "token-classification":
+            numbers = tagging_metrics(truth, predictions, test_set.labels)
         case int():
-            numbers = classification_metrics(truth, predictions, len(test_set.labels))
-            return {**numbers, "intervals": class_intervals(truth, predictions, len(test_set.labels))}
+            numbers = classification_metrics(truth, predictions, num_labels)
         case float():
-            return {**regression_metrics(truth, predictions), "intervals": number_intervals(truth, predictions)}
-    return {**multilabel_metrics(truth, predictions), "intervals": set_intervals(truth, predictions)}
+            numbers = regression_metrics(truth, predictions)
+        case _:
+            numbers = multilabel_metrics(truth, predictions)
+    return {**numbers, "intervals": prediction_sums(test_set, predictions).intervals()}
+
+
+def true_labels(test_set: TestSet) -> list[Any]:
+    """The true class, vector of 0 and 1, number, or tags of words of each example."""
+    truth = list(test_set.encoded["labels"])
+    if test_set.task == "token-classification":
+        return [[tag for tag in row if tag != IGNORED] for row in truth]
+    return truth
+
+
+def prediction_sums(test_set: TestSet, predictions: list[Any]) -> Sums:
+    """The metrics of predictions as functions of sums over examples."""
+    truth = true_labels(test_set)
+    match truth[0]:
+        case list() if test_set.task == "token-classification":
+            return tag_sums(truth, predictions, test_set.labels)
+        case int():
+            return class_sums(truth, predictions, len(test_set.labels))
+        case float():
+            return number_sums(truth, predictions)
+    return set_sums(truth, predictions)
