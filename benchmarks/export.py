@@ -1,6 +1,7 @@
 """Measures each export: the difference of its logits, its size, its seconds and its memory.
 
     python benchmarks/export.py                # a short run of SmolLM2-135M in 4 bits, exported every way
+    python benchmarks/export.py --base         # film reviews: into which weights it is merged, and what each type loses
     python benchmarks/export.py --large 8      # memory to merge 8 layers of an 8B model's size
 
 Each row comes from a separate process and is a line of benchmarks/results/export.jsonl.
@@ -25,6 +26,7 @@ EXPORTS = (
     ("adapter", None),
     ("merged", None),
     *(("gguf", kind) for kind in ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")),
+    ("gguf-adapter", None),
 )
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "llama-cpp-python")
 SGM = [sys.executable, "-c", "import sys; from sgm_finetune.commands.cli import main; main(sys.argv[1:])"]
@@ -47,9 +49,23 @@ def train_small_run(folder: Path) -> list[str]:
     return where
 
 
-def export_row(where: list[str], to: str, kind: str | None) -> dict[str, Any]:
+def train_on_reviews(folder: Path) -> list[str]:
+    """Trains 24 steps of 4 x 64 tokens of film reviews; returns the arguments for `sgm export`."""
+    (folder / "empty.yaml").write_text("")
+    where = ["--config", str(folder / "empty.yaml"), f"output.dir={folder / 'out'}"]
+    overrides = [
+        "model.name=smollm2-135m-instruct", "model.task=causal-lm", "model.quantization=nf4",
+        "data.name=rotten-tomatoes", "data.max_length=64", "data.num_validation=160", "data.num_test=16",
+        "data.num_train=2000", "probe.num_batches=2", "probe.batch_size=4", "training.max_steps=24",
+        "training.batch_size=4", "training.eval_steps=24", "evaluation.num_generated=0",
+    ]  # fmt: skip
+    subprocess.run([*SGM, "finetune", *where, *overrides], check=True)
+    return where
+
+
+def export_row(where: list[str], to: str, kind: str | None, *more: str) -> dict[str, Any]:
     folder = Path(where[1]).parent / f"{to}-{kind}"
-    options = ["--to", to, "--output", str(folder), *(["--gguf-type", kind] if kind else [])]
+    options = ["--to", to, "--output", str(folder), *(["--gguf-type", kind] if kind else []), *more]
     done = subprocess.run([*SGM, "export", "--json", *options, *where], check=True, capture_output=True, text=True)
     report = json.loads(done.stdout)
     del report["folder"]
@@ -156,6 +172,13 @@ def main(arguments: list[str]) -> None:
                     ["--write", folder, "gguf"],
                 ):
                     subprocess.run([sys.executable, __file__, *steps], check=True)
+        case ["--base"]:
+            with tempfile.TemporaryDirectory() as folder:
+                where = train_on_reviews(Path(folder))
+                record(export_row(where, "merged", None))
+                record(export_row(where, "gguf-adapter", None))
+                for kind in ("q8_0", "q6_k", "q5_k_m", "q4_k_m"):
+                    record(export_row(where, "gguf", kind, "--base", "original"))
         case []:
             with tempfile.TemporaryDirectory() as folder:
                 where = train_small_run(Path(folder))

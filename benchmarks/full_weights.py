@@ -42,6 +42,10 @@ SHORT = {
         overrides=("data.max_length=32", "data.validation_fraction=0.2"),
     ),
     "short-sentiment": replace(TASKS["sentiment"], name="short-sentiment", num_steps=120, batch_size=16),
+    "short-stories": replace(
+        TASKS["stories"], name="short-stories", num_steps=30,
+        overrides=(*TASKS["stories"].overrides, "model.dtype=float32"),
+    ),
 }  # fmt: skip
 MOST_TRIES = 7
 
@@ -74,6 +78,8 @@ class Runs:
         losses, seconds = train(adapted, optimizers, base, SHORT[task])
         part = "validation" if seed == TUNING_SEED else "test"
         measured = evaluate(adapted.model, getattr(base.prepared, part).dataset, base.prepared)
+        if adapted.model is not base.model:  # adapters stay in it
+            self.base = None
         return {
             "task": task, "method": method.name, "rate": rate, "seed": seed, "rank": adapted.rank,
             "steps": len(losses), "batch_size": SHORT[task].batch_size,

@@ -7,14 +7,23 @@ are compared at equal bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from merged_adam import BasisGroup, MergedAdam
 from merged_state import GroupShape, missed, state_bytes, turned
 from quality_adapt import Adapted, Base, Method, Rates, head_parameters
-from quality_methods import layers_by_kind, scan_and_probe
+from quality_methods import (
+    METHODS,
+    at_random,
+    highest_snr,
+    layers_by_kind,
+    nearest_to_the_output,
+    scan_and_probe,
+    some_layers,
+)
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
@@ -29,19 +38,28 @@ Members = list[tuple[list[str], Side]]
 MakeOptimizer = Callable[[list[nn.Parameter], float], torch.optim.Optimizer]
 
 
-def whole_matrices(base: Base) -> dict[str, nn.Parameter]:
-    """Makes the matrices inside the blocks trainable, and nothing else but a new head; their names and weights."""
-    heads = {id(p) for p in head_parameters(base.model)}
-    found = {name: matrix.module.weight for name, matrix in adaptable(base.model).items()}
+Choose = Callable[[Base], Collection[str]]
+
+
+def all_matrices(base: Base) -> Collection[str]:
+    return adaptable(base.model)
+
+
+def whole_matrices(base: Base, choose: Choose = all_matrices) -> dict[str, nn.Parameter]:
+    """Makes the chosen matrices trainable, and nothing else but a new head; their names and weights."""
+    heads, chosen = {id(p) for p in head_parameters(base.model)}, choose(base)
+    found = {name: matrix.module.weight for name, matrix in adaptable(base.model).items() if name in chosen}
     wanted = heads | {id(weight) for weight in found.values()}
     for parameter in base.model.parameters():
         parameter.requires_grad_(id(parameter) in wanted)
     return found  # type: ignore[return-value]
 
 
-def full(name: str, rates: Rates, optimizer: MakeOptimizer, rank: int | None = None) -> Method:
+def full(
+    name: str, rates: Rates, optimizer: MakeOptimizer, rank: int | None = None, choose: Choose = all_matrices
+) -> Method:
     def adapt(base: Base) -> Adapted:
-        weights = list(whole_matrices(base).values())
+        weights = list(whole_matrices(base, choose).values())
         return Adapted(base.model, lambda rate: [optimizer(weights, rate)], rank)
 
     return Method(name, rates, adapt)
@@ -196,10 +214,24 @@ def of_size(rank: int) -> list[Method]:
     ]  # fmt: skip
 
 
+def selected(fraction: float) -> list[Method]:
+    """AdamW on a fraction of the layers of each kind, chosen as published, as it is right, and by placebos."""
+    ways: dict[str, Choose] = {
+        "SNR": some_layers(highest_snr, fraction),
+        "published SNR": some_layers(highest_snr, fraction, "snr.estimator=spectrum"),
+        "random": some_layers(at_random, fraction),
+        "depth": some_layers(nearest_to_the_output, fraction),
+    }
+    return [full(f"AdamW, {fraction:.0%} by {way}", AS_ADAMW, adamw, choose=choose) for way, choose in ways.items()]
+
+
 FULL = {
     method.name: method
     for method in (
         full("AdamW", AS_ADAMW, adamw),
+        *selected(0.5),
+        *selected(0.25),
+        *(replace(METHODS[name], name=f"adapter: {name}") for name in ("LoRA", "LoRA, our step", "pool")),
         full("Adafactor", AS_ADAMW, adafactor),
         *of_size(32),
         *of_size(8),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Callable, Iterable
@@ -337,8 +338,8 @@ def changed(method: Method, change: Callable[[Adapted], None]) -> Method:
 Order = Callable[[list[PlannedMatrix], int], list[PlannedMatrix]]
 
 
-def half_of_the_layers(order: Order, *overrides: str) -> Callable[[Base], list[str]]:
-    """Chooses half of the layers of every kind: those that `order(matrices of the kind, seed)` puts first."""
+def some_layers(order: Order, fraction: float, *overrides: str) -> Callable[[Base], list[str]]:
+    """Chooses a fraction of the layers of every kind: those that `order(matrices of the kind, seed)` puts first."""
 
     def choose(base: Base) -> list[str]:
         config = base.with_overrides("merge.side=none", *overrides)
@@ -346,7 +347,7 @@ def half_of_the_layers(order: Order, *overrides: str) -> Callable[[Base], list[s
         chosen = set()
         for kind in dict.fromkeys(matrix.kind for matrix in plan.matrices):
             ordered = order([matrix for matrix in plan.matrices if matrix.kind == kind], base.seed)
-            chosen.update(matrix.name for matrix in ordered[: len(ordered) // 2])
+            chosen.update(matrix.name for matrix in ordered[: math.ceil(fraction * len(ordered))])
         return [matrix.name for matrix in plan.matrices if matrix.name in chosen]
 
     return choose
@@ -409,12 +410,12 @@ METHODS = {
         *pool_method("pool, random codes", codes=random_codes),
         *pool_method("pool, equal codes", codes=equal_codes),
         *pool_method("pool, random start", change=random_start),
-        peft_method("LoRA, highest SNR", ADAMW, lora, choose=half_of_the_layers(highest_snr)),
-        peft_method("LoRA, upper half", ADAMW, lora, choose=half_of_the_layers(nearest_to_the_output)),
-        peft_method("LoRA, random half", ADAMW, lora, choose=half_of_the_layers(at_random)),
-        peft_method("LoRA, lowest SNR", ADAMW, lora, choose=half_of_the_layers(lowest_snr)),
+        peft_method("LoRA, highest SNR", ADAMW, lora, choose=some_layers(highest_snr, 0.5)),
+        peft_method("LoRA, upper half", ADAMW, lora, choose=some_layers(nearest_to_the_output, 0.5)),
+        peft_method("LoRA, random half", ADAMW, lora, choose=some_layers(at_random, 0.5)),
+        peft_method("LoRA, lowest SNR", ADAMW, lora, choose=some_layers(lowest_snr, 0.5)),
         peft_method(
-            "LoRA, published SNR", ADAMW, lora, choose=half_of_the_layers(highest_snr, "snr.estimator=spectrum")
+            "LoRA, published SNR", ADAMW, lora, choose=some_layers(highest_snr, 0.5, "snr.estimator=spectrum")
         ),
         *map(at_threshold, THRESHOLDS),
     )

@@ -20,8 +20,8 @@ from rich.console import Console
 
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
-from sgm_finetune.commands import page_server
-from sgm_finetune.commands import serve as serving
+from sgm_finetune.commands import page as serving
+from sgm_finetune.commands.server import guarded, refuse_strangers, run_server
 from sgm_finetune.results.load import load_trained, read_result
 
 
@@ -83,7 +83,8 @@ def main(classifier: str, talker: str) -> None:
     page = page_of(classifier, "<h1>Of & about</h1>")
     port = free_port()
     application = serving.mount(page, port)
-    threading.Thread(target=page_server.run_server, args=(application, port), daemon=True).start()
+    application = guarded(application, refuse_strangers)
+    threading.Thread(target=run_server, args=(application, port), daemon=True).start()
     served = asked(port)[1]
     statuses = {name: asked(port, **given)[0] for name, given in ASKED.items()}
     with ThreadPoolExecutor(4) as asking:

@@ -27,7 +27,7 @@ from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
-from sgm_finetune.commands import serve as serving
+from sgm_finetune.commands import page as serving
 from sgm_finetune.commands.chat import COMMANDS, chat
 from sgm_finetune.commands.cli import main
 from sgm_finetune.commands.finetune import finetune
@@ -252,6 +252,7 @@ def test_a_question_that_is_too_long_leaves_the_chat_as_it_was(talker, monkeypat
             ["chat"],
             "sgm chat is for causal-lm, and this run's model.task is sequence-classification; take sgm generate",
         ),
+        (["serve"], "this run's model.task is sequence-classification; take sgm generate or sgm report --serve"),
         (["generate", "--input", "none.csv"], "--input"),
     ],
 )
@@ -342,6 +343,34 @@ def test_ctrl_c_ends_the_page_while_the_model_answers(talker):
     assert running.communicate()[1].splitlines()[-1:] == ["Interrupted"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason=install_line("serve"))
+def test_ctrl_c_ends_the_server_while_the_model_answers(talker):
+    with socket.socket() as free:
+        free.bind((serving.HOST, 0))
+        port = free.getsockname()[1]
+    arguments = [sys.executable, "-m", "sgm_finetune", "serve", *talker, "--port", str(port)]
+    running = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    assert running.stdout is not None
+    body = {"model": "before", "prompt": "the", "max_tokens": 500, "temperature": 2, "stream": True}
+    asked = urllib.request.Request(f"http://{serving.HOST}:{port}/v1/completions", json.dumps(body).encode())
+    try:
+        assert any(line.startswith("open") for line in running.stdout)
+        stream = None
+        while stream is None:
+            with suppress(urllib.error.URLError):
+                stream = urllib.request.urlopen(asked)
+        with stream:
+            assert stream.readline().startswith(b"data: ")
+            running.send_signal(signal.SIGINT)
+            sent = time.monotonic()
+            assert running.wait(timeout=60) == 130
+            assert time.monotonic() - sent < 30
+    finally:
+        running.kill()
+    assert running.communicate()[1].splitlines()[-1:] == ["Interrupted"]
+
+
 def test_a_port_that_is_taken_and_a_missing_package_are_found_first(reviewer, monkeypatch):
     config = load_config(None, reviewer)
     find_spec = importlib.util.find_spec
@@ -351,10 +380,10 @@ def test_a_port_that_is_taken_and_a_missing_package_are_found_first(reviewer, mo
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port} cannot be used"):
-            serving.serve(config, [], quiet(), port)
+            serving.serve_page(config, [], quiet(), port)
         with pytest.raises(SystemExit) as caught:
             main(["report", config.output.dir, "--serve", "--port", str(port)])
         assert caught.value.code == 2
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=re.escape(f"--serve needs Gradio; {install_line('browser')}")):
-        serving.serve(config, [], quiet())
+        serving.serve_page(config, [], quiet())

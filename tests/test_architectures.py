@@ -75,10 +75,10 @@ CASES = [
     ("t5", "sequence-classification"),
 ]
 ALIKE = {  # built as one that stays: tried with the slow tests
-    "mistral", "olmo2", "qwen2", "gemma2", "qwen2_moe", "qwen3_moe", "gpt_neox", "phi", "roberta", "electra",
-    "distilbert", "deberta", "albert", ("mixtral", "sequence-classification"), ("gpt2", "sequence-classification"),
-    ("bart", "sequence-classification"), ("t5", "sequence-classification"), ("bert", "token-classification"),
-    ("llama", "token-classification"), ("bart", "seq2seq-lm"),
+    "mistral", "olmo2", "qwen2", "qwen3", "gemma2", "qwen2_moe", "qwen3_moe", "gpt_neox", "phi", "phi3", "roberta",
+    "electra", "distilbert", "deberta", "deberta_v2", "albert", ("mixtral", "sequence-classification"),
+    ("gpt2", "sequence-classification"), ("bart", "sequence-classification"), ("t5", "sequence-classification"),
+    ("bert", "token-classification"), ("llama", "token-classification"), ("bart", "seq2seq-lm"),
 }  # fmt: skip
 MARKED = [pytest.param(*case, marks=[pytest.mark.slow] * bool({case, case[0]} & ALIKE)) for case in CASES]
 

@@ -535,6 +535,14 @@ EXPORT: list[Row] = [
     ("an unknown format", lambda p: ["--to", "onnx"], ["'onnx'", "'gguf'"]),
     ("a type of another format", lambda p: ["--to", "merged", "--gguf-type", "f16"], ["--gguf-type f16", "--to gguf"]),
     ("an unknown type", lambda p: ["--to", "gguf", "--gguf-type", "q4"], ["'q4'", "'q8_0'"]),
+    ("a type of whole models", lambda p: ["--to", "gguf-adapter", "--gguf-type", "q8_0"], ["q8_0", "--gguf-type f16"]),
+    ("weights for an adapter", lambda p: ["--to", "adapter", "--base", "original"], ["--base original", "--to merged"]),
+    (
+        "trained weights of a plain base",
+        lambda p: with_result(p, "merged", "--base", "trained"),
+        ["model.quantization=none", "--base"],
+    ),
+    ("data that are not there", lambda p: with_result(p, "merged", "data.train=none.csv"), ["none.csv"]),
     ("a classifier for llama.cpp", lambda p: with_result(p, "gguf"), ["model.task=causal-lm", "--to merged"]),
     ("an unknown key", lambda p: with_result(p, "merged", "output.overwite=true"), ["`output.overwite`", "overwrite"]),
     (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import save_pico
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
@@ -71,6 +72,7 @@ def test_weights_adapters_and_optimizer_are_what_the_run_holds(described) -> Non
     assert needed.micro_batch_size == 16
 
 
+@pytest.mark.slow
 def test_what_costs_memory_is_predicted_to(described) -> None:
     least = predicted(described)
     assert predicted(described, "training.batch_size=32").activation_bytes > 1.8 * least.activation_bytes
@@ -258,6 +260,17 @@ def test_a_budget_moves_the_base_to_the_hosts_memory_where_there_is_a_gpu(descri
     resident = estimate(config, prepared)
     fitted = fit(config, prepared, resident.weights_bytes - 1)
     assert {"model.residence=host (was null)", "training.checkpointing=true (was false)"} <= set(fitted.given_up)
+
+
+def test_a_budget_asks_no_checkpointing_of_a_model_that_has_none(described, as_with_a_gpu, tmp_path):
+    """The host's memory would need it."""
+    folder = save_pico("albert", tmp_path / "albert")
+    config, prepared = made(described, f"model.name={folder}", "training.batch_size=1", "merge.side=none")
+    resident = estimate(config, prepared)
+    with pytest.raises(UserError, match="is not enough: weights, libraries and data take"):
+        fit(config, prepared, resident.weights_bytes - 1)
+    with pytest.raises(UserError, match="with every other setting at its smallest"):
+        fit(config, prepared, resident.weights_bytes + resident.process_bytes)
 
 
 def test_a_budget_that_is_not_enough_is_refused_with_a_remedy(described, monkeypatch) -> None:

@@ -13,14 +13,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from architectures import DECODERS, ENCODER_DECODERS, save_pico
 from conftest import WORDS, make_model, make_tokenizer
+from datasets import Dataset
 from made_up_runs import plain_plan
 from markdown_it import MarkdownIt
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers.pytorch_utils import Conv1D
 
 from sgm_finetune.base.config import LabelKind, Task
 from sgm_finetune.base.config_file import load_config, parse_config
@@ -28,22 +31,27 @@ from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
 from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands import validation_data as validation_room
 from sgm_finetune.commands.cli import run
 from sgm_finetune.commands.export import ExportRequest, export_result
 from sgm_finetune.measure.make_plan import make_plan
 from sgm_finetune.measure.plan_file import plan_document
 from sgm_finetune.measure.scan import scan
 from sgm_finetune.model.architecture import auto_class
+from sgm_finetune.model.as_trained import quantised_layers, round_as_trained
 from sgm_finetune.model.load import Head, load_model
-from sgm_finetune.results.export import check, merge
+from sgm_finetune.results.evaluation import evaluate_model
+from sgm_finetune.results.export import check, merge, validation
 from sgm_finetune.results.export.card import model_card
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, find_format, modelfile
 from sgm_finetune.results.export.cut import cut_result
-from sgm_finetune.results.export.gguf_file import rope_order
+from sgm_finetune.results.export.gguf_adapter import gguf_factors
+from sgm_finetune.results.export.gguf_file import check_exportable, reordering, rope_order, tensor_names, write_gguf
 from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
 from sgm_finetune.results.export.merge import layer_factors, linear_update, merged_tensors, stack_update
 from sgm_finetune.results.export.shards import write_shards
 from sgm_finetune.results.export.target import check_packages
+from sgm_finetune.results.export.validation import choose_examples, most_tokens, paired_difference
 from sgm_finetune.results.load import (
     Result,
     attach_adapter,
@@ -51,8 +59,9 @@ from sgm_finetune.results.load import (
     base_skeleton,
     load_unquantised,
     read_result,
+    unquantised,
 )
-from sgm_finetune.results.pth import save_pth
+from sgm_finetune.results.pth import lora_config, save_pth
 from sgm_finetune.results.stops import Stops
 from sgm_finetune.train.adapters.apply import apply_plan, num_experts
 from sgm_finetune.train.adapters.pool import plain_factors
@@ -98,7 +107,7 @@ def task_of(name: str) -> Task:
 def train(model: Path, task: Task, source: Path, output: Path, *more: str) -> list[str]:
     """Writes a result as a run does, with random factors. Returns the override that names it."""
     settings = [f"model.name={model}", f"model.task={task}", f"data.train={source}", "data.max_length=32"]
-    settings += ["merge.side=none", "adapter.rank=4", f"output.dir={output}", *more]
+    settings += ["merge.side=none", "adapter.rank=4", "data.num_validation=4", f"output.dir={output}", *more]
     config = load_config(None, settings)
     labels = ("bad", "good") if task == "sequence-classification" else ()
     kind: LabelKind | None = "class" if labels else None
@@ -148,12 +157,19 @@ def llama(tmp_path_factory, data, llama_folder) -> list[str]:
 # merging
 
 
-def test_a_merged_model_is_that_of_peft(finished, tmp_path):
+@pytest.fixture(scope="module")
+def merged(finished, tmp_path_factory) -> tuple[Path, dict, str]:
+    """A merged model's folder, what was measured, and what the command said."""
+    folder, words = tmp_path_factory.mktemp("merged") / "m", Console(file=StringIO(), width=300)
+    report = export_result(load_config(None, finished), finished, ExportRequest("merged", folder), words)
+    return folder, report, words.file.getvalue()
+
+
+def test_a_merged_model_is_that_of_peft(finished, merged):
     result = read(finished)
     tensors, _ = merged_tensors(result)
     expected = oracle(result)
-    exported(finished, "merged", output=tmp_path / "m")
-    loaded = auto_class(result.config.model.task).from_pretrained(tmp_path / "m").state_dict()
+    loaded = auto_class(result.config.model.task).from_pretrained(merged[0]).state_dict()
     assert loaded.keys() == expected.keys()
     for name, tensor in loaded.items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=ROUNDING[torch.float32], atol=SUM)
@@ -196,7 +212,7 @@ def test_a_cut_adapter_holds_the_largest_directions_of_every_layer_and_expert(fi
 
 
 def test_a_cut_adapter_says_what_it_costs_and_loads_with_whole_numbers(finished, tmp_path):
-    where = [*finished, "data.num_validation=4"]
+    where = finished
     words = Console(file=StringIO(), width=300)
     request = ExportRequest("adapter", tmp_path / "a", rank=2)
     report = export_result(load_config(None, where), where, request, words)
@@ -225,7 +241,7 @@ def test_at_its_own_rank_a_cut_changes_no_logit_and_no_loss(llama, tmp_path):
 def test_no_adapter_is_cut_to_a_larger_rank_or_for_another_format(llama, tmp_path):
     with pytest.raises(UserError, match=r"--rank 5 is more than the rank 4 of this adapter; give --rank 4 or less"):
         exported(llama, "adapter", output=tmp_path / "a", rank=5)
-    with pytest.raises(UserError, match=r"--rank 2 goes with --to adapter, not with --to merged"):
+    with pytest.raises(UserError, match=r"--rank 2 goes with --to adapter or --to gguf-adapter, not with --to merged"):
         run(["export", "--to", "merged", "--rank", "2", *llama])
     with pytest.raises(UserError, match="'--rank'"):
         run(["export", "--to", "adapter", "--rank", "0", *llama])
@@ -274,16 +290,164 @@ def test_a_sharded_base_is_merged_in_its_type_and_rounded_once(dtype, data, tmp_
     assert report["stored_in"] == str(dtype).removeprefix("torch.")
 
 
-def test_what_was_trained_on_four_bits_is_merged_into_the_files(data, llama_folder, tmp_path):
-    where = train(llama_folder, "causal-lm", data["causal-lm"], tmp_path / "out", "model.quantization=nf4")
-    exported(where, "merged")
-    written = load_file(tmp_path / "out/export/merged/model.safetensors")
-    base, expected = load_file(llama_folder / "model.safetensors"), oracle(read(where))
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory, data, llama_folder) -> list[str]:
+    folder = tmp_path_factory.mktemp("four_bits")
+    return train(llama_folder, "causal-lm", data["causal-lm"], folder / "out", "model.quantization=nf4")
+
+
+@pytest.mark.parametrize("base", ["original", "trained"])
+def test_what_was_trained_on_four_bits_is_merged_into_the_weights_asked_for(base, four_bits, llama_folder, tmp_path):
+    report = exported(four_bits, "merged", output=tmp_path / "m", base=base)
+    assert report["base"] == {"weights": base, "validation_loss": None}
+    written = load_file(tmp_path / "m/model.safetensors")
+    stored = load_file(llama_folder / "model.safetensors")
+    expected = oracle(dataclasses.replace(read(four_bits), base_weights=base))
     for name, tensor in written.items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=ROUNDING[torch.float32], atol=SUM)
-    unchanged = [name for name in base if torch.equal(base[name], written[name])]
+    unchanged = [name for name in stored if torch.equal(stored[name], written[name])]
     assert "model.embed_tokens.weight" in unchanged
     assert not any("q_proj" in name for name in unchanged)
+
+
+@pytest.mark.parametrize("quantisation", ["nf4", "int8"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_trained_weights_are_those_that_the_quantised_base_computes_with(name, quantisation, tmp_path):
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    folder = save_pico(name, tmp_path / "model")
+    where = [f"model.name={folder}", "model.task=causal-lm", f"model.quantization={quantisation}", "data.name=none"]
+    config = load_config(None, where).model
+    quantised, plain = (load_model(c, folder)[0] for c in (config, unquantised(config, "float32")))
+    round_as_trained(plain, config)
+    packed = {name: m for name, m in quantised.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
+    assert len(packed) >= 8
+    assert packed.keys() == quantised_layers(plain).keys()
+    for name, layer in packed.items():
+        weight, found = dequantize_bnb_weight(layer.weight, getattr(layer, "state", None)), plain.get_submodule(name)
+        assert torch.equal(weight.float(), found.weight.T if isinstance(found, Conv1D) else found.weight)
+
+
+def test_without_a_choice_the_weights_that_predict_better_are_taken(four_bits, tmp_path):
+    words = Console(file=StringIO(), width=300)
+    report = export_result(load_config(None, four_bits), four_bits, ExportRequest("merged", tmp_path / "m"), words)
+    losses = report["base"]["validation_loss"]
+    assert losses["trained"] != losses["original"]
+    assert report["base"]["weights"] == min(losses, key=losses.__getitem__)
+    assert report["validation"]["loss_trained"] == min(losses.values())
+    assert all(f"{loss:.4f}" in words.file.getvalue() for loss in losses.values())
+
+
+def test_without_data_the_original_weights_are_taken_and_that_is_said(four_bits, tmp_path, monkeypatch):
+    words = Console(file=StringIO(), width=300)
+    monkeypatch.setattr(validation_room, "prepare_trained", gone)
+    report = export_result(load_config(None, four_bits), four_bits, ExportRequest("merged", tmp_path / "m"), words)
+    assert report["base"] == {"weights": "original", "validation_loss": None}
+    assert report["validation"] is None
+    assert "the original weights are taken, since" in words.file.getvalue()
+
+
+def gone(stored, log):
+    raise UserError("No data file x.csv")
+
+
+def test_a_base_of_its_own_type_has_no_other_weights(llama, tmp_path):
+    with pytest.raises(UserError, match=r"--base trained is for a base that was quantised .*model.quantization=none"):
+        exported(llama, "merged", output=tmp_path / "m", base="trained")
+    with pytest.raises(UserError, match=r"--base trained goes with --to merged or --to gguf, not with --to adapter"):
+        exported(llama, "adapter", output=tmp_path / "m", base="trained")
+
+
+# the loss on validation data
+
+
+def test_an_export_is_scored_beside_what_was_trained(finished, merged):
+    folder, report, said = merged
+    found = report["validation"]
+    assert found["loss"] == pytest.approx(found["loss_trained"], rel=1e-5)
+    assert found["num_examples"] == found["num_available"] > 1
+    assert f"loss {found['loss']:.4f}, as trained {found['loss_trained']:.4f} (" in said
+    result = read(finished)
+    assert (found["accuracy"] is not None) == (result.config.model.task == "sequence-classification")
+    data = validation_room.validation_data(result, (), 1, StepLog(quiet()))
+    model = auto_class(result.config.model.task).from_pretrained(folder)
+    metrics = evaluate_model(model, data.examples).metrics
+    assert found["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+    assert found["accuracy"] == metrics.get("accuracy")
+
+
+def test_an_export_whose_loss_is_worse_is_not_kept(llama, tmp_path, monkeypatch):
+    """Also where the logits of a few texts show nothing."""
+    score, scored = check.score, []
+
+    def worse(*arguments):
+        scored.append(score(*arguments))
+        losses = scored[-1].losses + 0.02 * scored[-1].counts * (len(scored) - 1)
+        return dataclasses.replace(scored[-1], losses=losses)
+
+    monkeypatch.setattr(check, "score", worse)
+    with pytest.raises(UserError, match=r"predicts worse than what was trained: its loss on 8 of 8 validation examples "
+                       r"is [\d.]+ instead of [\d.]+, worse by 0\.0200 ± .*; nothing was kept\. Try"):  # fmt: skip
+        exported(llama, "merged", output=tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_whose_data_are_gone_is_exported_unscored(llama, tmp_path, monkeypatch):
+    words = Console(file=StringIO(), width=300)
+    monkeypatch.setattr(validation_room, "prepare_trained", gone)
+    report = export_result(load_config(None, llama), llama, ExportRequest("adapter", tmp_path / "a", rank=2), words)
+    assert report["validation"] is None
+    assert report["cut"]["validation_loss"] is report["cut"]["validation_loss_before"] is None
+    said = words.file.getvalue()
+    assert "not scored, since the run's validation data cannot be read: No data file x.csv" in said
+    assert re.search(r"rank 2 of 4 keeps [\d.]+% of the update's squared norm", said)
+    assert "rank 2." in (tmp_path / "a/README.md").read_text()
+
+
+def test_data_that_the_command_names_must_be_there(llama, tmp_path):
+    where = [*llama, "data.train=gone.txt"]
+    with pytest.raises(UserError, match=r"gone\.txt"):
+        export_result(load_config(None, llama), where, ExportRequest("adapter", tmp_path / "a"), quiet())
+
+
+def test_a_difference_counts_beyond_chance_and_beyond_what_is_allowed():
+    counts = np.array([4, 8, 4, 8])
+    noise = np.array([0.3, -0.3, 0.3, -0.3])
+    same = paired_difference(noise, 0 * noise, counts)
+    worse = paired_difference(0.5 * counts + noise, 0 * noise, counts)
+    assert not same.exceeds(0.0)
+    assert worse.mean == pytest.approx(0.5)
+    assert worse.exceeds(0.1)
+    assert not worse.exceeds(0.6)
+    assert paired_difference(counts * float("nan"), 0 * noise, counts).exceeds(9.0)
+    assert not paired_difference(counts[:1] + 9.0, 0.0 * counts[:1], counts[:1]).exceeds(0.1)  # one example: no noise
+
+
+def test_a_paired_error_is_that_of_repeated_draws():
+    """The standard error of a ratio of sums, against the spread of the ratio over many samples."""
+    chooser = np.random.default_rng(0)
+    counts = chooser.integers(1, 20, (2000, 64))
+    first = counts * 0.2 + chooser.normal(size=counts.shape) * np.sqrt(counts)
+    found = [paired_difference(a, 0 * a, n) for a, n in zip(first, counts, strict=True)]
+    assert np.mean([one.standard_error for one in found]) == pytest.approx(np.std([o.mean for o in found]), rel=0.05)
+    assert np.mean([one.exceeds(0.0) for one in found]) > 0.2
+    assert np.mean([one.mean - one.margin > 0.2 for one in found]) == pytest.approx(0.025, abs=0.01)
+
+
+def test_few_examples_are_chosen_from_all_over_the_data():
+    many = Dataset.from_dict({"input_ids": [[7] * 10] * 1000, "at": list(range(1000))})
+    assert choose_examples(many, 9999)["at"][:3] == [0, 7, 15]
+    assert len(choose_examples(many, 9999)) == 128
+    assert len(choose_examples(many, 640)) in range(56, 65)
+    assert len(choose_examples(many, 3)) == 1
+
+
+def test_a_larger_model_is_scored_on_fewer_tokens_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(validation, "has_gpu", lambda: False)
+    assert [most_tokens(size) for size in (10**8, 8 * 10**9)] == [16_384, 1250]
+    monkeypatch.setattr(validation, "has_gpu", lambda: True)
+    assert most_tokens(8 * 10**9) == 16_384
 
 
 def test_tied_embeddings_stay_tied(llama, tmp_path):
@@ -527,12 +691,79 @@ def test_a_k_quant_without_llama_cpp_is_refused_before_the_result_is_loaded(smal
         exported(small, "gguf", gguf_type="q4_k_m", output=tmp_path / "g")
 
 
+@needs_llama_cpp
+def test_llama_cpp_adds_an_adapter_to_the_bases_own_file(decoder, tmp_path):
+    report = exported(decoder, "gguf-adapter", output=tmp_path / "g")
+    assert report["by"] == "llama.cpp"
+    assert report["difference"] < 1e-5
+    assert report["arrived"] == pytest.approx(1, abs=1e-4)
+    assert report["validation"]["loss"] == pytest.approx(report["validation"]["loss_trained"], rel=1e-5)
+    assert {path.name for path in (tmp_path / "g").iterdir()} == {"adapter-f32.gguf", "README.md", "export.json"}
+
+
+@needs_llama_cpp
+def test_a_cut_adapter_in_half_precision_runs_on_a_base_of_another_type(small, tmp_path):
+    """The way of llama-cpp-python, over a base that another command wrote."""
+    from llama_cpp import Llama
+
+    exported(small, "gguf-adapter", gguf_type="f16", rank=2, output=tmp_path / "a")
+    result = read(small)
+    tensors, skeleton = merged_tensors(result, with_update=False)
+    words = check_exportable(result, skeleton.config, "gguf")
+    write_gguf(tensors, skeleton.config, words, "f16", tmp_path / "base.gguf")
+    ids = [5, 9, 30, 41, 7]
+    settings = {"n_ctx": 64, "logits_all": True, "verbose": False, "n_gpu_layers": 0}
+    model = Llama(str(tmp_path / "base.gguf"), lora_path=str(tmp_path / "a/adapter-f16.gguf"), **settings)
+    model.eval(ids)
+    found, cut = torch.tensor(model.scores[: len(ids)]), cut_result(result, 2).result
+    model.close()
+    trained = attach_adapter(load_unquantised(cut, "float32"), cut.content, cut.path)
+    expected = check.compute_logits(trained, torch.tensor([ids]))[0]
+    assert float((found - expected).norm() / expected.norm()) < check.TOLERANCES["float16"]
+
+
+def test_the_factors_of_an_adapter_in_gguf_make_the_updates_of_the_merged_file(llama):
+    result = read(llama)
+    _, skeleton = merged_tensors(result)
+    factors, alpha = gguf_factors(result, skeleton), lora_config(result.content).lora_alpha
+    name_of = tensor_names(skeleton.config)
+    updates = layer_updates(result)
+    assert len(factors) == 2 * len(updates)
+    for name, update in updates.items():
+        A, B = (factors[f"{name_of(f'{name}.weight')}.lora_{which}"].double() for which in "ab")
+        expected = reordering(f"{name}.weight", skeleton.config)(update[0])
+        torch.testing.assert_close(alpha / len(A) * B @ A, expected, rtol=1e-5, atol=1e-6)
+    assert "blk.0.attn_q.weight.lora_a" in factors
+
+
+def test_an_adapter_in_gguf_is_refused_where_it_cannot_be_written(llama, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"--gguf-type q8_0 is for whole models, .* take --gguf-type f16"):
+        exported(llama, "gguf-adapter", gguf_type="q8_0", output=tmp_path / "g")
+    result = read(llama)
+    content = {**result.content, "adapter": {**result.content["adapter"], "base_model.model.x": torch.zeros(2)}}
+    with pytest.raises(UserError, match=r"holds low-rank updates alone, and this run trained `base_model.model.x`"):
+        gguf_factors(dataclasses.replace(result, content=content), merged_tensors(result)[1])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else object())
+    with pytest.raises(UserError, match=r"--to gguf-adapter needs llama\.cpp, which alone can load and check it; .*"):
+        exported(llama, "gguf-adapter", output=tmp_path / "g")
+
+
 def test_without_llama_cpp_transformers_reads_the_file(small, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "llama_cpp" else find(name))
     report = exported(small, "gguf", gguf_type="f32", output=tmp_path / "g")
     assert report["by"] == "Transformers"
     assert report["difference"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_base_on_disk_makes_the_same_gguf_file(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("SGM_CACHE", str(tmp_path / "cache"))
+    for place in ("device", "disk"):
+        where = [*small, f"model.residence={place}", "model.dtype=bfloat16"]
+        assert exported(where, "gguf", gguf_type="f16", output=tmp_path / place)["difference"] < 0.01
+    one, other = (tmp_path / place / "model-f16.gguf" for place in ("device", "disk"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 @needs_llama_cpp
@@ -663,7 +894,7 @@ def test_the_card_says_what_it_is_and_names_no_folder_of_this_machine(llama, tmp
 HOSTILE = "x`]\n\n# Mine\n<img src=a onerror=b> [here](c) <b>\x1b[31m"
 
 
-@pytest.mark.parametrize("to", ["adapter", "merged", "gguf"])
+@pytest.mark.parametrize("to", ["adapter", "merged", "gguf", "gguf-adapter"])
 def test_a_card_shows_names_and_labels_of_files_as_they_are(to):
     """Without markup, HTML, links and headings: a reader's Markdown sees only ours."""
     values = {
@@ -808,10 +1039,11 @@ def test_a_real_model_goes_all_three_ways(tmp_path):
     ]  # fmt: skip
     pipeline.finetune(load_config(None, overrides), quiet())
     where = overrides[-1:]
-    reports = {to: exported(where, to) for to in ("adapter", "merged")}
+    reports = {to: exported(where, to) for to in ("adapter", "merged", "gguf-adapter")}
     for kind in ("f32", "f16", "q8_0"):
         reports[kind] = exported(where, "gguf", gguf_type=kind, output=tmp_path / kind)
     assert reports["adapter"]["difference"] < 1e-6
+    assert reports["gguf-adapter"]["difference"] < 5e-3
     assert reports["f32"]["difference"] < 1e-4
     assert reports["f32"]["by"] == "llama.cpp"
     assert reports["merged"]["difference"] < 0.05

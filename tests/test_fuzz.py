@@ -32,6 +32,7 @@ def fuzzed(inputs: int, seed: int) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 def test_changed_files_give_a_result_or_one_line():
     rows = fuzzed(3, seed=0)
     assert all(row["inputs"] == 3 for row in rows)

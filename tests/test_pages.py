@@ -25,7 +25,7 @@ from rich.console import Console
 from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.files import write_json
 from sgm_finetune.commands import finetune as pipeline
-from sgm_finetune.commands.serve import framed
+from sgm_finetune.commands.page import framed
 from sgm_finetune.measure.plan_file import save_plan
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.files import write_config

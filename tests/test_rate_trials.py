@@ -56,6 +56,7 @@ def test_too_few_examples_are_one_line():
         trial_size(load_config(None, []), 31)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_chosen_rate_is_the_run_with_that_rate(settings, tmp_path, command):
     """Bit for bit; the trials are in the metrics, the report and the words."""
     settings = [s for s in settings if "learning_rate" not in s] + ["data.num_train=80", "data.num_test=8"]

@@ -27,8 +27,10 @@ from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.chat import chat
+from sgm_finetune.commands.evaluate import evaluate
 from sgm_finetune.model import architecture
 from sgm_finetune.model.load import check_checkpointing, skeleton
+from sgm_finetune.results import load
 from sgm_finetune.results.answers import Sampling
 from sgm_finetune.train.arguments import check_machine
 
@@ -50,9 +52,10 @@ ON_DISK = ("model.residence=disk", "model.dtype=bfloat16")
 def as_with_a_gpu(monkeypatch):
     """Lets a base be in the host's memory here too."""
     refuse = architecture.why_not_at
-    monkeypatch.setattr(
-        architecture, "why_not_at", lambda place, *more: None if place == "host" else refuse(place, *more)
-    )
+    for module in (architecture, load):
+        monkeypatch.setattr(
+            module, "why_not_at", lambda place, *more: None if place == "host" else refuse(place, *more)
+        )
     monkeypatch.setattr("sgm_finetune.train.budget.reading.copy_rate", lambda: 1e9)
 
 
@@ -82,6 +85,19 @@ def test_a_run_leaves_the_adapter_and_metrics_of_the_resident_base(place, more, 
     assert found["predicted"]["mapped_bytes" if place == "disk" else "host_bytes"] > 0
     again = command("evaluate", [f"output.dir={tmp_path / place}"])
     assert again["loss"] == found["after"]["loss"]
+
+
+@pytest.mark.slow
+def test_a_result_is_read_where_its_base_cannot_be_as_it_was_trained(language, command, tmp_path, monkeypatch):
+    """It was trained on a machine with a GPU. A place that the command line asks for is still refused."""
+    output = f"output.dir={tmp_path / 'out'}"
+    trained = command("finetune", [*language, "model.residence=host", output])
+    monkeypatch.undo()
+    found = command("evaluate", [output])
+    assert found["loss"] == trained["after"]["loss"]
+    assert "in memory here: model.residence=host, as it was trained, is for machines with a GPU" in command.said
+    with pytest.raises(UserError, match=r"^model.residence=host is for machines with a GPU"):
+        evaluate(load_config(None, [output]), [output, "model.residence=host"], Console(quiet=True))
 
 
 @pytest.mark.slow

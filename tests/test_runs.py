@@ -224,6 +224,7 @@ def test_a_dry_run_goes_to_the_first_step_and_writes_nothing(command, settings, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU multiplies bfloat16")
 def test_a_processor_without_instructions_for_bfloat16_says_so(settings, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
@@ -391,6 +392,7 @@ def test_interrupted_and_resumed_is_uninterrupted(number, status, settings, tmp_
 # (f) two processes
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(settings, tmp_path, command):
     """The same losses and parameters, also in the short batch at the end of the first epoch."""
     settings = [*settings, "training.learning_rate=1e-3", "data.num_train=40", "training.max_steps=5"]
@@ -704,7 +706,8 @@ def test_packed_examples_train_in_fewer_sequences_and_running_text_needs_none(se
     assert "running text is packed without it" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("task", [pytest.param("sequence-classification", marks=pytest.mark.slow), "causal-lm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sequence-classification", "causal-lm"])
 def test_the_fast_step_is_the_same_run(task, settings, tmp_path, command):
     settings = [*settings, "training.learning_rate=1e-3", f"model.task={task}"]
     if task == "causal-lm":

@@ -93,8 +93,10 @@ def numbers(needed: Estimate) -> dict:
         ),
         ("modernbert", "sequence-classification", ()),  # windows in two of three, and no norm in the first
         pytest.param(*("deberta_v2", "sequence-classification", ()), marks=pytest.mark.slow),
-        ("albert", "sequence-classification", ()),  # one block, used by all layers
-        ("t5", "seq2seq-lm", ()),
+        pytest.param(  # one block, used by all layers
+            *("albert", "sequence-classification", ()), marks=pytest.mark.slow
+        ),
+        pytest.param(*("t5", "seq2seq-lm", ()), marks=pytest.mark.slow),
         pytest.param(*("bart", "seq2seq-lm", ("training.checkpointing=true",)), marks=pytest.mark.slow),
     ],
 )

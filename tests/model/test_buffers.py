@@ -74,6 +74,19 @@ def test_loss_and_every_gradient_are_those_of_the_resident_base(quantization, nu
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
+def test_a_step_may_follow_an_evaluation_in_inference_mode(folder):
+    steps = []
+    for num_buffers in (None, 2):
+        model = made(folder, "none", num_buffers)
+        batch = make_batches(task="causal-lm")[0]
+        with torch.inference_mode():
+            model(**batch)
+        loss = model.train()(**batch).loss
+        loss.backward()
+        steps.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(torch.equal(one, other) for one, other in zip(*steps, strict=True))
+
+
 class Product(torch.autograd.Function):
     """x Wᵀ, which keeps W where autograd does not see it."""
 

@@ -177,6 +177,27 @@ def test_blocks_embeddings_and_output_layer_are_views_of_files(llama, cache):
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("place", ["disk", "host"])
+@pytest.mark.parametrize("name", ["gemma3", "t5", "bart"])
+def test_a_tied_matrix_that_the_files_hold_twice_is_one_matrix(name, place, tmp_path, cache, caplog):
+    """Transformers must not compare the two where their numbers are elsewhere."""
+    folder = save_pico(name, tmp_path / name)
+    expected = load(folder, name, CONVERTED, place)
+    tied, weights = expected.all_tied_weights_keys, load_file(folder / "model.safetensors")
+    assert tied
+    for copy, source in tied.items():
+        kept = weights[source if source in weights else copy]
+        weights |= {copy: kept.clone(), source: kept.clone()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    model = load(folder, name, CONVERTED, place)
+    assert model.all_tied_weights_keys == tied
+    assert all(model.get_parameter(copy) is model.get_parameter(source) for copy, source in tied.items())
+    assert "NOT tie" not in caplog.text
+    batch = make_batches(task="causal-lm")[0]
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, expected(**batch).logits)
+
+
 @pytest.mark.parametrize("form", [PLAIN, PACKED], ids="-".join)
 def test_blocks_embeddings_and_output_layer_are_in_the_hosts_memory(form, llama):
     """What is left of them in the model has one number each, and the right shape."""

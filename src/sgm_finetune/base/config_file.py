@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import itertools
 import types
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,35 @@ from sgm_finetune.base.config import ALTERNATIVES, Config, known_keys, sections,
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import short_repr
 from sgm_finetune.base.untrusted import Written, parse_yaml, read_yaml
+
+
+@dataclass(frozen=True)
+class FileValues:
+    """The nested values of a configuration file, before any override, and where they were read."""
+
+    where: str
+    values: dict[str, Any]
+
+
+def read_values(path: Path | str | None) -> FileValues:
+    """The values in a YAML file (None: none, so all defaults). Raises UserError for a missing or unreadable file."""
+    if path is None:
+        return FileValues("defaults", {})
+    return FileValues(str(path), _read_yaml(Path(path).expanduser()))
+
+
+def overridden(
+    file: FileValues,
+    overrides: typing.Sequence[str] = (),
+    announce: typing.Callable[[str], None] = lambda line: None,
+) -> Config:
+    """The configuration of `file` with `section.key=value` overrides applied. `file` stays as it is.
+
+    Raises UserError as `load_config`.
+    """
+    values = copy.deepcopy(file.values)
+    origin = dict.fromkeys(_leaf_keys(values), file.where)
+    return parse_config(values, file.where, origin | set_overrides(values, overrides, file.where, announce))
 
 
 def load_config(
@@ -28,10 +59,7 @@ def load_config(
     Raises UserError for a missing or unreadable file, an unknown key (the message names the nearest known key), a value
     of the wrong type or out of range, and an override that is not `key=value`.
     """
-    where = str(path) if path is not None else "defaults"
-    values = _read_yaml(Path(path).expanduser()) if path is not None else {}
-    origin = dict.fromkeys(_leaf_keys(values), where)
-    return parse_config(values, where, origin | set_overrides(values, overrides, where, announce))
+    return overridden(read_values(path), overrides, announce)
 
 
 def set_overrides(

@@ -112,7 +112,7 @@ def lock_folder(folder: Path) -> Iterator[HeldFolder]:
             lock.acquire()
         except Timeout:
             holder = _holder(path) or "another process"
-            raise UserError(f"{folder} is in use by {holder}; wait for it to end, or name another output.dir") from None
+            raise UserError(f"{folder} is in use by {holder}; wait for it to end, or name another folder") from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise

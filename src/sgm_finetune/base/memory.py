@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -41,6 +44,20 @@ def memory_within_reach() -> int:
     return host_memory_within_reach()
 
 
+@dataclass(frozen=True)
+class Room:
+    """The memory of this process before a model is in it, in bytes: what it uses, and what it can use in total."""
+
+    held: int
+    within_reach: int
+
+
+def room() -> Room:
+    """The room of this process, as it is now."""
+    release_memory()
+    return Room(held_memory(), memory_within_reach())
+
+
 def host_memory_within_reach() -> int:
     """The host's memory that this process can use in total, in bytes, as `memory_within_reach` counts it."""
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -60,6 +77,30 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+@contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """A context in which glibc's malloc gives every block of 64 KiB or more pages of its own, and returns them at once.
+
+    While a model loads, tensors of many sizes are freed between others that stay. In malloc's heap they would leave
+    holes that nothing fills (docs/LOG.md). Later, large blocks are in the heap again, as they are after the first steps
+    of a run in any case: pages of their own make a step slow.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if torch.cuda.is_available() or not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.mallopt(_MMAP_THRESHOLD, 2**16)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, 2**25)  # where malloc's own adjustment ends
+        libc.mallopt(_TRIM_THRESHOLD, 2**26)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""mallopt's numbers for its parameters."""
 
 
 def can_map_files() -> bool:

@@ -26,12 +26,18 @@ COMMANDS = {
         "estimate": look.estimate_command,
         "plan": look.plan_command,
     },
-    "Train": {"finetune": train.finetune_command, "evaluate": train.evaluate_command, "ship": train.ship_command},
+    "Train": {
+        "finetune": train.finetune_command,
+        "sweep": train.sweep_command,
+        "evaluate": train.evaluate_command,
+        "ship": train.ship_command,
+    },
     "Use": {
         "report": use.report_command,
         "compare": use.compare_command,
         "generate": use.generate_command,
         "chat": use.chat_command,
+        "serve": use.serve_command,
         "export": use.export_command,
     },
 }

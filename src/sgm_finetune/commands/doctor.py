@@ -124,6 +124,7 @@ def _extras() -> Iterator[Finding]:
         ("harness", "lm-evaluation-harness (evaluation.harness)", ("lm_eval",)),
         ("deepspeed", "ZeRO (configs/accelerate)", ("deepspeed",)),
         ("tracking", "TensorBoard (training.report_to)", ("tensorboard",)),
+        ("sweep", "Optuna (sgm sweep)", ("optuna",)),
     ):
         absent = [module for module in modules if importlib.util.find_spec(module) is None]
         if not absent:

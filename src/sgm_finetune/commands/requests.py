@@ -6,6 +6,7 @@ again, for callers from Python and because a file may have changed.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -18,21 +19,33 @@ from typing import Literal
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
+from sgm_finetune.base.search_space import SearchSpace
+from sgm_finetune.base.text import first_line
 from sgm_finetune.data.splits import check_data
 from sgm_finetune.data.tables import type_of
 from sgm_finetune.measure.plan_file import read_plan
 from sgm_finetune.method.decibels import Estimator
 from sgm_finetune.model.folder import check_name, refuse_adapter
 from sgm_finetune.results.claim import as_it_began, claim_output
+from sgm_finetune.results.export.combination import Combination
 from sgm_finetune.results.export.hub import check_push
-from sgm_finetune.results.export.target import ExportFormat, GgufType, check_folder, check_packages
+from sgm_finetune.results.export.target import (
+    ADAPTER_TYPES,
+    ADAPTERS,
+    BaseWeights,
+    ExportFormat,
+    GgufType,
+    check_folder,
+    check_packages,
+)
 from sgm_finetune.results.files import find_result
 from sgm_finetune.results.report.run_files import check_finished
 from sgm_finetune.results.sampling import Sampling
+from sgm_finetune.results.sweep_folder import open_folder
 
 ScanFormat = Literal["json", "spectrum", "axolotl"]
 HOST = "127.0.0.1"
-"""Address at which `sgm report --serve` serves its page: this machine only."""
+"""Address at which `sgm report --serve`, and `sgm serve` unless told otherwise, serve: this machine only."""
 
 
 def check_run(config: Config) -> None:
@@ -61,18 +74,48 @@ def check_page(config: Config, port: int) -> None:
     """Raises UserError when the page cannot be served: Gradio is missing, the port is taken, or there is no result."""
     if importlib.util.find_spec("gradio") is None:
         raise UserError(f"--serve needs Gradio; {install_line('browser')}")
-    _check_free(port)
+    _check_free(HOST, port)
     check_result(config)
 
 
-def _check_free(port: int) -> None:
-    """Raises UserError if the port is taken or not allowed."""
-    with socket.socket() as probe:
+def _check_free(host: str, port: int) -> None:
+    """Raises UserError if `host` is no address of this machine, or the port is taken or not allowed."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--host {host} is not known here ({first_line(error)}); name another --host") from None
+    with socket.socket(family, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind(address)
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise UserError(f"--host {host} is no address of this machine; name another --host") from None
             raise UserError(f"--port {port} cannot be used ({error.strerror}); name another --port") from None
+
+
+@dataclass(frozen=True)
+class ServeRequest:
+    """What `sgm serve` was asked for."""
+
+    host: str = HOST
+    port: int = 8000
+    token: str | None = None
+    """What a client must send; None: nothing."""
+
+    def check(self, config: Config) -> None:
+        """Raises UserError when a package is missing, strangers could come in, the address cannot be used, or there is
+        no result."""
+        if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
+            raise UserError(f"sgm serve needs Starlette and uvicorn; {install_line('serve')}")
+        if self.token is None and self.host != HOST:
+            raise UserError(
+                f"--host {self.host} may let other machines in, which needs a token; set SGM_TOKEN, or leave --host out"
+            )
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and " " not in self.token):
+            raise UserError("The token has characters that a header cannot hold; take ASCII letters and digits")
+        _check_free(self.host, self.port)
+        check_result(config)
 
 
 @dataclass(frozen=True)
@@ -175,6 +218,34 @@ class ShipRequest:
         return [f"data.test={json.dumps(str(self.task_test))}", "data.num_test=null", *overrides]
 
 
+@dataclass(frozen=True)
+class SweepRequest:
+    """What `sgm sweep` was asked for."""
+
+    space: SearchSpace
+    tries: int
+    """The tries of the sweep, those before an interruption among them."""
+    minutes: float | None = None
+    """Time after which no try begins; None: no limit."""
+    output: Path = Path("sweep")
+
+    def check(self) -> None:
+        """Raises UserError when Optuna is missing, the folder holds something else, or the inputs do not fit."""
+        if importlib.util.find_spec("optuna") is None:
+            raise UserError(f"sgm sweep needs Optuna; {install_line('sweep')}")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("sgm sweep trains in one process; start it without torchrun or accelerate launch")
+        config = self.space.config(self.space.first)
+        if config.training.resume:
+            raise UserError("training.resume=true is for a run; a sweep goes on by itself, so leave it out")
+        open_folder(self.output, self.space)
+        check_inputs(config, with_plan=True)
+        for part in self.space.ranges:
+            if part.key == "plan":
+                for path in part.corners:
+                    read_plan(path)
+
+
 NOTHING_TO_ANSWER = "There is nothing to answer; give --prompt TEXT or --input FILE"
 
 
@@ -188,6 +259,10 @@ class ExportRequest:
     push_to_hub: str | None = None
     rank: int | None = None
     """The rank to which the adapter is cut; None: its own."""
+    base: BaseWeights | None = None
+    """What a merge adds the update to, if the base was quantised in training; None: what predicts better."""
+    combination: Combination | None = None
+    """Other adapters that are combined with the result's."""
 
     def folder(self, config: Config) -> Path:
         """The folder of the export."""
@@ -195,7 +270,24 @@ class ExportRequest:
 
     def check(self, config: Config) -> None:
         """Raises UserError when there is no result or package, the folder is taken, or the hub would refuse."""
+        for option, given, formats in (
+            ("gguf-type", self.gguf_type, ("gguf", "gguf-adapter")),
+            ("rank", self.rank, ADAPTERS),
+            ("base", self.base, ("merged", "gguf")),
+        ):
+            if given is not None and self.to not in formats:
+                goes = " or ".join(f"--to {name}" for name in formats)
+                raise UserError(f"--{option} {given} goes with {goes}, not with --to {self.to}")
+        if self.to == "gguf-adapter" and self.gguf_type not in (None, *ADAPTER_TYPES):
+            raise UserError(
+                f"--gguf-type {self.gguf_type} is for whole models, and an adapter is written in f32 or f16; take "
+                "--gguf-type f16"
+            )
         check_result(config)
+        if self.combination is not None:
+            self.combination.check()
+            if self.output is None:
+                raise UserError("--add makes another model than the run's own; name its folder with --output")
         check_packages(self.to, self.gguf_type)
         check_folder(self.folder(config), config.output.overwrite)
         if self.push_to_hub is not None:

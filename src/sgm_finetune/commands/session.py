@@ -14,7 +14,7 @@ from sgm_finetune.base.config import Config
 from sgm_finetune.base.console import Clock, StepLog
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import HeldFolder, disk_free, lock_folder
-from sgm_finetune.base.memory import memory_within_reach, release_memory
+from sgm_finetune.base.memory import Room, memory_within_reach, release_memory
 from sgm_finetune.base.processes import on_main, processes
 from sgm_finetune.base.text import gib, mib
 from sgm_finetune.commands.checked_data import checked_data
@@ -133,15 +133,21 @@ def open_session(config: Config, console: Console, dry_run: bool = False) -> Ite
         prepared = checked_data(config, log)
         if checkpoint is not None:
             check_same_data(prepared, output)
-        if config.training.learning_rate == "auto":
-            trial_size(config, len(prepared.train.dataset))  # whether there are enough examples
         s = Session(
             config, asked, prepared, log, given_plan, checkpoint,
             started=started, lock=lock, held=held,
         )  # fmt: skip
-        fit_to_parameters(s)
-        fit_to_memory(s)
+        settle(s)
         yield s
+
+
+def settle(s: Session, room: Room | None = None) -> None:
+    """Settles the rank that adapter.parameters allows and what memory.budget asks for, as the last step before a model
+    is loaded. `room` is the memory before that, if a model is there already. Raises UserError for what cannot be."""
+    if s.config.training.learning_rate == "auto":
+        trial_size(s.config, len(s.prepared.train.dataset))  # whether there are enough examples
+    fit_to_parameters(s)
+    fit_to_memory(s, room)
 
 
 def _given_plan(config: Config, output: Path, checkpoint: Path | None) -> Plan | None:
@@ -179,7 +185,7 @@ def fit_to_parameters(s: Session) -> None:
     s.log.line("adapter", line)
 
 
-def fit_to_memory(s: Session) -> None:
+def fit_to_memory(s: Session, room: Room | None = None) -> None:
     """Estimates what the run needs; with memory.budget, changes the configuration until it fits.
 
     A resumed run keeps the configuration that it began with. Where the needs cannot be predicted, it prints why and
@@ -188,11 +194,11 @@ def fit_to_memory(s: Session) -> None:
     """
 
     def decide() -> tuple[Config, Estimate | None, int]:
-        reach = memory_within_reach()
+        reach, held = (memory_within_reach(), None) if room is None else (room.within_reach, room.held)
         try:
             if s.checkpoint is not None:
                 return s.config, estimate(s.config, s.prepared, s.given_plan), reach
-            return *fitted_estimate(s, reach), reach
+            return *fitted_estimate(s, reach, held), reach
         except PredictionError as error:
             if s.config.memory.budget is not None:
                 raise
@@ -213,12 +219,13 @@ def fit_to_memory(s: Session) -> None:
         )
 
 
-def fitted_estimate(s: Session, within_reach: int) -> tuple[Config, Estimate]:
-    """The configuration that fits into memory.budget (without one: as it is), and what it needs."""
+def fitted_estimate(s: Session, within_reach: int, held: int | None = None) -> tuple[Config, Estimate]:
+    """The configuration that fits into memory.budget (without one: as it is), and what it needs. `held` is as in
+    `estimate`."""
     if s.config.memory.budget is None:
-        return s.config, estimate(s.config, s.prepared, s.given_plan)
+        return s.config, estimate(s.config, s.prepared, s.given_plan, held=held)
     budget = min(s.config.memory.budget, within_reach)
-    fitted = fit(s.config, s.prepared, budget, s.given_plan)
+    fitted = fit(s.config, s.prepared, budget, s.given_plan, held)
     if fitted.given_up:
         s.log.line("memory", f"to fit into {gib(budget)}: {', '.join(fitted.given_up)}")
     return fitted.config, fitted.estimate

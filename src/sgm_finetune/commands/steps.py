@@ -158,10 +158,15 @@ def test(s: Session, base: Base, model: nn.Module, when: str) -> Tested:
     return Tested(metrics, kept_predictions(found.predictions))
 
 
+def needs_probe(config: Config) -> bool:
+    """Whether the plan depends on gradients."""
+    return not (config.merge.side == "none" or config.is_full) or config.selection.by == "gradient"
+
+
 def probe_gradients(s: Session, base: Base) -> Probe | None:
     """Sketches of every matrix's gradient, from a few batches; None where merge.side=none merges nothing."""
     config = s.config
-    if (config.merge.side == "none" or config.is_full) and config.selection.by != "gradient":
+    if not needs_probe(config):
         s.log.line("probe", f"not needed: {'adapter.kind=full' if config.is_full else 'merge.side=none'}")
         return None
     with s.clock.time("probe"), s.log.bar("probe") as progress:

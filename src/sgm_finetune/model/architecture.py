@@ -111,6 +111,14 @@ def why_not_at(
     return None
 
 
+def can_recompute_blocks(config: ModelConfig, described: PreTrainedConfig) -> bool:
+    """Whether Transformers can recompute the activations of a model's blocks (checkpointing). `described` is its
+    config.json; a model with code of its own may still decline when it is built."""
+    classes = _MODELS[config.task].get(type(described), ())
+    classes = classes if isinstance(classes, tuple) else (classes,)
+    return all(model.supports_gradient_checkpointing for model in classes)
+
+
 def fitting_tasks(name: str) -> tuple[Task, ...]:
     """The tasks that Transformers supports for the model in the folder `name`, by its config.json.
 

@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from sgm_finetune.base.config import LabelKind, ModelConfig
 from sgm_finetune.base.device import device_for, has_gpu, multiplies_bfloat16
 from sgm_finetune.base.errors import UserError, is_out_of_memory
+from sgm_finetune.base.memory import large_blocks_apart
 from sgm_finetune.base.text import first_line
 from sgm_finetune.model.architecture import auto_class, check_size, read_model_config
 from sgm_finetune.model.classes import Head
@@ -61,13 +62,13 @@ def load_model(
     store = base = None
     loading: AbstractContextManager[None] = nullcontext()
     if config.residence == "disk":
-        how = f"{type(described).__name__} {config.task} {_dtype(config)} {config.quantization}"
+        how = f"{type(described).__name__} {config.task} {loading_dtype(config)} {config.quantization}"
         store = open_store(folder, how, announce)
         loading = loading_from_disk(store)
     elif config.residence == "host":
         base = HostBase(device)
         loading = loading_to_host(base)
-    with _building(config), loading:
+    with _building(config), loading, large_blocks_apart():
         if quantised or not trusted:
             with torch.device("meta"):
                 empty = auto.from_config(described, trust_remote_code=trusted)
@@ -77,7 +78,7 @@ def load_model(
         model, outcome = auto.from_pretrained(
             folder,
             config=described,
-            dtype=_dtype(config) or "auto",
+            dtype=loading_dtype(config) or "auto",
             trust_remote_code=trusted,
             output_loading_info=True,
             **settings,
@@ -116,7 +117,7 @@ def _building(config: ModelConfig) -> Iterator[None]:
         raise UserError(f"model.name={config.name} cannot be loaded: {first_line(error)}") from None
 
 
-def _dtype(config: ModelConfig) -> torch.dtype | None:
+def loading_dtype(config: ModelConfig) -> torch.dtype | None:
     """The dtype that `config` asks for; None means the stored one."""
     if config.dtype == "auto" and config.quantization != "none":
         return torch.bfloat16 if multiplies_bfloat16() else torch.float32
@@ -160,7 +161,7 @@ def skeleton(
     quantised = config.quantization != "none"
     described = _config_for(config, folder, head)
     stored = getattr(described, "dtype", None) or torch.float32
-    dtype = _dtype(config) or stored
+    dtype = loading_dtype(config) or stored
     with torch.device("meta"):
         with _building(config):
             model = auto_class(config.task).from_config(
@@ -239,6 +240,6 @@ def _quantization(config: ModelConfig, unquantised: list[str]) -> BitsAndBytesCo
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=_dtype(config),
+        bnb_4bit_compute_dtype=loading_dtype(config),
         llm_int8_skip_modules=unquantised,
     )

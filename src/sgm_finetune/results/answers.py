@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from transformers import TextStreamer, set_seed
+from transformers import set_seed
 
 from sgm_finetune.base.config import DECODER_TASKS, Task
 from sgm_finetune.base.errors import UserError
@@ -15,7 +16,8 @@ from sgm_finetune.data.chat import asked_text
 from sgm_finetune.data.conversations import Message
 from sgm_finetune.data.tokens import single_ends
 from sgm_finetune.model.architecture import num_positions
-from sgm_finetune.results.generation import continue_prompts
+from sgm_finetune.results.answer_stream import AnswerStream, Piece
+from sgm_finetune.results.generation import continue_ids, continue_prompts
 from sgm_finetune.results.load import LoadedResult, Result
 from sgm_finetune.results.sampling import Sampling
 from sgm_finetune.results.stops import Stops, model_stops
@@ -24,6 +26,21 @@ When = Literal["before", "after"]
 """Before: the base model. After: the trained model."""
 Prompt = str | tuple[str, str] | list[Message] | list[str] | dict[str, Any]
 """A text; two texts; a conversation; the words of a sentence; or a conversation with tools: {"messages", "tools"}."""
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """How long an answer became, and why it ended."""
+
+    num_prompt_tokens: int
+    num_tokens: int
+    """Tokens of the answer, with the one that ends it."""
+    has_ended: bool
+    """Whether a token or a text ended it; else it has as many tokens as it may."""
+
+
+class PromptTooLongError(UserError):
+    """A prompt leaves no room for an answer."""
 
 
 def answer(
@@ -52,14 +69,63 @@ def answer(
         encoded = encode_prompts(result, prompts, raw)
         result.base.check_ids(max(map(max, filter(None, encoded)), default=-1), "The prompt")
         limit = _token_limit(result, encoded, sampling.max_new_tokens)
-        options: dict[str, Any] = sampling.options()
-        stops = model_stops(model, tokenizer)
-        if show is not None:
-            options["streamer"] = _Streamer(tokenizer, stops, show)
+        options, stops = sampling.options(), model_stops(model, tokenizer)
         set_seed(sampling.seed)
-        size = 1 if show is not None else config.training.eval_batch_size
+        if show is not None:
+            one_by_one = _with_progress(encoded, progress)
+            return [{"answer": _stream(result, ids, stops, limit, options, show)} for ids in one_by_one]
+        size = config.training.eval_batch_size
         texts = continue_prompts(model, encoded, tokenizer, task, stops, limit, size, progress, **options)
         return [{"answer": text} for text in texts]
+
+
+def stream_answer(
+    result: LoadedResult,
+    prompt: Prompt,
+    sampling: Sampling,
+    when: When,
+    raw: bool,
+    texts: Sequence[str],
+    num_likeliest: int | None,
+    show: Callable[[Piece], object],
+) -> Streamed:
+    """Answers one prompt, as `answer` does, and passes each piece to `show`. `texts` end the answer too.
+
+    `num_likeliest` is that of `AnswerStream`. Raises PromptTooLongError for a prompt that leaves no room for an answer.
+    """
+    result.model.eval()
+    with torch.no_grad(), nullcontext() if when == "after" else result.as_base():
+        ids = prompt_ids(result, prompt, raw)
+        result.base.check_ids(max(ids, default=-1), "The prompt")
+        limit = _token_limit(result, [ids], sampling.max_new_tokens)
+        stops = model_stops(result.model, result.tokenizer)
+        stream = AnswerStream(result.tokenizer, replace(stops, texts=(*stops.texts, *texts)), show, num_likeliest)
+        set_seed(sampling.seed)
+        _generate(result, ids, stops, limit, sampling.options(), stream)
+    return Streamed(len(ids), stream.num_tokens, stream.has_ended)
+
+
+def _stream(
+    result: LoadedResult, ids: list[int], stops: Stops, limit: int, options: dict[str, Any], show: Callable[[str], None]
+) -> str:
+    """The answer to one prompt, without white space around it; each piece goes to `show`."""
+    pieces: list[str] = []
+
+    def take(piece: Piece) -> None:
+        pieces.append(piece.text)
+        show(piece.text)
+
+    _generate(result, ids, stops, limit, options, AnswerStream(result.tokenizer, stops, take))
+    return "".join(pieces).strip()
+
+
+def _generate(
+    result: LoadedResult, ids: list[int], stops: Stops, limit: int, options: dict[str, Any], stream: AnswerStream
+) -> None:
+    """Generates an answer for `stream`, which knows the texts that end it."""
+    task, tokens = result.config.model.task, Stops(stops.tokens)
+    continue_ids(result.model, [ids], result.tokenizer, task, tokens, limit, **options, **stream.options())
+    stream.end()
 
 
 def generates_text(task: Task) -> bool:
@@ -112,34 +178,11 @@ def _token_limit(result: LoadedResult, encoded: Sequence[Sequence[int]], wanted:
         return wanted
     longest = max(map(len, encoded))
     if longest >= positions:
-        raise UserError(
-            f"The longest prompt has {longest:,} tokens, and the model has {positions:,} positions; shorten it (in a "
-            "chat, /clear begins anew)"
+        raise PromptTooLongError(
+            f"The longest prompt has {longest:,} tokens, and the model has {positions:,} positions; shorten it, or "
+            "begin a new conversation"
         )
     return min(wanted, positions - longest)
-
-
-class _Streamer(TextStreamer):
-    """Passes each piece of an answer to `show` as it is generated, without what ends the answer."""
-
-    def __init__(self, tokenizer: Any, stops: Stops, show: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
-        self._stops, self._show = stops, show
-        self._text, self._num_shown = "", 0
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.next_tokens_are_prompt or int(value.reshape(-1)[0]) not in self._stops.tokens:
-            super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Holds back as many characters as may be the beginning of a text that ends the answer."""
-        self._text += text
-        cut = self._stops.cut(self._text)
-        held = 0 if stream_end or cut != self._text else max(map(len, self._stops.texts), default=1) - 1
-        end = max(self._num_shown, len(cut) - held)
-        if end > self._num_shown or stream_end:
-            self._show(cut[self._num_shown : end])
-        self._num_shown = end
 
 
 def _classify(result: LoadedResult, prompt: Prompt) -> dict[str, Any]:

@@ -20,15 +20,18 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.untrusted import require_json_object
 from sgm_finetune.measure.plan_file import parse_plan
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.model.architecture import check_model
+from sgm_finetune.model.architecture import check_model, why_not_at
+from sgm_finetune.model.as_trained import round_as_trained
 from sgm_finetune.model.files import ModelFiles, find_model_files
 from sgm_finetune.model.four_bit import ready_for_backward
 from sgm_finetune.model.load import Head, load_model, skeleton
+from sgm_finetune.results.export.target import BaseWeights
 from sgm_finetune.results.files import find_result
 from sgm_finetune.results.pth import load_pth, lora_config, stored_config
 from sgm_finetune.train.adapters.apply import check_plan, lora_layers, tie
 from sgm_finetune.train.adapters.pool import plain_factors
 from sgm_finetune.train.base_model import load_base_weights
+from sgm_finetune.train.budget.reuse import replaced
 from sgm_finetune.train.full.changed import check_fit, exchange, exchanged
 from sgm_finetune.train.launch import apply_launcher
 
@@ -72,6 +75,8 @@ class Result(StoredResult):
     base: ModelFiles
     roles: tuple[str, ...]
     """Roles of the columns that it was trained on (text, label, messages ...); () where an older file does not say."""
+    base_weights: BaseWeights = "original"
+    """The weights that its update belongs to, in `load_unquantised` and in exports."""
 
     @property
     def folder(self) -> Path:
@@ -98,7 +103,7 @@ class Result(StoredResult):
         return require_json_object(path) if path.is_file() else {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedResult(Result):
     """A result with its weights, ready to answer."""
 
@@ -121,7 +126,19 @@ def read_stored(config: Config, overrides: Sequence[str], log: StepLog) -> Store
     path = find_result(Path(config.output.dir))
     content = load_pth(path)
     settings = stored_config(content, path, config, overrides, lambda line: log.line("config", line))
-    return StoredResult(path, content, apply_launcher(settings))
+    return StoredResult(path, content, apply_launcher(_on_this_machine(settings, overrides, log)))
+
+
+def _on_this_machine(config: Config, overrides: Sequence[str], log: StepLog) -> Config:
+    """`config` with the base in memory, if it was trained elsewhere on another machine and cannot be there on this one.
+    What the command line asks for stays, and is refused later."""
+    place = config.model.residence
+    if place not in ("host", "disk") or any(override.startswith("model.residence=") for override in overrides):
+        return config
+    if (reason := why_not_at(place, config.model)) is None:
+        return config
+    log.line("base", f"in memory here: model.residence={place}, as it was trained, {reason}")
+    return replaced(config, "model", residence=None)
 
 
 def find_base(stored: StoredResult, log: StepLog) -> Result:
@@ -152,9 +169,15 @@ def load_trained(result: Result, log: StepLog) -> LoadedResult:
 
 
 def load_unquantised(result: Result, dtype: str) -> PreTrainedModel:
-    """Loads the base model as its files have it, computing in `dtype`."""
+    """Loads the base model without quantisation, computing in `dtype`.
+
+    Its weights are those in the files. If `result.base_weights` is "trained", they are what quantisation made of these
+    in training.
+    """
     set_seed(result.config.training.seed)  # a new head is random until the adapter brings its own
     model, _ = load_model(unquantised(result.config.model, dtype), result.folder, result.head)
+    if result.base_weights == "trained":
+        round_as_trained(model, result.config.model)
     return model
 
 

@@ -14,8 +14,13 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.data.batches import divide_batch, num_steps
 
 
-def training_arguments(config: Config, checkpoints: Path, num_train: int, world_size: int) -> TrainingArguments:
-    """Transformers' arguments for the run. Raises UserError when the batch cannot be divided over the processes."""
+def training_arguments(
+    config: Config, checkpoints: Path, num_train: int, world_size: int, saves: bool = True
+) -> TrainingArguments:
+    """Transformers' arguments for the run; without `saves` it validates as often, and writes no checkpoints.
+
+    Raises UserError when the batch cannot be divided over the processes.
+    """
     steps = num_steps(config, num_train)
     every = config.training.eval_steps or max(1, -(-steps // 4))
     return _arguments(
@@ -25,9 +30,9 @@ def training_arguments(config: Config, checkpoints: Path, num_train: int, world_
         world_size,
         eval_strategy="steps",
         eval_steps=every,
-        save_strategy="steps",
+        save_strategy="steps" if saves else "no",
         save_steps=every,
-        load_best_model_at_end=True,
+        load_best_model_at_end=saves,
         report_to=list(config.training.report_to) or "none",
         per_device_eval_batch_size=config.training.eval_batch_size,
     )

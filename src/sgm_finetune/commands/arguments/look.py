@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.commands.arguments.options import AsJson, ConfigPath, Overrides, read_config
+from sgm_finetune.commands.arguments.options import AsJson, ConfigFile, ConfigPath, Overrides, divided, read_config
 from sgm_finetune.commands.arguments.output import console_for, loading, print_saved
 
 
@@ -108,9 +108,7 @@ def scan_command(
 
 
 def estimate_command(
-    config_file: Annotated[
-        str | None, typer.Argument(help="YAML file, instead of --config; or a key=value.", metavar="config.yaml")
-    ] = None,
+    config_file: ConfigFile = None,
     overrides: Overrides = None,
     config: ConfigPath = None,
     as_json: AsJson = False,
@@ -119,10 +117,7 @@ def estimate_command(
 
     Example: sgm estimate data.name=rotten-tomatoes training.batch_size=8 memory.budget=2GiB
     """
-    given = [*([config_file] if config_file else []), *(overrides or [])]
-    if given and "=" not in given[0]:
-        config = Path(given.pop(0))
-    settings = read_config(config, given, as_json)
+    settings = read_config(*divided(config_file, overrides, config), as_json)
     from sgm_finetune.commands.requests import check_inputs
 
     check_inputs(settings, with_plan=True)

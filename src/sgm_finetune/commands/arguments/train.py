@@ -1,4 +1,4 @@
-"""The arguments of `sgm finetune`, `sgm evaluate` and `sgm ship`."""
+"""The arguments of `sgm finetune`, `sgm sweep`, `sgm evaluate` and `sgm ship`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ import typer
 
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.commands.arguments.options import AsJson, ConfigPath, Overrides, config_of_result, read_config
-from sgm_finetune.commands.arguments.output import console_for, loading
+from sgm_finetune.base.search_space import search_space
+from sgm_finetune.commands.arguments.options import (
+    AsJson,
+    ConfigFile,
+    ConfigPath,
+    Overrides,
+    config_of_result,
+    divided,
+    read_config,
+    read_file,
+)
+from sgm_finetune.commands.arguments.output import announce, console_for, loading
 
 
 def finetune_command(
@@ -36,6 +46,46 @@ def finetune_command(
     metrics = finetune(settings, console_for(as_json), dry_run)
     if as_json:
         print(json.dumps(metrics))
+
+
+def sweep_command(
+    config_file: ConfigFile = None,
+    ranges: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Keys to vary: key=A..B, key=log:A..B, key=A,B,C. Other key=value hold for every try.",
+            metavar="key=range",
+        ),
+    ] = None,
+    config: ConfigPath = None,
+    tries: Annotated[int, typer.Option("--tries", min=1, help="Number of tries, those done before among them.")] = 12,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", help="Begin no try that would not end within this time.", show_default="no limit"),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the sweep.")] = Path("sweep"),
+    as_json: AsJson = False,
+) -> None:
+    """Try settings by their validation loss, and write the configuration of the best try. Needs the extra sweep.
+
+    After an interruption, the same command continues where it stopped.
+
+    Example: sgm sweep training.learning_rate=log:3e-3..3e-2 adapter.rank=4,16 --tries 12 --minutes 60
+    """
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise UserError(f"--minutes is {minutes:g}; it is a time above 0")
+    named, overrides = divided(config_file, ranges, config)
+    space = search_space(read_file(named, as_json), overrides, announce(as_json))
+    from sgm_finetune.commands.requests import SweepRequest
+
+    request = SweepRequest(space, tries, minutes, output)
+    request.check()
+    with loading():
+        from sgm_finetune.commands.sweep import sweep
+
+    found = sweep(request, console_for(as_json))
+    if as_json:
+        print(json.dumps(found))
 
 
 def evaluate_command(overrides: Overrides = None, config: ConfigPath = None, as_json: AsJson = False) -> None:

@@ -1,4 +1,4 @@
-"""The arguments of the commands that use results: `sgm report`, `compare`, `generate`, `chat` and `export`."""
+"""The arguments of the commands that use results: `sgm report`, `compare`, `generate`, `chat`, `serve` and `export`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def report_command(
         settings = load_config(None, [f"output.dir={json.dumps(str(output))}"])
         check_page(settings, port)
         with loading():
-            from sgm_finetune.commands.serve import serve as serve_page
+            from sgm_finetune.commands.page import serve_page
 
         serve_page(settings, [], console_for(False, True), port)
         return
@@ -154,11 +154,39 @@ def chat_command(
         print(json.dumps({"turns": turns}))
 
 
+def serve_command(
+    overrides: Overrides = None,
+    config: ConfigPath = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to serve at; 0.0.0.0 lets other machines in, with a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to serve at.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option("--token", envvar="SGM_TOKEN", help="The API key that clients must send.", show_default=False),
+    ] = None,
+) -> None:
+    """Serve the result in output.dir to clients of OpenAI's API; the models are called before and after.
+
+    Example: sgm serve output.dir=runs/chat --port 8001
+    """
+    settings = config_of_result(config, overrides)
+    from sgm_finetune.commands.requests import ServeRequest
+
+    request = ServeRequest(host, port, token or None)
+    request.check(settings)
+    with loading():
+        from sgm_finetune.commands.serve import serve
+
+    serve(settings, overrides or [], request, console_for(False, True))
+
+
 def export_command(
     to: Annotated[
-        Literal["adapter", "merged", "gguf"],
+        Literal["adapter", "merged", "gguf", "gguf-adapter"],
         typer.Option(
-            help="adapter: for PEFT. merged: a whole model for Transformers and vLLM. gguf: for llama.cpp and Ollama.",
+            help="adapter: for PEFT. merged: a whole model for Transformers and vLLM. gguf: for llama.cpp and Ollama. "
+            "gguf-adapter: for llama.cpp's --lora.",
             show_default=False,
         ),
     ],
@@ -171,15 +199,60 @@ def export_command(
         Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"] | None,
         typer.Option(
             metavar="TYPE",
-            help="gguf: type of the matrices: f32, f16 (if not given), bf16, q8_0, q6_k, q5_k_m or q4_k_m.",
+            help="gguf: type of the matrices: f32, f16 (if not given), bf16, q8_0, q6_k, q5_k_m or q4_k_m. "
+            "gguf-adapter: f32 (if not given) or f16.",
             show_default=False,
         ),
     ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
-            min=1, help="adapter: cut each update to its best approximation of this rank.", show_default=False
+            min=1,
+            help="adapter, gguf-adapter: cut each update to its best approximation of this rank.",
+            show_default=False,
         ),
+    ] = None,
+    base: Annotated[
+        Literal["original", "trained"] | None,
+        typer.Option(
+            help="merged, gguf, of a base trained in nf4 or int8: add to its original weights, or to those that "
+            "training computed with. Not given: what predicts the validation data better.",
+            show_default=False,
+        ),
+    ] = None,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option("--add", help="Combine with this run's or PEFT folder's adapter of the same base. Repeatable."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="--add: weights of output.dir's adapter and of each other one: 0.7,0.3.", show_default=False),
+    ] = None,
+    method: Annotated[
+        Literal[
+            "cat",
+            "linear",
+            "svd",
+            "ties",
+            "ties_svd",
+            "dare_linear",
+            "dare_linear_svd",
+            "dare_ties",
+            "dare_ties_svd",
+            "magnitude_prune",
+            "magnitude_prune_svd",
+        ]
+        | None,
+        typer.Option(
+            metavar="METHOD",
+            help="--add: PEFT's name of the way: cat (if not given), linear, svd, ties, dare_linear, dare_ties, "
+            "magnitude_prune; or one of the last four with _svd.",
+            show_default=False,
+        ),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(help="--add: share of the numbers that ties, dare and magnitude_prune keep.", show_default=False),
     ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the checked export to this repository.")
@@ -190,14 +263,17 @@ def export_command(
 
     Example: sgm export --to gguf --gguf-type q8_0 output.dir=runs/two-epochs
     """
-    if gguf_type is not None and to != "gguf":
-        raise UserError(f"--gguf-type {gguf_type} goes with --to gguf, not with --to {to}")
-    if rank is not None and to != "adapter":
-        raise UserError(f"--rank {rank} goes with --to adapter, not with --to {to}")
+    given = {"--weights": weights, "--method": method, "--density": density}
+    if not add and (option := next((name for name, value in given.items() if value is not None), None)):
+        raise UserError(f"{option} goes with --add, which names another adapter")
+    if add and weights is None:
+        raise UserError("--add needs --weights, one for output.dir's adapter and one for each --add: --weights 0.7,0.3")
     settings = config_of_result(config, overrides)
     from sgm_finetune.commands.requests import ExportRequest
+    from sgm_finetune.results.export.combination import Combination, parse_weights
 
-    request = ExportRequest(to, output, gguf_type, push_to_hub, rank)
+    combination = Combination(tuple(add), parse_weights(weights), method or "cat", density) if add and weights else None
+    request = ExportRequest(to, output, gguf_type, push_to_hub, rank, base, combination)
     request.check(settings)
     with loading():
         from sgm_finetune.commands.export import export_result

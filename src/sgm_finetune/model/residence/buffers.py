@@ -108,6 +108,7 @@ class Buffers:
         self.arrived: list[Any] = [torch.cuda.Event() if on_gpu else None for _ in range(number)]
         self.current: int | None = None
 
+    @torch.inference_mode(False)  # what is made inside of that mode could not be differentiated later
     def enter(self, index: int, towards: int) -> None:
         """Block `index` is about to compute; the ones that follow in the direction `towards` (1 or -1) are fetched
         into the other buffers."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, modeling_utils
 
@@ -30,13 +31,30 @@ def loading_by_parts(load: Callable[..., tuple[Any, Any]]) -> Iterator[None]:
         model: PreTrainedModel, state_dict: Mapping[str, Any], load_config: Any, disk_offload_index: Any = None
     ) -> tuple[Any, Any]:
         assert not disk_offload_index
-        return load(convert, model, state_dict, load_config)
+        return load(convert, model, without_tied_copies(model, state_dict), load_config)
 
     loader.convert_and_load_state_dict_in_model = instead
     try:
         yield
     finally:
         loader.convert_and_load_state_dict_in_model = convert
+
+
+def without_tied_copies(model: PreTrainedModel, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of a model's files, without those that equal the one to which the model ties them.
+
+    Transformers ties what the files lack. It compares what they hold twice, which is impossible once the numbers are
+    elsewhere.
+    """
+    name_of = stored_to_model_names(model)
+    stored = {name_of(key): key for key in state_dict}
+    tied = [(stored.get(copy), stored.get(source)) for copy, source in model.all_tied_weights_keys.items()]
+    copies = {
+        copy
+        for copy, source in tied
+        if copy is not None and source is not None and torch.equal(state_dict[copy][...], state_dict[source][...])
+    }
+    return {key: tensor for key, tensor in state_dict.items() if key not in copies}
 
 
 def divide(model: nn.Module, state_dict: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:

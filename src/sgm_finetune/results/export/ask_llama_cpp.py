@@ -1,9 +1,14 @@
 """Asks llama.cpp about a GGUF file, in a process of its own, so that a crash in native code ends only that.
 
-Runs as a program with two arguments: a JSON file {"model", "ids", "texts"}, and an .npz file for the results. The
-results are `logits`, (sequences, length, vocabulary) in float32, and the tokens of text number N: `N.0` without and
-`N.1` with special tokens around it. The file may also have {"prompts", "max_new_tokens"}; `answer.N` then has the
-likeliest tokens after prompt number N, up to the first at which llama.cpp itself stops.
+Runs as a program with two arguments: a JSON file {"model", "ids", "texts", "threads"}, and an .npz file for the
+results. The results are `logits`, (sequences, length, vocabulary) in float32, and the tokens of text number N: `N.0`
+without and `N.1` with special tokens around it. The JSON file may also have
+
+- "adapter", a LoRA adapter's GGUF file: the model computes with it;
+- "prompts" and "max_new_tokens": `answer.N` is the likeliest tokens after prompt number N, up to the first at which
+  llama.cpp itself stops;
+- "scored", a list of [ids, labels]: `losses` is the loss of each sequence in nats, summed over the positions that have
+  a label, and `counts` is their number.
 """
 
 from __future__ import annotations
@@ -11,10 +16,14 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+_PIECE = 512
+"""Tokens that llama.cpp reads at one time."""
 
 
 def main(request_file: Path, results: Path) -> None:
@@ -31,19 +40,27 @@ def main(request_file: Path, results: Path) -> None:
     model = llama_cpp.llama_model_load_from_file(request["model"].encode(), parameters)
     if not model:
         sys.exit("llama.cpp cannot load the file")
-    prompts, limit = request.get("prompts", []), request.get("max_new_tokens", 0)
-    length = max(*map(len, request["ids"]), *(len(row) + limit for row in prompts))
+    prompts, limit, scored = request.get("prompts", []), request.get("max_new_tokens", 0), request.get("scored", [])
+    longest = max(len(row) + more for rows, more in (
+        (request["ids"], 0), (prompts, limit), ([ids for ids, _ in scored], 0),
+    ) for row in rows)  # fmt: skip
     settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx = settings.n_batch = settings.n_ubatch = max(64, length)
+    settings.n_ctx = max(64, longest)
+    settings.n_batch = settings.n_ubatch = min(_PIECE, settings.n_ctx)
+    settings.n_threads = settings.n_threads_batch = request["threads"]
     settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
     settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to half precision
     context = llama_cpp.llama_init_from_model(model, settings)
+    if "adapter" in request:
+        _add_adapter(llama_cpp, model, context, request["adapter"])
     vocabulary: Any = llama_cpp.llama_model_get_vocab(model)
     width = llama_cpp.llama_vocab_n_tokens(vocabulary)
     found: dict[str, Any] = {"logits": np.stack([_logits(llama_cpp, context, row, width) for row in request["ids"]])}
     for number, row in enumerate(prompts):
         answer = _answer(llama_cpp, context, vocabulary, row, limit)
         found[f"answer.{number}"] = np.array(answer, dtype=np.int64)
+    losses = [_loss(llama_cpp, context, ids, labels, width) for ids, labels in scored]
+    found["losses"], found["counts"] = np.array([loss for loss, _ in losses]), np.array([count for _, count in losses])
     for number, text in enumerate(request["texts"]):
         for add_special in (False, True):
             tokens = _tokens(llama_cpp, vocabulary, text.encode(), add_special)
@@ -51,14 +68,23 @@ def main(request_file: Path, results: Path) -> None:
     np.savez(results, **found)
 
 
+def _add_adapter(llama_cpp: Any, model: Any, context: Any, file: str) -> None:
+    adapter = llama_cpp.llama_adapter_lora_init(model, file.encode())
+    if not adapter:
+        sys.exit("llama.cpp cannot load the adapter over the base")
+    adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
+    if llama_cpp.llama_set_adapters_lora(context, adapters, 1, scales):
+        sys.exit("llama.cpp cannot use the adapter")
+
+
 def _answer(llama_cpp: Any, context: Any, vocabulary: Any, prompt: list[int], limit: int) -> list[int]:
     """The likeliest tokens after the prompt, with the one at which llama.cpp stops."""
     width, answer = llama_cpp.llama_vocab_n_tokens(vocabulary), []
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    _forget(llama_cpp, context)
     read, position = prompt, 0
     while len(answer) < limit:
-        likeliest = int(_decode(llama_cpp, context, read, position, width)[-1].argmax())
-        answer.append(likeliest)
+        (last,) = _decode(llama_cpp, context, read, position, [len(read) - 1], width)
+        answer.append(likeliest := int(last.argmax()))
         if llama_cpp.llama_vocab_is_eog(vocabulary, likeliest):
             break
         read, position = [likeliest], position + len(read)
@@ -66,25 +92,50 @@ def _answer(llama_cpp: Any, context: Any, vocabulary: Any, prompt: list[int], li
 
 
 def _logits(llama_cpp: Any, context: Any, row: list[int], width: int) -> np.ndarray:
+    """The logits at every position of a row."""
+    _forget(llama_cpp, context)
+    return np.stack(list(_decode(llama_cpp, context, row, 0, range(len(row)), width)))
+
+
+def _loss(llama_cpp: Any, context: Any, row: list[int], labels: list[int], width: int) -> tuple[float, int]:
+    """The loss in nats, summed over the positions whose next label is not negative, and the number of these."""
+    _forget(llama_cpp, context)
+    positions = [at for at in range(len(row) - 1) if labels[at + 1] >= 0]
+    total = 0.0
+    for at, logits in zip(positions, _decode(llama_cpp, context, row, 0, positions, width), strict=True):
+        most = logits.max()
+        total += float(most + np.log(np.exp(logits - most).sum(dtype=np.float64)) - logits[labels[at + 1]])
+    return total, len(positions)
+
+
+def _forget(llama_cpp: Any, context: Any) -> None:
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-    return _decode(llama_cpp, context, row, 0, width)
 
 
-def _decode(llama_cpp: Any, context: Any, row: list[int], begin: int, width: int) -> np.ndarray:
-    """The logits at the positions of `row`, which follows `begin` tokens that the context holds."""
-    batch = llama_cpp.llama_batch_init(len(row), 0, 1)
-    batch.n_tokens = len(row)
-    for position, token in enumerate(row):
-        batch.token[position] = token
-        batch.pos[position] = begin + position
-        batch.n_seq_id[position] = 1
-        batch.seq_id[position][0] = 0
-        batch.logits[position] = True
-    if llama_cpp.llama_decode(context, batch):
-        sys.exit("llama.cpp cannot compute logits from the file")
-    computed = [llama_cpp.llama_get_logits_ith(context, position)[:width] for position in range(len(row))]
-    llama_cpp.llama_batch_free(batch)
-    return np.array(computed, dtype=np.float32)
+def _decode(
+    llama_cpp: Any, context: Any, row: list[int], begin: int, positions: Sequence[int], width: int
+) -> Iterator[np.ndarray]:
+    """Reads `row`, which follows `begin` tokens that the context holds, and yields the logits at `positions` of it."""
+    wanted, size = set(positions), llama_cpp.llama_n_batch(context)
+    for first in range(0, len(row), size):
+        piece = range(first, min(first + size, len(row)))
+        batch = llama_cpp.llama_batch_init(len(piece), 0, 1)
+        batch.n_tokens = len(piece)
+        for place, at in enumerate(piece):
+            batch.token[place] = row[at]
+            batch.pos[place] = begin + at
+            batch.n_seq_id[place] = 1
+            batch.seq_id[place][0] = 0
+            batch.logits[place] = at in wanted
+        if llama_cpp.llama_decode(context, batch):
+            sys.exit("llama.cpp cannot compute logits from the file")
+        computed = [
+            np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, place), (width,)).copy()
+            for place, at in enumerate(piece)
+            if at in wanted
+        ]
+        llama_cpp.llama_batch_free(batch)
+        yield from computed
 
 
 def _tokens(llama_cpp: Any, vocabulary: Any, text: bytes, add_special: bool) -> list[int]:

@@ -14,7 +14,7 @@ from sgm_finetune.base.text import printable
 from sgm_finetune.measure.plan_file import parse_plan
 from sgm_finetune.measure.plan_summary import describe_plan
 from sgm_finetune.results.answers import generates_text
-from sgm_finetune.results.export.target import ExportFormat, hub_model
+from sgm_finetune.results.export.target import ADAPTERS, ExportFormat, hub_model
 from sgm_finetune.results.load import Result
 from sgm_finetune.results.metric_names import METRICS, Metric
 from sgm_finetune.results.report.usage import head_arguments
@@ -42,12 +42,12 @@ def model_card(result: Result, to: ExportFormat, comparison: Mapping[str, Any], 
     model, trained_on = _names(result)
     data = ModelCardData(
         base_model=hub_id,
-        library_name={"adapter": "peft", "merged": "transformers", "gguf": "gguf"}[to],
+        library_name={"adapter": "peft", "merged": "transformers", "gguf": "gguf", "gguf-adapter": "gguf"}[to],
         pipeline_tag=_PIPELINES.get(config.model.task),
         tags=[
             "sgm-finetune",
-            *(["lora"] if to == "adapter" or not result.is_full else []),
-            *(["gguf"] if to == "gguf" else []),
+            *(["lora"] if to in ADAPTERS or not result.is_full else []),
+            *(["gguf"] if to.startswith("gguf") else []),
         ],
     )
     parts = [
@@ -103,8 +103,10 @@ def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -
     quantised = result.config.model.quantization
     kinds = {
         "adapter": "This is a PEFT adapter. It holds the update only and needs the base model.",
-        "merged": "This is the whole model: the base's own weights plus the update, each tensor rounded once.",
-        "gguf": "This is the whole model in one GGUF file: the base's own weights plus the update.",
+        "merged": "This is the whole model: the base's weights plus the update, each tensor rounded once.",
+        "gguf": "This is the whole model in one GGUF file: the base's weights plus the update.",
+        "gguf-adapter": "This is a LoRA adapter for llama.cpp. It holds the update only and needs the base model as "
+        "GGUF.",
     }
     text, update, trained = [kinds[to]], "the update", "the trained model"
     if cut := comparison.get("cut"):
@@ -113,11 +115,23 @@ def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -
         if not result.is_full:
             how = f"Each update was trained at rank {cut['rank_before']} and"
         text.append(
-            f"{how} cut to its best approximation of rank {cut['rank']}: the loss on {cut['num_validation']:,} "
-            f"validation examples was {cut['validation_loss_before']:.4f} before the cut and is "
-            f"{cut['validation_loss']:.4f} after it. The scores below were measured before it."
+            f"{how} cut to its best approximation of rank {cut['rank']}{_cost(cut)}. The scores below were measured "
+            "before it."
         )
-    if quantised != "none":
+    if combined := comparison.get("combined"):
+        update, trained = "the combined update", "the base with the combined update"
+        others = ", ".join(code(base_name(name)) for name in combined["others"])
+        weights = ", ".join(f"{weight:g}" for weight in combined["weights"])
+        text.append(
+            f"The adapter of this run is combined with {others} by PEFT's method `{combined['method']}`, with the "
+            f"weights {weights}. The scores below are those of this run's adapter alone."
+        )
+    if quantised != "none" and (comparison.get("base") or {}).get("weights") == "trained":
+        text.append(
+            f"The adapter was trained on the base in {quantised}; this export has the weights that training computed "
+            "with, rounded and dequantised."
+        )
+    elif quantised != "none":
         text.append(
             f"The adapter was trained on the base in {quantised}; this export uses the base as published. The scores "
             f"below were measured on the {quantised} base and can differ a little."
@@ -127,12 +141,27 @@ def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -
         f"{update} at {comparison['num_positions']} positions: they differ by {comparison['difference']:.1e} "
         f"(relative norm), and the top token is the same at {comparison['top_agreement']:.0%} of the positions."
     )
+    if scored := comparison.get("validation"):
+        text.append(
+            f"On {scored['num_examples']:,} validation examples its loss is {scored['loss']:.4f}, and that of "
+            f"{trained} {scored['loss_trained']:.4f}."
+        )
     if answers := comparison.get("answers"):
         text.append(
             f"Of {answers['num_compared']} prompts of the test data, the export answered {answers['num_equal']} token "
             f"by token as {trained} does, and ended its answers there too."
         )
     return "\n".join(text)
+
+
+def _cost(cut: Mapping[str, Any]) -> str:
+    """What a cut costs; empty where it was not measured."""
+    if cut["validation_loss"] is None:
+        return ""
+    return (
+        f": the loss on {cut['num_validation']:,} validation examples was {cut['validation_loss_before']:.4f} before "
+        f"the cut and is {cut['validation_loss']:.4f} after it"
+    )
 
 
 def _scores(metrics: Mapping[str, Any]) -> str:
@@ -191,6 +220,12 @@ def _usage(result: Result, to: ExportFormat, files: Mapping[str, str]) -> str:
                 "```bash",
                 f"llama-cli -m {files['gguf']}                 # llama.cpp",
                 "ollama create my-model -f Modelfile && ollama run my-model",
+                "```",
+            ]
+        case "gguf-adapter":
+            lines = [
+                "```bash",
+                f"llama-cli -m base.gguf --lora {files['gguf']}  # base.gguf: the base model, of any type",
                 "```",
             ]
     if result.labels:

@@ -21,7 +21,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.results.export.answer_check import result_stops
 from sgm_finetune.results.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from sgm_finetune.results.export.merge import MergedTensor, checked_finite
-from sgm_finetune.results.export.target import K_QUANTS, GgufType
+from sgm_finetune.results.export.target import K_QUANTS, ExportFormat, GgufType
 from sgm_finetune.results.load import Result
 
 STORED_IN: dict[GgufType, str] = {
@@ -33,26 +33,25 @@ ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3"
 """model_type of config.json -> the gguf package's name."""
 
 
-def check_exportable(result: Result, config: PreTrainedConfig) -> Vocabulary:
+def check_exportable(result: Result, config: PreTrainedConfig, to: ExportFormat) -> Vocabulary:
     """Returns the tokenizer as GGUF stores it. Raises UserError for a result that SGM cannot write as GGUF."""
+    instead = "--to adapter" if to == "gguf-adapter" else "--to merged"
     if result.config.model.task not in DECODER_TASKS:
-        raise UserError(
-            f"--to gguf needs model.task=causal-lm, and this is {result.config.model.task}; take --to merged"
-        )
+        raise UserError(f"--to {to} needs model.task=causal-lm, and this is {result.config.model.task}; take {instead}")
     kind = config.model_type
     if kind not in ARCHITECTURES:
         raise UserError(
-            f"--to gguf supports {', '.join(ARCHITECTURES)}, and this base is a {kind}; take --to merged, and "
+            f"--to {to} supports {', '.join(ARCHITECTURES)}, and this base is a {kind}; take {instead}, and "
             "llama.cpp's own converter"
         )
     rope = _rope(config)
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
-        raise UserError(f"--to gguf does not support rope_type {rope['rope_type']}; take --to merged")
+        raise UserError(f"--to {to} does not support rope_type {rope['rope_type']}; take {instead}")
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", kind == "mistral")
     if windowed and config.sliding_window < config.max_position_embeddings:
         raise UserError(
-            f"--to gguf does not support sliding windows, and this {kind} has one of {config.sliding_window} tokens; "
-            "take --to merged"
+            f"--to {to} does not support sliding windows, and this {kind} has one of {config.sliding_window} tokens; "
+            f"take {instead}"
         )
     return read_vocabulary(result.tokenizer, config.vocab_size, result_stops(result, config))
 
@@ -99,12 +98,12 @@ def write_gguf(
     """Writes matrices in `kind` (q8_0: f16 where the row length is no multiple of 32) and vectors in f32."""
     import gguf
 
-    architecture = getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])
+    architecture = architecture_of(config)
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
     _write_hyperparameters(writer, config, file.stem, kind)
-    with _quiet():
+    with quiet():
         vocabulary.write(writer)
-    planned = _plan_tensors(tensors, config, architecture, kind)
+    planned = _plan_tensors(tensors, config, kind)
     for tensor in planned:
         tensor.add_info(writer)
     factors = _rope_factors(config)
@@ -141,32 +140,48 @@ def rope_order(weight: Tensor, num_heads: int) -> Tensor:
     return weight.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _plan_tensors(
-    tensors: Sequence[MergedTensor], config: PreTrainedConfig, architecture: Any, kind: GgufType
-) -> list[_PlannedTensor]:
+def _plan_tensors(tensors: Sequence[MergedTensor], config: PreTrainedConfig, kind: GgufType) -> list[_PlannedTensor]:
     """Returns the file's tensors. A tied output matrix is left out: GGUF reads the embedding in its place."""
+    name_of = tensor_names(config)
+    return [
+        _PlannedTensor(
+            name_of(tensor.model_name), tensor, reordering(tensor.model_name, config), _stored_type(tensor.shape, kind)
+        )
+        for tensor in tensors
+        if not (tensor.model_name == "lm_head.weight" and config.tie_word_embeddings)
+    ]
+
+
+def architecture_of(config: PreTrainedConfig) -> Any:
+    """Returns the gguf.MODEL_ARCH of a supported base."""
     import gguf
 
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    found = []
-    for tensor in tensors:
-        if tensor.model_name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        name = names.get_name(tensor.model_name, try_suffixes=(".weight", ".bias"))
+    return getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])
+
+
+def tensor_names(config: PreTrainedConfig) -> Callable[[str], str]:
+    """Returns a function from a parameter's name in the model to its name in GGUF, which raises UserError where there
+    is none."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(architecture_of(config), config.num_hidden_layers)
+
+    def name_of(parameter: str) -> str:
+        name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise UserError(f"GGUF has no name for `{tensor.model_name}`; take --to merged")
-        in_rope_order = architecture == gguf.MODEL_ARCH.LLAMA  # llama.cpp rotates the others as Transformers does
-        found.append(_PlannedTensor(
-            name, tensor, _reordering(tensor.model_name, config) if in_rope_order else _unchanged,
-            _stored_type(tensor.shape, kind),
-        ))  # fmt: skip
-    return found
+            raise UserError(f"GGUF has no name for `{parameter}`; take --to merged")
+        return name
+
+    return name_of
 
 
-def _reordering(model_name: str, config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
-    if ".q_proj." in model_name:
+def reordering(parameter: str, config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
+    """Returns the function that puts the rows of a parameter into llama.cpp's order."""
+    if ARCHITECTURES[config.model_type] != "LLAMA":  # llama.cpp rotates the others as Transformers does
+        return _unchanged
+    if ".q_proj." in parameter:
         return partial(rope_order, num_heads=config.num_attention_heads)
-    if ".k_proj." in model_name:
+    if ".k_proj." in parameter:
         return partial(rope_order, num_heads=config.num_key_value_heads)
     return _unchanged
 
@@ -232,7 +247,7 @@ def _stored_type(shape: Sequence[int], kind: GgufType) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences the gguf package, which logs what it adds on standard error."""
     logger = logging.getLogger("gguf")
     level = logger.level

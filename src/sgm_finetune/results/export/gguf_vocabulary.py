@@ -1,7 +1,7 @@
 """A tokenizer as GGUF stores it: tokens and their types, merges, and the name of the pre-tokenizer.
 
 SGM finds that name from the rule in tokenizer.json. The export's check then compares llama.cpp's tokens with the
-tokenizer's (`check.check_tokens`).
+tokenizer's (`gguf_check.check_tokens`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The merged model, tensor by tensor: W + ΔW, with W from the base's own files and never from a quantised copy.
+"""The merged model, tensor by tensor: W + ΔW, with W from the base's own files, or as it was quantised in training.
 
 Letters: `A` (r x d_in) and `B` (d_out x r) are the factors of a matrix, and `s` is the scale alpha / r. A stack of
 experts holds its factors as PEFT does: A expert by expert, B direction by direction (docs/method.md 4).
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from sgm_finetune.base.config import ModelConfig
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.model.as_trained import quantised_layers, weight_as_trained
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.names import stored_to_model_names
 from sgm_finetune.model.weights.quantized import quantisation
@@ -41,7 +43,7 @@ class MergedTensor:
     dtype: torch.dtype
     """dtype in the base's files."""
     is_changed: bool
-    """Whether training changed the tensor."""
+    """Whether it differs from the tensor in the base's files."""
     read: Callable[[], Tensor]
     """Returns the tensor on the CPU: float32 (float64 for float64 files) if it is changed, else the stored dtype."""
 
@@ -85,9 +87,9 @@ def add_update(weight: Tensor, update: Tensor) -> Tensor:
     return wide.add_(update)
 
 
-def merged_tensors(result: Result) -> tuple[list[MergedTensor], PreTrainedModel]:
+def merged_tensors(result: Result, with_update: bool = True) -> tuple[list[MergedTensor], PreTrainedModel]:
     """Returns the merged model's tensors, in the order of the base's files with new heads last, and the model on device
-    "meta". Reads nothing large.
+    "meta"; without the update, the base's tensors. Reads nothing large.
 
     Raises UserError when the base's files are quantised, or the adapter does not fit them.
     """
@@ -103,7 +105,10 @@ def merged_tensors(result: Result) -> tuple[list[MergedTensor], PreTrainedModel]
     known = dict.fromkeys(skeleton.state_dict())
     prefix = skeleton.base_model_prefix
     files = _Files(stored, names, skeleton, result.folder)
-    changes, heads = _whole_changes(result, files) if result.is_full else _updates(result, files)
+    changes, heads = {}, {}
+    if with_update:
+        changes, heads = _whole_changes(result, files) if result.is_full else _updates(result, files)
+    rounded = _rounded(result, files) if result.base_weights == "trained" else {}
     found: list[MergedTensor] = []
     for name, tensor in stored.items():
         model_name = names(name)
@@ -111,9 +116,10 @@ def merged_tensors(result: Result) -> tuple[list[MergedTensor], PreTrainedModel]
             continue  # belongs to another task's head, or was trained whole
         written = model_name if prefix and model_name == f"{prefix}.{name}" else name
         dtype = getattr(torch, tensor.dtype)
-        change = changes.get(name)
-        read = tensor.get if change is None else partial(change, tensor)
-        found.append(MergedTensor(written, model_name, tensor.shape, dtype, change is not None, read))
+        change, base = changes.get(name), rounded.get(name, tensor.get)
+        read = base if change is None else partial(change, base)
+        is_changed = change is not None or name in rounded
+        found.append(MergedTensor(written, model_name, tensor.shape, dtype, is_changed, read))
     usable = {name for name in stored if names(name) in known}
     lacking = [name for name in changes if name not in usable]
     if lacking:
@@ -129,16 +135,36 @@ def merged_tensors(result: Result) -> tuple[list[MergedTensor], PreTrainedModel]
     return found, skeleton
 
 
-_Change = Callable[[StoredTensor], Tensor]
-"""Returns what takes the place of a tensor of the files."""
+_Read = Callable[[], Tensor]
+_Change = Callable[[_Read], Tensor]
+"""Returns what takes the place of a tensor of the base, which its argument reads."""
 
 
-def _add(update: Callable[[], Tensor]) -> _Change:
-    return lambda tensor: add_update(tensor.get(), update())
+def _add(update: _Read) -> _Change:
+    return lambda base: add_update(base(), update())
 
 
-def _replace(read: Callable[[], Tensor]) -> _Change:
-    return lambda tensor: read()
+def _replace(read: _Read) -> _Change:
+    return lambda base: read()
+
+
+def _rounded(result: Result, files: _Files) -> dict[str, _Read]:
+    """Returns name in the files -> function that returns the tensor as the quantised base computed with it, for the
+    tensors that training quantised. Raises UserError where a layer is stored in several tensors."""
+    found: dict[str, _Read] = {}
+    for name, layer in quantised_layers(files.skeleton).items():
+        stored = files.sources.get(f"{name}.weight", ())
+        if len(stored) != 1:
+            raise UserError(
+                f"`{name}.weight` is stored as {len(stored)} pieces in {files.folder}, and SGM cannot quantise them as "
+                "training did; take --base original"
+            )
+        found[stored[0]] = partial(_read_rounded, files.stored[stored[0]], layer, result.config.model)
+    return found
+
+
+def _read_rounded(tensor: StoredTensor, layer: nn.Module, config: ModelConfig) -> Tensor:
+    return weight_as_trained(tensor.get(), layer, config)
 
 
 def _updates(result: Result, files: _Files) -> tuple[dict[str, _Change], dict[str, Tensor]]:
@@ -186,9 +212,9 @@ def _whole_changes(result: Result, files: _Files) -> tuple[dict[str, _Change], d
 
 def _layer_updates(
     model: PeftModel, state: dict[str, Tensor], transposed: Iterable[str], result: Result
-) -> dict[str, Callable[[], Tensor]]:
+) -> dict[str, _Read]:
     """Returns name of an adapted matrix -> function that computes its update. Removes the factors from `state`."""
-    found: dict[str, Callable[[], Tensor]] = {}
+    found: dict[str, _Read] = {}
     for name, (layer, factors) in layer_factors(model, state, result.path).items():
         A, B = (state.pop(factor).float() for factor in factors)
         scale, experts = float(layer.scaling[ADAPTER]), num_experts(layer)  # type: ignore[index]
@@ -248,15 +274,13 @@ class _Files:
         sources = self.sources.get(parameter, ())
         return len(sources) > 1 or (len(sources) == 1 and self.stored[sources[0]].shape == shape)
 
-    def pieces(
-        self, parameter: str, shape: tuple[int, ...], read: Callable[[], Tensor]
-    ) -> dict[str, Callable[[], Tensor]]:
+    def pieces(self, parameter: str, shape: tuple[int, ...], read: _Read) -> dict[str, _Read]:
         """Returns name in the files -> function that returns its piece of what `read` returns, a tensor of the shape of
         the parameter. Raises UserError where the files hold other pieces."""
         sources, shapes = self.sources.get(parameter, ()), self.form.shapes(parameter, shape)
         if set(shapes) == set(sources) and len(shapes) > 1:
             whole = lru_cache(maxsize=1)(partial(self.form.pieces, parameter, read))
-            found: dict[str, Callable[[], Tensor]] = {piece: partial(_piece, whole, piece) for piece in shapes}
+            found: dict[str, _Read] = {piece: partial(_piece, whole, piece) for piece in shapes}
         elif len(sources) == 1:
             shapes, found = {sources[0]: shape}, {sources[0]: read}
         else:

@@ -11,8 +11,14 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import absolute_path
 from sgm_finetune.base.install import install_line
 
-ExportFormat = Literal["adapter", "merged", "gguf"]
+ExportFormat = Literal["adapter", "merged", "gguf", "gguf-adapter"]
+ADAPTERS: tuple[ExportFormat, ...] = ("adapter", "gguf-adapter")
+"""Formats that hold the update alone."""
+BaseWeights = Literal["original", "trained"]
+"""The weights of a base that was quantised in training: those in its files, or those that training computed with."""
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
+ADAPTER_TYPES: tuple[GgufType, ...] = ("f32", "f16")
+"""Types of an adapter's factors in a GGUF file."""
 K_QUANTS: tuple[GgufType, ...] = ("q6_k", "q5_k_m", "q4_k_m")
 """Types that llama.cpp's own quantiser writes."""
 REPORT = "export.json"
@@ -21,8 +27,13 @@ REPORT = "export.json"
 
 def check_packages(to: ExportFormat, gguf_type: GgufType | None = None) -> None:
     """Raises UserError unless the packages that write the format are installed."""
-    if to == "gguf" and importlib.util.find_spec("gguf") is None:
-        raise UserError(f"--to gguf needs the package gguf; {install_line('gguf')}")
+    if to.startswith("gguf") and importlib.util.find_spec("gguf") is None:
+        raise UserError(f"--to {to} needs the package gguf; {install_line('gguf')}")
+    if to == "gguf-adapter" and importlib.util.find_spec("llama_cpp") is None:
+        raise UserError(
+            f"--to gguf-adapter needs llama.cpp, which alone can load and check it; {install_line('llama-cpp')}, or "
+            "take --to adapter"
+        )
     if gguf_type in K_QUANTS and importlib.util.find_spec("llama_cpp") is None:
         raise UserError(
             f"--gguf-type {gguf_type} needs llama.cpp, whose quantiser writes it; {install_line('llama-cpp')}, or take "

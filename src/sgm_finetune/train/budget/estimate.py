@@ -58,16 +58,21 @@ class PredictionError(UserError):
 
 
 def estimate(
-    config: Config, prepared: PreparedData, plan: Plan | None = None, cache: dict[tuple, Any] | None = None
+    config: Config,
+    prepared: PreparedData,
+    plan: Plan | None = None,
+    cache: dict[tuple, Any] | None = None,
+    held: int | None = None,
 ) -> Estimate:
     """Predicts what `finetune` needs with this configuration, data and plan. Loads nothing.
 
     Without a plan, all selected matrices are adapted and those that read the same activations share a factor. `cache`
     keeps what was followed for the next call, which may change only batch sizes, checkpointing, adapter and selection.
+    `held` is the memory of this process without a model, in bytes; None: what it holds now, so that none is loaded.
     Raises PredictionError when the model's code does not run without numbers.
     """
     release_memory()
-    process_bytes = 0 if has_gpu() else held_memory() + LIBRARIES_LATER
+    process_bytes = 0 if has_gpu() else (held_memory() if held is None else held) + LIBRARIES_LATER
     try:
         model = skeleton(config.model, prepared.folder, prepared.head)
         return _Estimator(config, prepared, model, process_bytes, {} if cache is None else cache).run(plan)

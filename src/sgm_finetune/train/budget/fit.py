@@ -12,7 +12,7 @@ from sgm_finetune.base.memory import host_memory_within_reach
 from sgm_finetune.base.text import gib
 from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.method.plan import Plan
-from sgm_finetune.model.architecture import read_model_config, why_not_at
+from sgm_finetune.model.architecture import can_recompute_blocks, read_model_config, why_not_at
 from sgm_finetune.train.budget.estimate import estimate
 from sgm_finetune.train.budget.needs import PHASES, Estimate
 from sgm_finetune.train.budget.reuse import replaced, with_rank
@@ -30,7 +30,9 @@ class Fitted:
     given_up: tuple[str, ...]
 
 
-def fit(config: Config, prepared: PreparedData, budget: int, plan: Plan | None = None) -> Fitted:
+def fit(
+    config: Config, prepared: PreparedData, budget: int, plan: Plan | None = None, held: int | None = None
+) -> Fitted:
     """Returns `config`, changed until its predicted peak is within `budget` bytes.
 
     Each change concerns the phase that needs most. A test takes smaller batches, which keeps its results. A step or the
@@ -39,12 +41,13 @@ def fit(config: Config, prepared: PreparedData, budget: int, plan: Plan | None =
     smaller rank; fewer layers, those nearest to the output. A given plan keeps its rank and layers. Where the weights
     alone are more than the budget, the base goes elsewhere first. Where whole matrices are trained, checkpointing comes
     before smaller micro-batches, whose gradients would have to be kept, and rank and another place are no choice.
+    `held` is as in `estimate`.
     Raises UserError when all of this is not enough.
     """
     current = config
     cache: dict[tuple, Any] = {}
     while True:
-        needed = estimate(current, prepared, plan, cache)
+        needed = estimate(current, prepared, plan, cache, held)
         if needed.firm_bytes <= budget:
             return Fitted(current, needed, tuple(_changes(config, current)))
         fixed = needed.weights_bytes + needed.process_bytes
@@ -81,11 +84,9 @@ def _concession(config: Config, prepared: PreparedData, needed: Estimate, plan: 
 
 
 def _smaller_step(config: Config, prepared: PreparedData, needed: Estimate, plan: Plan | None) -> Config | None:
-    smaller = (
-        (_more_checkpointing, _smaller_micro_batch) if config.is_full else (_smaller_micro_batch, _more_checkpointing)
-    )
-    for change in smaller:
-        if (changed := change(config, needed)) is not None:
+    batch, checkpointing = _smaller_micro_batch(config, needed), _more_checkpointing(config, prepared)
+    for changed in (checkpointing, batch) if config.is_full else (batch, checkpointing):
+        if changed is not None:
             return changed
     if (moved := _elsewhere(config, prepared)) is not None:
         return moved
@@ -106,8 +107,10 @@ def _smaller_micro_batch(config: Config, needed: Estimate) -> Config | None:
     return replaced(config, "training", micro_batch_size=next(divisors))
 
 
-def _more_checkpointing(config: Config, needed: Estimate) -> Config | None:
+def _more_checkpointing(config: Config, prepared: PreparedData) -> Config | None:
     checkpointing = config.training.checkpointing
+    if not can_recompute_blocks(config.model, read_model_config(config.model, prepared.folder)):
+        return None
     if not checkpointing:
         return replaced(config, "training", checkpointing=True)
     return replaced(config, "training", checkpointing="offload") if checkpointing != "offload" and has_gpu() else None
@@ -119,11 +122,15 @@ def _elsewhere(config: Config, prepared: PreparedData) -> Config | None:
     place = _other_place()
     if config.model.residence is not None or config.training.shard or config.is_full:
         return None
-    if why_not_at(place, config.model, read_model_config(config.model, prepared.folder)) is not None:
+    described = read_model_config(config.model, prepared.folder)
+    if why_not_at(place, config.model, described) is not None:
         return None
-    config = replaced(config, "model", residence=place)
-    recomputes = place == "disk" or config.training.checkpointing
-    return config if recomputes else replaced(config, "training", checkpointing=True)
+    moved = replaced(config, "model", residence=place)
+    if place == "disk" or config.training.checkpointing:
+        return moved
+    if not can_recompute_blocks(config.model, described):
+        return None
+    return replaced(moved, "training", checkpointing=True)
 
 
 def _other_place() -> Literal["host", "disk"]:

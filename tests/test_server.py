@@ -1,4 +1,4 @@
-"""The server of `sgm report --serve` answers this machine's own page alone."""
+"""The servers answer this machine's own page alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from sgm_finetune.commands.page_server import MAX_REQUEST, guarded
+from sgm_finetune.commands.server import MAX_REQUEST, guarded, refuse_strangers
 
 OWN = {"host": "127.0.0.1:7860"}
 
@@ -25,7 +25,7 @@ def asked(headers: list[tuple[str, str]], kind: str = "http") -> dict:
         raise AssertionError("the body was read")
 
     scope = {"type": kind, "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers]}
-    asyncio.run(guarded(page)(scope, receive, send))
+    asyncio.run(guarded(page, refuse_strangers)(scope, receive, send))
     return sent[0]
 
 
