@@ -603,6 +603,32 @@ OTHER: list[Row] = [
 ]
 
 
+SHIP: list[Row] = [
+    ("a missing test file", lambda p: [str(p.earlier_run()), "--task-test", "none.csv"], ["--task-test", "none.csv"]),
+    (
+        "a test file with other labels",
+        lambda p: [str(p.earlier_run()), "--task-test", str(p.file("x.csv", "text,label", "a film,mixed"))],
+        ["'mixed'", "known: bad, good"],
+    ),
+    (
+        "a harness task for a classifier",
+        lambda p: [str(p.earlier_run()), "--keep", "arc_easy"],
+        ["--keep", "model.task=sequence-classification"],
+    ),
+    (
+        "the harness tasks of a run",
+        lambda p: [str(p.earlier_run()), "evaluation.harness=[arc_easy]"],
+        ["evaluation.harness", "--keep"],
+    ),
+    (
+        "a base model that is gone",
+        lambda p: [str(p.earlier_run()), f"model.name={p.folder / 'gone'}"],
+        ["No model folder"],
+    ),
+    ("an unknown key", lambda p: [str(p.earlier_run()), "data.tets=a.csv"], ["`data.tets`", "`test`"]),
+]
+
+
 @pytest.fixture(scope="module")
 def finished(llama_folder, reviews, tmp_path_factory) -> Path:
     """The output folder of a finished pico run."""
@@ -690,6 +716,11 @@ def test_export_refuses_in_one_line_and_writes_nothing(build, parts, place, capf
     arguments = build(place)
     default = [] if any(a.startswith("output.dir=") for a in arguments) else [f"output.dir={place.output}"]
     refused(["export", "--config", str(empty), *arguments, *default], parts, place, capfd)
+
+
+@rows(SHIP)
+def test_ship_refuses_in_one_line_and_writes_nothing(build, parts, place, capfd):
+    refused(["ship", *build(place)], parts, place, capfd)
 
 
 @rows(OTHER)

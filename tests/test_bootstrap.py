@@ -38,13 +38,13 @@ def cases() -> dict:
     noisy = numbers + np.random.default_rng(1).normal(0, 1, 300)
     one, sets = drawn(400, 3), [np.eye(4, dtype=int)[row].tolist() for row in drawn(300, 4)]
     return {
-        "class": (classification_metrics(*one, 3), ours.class_intervals(*one, 3)),
-        "classes": (multilabel_metrics(*sets), ours.set_intervals(*sets)),
+        "class": (classification_metrics(*one, 3), ours.class_sums(*one, 3).intervals()),
+        "classes": (multilabel_metrics(*sets), ours.set_sums(*sets).intervals()),
         "number": (
             regression_metrics(numbers.tolist(), noisy.tolist()),
-            ours.number_intervals(numbers.tolist(), noisy.tolist()),
+            ours.number_sums(numbers.tolist(), noisy.tolist()).intervals(),
         ),
-        "tags": (tagging_metrics(*sentences(), TAGS), ours.tag_intervals(*sentences(), TAGS)),
+        "tags": (tagging_metrics(*sentences(), TAGS), ours.tag_sums(*sentences(), TAGS).intervals()),
     }
 
 
@@ -76,11 +76,11 @@ def test_macro_f1_has_the_interval_of_scipys_bootstrap():
         lambda one, other: f1_score(one, other, average="macro"),
         paired=True, vectorized=False, n_resamples=1000, method="percentile", rng=0,
     ).confidence_interval  # fmt: skip
-    assert ours.class_intervals(truth, predicted, 3)["macro_f1"] == pytest.approx(expected, abs=0.01)
+    assert ours.class_sums(truth, predicted, 3).intervals()["macro_f1"] == pytest.approx(expected, abs=0.01)
 
 
 def test_a_test_of_one_example_or_one_class_has_intervals_too():
-    assert ours.class_intervals([0], [0], 2)["macro_f1"] == [0.5, 0.5]
-    assert ours.number_intervals([1.0], [1.0]) == {}
-    assert ours.number_intervals([1.0, 1.0], [1.0, 2.0])["pearson"] == [0.0, 0.0]
-    assert ours.tag_intervals([[0]], [[0]], ("O", "X"))["accuracy"] == [1.0, 1.0]
+    assert ours.class_sums([0], [0], 2).intervals()["macro_f1"] == [0.5, 0.5]
+    assert ours.number_sums([1.0], [1.0]).intervals() == {}
+    assert ours.number_sums([1.0, 1.0], [1.0, 2.0]).intervals()["pearson"] == [0.0, 0.0]
+    assert ours.tag_sums([[0]], [[0]], ("O", "X")).intervals()["accuracy"] == [1.0, 1.0]

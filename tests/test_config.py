@@ -323,7 +323,7 @@ def test_a_value_out_of_its_range_is_named_with_the_range(override, bound):
         (["selection.top_fraction=0.5", "selection.snr_threshold=1"], ["top_fraction", "snr_threshold", "not both"]),
         (["data.name=imdb", "data.train=a.csv"], ["data.name", "data.train", "not both"]),
         (["data.name=imdb", "data.validation=a.csv"], ["data.validation", "data.name"]),
-        (["data.name=imdb", "data.test=a.csv"], ["data.test", "data.name"]),
+        (["data.name=imdb", "data.test=a.csv", "data.streaming=true"], ["data.test", "data.streaming=true"]),
         (["training.batch_size=10", "training.micro_batch_size=4"], ["batch_size=10", "micro_batch_size=4"]),
         (["adapter.rank=64", "probe.sketch_size=32"], ["probe.sketch_size=32", "adapter.rank=64"]),
     ],

@@ -22,6 +22,7 @@ from sgm_finetune.results.metrics import (
     regression_metrics,
     tagging_metrics,
 )
+from sgm_finetune.results.ship.task import class_counts, task_sums
 from sgm_finetune.results.stops import Stops
 from sgm_finetune.train.losses import TestSet, check_packing, summed_loss
 
@@ -59,6 +60,25 @@ def test_an_evaluation_gives_the_same_whatever_the_batch(name, task, kind, label
     assert one.keys() == all_.keys()
     assert one["loss"] == pytest.approx(all_["loss"], rel=1e-5)
     assert describe_metrics(one).endswith(("3 test examples", f"{one.get('num_tokens')} test tokens"))
+
+
+@pytest.mark.parametrize(("name", "task", "kind", "labels"), CASES)
+def test_what_is_compared_before_shipping_is_what_an_evaluation_measures(name, task, kind, labels, tmp_path):
+    config = ModelConfig(task=task, dtype="float32")
+    names = () if kind == "number" or task.endswith("lm") else ("a", "b", "c")
+    model, _ = load_model(config, save_pico(name, tmp_path / name), Head(names, kind, 0))
+    rows = {"input_ids": [[3, 4, 5, 2]] * 3, "attention_mask": [[1] * 4] * 3, "labels": labels.tolist()}
+    test_set = TestSet(Dataset.from_dict(rows), collator(make_tokenizer(), task), task, 2, names)
+    metrics = evaluate_model(model, test_set).metrics
+    sums, predictions = task_sums(model, test_set, lambda done, total: None)
+    assert sums.number == 3
+    for key, value in sums.values().items():
+        assert value == pytest.approx(metrics[key], rel=1e-5, abs=1e-6), key
+    counts = class_counts(test_set, predictions) if predictions else []
+    assert [one[0] for one in counts] == list(names)
+    assert bool(counts) == bool(names)
+    expected = {"class": 3, "classes": 5, None: 9}[kind] if names else 0
+    assert sum(true for _, true, _ in counts) == expected
 
 
 def test_sets_of_classes_are_counted_by_class_and_as_a_whole():

@@ -15,6 +15,8 @@ from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.install import install_line
 from sgm_finetune.commands import finetune as pipeline
+from sgm_finetune.commands.requests import ShipRequest
+from sgm_finetune.commands.ship import ship
 from sgm_finetune.results import harness
 
 TASK = """
@@ -66,6 +68,13 @@ def test_a_task_is_run_before_and_after(task, settings, tmp_path):
     assert metrics["after"]["exact_match"] > 0.7
     assert "pico-verdict · acc " in said.getvalue()
     assert "Pico-verdict: acc" in (tmp_path / "out" / "report.html").read_text()
+
+    verdict = ship(
+        load_config(None, [f"output.dir={tmp_path / 'out'}"]), [], ShipRequest(keep=(str(task),)), Console(file=said)
+    )
+    (kept,) = [check for check in verdict["checks"] if check["subject"] == "kept"]
+    assert (kept["name"], kept["passed"], kept["number"]) == ("pico-verdict: acc", True, 20)
+    assert kept["after"] == pytest.approx(metrics["after"]["harness"]["pico-verdict"]["acc"])
 
 
 @pytest.mark.slow

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from conftest import BAD, GOOD, OTHER
 from processes import adapter, assert_one_run, losses, torchrun
+from rich.console import Console
 
-from sgm_finetune.base.config_file import parse_config
+from sgm_finetune.base.config_file import load_config, parse_config
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands.requests import ShipRequest
+from sgm_finetune.commands.ship import ship
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +82,19 @@ def test_a_run_prefers_the_chosen_answers_and_resumes_and_evaluates_to_the_same_
     assert resumed["after"] == after
     assert losses(out) == rows
     assert all((adapter(out)[name] == value).all() for name, value in expected.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_ship_compares_preferences_on_the_same_pairs(loss, run, command, pairs, tmp_path):
+    data = [f"data.train={pairs.with_name('verdicts.jsonl')}"] if loss == "kto" else []
+    metrics = command("finetune", [*run, *data, f"preference.loss={loss}"])
+    found = ship(load_config(None, [f"output.dir={tmp_path / 'out'}"]), [], ShipRequest(), Console(quiet=True))
+    task = found["checks"][0]
+    assert task["name"] == "preference accuracy"
+    for when in ("before", "after"):
+        assert task[when] == pytest.approx(metrics[when]["preference_accuracy"])
+    assert {"text", "answers"} <= {check["subject"] for check in found["checks"]}
 
 
 @pytest.mark.slow

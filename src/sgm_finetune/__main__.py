@@ -9,10 +9,10 @@ from sgm_finetune.commands.exit_status import run_and_exit
 def main(arguments: list[str] | None = None) -> None:
     """Runs `sgm` as this process. Signals end it in one line from its first import on."""
 
-    def imported() -> None:
+    def imported() -> int:
         from sgm_finetune.commands.cli import run
 
-        run(arguments)
+        return run(arguments)
 
     try:
         run_and_exit(imported)

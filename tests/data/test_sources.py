@@ -114,3 +114,17 @@ def test_an_invalid_source_is_refused_in_one_line(reviews: Path, config: dict, m
         load_splits(DataConfig(**config), "sequence-classification")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_test_file_may_stand_beside_named_data(in_tmp: Path) -> None:
+    """Texts that it shares with the named training data are dropped there."""
+    (in_tmp / "named").mkdir()
+    rows = "".join(f"film {n},{'ab'[n % 2]}\n" for n in range(40))
+    (in_tmp / "named" / "train.csv").write_text("text,label\n" + rows)
+    (in_tmp / "mine.csv").write_text("text,label\nfilm 3,b\nplay 1,a\n")
+    splits = load_splits(DataConfig(name="named", test="mine.csv"), "sequence-classification")
+    assert splits.test["text"][:] == ["film 3", "play 1"]
+    assert len(splits.train) + len(splits.validation) == 39
+    for refused in ({"validation": "mine.csv"}, {"test": "mine.csv", "streaming": True}):
+        with pytest.raises(ValueError, match=r"needs data\.train"):
+            DataConfig(name="named", **refused)

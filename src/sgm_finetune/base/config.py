@@ -297,7 +297,7 @@ class SourceConfig(_Section):
     validation: PathText | None = None
     """Validation file (null: `validation_fraction` of the training data)."""
     test: PathText | None = None
-    """Test file (null: `test_fraction` of the training data)."""
+    """Test file (null: the test data of `name`, or `test_fraction` of the training data)."""
     file_type: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "text", "conll"] = "auto"
     """Type of the files. auto: inferred from the file name extension."""
     format: Literal["auto", "text", "completion", "chat", "sharegpt", "alpaca"] = "auto"
@@ -309,10 +309,9 @@ class SourceConfig(_Section):
     name."""
 
     @model_validator(mode="after")
-    def _held_out_goes_with_train(self) -> Self:
-        for split in ("validation", "test"):
-            if self.name is not None and getattr(self, split) is not None:
-                raise ValueError(f"data.{split} needs data.train; it cannot be used with data.name")
+    def _validation_goes_with_train(self) -> Self:
+        if self.name is not None and self.validation is not None:
+            raise ValueError("data.validation needs data.train; it cannot be used with data.name")
         return self
 
 
@@ -381,6 +380,8 @@ class DataConfig(SourceConfig):
         _refuse_both("data", self)
         if self.streaming and self.mixture is not None:
             raise ValueError("data.streaming=true does not go with data.mixture; set it to false")
+        if self.name is not None and self.test is not None and self.streaming:
+            raise ValueError("data.test needs data.train where data.streaming=true; leave one of them out")
         counts = {f"data.num_{split}": getattr(self, f"num_{split}") for split in ("train", "validation", "test")}
         if self.streaming and (uncounted := [key for key, count in counts.items() if count is None]):
             raise ValueError(f"data.streaming=true needs {' and '.join(uncounted)}; give the number of rows to read")

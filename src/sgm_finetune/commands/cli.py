@@ -30,6 +30,7 @@ COMMANDS = {
         "finetune": train.finetune_command,
         "sweep": train.sweep_command,
         "evaluate": train.evaluate_command,
+        "ship": train.ship_command,
     },
     "Use": {
         "report": use.report_command,
@@ -78,8 +79,9 @@ def set_options(
     configure_libraries(verbose or bool(os.environ.get("SGM_DEBUG")))
 
 
-def run(arguments: list[str] | None = None) -> None:
-    """Runs `sgm` with `arguments` (None: those of the process). Raises what ends it early."""
+def run(arguments: list[str] | None = None) -> int:
+    """Runs `sgm` with `arguments` (None: those of the process) and returns its exit status. Raises what ends it
+    early."""
     try:
         status = app(args=arguments, standalone_mode=False)
     except typer.TyperException as error:
@@ -88,6 +90,7 @@ def run(arguments: list[str] | None = None) -> None:
         raise KeyboardInterrupt from None
     if status == 128 + signal.SIGINT:  # typer makes a number of Ctrl-C, and returns it
         raise KeyboardInterrupt
+    return status or 0
 
 
 def main(arguments: list[str] | None = None) -> None:

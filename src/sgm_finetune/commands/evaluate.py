@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peft import PeftModel
 from rich.console import Console
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.session import prepare_trained, step_log
-from sgm_finetune.commands.steps import load_base, prepare_fast_adapters, refer, test
-from sgm_finetune.results.load import StoredResult, attach, read_stored
+from sgm_finetune.commands.steps import attach_trained, load_base, refer, test
+from sgm_finetune.results.load import StoredResult, read_stored
 
 
 def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict[str, Any]:
@@ -27,9 +26,7 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     s = prepare_trained(stored, log)
     base = load_base(s)
     refer(s, base, ("test",))
-    model, _ = attach(base.model, stored.content, stored.path)
-    if isinstance(model, PeftModel):
-        prepare_fast_adapters(s, model)
+    model, _ = attach_trained(s, base, stored)
     found = test(s, base, model, "test")
     return {"model": s.config.model.name, "data": s.prepared.splits.description, **found.metrics}
 

@@ -1,7 +1,8 @@
 """How a command ends: the exit status, and one line on stderr for what a person can fix.
 
-Exit status: 0 done; 2 something a person can fix (one line on stderr); 1 our fault (a traceback); 128 plus its number
-for a signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for a terminal that closed. Nothing here takes long to import, so
+Exit status: 0 done; 2 something a person can fix (one line on stderr); 3 done, and `sgm ship` says not to ship; 1 our
+fault (a traceback); 128 plus its number for a signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for a terminal that closed.
+Nothing here takes long to import, so
 that a signal ends a command in one line also while its libraries are imported.
 """
 
@@ -23,14 +24,19 @@ from typing import NoReturn
 from sgm_finetune.base.errors import Interrupted, PeerLost, Terminated, UserError, in_one_line, is_out_of_memory
 from sgm_finetune.base.text import printable
 
+NOT_SHIPPED = 3
+"""The exit status of `sgm ship` for a model that is not to be shipped."""
 
-def run_and_exit(command: Callable[[], object]) -> NoReturn:
-    """Runs `command` and exits with its status. Unexpected exceptions pass through, with their traceback."""
+
+def run_and_exit(command: Callable[[], int]) -> NoReturn:
+    """Runs `command` and exits with the status that it returns. Unexpected exceptions pass through, with their
+    traceback."""
     sys.excepthook = _print_traceback
     _print_anything()
+    status = 0
     try:
         with _signals_as_exceptions():
-            command()
+            status = command()
     except Interrupted as stop:
         fail(str(stop), 128 + stop.signal)
     except UserError as error:
@@ -54,7 +60,7 @@ def run_and_exit(command: Callable[[], object]) -> NoReturn:
             "another process of this run has ended (if it said nothing, the system may have ended it for want of "
             "memory); continue from the last checkpoint with training.resume=true"
         )
-    sys.exit(0)
+    sys.exit(status)
 
 
 def _print_anything() -> None:

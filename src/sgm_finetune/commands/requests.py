@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import json
 import os
 import socket
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ from sgm_finetune.results.export.target import (
     check_packages,
 )
 from sgm_finetune.results.files import find_result
+from sgm_finetune.results.report.run_files import check_finished
 from sgm_finetune.results.sampling import Sampling
 from sgm_finetune.results.sweep_folder import open_folder
 
@@ -184,6 +186,37 @@ class GenerateRequest:
             raise UserError(NOTHING_TO_ANSWER)
         if self.file is not None and str(self.file) != "-":
             type_of(self.file, "--input")
+
+
+@dataclass(frozen=True)
+class ShipRequest:
+    """What `sgm ship` was asked for."""
+
+    task_test: Path | None = None
+    """A file of test data; None: the run's own."""
+    keep: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness that must not be lost."""
+
+    def check(self, config: Config, overrides: Sequence[str] = ()) -> None:
+        """Raises UserError when there is no finished run whose report can be written, or no test file of a known type,
+        and in one of several processes."""
+        output = Path(config.output.dir)
+        check_finished(output)
+        check_result(config)
+        if not os.access(output, os.W_OK):
+            raise UserError(f"{output} cannot be written, and ship.json belongs there; copy the folder")
+        if self.task_test is not None:
+            type_of(self.task_test, "--task-test", config.data.file_type)
+        if any(given.startswith("evaluation.harness=") for given in overrides):
+            raise UserError("evaluation.harness=... names the tasks of a run; name those of sgm ship by --keep")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("sgm ship runs in one process; start it without a launcher")
+
+    def changes(self, overrides: Sequence[str]) -> list[str]:
+        """What the run's configuration gets, as key=value: all of the test file, and then `overrides`."""
+        if self.task_test is None:
+            return list(overrides)
+        return [f"data.test={json.dumps(str(self.task_test))}", "data.num_test=null", *overrides]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from accelerate.utils import set_seed
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,6 +34,7 @@ from sgm_finetune.model.matrices import adaptable, out_of_reach
 from sgm_finetune.results.evaluation import evaluate_answers, evaluate_model
 from sgm_finetune.results.examples import kept_predictions
 from sgm_finetune.results.harness import harness_metrics
+from sgm_finetune.results.load import StoredResult, attach
 from sgm_finetune.results.metric_names import describe_metrics
 from sgm_finetune.results.report.scan_table import scan_summary
 from sgm_finetune.train import base_model
@@ -104,14 +106,7 @@ def refer(s: Session, base: Base, splits: Sequence[Split] = SPLITS) -> None:
     found: dict[str, Encoded] = {}
     for split in splits:
         encoded = getattr(prepared, split)
-        test_set = TestSet(
-            encoded.dataset,
-            prepared.collate,
-            config.model.task,
-            config.training.eval_batch_size,
-            head_loss=base.head_loss,
-            preference=config.preference,
-        )
+        test_set = make_test_set(s, base, encoded.dataset)
         with s.clock.time("reference"), s.log.bar("reference") as progress:
             columns = agree(config, partial(reference_columns, base.model, test_set, progress))
         found[split] = replace(encoded, dataset=add_reference(encoded.dataset, columns))
@@ -119,20 +114,36 @@ def refer(s: Session, base: Base, splits: Sequence[Split] = SPLITS) -> None:
     release_memory()
 
 
-def test(s: Session, base: Base, model: nn.Module, when: str) -> Tested:
-    """Tests `model` on the test data: loss and metrics, generated answers, and the tasks of evaluation.harness."""
+def make_test_set(s: Session, base: Base, encoded: Dataset, is_base: bool = False) -> TestSet:
+    """The encoded examples, and how the run tests a model on them."""
     config, prepared = s.config, s.prepared
-    test_set = TestSet(
-        prepared.test.dataset,
+    return TestSet(
+        encoded,
         prepared.collate,
         config.model.task,
         config.training.eval_batch_size,
         prepared.splits.labels,
         base.head_loss,
         config.preference,
-        is_base=when == "before",
+        is_base=is_base,
         sources=prepared.splits.sources,
     )
+
+
+def attach_trained(
+    s: Session, base: Base, stored: StoredResult
+) -> tuple[PeftModel | PreTrainedModel, dict[str, Tensor]]:
+    """The base as `stored` trained it, ready for the fast step, and what `without_update` needs (results/load.py)."""
+    model, former = attach(base.model, stored.content, stored.path)
+    if isinstance(model, PeftModel):
+        prepare_fast_adapters(s, model)
+    return model, former
+
+
+def test(s: Session, base: Base, model: nn.Module, when: str) -> Tested:
+    """Tests `model` on the test data: loss and metrics, generated answers, and the tasks of evaluation.harness."""
+    config, prepared = s.config, s.prepared
+    test_set = make_test_set(s, base, prepared.test.dataset, is_base=when == "before")
     with s.clock.time("evaluate"), s.log.bar(when) as progress:
         with s.clock.time(TEST_LOSS):
             found = evaluate_model(model, test_set, progress)

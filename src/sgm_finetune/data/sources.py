@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -66,13 +66,15 @@ def open_source(config: DataConfig) -> Source:
         from sgm_finetune.data.library import open_stream  # here: the library takes seconds to load
 
         return open_stream(config, files)
+    if config.name is None:
+        return open_files(config, files)
     if config.name in EMBEDDED:
-        return Source(config.name, {"train": EMBEDDED[config.name]()})
-    if config.name is not None:
+        named = Source(config.name, {"train": EMBEDDED[config.name]()})
+    else:
         from sgm_finetune.data.library import open_named
 
-        return open_named(config.name)
-    return open_files(config, files)
+        named = open_named(config.name)
+    return replace(named, tables={**named.tables, **_read_files(config, files)})
 
 
 def check_settings(config: DataConfig) -> dict[Split, str]:
@@ -100,14 +102,15 @@ def check_hub_name(name: str) -> None:
 
 def open_files(config: DataConfig, files: Mapping[Split, str], num_rows: int | None = None) -> Source:
     """The tables of the files, or their first rows. Raises UserError for a file that cannot be read."""
-    tables: dict[Split, Table] = {
-        split: read_file(Path(name), f"data.{split}", config.file_type, num_rows) for split, name in files.items()
-    }
-    return Source(Path(files["train"]).name, tables)
+    return Source(Path(files["train"]).name, _read_files(config, files, num_rows))
+
+
+def _read_files(config: DataConfig, files: Mapping[Split, str], num_rows: int | None = None) -> dict[Split, Table]:
+    return {split: read_file(Path(name), f"data.{split}", config.file_type, num_rows) for split, name in files.items()}
 
 
 def peek(config: DataConfig, num_rows: int = 100) -> Table:
     """The first rows of the training data; all rows when the source cannot be read in part."""
     files = check_settings(config)
-    source = open_files(config, {"train": files["train"]}, num_rows) if files else open_source(config)
+    source = open_files(config, {"train": files["train"]}, num_rows) if "train" in files else open_source(config)
     return source.tables["train"]

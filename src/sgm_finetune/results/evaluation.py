@@ -16,7 +16,7 @@ from sgm_finetune.data.batches import by_length
 from sgm_finetune.data.encoding import IGNORED
 from sgm_finetune.data.mixture import by_source
 from sgm_finetune.data.questions import asked_indices, has_answers, questions
-from sgm_finetune.results.bootstrap import class_intervals, number_intervals, set_intervals, tag_intervals
+from sgm_finetune.results.bootstrap import Sums, class_sums, number_sums, set_sums, tag_sums
 from sgm_finetune.results.generation import answer_metrics, generate_answers
 from sgm_finetune.results.metrics import (
     classification_metrics,
@@ -24,7 +24,7 @@ from sgm_finetune.results.metrics import (
     regression_metrics,
     tagging_metrics,
 )
-from sgm_finetune.results.preference_metrics import preference_metrics, reward_metrics
+from sgm_finetune.results.preference_metrics import preference_metrics, reward_metrics, reward_sums
 from sgm_finetune.results.stops import model_stops
 from sgm_finetune.train.losses import Losses, Progress, TestSet, sum_losses
 from sgm_finetune.train.preference import joined, score
@@ -90,11 +90,9 @@ def _by_name(found: Mapping[int, _T], test_set: TestSet, metrics: Callable[[_T],
 def _metrics(test_set: TestSet, losses: Losses) -> dict[str, Any]:
     """The metrics on the examples of `losses`."""
     indices = sorted(losses.predictions)
-    labels = test_set.encoded["labels"][:] if test_set.task not in ("causal-lm", "seq2seq-lm", "reward") else []
-    truth = [labels[i] for i in indices] if labels else []
     predictions = [losses.predictions[i] for i in indices]
     metrics = {"loss": losses.total / losses.count, "num_examples": len(indices)}
-    return {**metrics, **_task_metrics(test_set, truth, predictions, losses)}
+    return {**metrics, **_task_metrics(test_set, indices, predictions, losses)}
 
 
 def _require_finite(mean: float) -> None:
@@ -139,21 +137,44 @@ def evaluate_answers(
     return {**judge(range(number)), **_by_name(places, test_set, judge), "samples": samples}
 
 
-def _task_metrics(test_set: TestSet, truth: list[Any], predictions: list[Any], losses: Losses) -> dict[str, Any]:
+def _task_metrics(test_set: TestSet, indices: Sequence[int], predictions: list[Any], losses: Losses) -> dict[str, Any]:
+    if test_set.task in ("causal-lm", "seq2seq-lm"):
+        mean = losses.total / losses.count
+        return {"perplexity": math.exp(min(mean, 700.0)), "num_tokens": losses.count}
     if test_set.task == "reward":
         return reward_metrics(predictions)
-    match test_set.task:
-        case "causal-lm" | "seq2seq-lm":
-            mean = losses.total / losses.count
-            return {"perplexity": math.exp(min(mean, 700.0)), "num_tokens": losses.count}
-        case "token-classification":
-            tags = [[tag for tag in row if tag != IGNORED] for row in truth]
-            numbers = tagging_metrics(tags, predictions, test_set.labels)
-            return {**numbers, "intervals": tag_intervals(tags, predictions, test_set.labels)}
+    truth, num_labels = true_labels(test_set, indices), len(test_set.labels)
     match truth[0]:
+        case list() if test_set.task == "token-classification":
+            numbers = tagging_metrics(truth, predictions, test_set.labels)
         case int():
-            numbers = classification_metrics(truth, predictions, len(test_set.labels))
-            return {**numbers, "intervals": class_intervals(truth, predictions, len(test_set.labels))}
+            numbers = classification_metrics(truth, predictions, num_labels)
         case float():
-            return {**regression_metrics(truth, predictions), "intervals": number_intervals(truth, predictions)}
-    return {**multilabel_metrics(truth, predictions), "intervals": set_intervals(truth, predictions)}
+            numbers = regression_metrics(truth, predictions)
+        case _:
+            numbers = multilabel_metrics(truth, predictions)
+    return {**numbers, "intervals": prediction_sums(test_set, predictions, indices).intervals()}
+
+
+def true_labels(test_set: TestSet, indices: Sequence[int] | None = None) -> list[Any]:
+    """The true class, vector of 0 and 1, number, or tags of words of each example, or of some."""
+    truth = test_set.encoded["labels"][:]
+    truth = truth if indices is None else [truth[i] for i in indices]
+    if test_set.task == "token-classification":
+        return [[tag for tag in row if tag != IGNORED] for row in truth]
+    return truth
+
+
+def prediction_sums(test_set: TestSet, predictions: list[Any], indices: Sequence[int] | None = None) -> Sums:
+    """The metrics of predictions, of all examples or of some, as functions of sums over examples."""
+    if test_set.task == "reward":
+        return reward_sums(predictions)
+    truth = true_labels(test_set, indices)
+    match truth[0]:
+        case list() if test_set.task == "token-classification":
+            return tag_sums(truth, predictions, test_set.labels)
+        case int():
+            return class_sums(truth, predictions, len(test_set.labels))
+        case float():
+            return number_sums(truth, predictions)
+    return set_sums(truth, predictions)

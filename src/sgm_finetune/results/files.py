@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PTH = "sgm_finetuned.pth"
 RESULTS = (
     PTH, "adapter", "plan.json", "plan.safetensors", "config.yaml", "metrics.json", "report.html", "environment.json",
-    "history.json", "examples.json", "pictures.json", "prompts.json", "checkpoints", "export",
+    "history.json", "examples.json", "pictures.json", "prompts.json", "ship.json", "checkpoints", "export",
 )  # fmt: skip
 """Everything that a run, or `sgm export`, writes into the output folder; `output.overwrite=true` replaces all of it."""
 

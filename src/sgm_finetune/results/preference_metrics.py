@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from sgm_finetune.base.config import PreferenceConfig
-from sgm_finetune.results.bootstrap import bootstrap
-from sgm_finetune.results.intervals import wilson
+from sgm_finetune.results.bootstrap import Sums
 from sgm_finetune.train.preference import Scores, summed_loss
-
-_Measure = Callable[[np.ndarray], dict[str, Any]]
 
 
 def preference_metrics(scores: Scores, settings: PreferenceConfig, is_base: bool) -> dict[str, Any]:
@@ -33,15 +30,13 @@ def preference_metrics(scores: Scores, settings: PreferenceConfig, is_base: bool
     """
     total, count = summed_loss(scores, settings)
     metrics: dict[str, Any] = {"loss": total / count, "num_examples": count, "intervals": {}}
-    judged: list[tuple[str, Any]] = [("preference", scores.per_token)]
+    judged = [preference_sums(scores)]
     if settings.has_reference and not is_base:
-        judged.append(("reward", settings.strength * scores.ratios))
-    good = None if scores.desirable is None else scores.desirable.numpy()
-    for name, values in judged:
-        values = values.numpy()
-        found, intervals = _of_pairs(*values) if good is None else _of_labels(values[0], good)
-        metrics |= {f"{name}_{key}": value for key, value in found.items()}
-        metrics["intervals"] |= {f"{name}_{key}": value for key, value in intervals.items()}
+        judged.append(_verdict_sums("reward", (settings.strength * scores.ratios).numpy(), _good(scores)))
+    for sums in judged:
+        metrics |= sums.values()
+        metrics["intervals"] |= sums.intervals()
+    good = _good(scores)
     logs, lengths = scores.log_probabilities.numpy(), scores.num_tokens.numpy()
     chosen = slice(None) if good is None else good
     if lengths[0][chosen].size:
@@ -61,39 +56,56 @@ def reward_metrics(scores: Sequence[Sequence[float]]) -> dict[str, Any]:
 
     `intervals` has their 95 % intervals.
     """
-    found, intervals = _of_pairs(*np.asarray(scores, dtype=float).T)
-    return {
-        **{f"reward_{key}": value for key, value in found.items()},
-        "intervals": {f"reward_{key}": value for key, value in intervals.items()},
-    }
+    sums = reward_sums(scores)
+    return {**sums.values(), "intervals": sums.intervals()}
 
 
-def _of_pairs(chosen: np.ndarray, rejected: np.ndarray) -> tuple[dict[str, float], dict[str, list[float]]]:
+def reward_sums(scores: Sequence[Sequence[float]]) -> Sums:
+    """reward_accuracy and reward_margin as functions of sums over examples."""
+    chosen, rejected = np.asarray(scores, dtype=float).T
+    return _pair_sums(chosen, rejected, ("reward_accuracy", "reward_margin"))
+
+
+def preference_sums(scores: Scores) -> Sums:
+    """preference_accuracy and preference_margin as functions of sums over examples."""
+    return _verdict_sums("preference", scores.per_token.numpy(), _good(scores))
+
+
+def _good(scores: Scores) -> np.ndarray | None:
+    return None if scores.desirable is None else scores.desirable.numpy()
+
+
+def _verdict_sums(name: str, values: np.ndarray, good: np.ndarray | None) -> Sums:
+    """The accuracy and the margin `name` of values: (2, examples), or of those of single answers, `good` or not."""
+    names = f"{name}_accuracy", f"{name}_margin"
+    return _pair_sums(values[0], values[1], names) if good is None else _label_sums(values[0], good, names)
+
+
+def _pair_sums(chosen: np.ndarray, rejected: np.ndarray, names: tuple[str, str]) -> Sums:
     """The share of pairs with chosen > rejected, an equal pair counting half, and the mean difference."""
+    accuracy, margin = names
     margins = chosen - rejected
-    share = float(np.mean((margins > 0) + 0.5 * (margins == 0)))
-    rows = np.stack([np.ones_like(margins), margins], axis=1)
-    margin = bootstrap(rows, lambda sums: {"margin": sums[:, 1] / sums[:, 0]})
-    found = {"accuracy": share, "margin": float(margins.mean())}
-    return found, {"accuracy": list(wilson(share, len(margins))), **margin}
+    rows = np.stack([np.ones_like(margins), (margins > 0) + 0.5 * (margins == 0), margins], axis=1)
+    return Sums(
+        rows, lambda sums: {accuracy: sums[:, 1] / sums[:, 0], margin: sums[:, 2] / sums[:, 0]}, shares=(accuracy,)
+    )
 
 
-def _of_labels(values: np.ndarray, good: np.ndarray) -> tuple[dict[str, float], dict[str, list[float]]]:
+def _label_sums(values: np.ndarray, good: np.ndarray, names: tuple[str, str]) -> Sums:
     """The share of all pairs of a good and a bad answer in which the good one has the larger value (the area under the
-    ROC curve), and the difference of the two means. Both are empty without answers of both kinds."""
-    if good.all() or not good.any():
-        return {}, {}
+    ROC curve), and the difference of the two means. Both are missing without answers of both kinds."""
     order = np.argsort(values, kind="stable")
-    values, good = values[order], good[order]
+    sorted_values, sorted_good = values[order], good[order]
 
     def statistics(weights: np.ndarray) -> dict[str, np.ndarray]:
+        weights = weights[:, order]
         with np.errstate(invalid="ignore", divide="ignore"):
-            bad = weights * ~good
+            bad = weights * ~sorted_good
             below = np.cumsum(bad, axis=1)
-            num_good, num_bad = (weights * good).sum(1), bad.sum(1)
-            area = (weights * good * below).sum(1) / (num_good * num_bad)
-            margin = (weights * good) @ values / num_good - bad @ values / num_bad
-        return {"accuracy": np.nan_to_num(area, nan=0.5), "margin": np.nan_to_num(margin)}
+            num_good, num_bad = (weights * sorted_good).sum(1), bad.sum(1)
+            area = (weights * sorted_good * below).sum(1) / (num_good * num_bad)
+            margin = (weights * sorted_good) @ sorted_values / num_good - bad @ sorted_values / num_bad
+        return dict(zip(names, (np.nan_to_num(area, nan=0.5), np.nan_to_num(margin)), strict=True))
 
-    found = {name: float(value[0]) for name, value in statistics(np.ones((1, len(values)))).items()}
-    return found, bootstrap(np.eye(len(values)), statistics)
+    has_both = good.any() and not good.all()
+    return Sums(np.eye(len(values)), statistics if has_both else lambda weights: {})

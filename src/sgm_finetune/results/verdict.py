@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from sgm_finetune.results.intervals import interval_of
@@ -57,8 +57,12 @@ def improved(metrics: Mapping[str, Any]) -> bool | None:
 
 def _deciding_metric(metrics: Mapping[str, Any]) -> Metric | None:
     before, after = metrics.get("before") or {}, metrics.get("after") or {}
-    known = (one for key in _DECIDING for one in METRICS if one.key == key)
-    return next((one for one in known if finite(before.get(one.key)) and finite(after.get(one.key))), None)
+    return deciding_of([key for key in _DECIDING if finite(before.get(key)) and finite(after.get(key))])
+
+
+def deciding_of(keys: Collection[str]) -> Metric | None:
+    """Returns the metric that decides, of those named; None if none of them does."""
+    return next((one for key in _DECIDING for one in METRICS if one.key == key and key in keys), None)
 
 
 def _line(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sgm_finetune.base.config import PreferenceConfig, Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import first_line
-from sgm_finetune.data.batches import num_predictions
+from sgm_finetune.data.batches import by_length, num_predictions
 from sgm_finetune.data.encoding import IGNORED
 from sgm_finetune.method.preference import bradley_terry
 from sgm_finetune.train.fast.head_loss import HeadLoss
@@ -128,6 +128,37 @@ def sum_losses(
 
     over_batches(model, test_set, indices, add, progress, num_batches)
     return losses
+
+
+def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """The log-probability in nats of the labels of each sequence, (batch,), in float32; `logits` stand at their
+    labels."""
+    losses = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return -losses.view_as(labels).sum(-1)
+
+
+def example_losses(
+    model: nn.Module, test_set: TestSet, progress: Progress = lambda done, total: None
+) -> list[tuple[float, int]]:
+    """(summed loss in nats, number of predicted tokens) of each example of a language model's test set, in order."""
+    is_decoder, found = test_set.task == "causal-lm", dict[int, tuple[float, int]]()
+
+    def add(chosen: Sequence[int], batch: dict[str, Tensor]) -> None:
+        # an encoder-decoder reads its labels as the decoder's input
+        labels = batch.pop("labels") if is_decoder else batch["labels"]
+        targets = labels[:, 1:] if is_decoder else labels
+        if test_set.head_loss is not None:
+            logs = test_set.head_loss.by_row(model, batch, labels)
+        else:
+            logits = _logits(model, batch)
+            logs = log_probabilities(logits[:, :-1] if is_decoder else logits, targets)
+        counts = (targets != IGNORED).sum(-1)
+        found.update(zip(chosen, zip((-logs).tolist(), counts.tolist(), strict=True), strict=True))
+
+    over_batches(model, test_set, by_length(test_set.encoded), add, progress)
+    return [found[index] for index in range(len(test_set.encoded))]
 
 
 def over_batches(

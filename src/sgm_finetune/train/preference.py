@@ -18,7 +18,7 @@ from sgm_finetune.data.batches import PAIR_COLUMNS, by_length
 from sgm_finetune.data.encoding import IGNORED, REFERENCES
 from sgm_finetune.method import preference
 from sgm_finetune.train.fast.head_loss import HeadLoss
-from sgm_finetune.train.losses import Progress, TestSet, over_batches
+from sgm_finetune.train.losses import Progress, TestSet, log_probabilities, over_batches
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class PreferenceLoss:
         if self.head_loss is not None:
             found = self.head_loss.by_row(model, inputs, labels)
         else:
-            found = log_probabilities(model(**inputs).logits, labels)
+            found = log_probabilities(model(**inputs).logits[:, :-1], labels[:, 1:])
         reference, desirable = batch.get("reference"), batch.get("desirable")
         return Scores(
             found.view(num_rows, -1),
@@ -108,15 +108,6 @@ class PreferenceLoss:
             None if reference is None else reference.view(num_rows, -1),
             None if desirable is None else desirable.view(num_rows, -1)[0],
         )
-
-
-def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """The log-probability in nats of the labels of each sequence, (batch,), in float32."""
-    targets = labels[:, 1:]
-    losses = nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return -losses.view_as(targets).sum(-1)
 
 
 def score(

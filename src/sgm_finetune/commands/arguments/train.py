@@ -1,4 +1,4 @@
-"""The arguments of `sgm finetune`, `sgm sweep` and `sgm evaluate`."""
+"""The arguments of `sgm finetune`, `sgm sweep`, `sgm evaluate` and `sgm ship`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.search_space import search_space
 from sgm_finetune.commands.arguments.options import (
@@ -102,3 +103,46 @@ def evaluate_command(overrides: Overrides = None, config: ConfigPath = None, as_
     metrics = evaluate(settings, overrides or [], console_for(as_json))
     if as_json:
         print(json.dumps(metrics))
+
+
+def ship_command(
+    output: Annotated[Path, typer.Argument(help="The output.dir of a run.", metavar="OUTPUT")],
+    overrides: Overrides = None,
+    task_test: Annotated[
+        Path | None,
+        typer.Option("--task-test", help="Test file; the run's own test data if not given.", show_default=False),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            "--keep",
+            metavar="TASK,...",
+            help="Tasks of lm-evaluation-harness that must not be lost.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a result with its base on the task and on what must not be lost; exit status 0: ship, 3: do not.
+
+    Example: sgm ship runs/two-epochs --keep arc_easy && ./deploy runs/two-epochs
+    """  # fmt: skip
+    if "=" in str(output) and not output.exists():
+        raise UserError(f"sgm ship {output} names no folder; write sgm ship OUTPUT {output}")
+    settings = load_config(None, [*(overrides or []), f"output.dir={json.dumps(str(output))}"])
+    from sgm_finetune.commands.requests import ShipRequest
+
+    tasks = dict.fromkeys(name.strip() for name in (keep or "").split(",") if name.strip())
+    if keep is not None and not tasks:
+        raise UserError(f"--keep {keep!r} names no task; name some, or leave it out")
+    request = ShipRequest(task_test, tuple(tasks))
+    request.check(settings, overrides or [])
+    with loading():
+        from sgm_finetune.commands.exit_status import NOT_SHIPPED
+        from sgm_finetune.commands.ship import ship
+
+    verdict = ship(settings, overrides or [], request, console_for(as_json))
+    if as_json:
+        print(json.dumps(verdict))
+    if not verdict["ship"]:
+        raise typer.Exit(NOT_SHIPPED)

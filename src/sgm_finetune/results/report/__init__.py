@@ -2,7 +2,7 @@
 
 Pages (HTML):
     page                the report of one run, from `run_files` (reads its folder), its sections and the templates
-    *_section           values of a section: classes, examples, provenance
+    *_section           values of a section: classes, examples, checks of `sgm ship`, provenance
     comparison_page     runs side by side, on the terminal and as a page, from `comparison` (who is better, by how much)
     headlines, usage    parts of the report: metrics before and after; commands to copy
     render              a template -> one offline page

@@ -22,6 +22,7 @@ from sgm_finetune.results.report.provenance_section import head, provenance_sect
 from sgm_finetune.results.report.render import render
 from sgm_finetune.results.report.run_files import Run, catch_bad_values, load_run
 from sgm_finetune.results.report.scan_table import short_kinds
+from sgm_finetune.results.report.ship_section import ship_section
 from sgm_finetune.results.report.similarity_figures import (
     LOWEST_SHOWN,
     layers_figure,
@@ -69,6 +70,7 @@ def render_report(run: Run) -> str:
         **_results(run.metrics),
         **classes_section(run.metrics),
         **examples_section(run),
+        **ship_section(run.ship),
         **_training(run),
         **_sharing(run.plan, run.metrics),
         **_pools(run),

@@ -23,6 +23,7 @@ FILES = {
     "examples.json": "predictions before and after",
     "pictures.json": "the numbers behind the pictures",
     "prompts.json": "test prompts that an export answers",
+    "ship.json": "the checks before shipping",
     "environment.json": "machine, versions, command, seeds",
     "checkpoints": "checkpoints of the training",
     "export": "exported models",

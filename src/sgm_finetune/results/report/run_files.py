@@ -31,6 +31,8 @@ class Run:
     pictures: Pictures = field(default_factory=Pictures)
     examples: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    ship: dict[str, Any] = field(default_factory=dict)
+    """What `sgm ship` found."""
 
 
 def load_run(folder: Path) -> Run:
@@ -46,6 +48,7 @@ def load_run(folder: Path) -> Run:
         pictures=parse_pictures(pictures, str(folder / "pictures.json")),
         examples=_checked_examples(_read(folder / "examples.json", dict, {}), folder / "examples.json"),
         environment=_read(folder / "environment.json", dict, {}),
+        ship=_checked_ship(_read(folder / "ship.json", dict, {}), folder / "ship.json"),
     )
 
 
@@ -124,3 +127,19 @@ def _checked_examples(examples: dict[str, Any], path: Path) -> dict[str, Any]:
     if not valid or (shown and not isinstance(examples.get("num_changed"), dict)):
         raise UserError(f"{path} holds no examples in the form that `sgm finetune` writes; restore or remove the file")
     return examples
+
+
+_CHECK_FIELDS = {"subject": str, "name": str, "passed": bool | None, "line": str, "rule": str}
+
+
+def _checked_ship(ship: dict[str, Any], path: Path) -> dict[str, Any]:
+    checks = ship.get("checks", [])
+    valid = isinstance(checks, list) and all(
+        isinstance(one, dict) and all(isinstance(one.get(name), kind) for name, kind in _CHECK_FIELDS.items())
+        for one in checks
+    )
+    if ship and (not valid or not isinstance(ship.get("ship"), bool)):
+        raise UserError(
+            f"{path} holds no checks in the form that `sgm ship` writes; remove it, or run `sgm ship` again"
+        )
+    return ship

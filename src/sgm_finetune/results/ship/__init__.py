@@ -1,0 +1,1 @@
+"""The gate before shipping: what is measured before and after, and the rules that decide (docs/tutorials/ship.md)."""
