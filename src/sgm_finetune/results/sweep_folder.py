@@ -88,7 +88,8 @@ def _check_free(folder: Path) -> None:
 def _read(path: Path) -> Sweep:
     values = require_json_object(path)
     values.pop("best", None)  # they follow from the tries
-    for one in values.get("tries") if isinstance(values.get("tries"), list) else ():
+    tries = values.get("tries")
+    for one in tries if isinstance(tries, list) else []:
         if isinstance(one, dict):
             one.pop("loss", None)
     try:

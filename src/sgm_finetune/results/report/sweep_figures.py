@@ -8,6 +8,7 @@ from itertools import accumulate
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sgm_finetune.base.search_space import Choices, Range
 from sgm_finetune.results.report.svg import ALONE, INK, TRAIN, VALIDATION, plot, svg
@@ -22,7 +23,7 @@ def tries_figure(tries: Sequence[Try], best: Try) -> Markup:
 
     def draw(figure: Figure) -> None:
         axes = plot(figure, _WIDTH, _HEIGHT, "try")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         lowest = list(accumulate((one.loss or 0.0 for one in complete), min))
         axes.step([one.number for one in complete], lowest, where="post", color=VALIDATION, linewidth=1.6)
         _draw_points(axes, tries, best, lambda one: one.number)
@@ -36,9 +37,10 @@ def key_figure(part: Choices | Range, tries: Sequence[Try], best: Try, name: str
     def draw(figure: Figure) -> None:
         axes = plot(figure, _WIDTH, _HEIGHT, part.key)
         if isinstance(part, Choices):
-            axes.set_xticks(range(len(part.values)), [_short(value) for value in part.values])
-            axes.set_xlim(-0.5, len(part.values) - 0.5)
-            _draw_points(axes, tries, best, lambda one: part.values.index(one.settings[part.key]))
+            values = part.values
+            axes.set_xticks(range(len(values)), [_short(value) for value in values])
+            axes.set_xlim(-0.5, len(values) - 0.5)
+            _draw_points(axes, tries, best, lambda one: values.index(one.settings[part.key]))
             return
         if part.log:
             axes.set_xscale("log")
