@@ -208,3 +208,13 @@ def test_encoded_sources_stand_one_after_another_and_say_where_they_come_from(in
                           StepLog(Console(quiet=True)))  # fmt: skip
     assert "position_ids" in packed.train.dataset.column_names
     assert sorted(set(packed.train.dataset[SOURCE][:])) == [0, 1]
+
+
+def test_sources_of_pairs_keep_their_sources_and_targets(in_tmp):
+    """`source` is also a role of seq2seq-lm."""
+    for name in ("a", "b"):
+        write(f"{name}.jsonl", *({"source": f"{name} {i}", "target": f"t {i}"} for i in range(20)))
+    made = load_splits(mixture({"train": "a.jsonl"}, {"train": "b.jsonl"}), "seq2seq-lm")
+    assert made.counts == {"train": [15, 15], "validation": [2, 2], "test": [3, 3]}
+    assert made.train.column_names == ["source", "target"]
+    assert {text.split()[0] for text in made.train["source"][:15]} == {"a"}

@@ -13,8 +13,8 @@ import numpy as np
 from sgm_finetune.base.config import SourceConfig
 from sgm_finetune.base.errors import UserError
 
-SOURCE = "source"
-"""Column of an encoded mixture: the index of the source of each example."""
+SOURCE = "source_index"
+"""Column of a mixture: the index of the source of each example."""
 
 
 def divide(weights: Sequence[float], total: int) -> list[int]:
