@@ -100,14 +100,15 @@ def test_a_run_needs_nothing_that_windows_lacks(settings, windows, tmp_path, mon
     """It prints to a file in the encoding of Western Europe, which lacks some of its marks."""
     printed = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline="\r\n")
     monkeypatch.setattr(sys, "stdout", printed)
-    (tmp_path / "empty.yaml").write_text("model: {task: sequence-classification}\n")
+    (tmp_path / "empty.yaml").write_text("model: {task: sequence-classification}\n", encoding="utf-8")
+    few = ("training.max_steps=2", "data.num_train=64", "data.num_validation=8", "data.num_test=16")
     with pytest.raises(SystemExit) as caught:
-        main(["finetune", "--config", str(tmp_path / "empty.yaml"), *settings, "training.max_steps=4"])
+        main(["finetune", "--config", str(tmp_path / "empty.yaml"), *settings, *few])
     assert caught.value.code == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["peak_memory_bytes"] == 3 * 2**30
     printed.flush()
-    assert b"train    4 steps in" in printed.buffer.getvalue()
+    assert b"train    2 steps in" in printed.buffer.getvalue()
     for path in (tmp_path / "out").glob("*.json"):
         assert b"\r\n" not in path.read_bytes()
 
