@@ -255,6 +255,7 @@ def test_of_a_base_in_the_hosts_memory_two_blocks_and_slices_of_the_output_layer
         check_fits(host, 2**40, host_config)
 
 
+@pytest.mark.slow
 def test_a_budget_moves_the_base_to_the_hosts_memory_where_there_is_a_gpu(described, as_with_a_gpu):
     config, prepared = made(described, "model.task=causal-lm", "adapter.rank=2", "merge.side=none")
     resident = estimate(config, prepared)

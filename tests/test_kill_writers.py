@@ -168,14 +168,14 @@ def test_an_export_that_was_kept_aside_is_back_before_the_next(tmp_path):
 def test_an_interruption_between_two_renames_brings_the_earlier_folder_back(tmp_path, monkeypatch):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "earlier").write_text("")
-    rename = Path.rename
+    replace = os.replace
 
-    def interrupted(self, target):
-        if self.name == ".merged.partial":
+    def interrupted(path, target):
+        if Path(path).name == ".merged.partial":
             raise KeyboardInterrupt
-        return rename(self, target)
+        return replace(path, target)
 
-    monkeypatch.setattr(Path, "rename", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "merged") as scratch:
         (scratch / "new").write_text("")
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]

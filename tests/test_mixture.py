@@ -86,7 +86,10 @@ def test_a_mixture_is_shown_source_by_source_and_predicted(two, tmp_path, comman
         ("[{train: a, weight: -1}]", "data.mixture, entry 1: `weight` is '-1'; input should be greater than 0"),
         ("[{train: a, wieght: 1}]", "data.mixture, entry 1: unknown key `wieght`; did you mean `weight`?"),
         ("[{train: a, weight: 1}, {train: b}]", "entry 2 has no weight and others have one"),
-        ("[{name: imdb, test: a.csv}]", "data.mixture, entry 1: test needs train; it cannot be used with name"),
+        (
+            "[{name: imdb, validation: a.csv}]",
+            "data.mixture, entry 1: validation needs train; it cannot be used with name",
+        ),
     ],
 )
 def test_a_wrong_mixture_is_one_line(given, words):

@@ -385,6 +385,8 @@ def test_a_taken_port_is_refused_on_windows_too(monkeypatch):
     options: list[Any] = []
 
     class Socket:
+        def __init__(self, *kind: Any): ...
+
         def __enter__(self) -> Socket:
             return self
 
@@ -399,7 +401,7 @@ def test_a_taken_port_is_refused_on_windows_too(monkeypatch):
         monkeypatch.setattr(requests, "os", SimpleNamespace(name=name))
         monkeypatch.setattr(requests.socket, "socket", Socket)
         options.clear()
-        requests._check_free(7860)
+        requests._check_free("127.0.0.1", 7860)
         assert len(options) == expected
 
 

@@ -683,6 +683,7 @@ def test_a_selected_fraction_trains_fewer_matrices(settings, command, tmp_path):
 # (k) packing
 
 
+@pytest.mark.slow
 def test_packed_examples_train_in_fewer_sequences_and_running_text_needs_none(settings, tmp_path, command, capfd):
     data = write_pairs(tmp_path / "x.jsonl")
     settings = [*settings, "model.task=causal-lm", f"data.train={data}", "data.max_length=64", "data.packing=true"]

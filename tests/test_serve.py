@@ -211,6 +211,7 @@ def test_a_translator_completes_and_does_not_chat(tmp_path):
             chat(client)
 
 
+@pytest.mark.slow
 def test_twenty_clients_get_the_answers_of_one_after_another(client):
     asked = [("before", "after")[n % 2] for n in range(20)]
 

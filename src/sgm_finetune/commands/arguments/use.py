@@ -185,6 +185,7 @@ def export_command(
     to: Annotated[
         Literal["adapter", "merged", "gguf", "gguf-adapter"],
         typer.Option(
+            metavar="FORMAT",
             help="adapter: for PEFT. merged: a whole model for Transformers and vLLM. gguf: for llama.cpp and Ollama. "
             "gguf-adapter: for llama.cpp's --lora.",
             show_default=False,

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from sgm_finetune.base.config import HEAD_TASKS
-from sgm_finetune.base.text import listed, printable
+from sgm_finetune.base.text import printable
 from sgm_finetune.measure.plan_file import parse_plan
 from sgm_finetune.measure.plan_summary import describe_plan
 from sgm_finetune.results.answers import generates_text
@@ -99,9 +99,8 @@ def code(text: str) -> str:
 def _names(result: Result) -> tuple[str, str]:
     """Returns the base model and the training data as the card names them."""
     data = result.config.data
-    return code(base_name(result.config.model.name)), code(
-        listed([base_name(one.name or one.train or "data") for one in data.sources])
-    )
+    sources = [code(base_name(one.name or one.train or "data")) for one in data.sources]
+    return code(base_name(result.config.model.name)), ", ".join(sources)
 
 
 def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -> str:
