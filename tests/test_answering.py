@@ -253,7 +253,10 @@ def test_a_question_that_is_too_long_leaves_the_chat_as_it_was(talker, monkeypat
             ["chat"],
             "sgm chat is for causal-lm, and this run's model.task is sequence-classification; take sgm generate",
         ),
-        (["serve"], "this run's model.task is sequence-classification; take sgm generate or sgm report --serve"),
+        pytest.param(
+            *(["serve"], "this run's model.task is sequence-classification; take sgm generate or sgm report --serve"),
+            marks=pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason=install_line("serve")),
+        ),
         (["generate", "--input", "none.csv"], "--input"),
     ],
 )

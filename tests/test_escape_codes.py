@@ -194,6 +194,7 @@ def test_init_shows_columns_and_its_mistakes_as_text(outside, tmp_path, llama_fo
     assert_harmless(refused)
 
 
+@pytest.mark.slow
 def test_init_asks_for_columns_as_text(outside, tmp_path, llama_folder):
     given = ["--data", outside / "columns.csv", "--model", llama_folder, "--task", "causal-lm", "--quantization=none"]
     lines, status = sgm_in_terminal(["init", str(tmp_path / "new.yaml"), *map(str, given)], 200, typed="nothing\n\n\n")

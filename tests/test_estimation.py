@@ -340,6 +340,7 @@ def test_the_command_prints_parts_phases_and_one_object(described, capsys, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_whole_matrices_need_their_state_and_one_gradient_and_give_up_checkpointing_before_micro_batches(
     described,
 ) -> None:

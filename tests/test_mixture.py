@@ -38,6 +38,7 @@ def two(settings, reviews, tmp_path) -> list[str]:
     return [*kept, f"data.mixture={json.dumps(entries)}", "training.max_steps=24", "training.eval_steps=8"]
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_tests_each_source_and_resumes_bit_for_bit(two, reviews, tmp_path, command):
     whole = command("finetune", two)
     first, second = reviews.name, "more.csv"

@@ -785,6 +785,7 @@ def test_what_cannot_step_fast_is_said(settings, command):
 # (k) rank pools
 
 
+@pytest.mark.slow
 def test_a_pool_resumes_bit_for_bit_and_exports_as_plain_lora(settings, tmp_path, command):
     """Its .pth holds the pool alone, which evaluates to the same digits; its adapter and its merged model are plain."""
     settings = [*settings, "merge.scope=pool", "adapter.rank=6", "training.max_steps=12", "training.eval_steps=4"]

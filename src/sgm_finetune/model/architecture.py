@@ -67,10 +67,8 @@ def check_model(config: ModelConfig, folder: Path, max_length: int = 0) -> None:
     if place in ("host", "disk") and (reason := why_not_at(place, config, described)) is not None:
         raise UserError(f"model.residence={place} {reason}; set model.residence=device")
     check_shards(folder)
-    known = _MODELS[config.task]
     remote = _AUTO[config.task].__name__ in (getattr(described, "auto_map", None) or {})
-    is_encoder = type(described) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(described, "is_decoder", False)
-    if (type(described) not in known or (config.task == "preference" and is_encoder)) and not remote:
+    if not (_fits(config.task, described) or remote):
         raise UserError(
             f"model.task={config.task} does not fit model.name={config.name}, a {described.model_type}; "
             f"choose another task or model"
@@ -121,6 +119,13 @@ def can_recompute_blocks(config: ModelConfig, described: PreTrainedConfig) -> bo
     return all(model.supports_gradient_checkpointing for model in classes)
 
 
+def _fits(task: Task, described: PreTrainedConfig) -> bool:
+    """Whether Transformers has a model of this architecture for the task. It has language models of encoders too, which
+    predict no answers."""
+    is_encoder = type(described) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(described, "is_decoder", False)
+    return type(described) in _MODELS[task] and not (task == "preference" and is_encoder)
+
+
 def fitting_tasks(name: str) -> tuple[Task, ...]:
     """The tasks that Transformers supports for the model in the folder `name`, by its config.json.
 
@@ -130,7 +135,7 @@ def fitting_tasks(name: str) -> tuple[Task, ...]:
     if not (folder / "config.json").is_file():
         return get_args(Task)
     described = read_model_config(ModelConfig(name=name), folder)
-    return tuple(task for task in get_args(Task) if type(described) in _MODELS[task]) or get_args(Task)
+    return tuple(task for task in get_args(Task) if _fits(task, described)) or get_args(Task)
 
 
 def read_model_config(config: ModelConfig, folder: Path) -> PreTrainedConfig:
