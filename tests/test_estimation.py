@@ -301,6 +301,7 @@ def test_a_run_stops_before_anything_is_loaded_where_it_cannot_fit(described, mo
         pipeline.finetune(load_config(None, described), Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_a_run_in_a_budget_prints_what_it_gave_up_and_resumes_so(described, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("sgm_finetune.train.budget.estimate.held_memory", lambda: 0)
     config, prepared = made(described, "training.batch_size=32", "training.eval_batch_size=64")

@@ -109,6 +109,7 @@ def test_following_few_blocks_predicts_what_following_all_does(name, task, more,
     assert few == numbers(estimate(config, prepared))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["input", pytest.param("output", marks=pytest.mark.slow)])
 def test_a_factor_of_many_layers_counts_once(side, tmp_path, monkeypatch) -> None:
     """Its gradient appears in the uppermost of them and stays until the lowest."""
