@@ -38,6 +38,19 @@ OTHER = ["the", "a", "film", "plot", "cast", "it", "was", "and", "with", "very",
 WORDS = [*GOOD, *BAD, *OTHER]
 
 
+def pair_rows() -> list[dict[str, str]]:
+    """120 pairs of answers: a chosen one has good words, a rejected one has bad words."""
+    chooser = random.Random(0)
+
+    def answer(words: list[str]) -> str:
+        return " ".join(chooser.choice([*words, *OTHER]) for _ in range(chooser.randint(2, 6))) + f" {words[0]}"
+
+    return [
+        {"prompt": " ".join(chooser.choices(OTHER, k=3)), "chosen": f" {answer(GOOD)}", "rejected": f" {answer(BAD)}"}
+        for _ in range(120)
+    ]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _collect_less():
     """A run collects garbage several times, and would look at every imported module each time."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 import http.client
 import io
 import json
-import socket
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import gradio
+from processes import free_port
 from rich.console import Console
 
 from sgm_finetune.base.config_file import load_config
@@ -47,12 +47,6 @@ ASKED = {
     "upload of its own": {"path": "/gradio_api/upload", "body": UPLOAD, "headers": FORM},
     "too much": {"path": "/gradio_api/queue/join", "body": b"x" * (2**20 + 1)},
 }
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind((serving.HOST, 0))
-        return free.getsockname()[1]
 
 
 def asked(port: int, path: str = "/", body: bytes | None = None, headers: dict[str, str] | None = None):

@@ -6,8 +6,13 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +60,36 @@ def adapter(output: Path) -> dict[str, torch.Tensor]:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def running_server(*arguments: str) -> Iterator[subprocess.Popen]:
+    """A command that serves at a port, in a process of its own, once it has opened. Its last line must be that it was
+    interrupted."""
+    command = [sys.executable, "-m", "sgm_finetune", *arguments]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    assert running.stdout is not None
+    try:
+        assert any(line.startswith("open") for line in running.stdout)
+        yield running
+    finally:
+        running.kill()
+    assert running.communicate()[1].splitlines()[-1:] == ["Interrupted"]
+
+
+def assert_ctrl_c_ends(running: subprocess.Popen) -> None:
+    """Within half a minute, with the status of an interrupt."""
+    running.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    assert running.wait(timeout=60) == 130
+    assert time.monotonic() - sent < 30
 
 
 def torchrun(*arguments: str, processes: int = 2) -> str:

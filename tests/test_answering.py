@@ -6,7 +6,6 @@ import importlib.util
 import io
 import json
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import pytest
 import torch
 from architectures import save_pico
 from conftest import GOOD, make_model, make_tokenizer
-from processes import environment
+from processes import assert_ctrl_c_ends, environment, free_port, running_server
 from rich.console import Console
 from systems import needs_posix
 
@@ -326,54 +325,30 @@ def join_queue(port: int, session: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason=install_line("browser"))
 def test_ctrl_c_ends_the_page_while_the_model_answers(talker):
-    with socket.socket() as free:
-        free.bind((serving.HOST, 0))
-        port = free.getsockname()[1]
-    folder = talker[0].partition("=")[2]
-    arguments = [sys.executable, "-m", "sgm_finetune", "report", folder, "--serve", "--port", str(port)]
-    running = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-    assert running.stdout is not None
-    try:
-        assert any(line.startswith("open") for line in running.stdout)
+    port, folder = free_port(), talker[0].partition("=")[2]
+    with running_server("report", folder, "--serve", "--port", str(port)) as running:
         for session in "abcdefgh":  # more than it can answer before the signal
             join_queue(port, session)
         stream = urllib.request.urlopen(f"http://{serving.HOST}:{port}/gradio_api/queue/data?session_hash=a")
         assert any(b"process_generating" in line for line in stream)
-        running.send_signal(signal.SIGINT)
-        asked = time.monotonic()
-        assert running.wait(timeout=60) == 130
-        assert time.monotonic() - asked < 30
-    finally:
-        running.kill()
-    assert running.communicate()[1].splitlines()[-1:] == ["Interrupted"]
+        assert_ctrl_c_ends(running)
 
 
+@needs_posix
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason=install_line("serve"))
 def test_ctrl_c_ends_the_server_while_the_model_answers(talker):
-    with socket.socket() as free:
-        free.bind((serving.HOST, 0))
-        port = free.getsockname()[1]
-    arguments = [sys.executable, "-m", "sgm_finetune", "serve", *talker, "--port", str(port)]
-    running = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-    assert running.stdout is not None
+    port = free_port()
     body = {"model": "before", "prompt": "the", "max_tokens": 500, "temperature": 2, "stream": True}
     asked = urllib.request.Request(f"http://{serving.HOST}:{port}/v1/completions", json.dumps(body).encode())
-    try:
-        assert any(line.startswith("open") for line in running.stdout)
+    with running_server("serve", *talker, "--port", str(port)) as running:
         stream = None
         while stream is None:
             with suppress(urllib.error.URLError):
                 stream = urllib.request.urlopen(asked)
         with stream:
             assert stream.readline().startswith(b"data: ")
-            running.send_signal(signal.SIGINT)
-            sent = time.monotonic()
-            assert running.wait(timeout=60) == 130
-            assert time.monotonic() - sent < 30
-    finally:
-        running.kill()
-    assert running.communicate()[1].splitlines()[-1:] == ["Interrupted"]
+            assert_ctrl_c_ends(running)
 
 
 def test_a_port_that_is_taken_and_a_missing_package_are_found_first(reviewer, monkeypatch):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
-from conftest import BAD, GOOD, OTHER
+from conftest import pair_rows
 from processes import adapter, assert_one_run, losses, torchrun
 from rich.console import Console
 
@@ -19,17 +18,7 @@ from sgm_finetune.commands.ship import ship
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
-    """120 pairs: a chosen answer has good words, a rejected one has bad words."""
-    chooser = random.Random(0)
-
-    def answer(words: list[str]) -> str:
-        return " ".join(chooser.choice([*words, *OTHER]) for _ in range(chooser.randint(2, 6))) + f" {words[0]}"
-
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    rows = [
-        {"prompt": " ".join(chooser.choices(OTHER, k=3)), "chosen": f" {answer(GOOD)}", "rejected": f" {answer(BAD)}"}
-        for _ in range(120)
-    ]
+    path, rows = tmp_path_factory.mktemp("data") / "pairs.jsonl", pair_rows()
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     verdicts = [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}

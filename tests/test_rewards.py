@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import random
 import shutil
 from io import StringIO
 from pathlib import Path
@@ -14,7 +13,7 @@ import datasets
 import pytest
 import torch
 import transformers as hf
-from conftest import BAD, GOOD, OTHER, adapted, llama_config, make_tokenizer
+from conftest import OTHER, adapted, llama_config, make_tokenizer, pair_rows
 from processes import adapter, assert_one_run, losses, torchrun
 from rich.console import Console
 from torch import Tensor, nn
@@ -152,17 +151,7 @@ def test_a_tokenizer_without_an_end_of_sequence_token_will_do():
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
-    """120 pairs of answers: a chosen one has good words, a rejected one has bad words."""
-    chooser = random.Random(0)
-
-    def answer(words: list[str]) -> str:
-        return " ".join(chooser.choice([*words, *OTHER]) for _ in range(chooser.randint(2, 6))) + f" {words[0]}"
-
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    rows = [
-        {"prompt": " ".join(chooser.choices(OTHER, k=3)), "chosen": f" {answer(GOOD)}", "rejected": f" {answer(BAD)}"}
-        for _ in range(120)
-    ]
+    path, rows = tmp_path_factory.mktemp("data") / "pairs.jsonl", pair_rows()
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     singles = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows]
     path.with_name("singles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in singles))

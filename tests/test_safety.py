@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, environment
+from processes import ROOT, environment, free_port
 from rich.console import Console
 from safetensors.torch import load_file
 from systems import needs_posix
@@ -382,11 +382,7 @@ def test_a_terminal_that_closes_leaves_a_checkpoint(settings, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_whose_peer_never_came_ends_with_one_line(rank, settings, tmp_path):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (tmp_path / "empty.yaml").write_text("")
     program = (
         "from datetime import timedelta; from sgm_finetune.base import processes; "

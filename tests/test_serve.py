@@ -16,6 +16,7 @@ import pytest
 import torch
 from architectures import save_pico
 from conftest import adapted, make_model, make_tokenizer
+from processes import free_port
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sgm_finetune.base.config_file import load_config
@@ -41,12 +42,6 @@ TEMPLATE = (
 )
 QUESTION = [{"role": "user", "content": "the great story"}]
 SAMPLED = {"temperature": 2.0, "seed": 7, "max_tokens": 12}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        return free.getsockname()[1]
 
 
 @contextmanager

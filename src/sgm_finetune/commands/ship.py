@@ -17,7 +17,7 @@ from sgm_finetune.commands.requests import ShipRequest
 from sgm_finetune.commands.session import Session, prepare_trained, step_log
 from sgm_finetune.commands.steps import attach_trained, load_base, make_test_set
 from sgm_finetune.data.batches import collator
-from sgm_finetune.data.questions import Question, has_answers, questions
+from sgm_finetune.data.questions import Question, has_answers, questions, spread
 from sgm_finetune.results.answers import When, answer, is_chat_model
 from sgm_finetune.results.harness import check_harness, harness_outcomes
 from sgm_finetune.results.load import LoadedResult, find_base, read_stored
@@ -125,16 +125,6 @@ def _call_reader(s: Session, trained: LoadedResult) -> CallReader | None:
         return None
     tools = rows["tools"][:] if "tools" in rows.column_names else []
     return CallReader(tokenizer, model_stops(trained.model, tokenizer), tools)
-
-
-def spread(items: Sequence[int], number: int) -> list[int]:
-    """At most `number` of the items, which lie evenly among them.
-
-    >>> spread(range(10), 4), spread([7, 8], 4)
-    ([0, 2, 5, 7], [7, 8])
-    """
-    number = min(number, len(items))
-    return [items[at * len(items) // number] for at in range(number)]
 
 
 def _without(exam: Exam, subject: Any, name: str, why: str) -> Exam:

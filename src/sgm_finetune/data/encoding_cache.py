@@ -23,7 +23,7 @@ from datasets.table import InMemoryTable
 
 from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.base.files import whole_file
+from sgm_finetune.base.files import rename, whole_file
 from sgm_finetune.base.processes import processes
 from sgm_finetune.data.encoding import Encoded, encode, fingerprint, pack
 from sgm_finetune.data.rows import Origin
@@ -51,27 +51,17 @@ def encode_or_recall(
 
     Small splits, and those of a tokenizer without tokenizer.json, are encoded each time.
     """
-    if len(split) < FEWEST or not tokenizer.is_fast:
-        return _encode(split, tokenizer, task, max_length, origins, packs)
-    file = cache_dir() / "encoded" / f"{content_key(split, tokenizer, task, max_length, packs)}.arrow"
-    found = _recall(file)
-    if found is None:
-        found = _encode(split, tokenizer, task, max_length, origins, packs)
-        if processes().is_main_process:
-            _remember(file, found)
-    return found
-
-
-def _encode(
-    split: datasets.Dataset,
-    tokenizer: Any,
-    task: Task,
-    max_length: int,
-    origins: Sequence[Origin] | None,
-    packs: bool,
-) -> Encoded:
+    file = None
+    if len(split) >= FEWEST and tokenizer.is_fast:
+        file = cache_dir() / "encoded" / f"{content_key(split, tokenizer, task, max_length, packs)}.arrow"
+        if (recalled := _recall(file)) is not None:
+            return recalled
     encoded = encode(split, tokenizer, task, max_length, origins)
-    return pack(encoded, max_length) if packs else encoded
+    if packs:
+        encoded = pack(encoded, max_length)
+    if file is not None and processes().is_main_process:
+        _remember(file, encoded)
+    return encoded
 
 
 def content_key(split: datasets.Dataset, tokenizer: Any, task: Task, max_length: int, packs: bool) -> str:
@@ -154,7 +144,7 @@ def _remember(file: Path, encoded: Encoded) -> None:
             pa.ipc.new_file(sink, table.schema, options=options) as stream,
         ):
             stream.write_table(table)
-        own.replace(file)
+        rename(own, file)
         by_use = sorted(file.parent.glob("*.arrow"), key=lambda path: path.stat().st_mtime)
         for old in by_use[:-KEPT]:
             old.unlink(missing_ok=True)

@@ -43,6 +43,16 @@ def asked_indices(encoded: Dataset, number: int) -> list[int]:
     return [index for here, count in zip(parts.values(), numbers, strict=True) for index in here[:count]]
 
 
+def spread(items: Sequence[int], number: int) -> list[int]:
+    """At most `number` of the items, which lie evenly among them.
+
+    >>> spread(range(10), 4), spread([7, 8], 4)
+    ([0, 2, 5, 7], [7, 8])
+    """
+    number = min(number, len(items))
+    return [items[at * len(items) // number] for at in range(number)]
+
+
 def has_answers(encoded: Dataset, task: Task) -> bool:
     """Whether the examples have prompts and answers; running text has none."""
     return task in ("seq2seq-lm", "preference") or (task == "causal-lm" and IGNORED in encoded[0]["labels"])

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from sgm_finetune.base.device import has_gpu
 from sgm_finetune.data.encoding import IGNORED, sequence_lengths
+from sgm_finetune.data.questions import spread
 from sgm_finetune.train.fast.head_loss import find_head_loss
 from sgm_finetune.train.losses import Progress, TestSet, sum_losses
 
@@ -139,15 +140,11 @@ def choose_examples(encoded: Dataset, limit: int) -> Dataset:
     one example at least."""
     lengths = sequence_lengths(encoded)
     number = min(MOST_EXAMPLES, len(encoded))
-    chosen = _spread(len(encoded), number)
+    chosen = spread(range(len(encoded)), number)
     while number > 1 and sum(lengths[i] for i in chosen) > limit:
         number -= max(1, number // 8)
-        chosen = _spread(len(encoded), number)
+        chosen = spread(range(len(encoded)), number)
     return encoded.select(chosen)
-
-
-def _spread(total: int, number: int) -> list[int]:
-    return [i * total // number for i in range(number)]
 
 
 def score(
