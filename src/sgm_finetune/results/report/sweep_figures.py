@@ -42,11 +42,13 @@ def key_figure(part: Choices | Range, tries: Sequence[Try], best: Try, name: str
             axes.set_xlim(-0.5, len(values) - 0.5)
             _draw_points(axes, tries, best, lambda one: values.index(one.settings[part.key]))
             return
+        _draw_points(axes, tries, best, lambda one: float(one.settings[part.key]))
         if part.log:
             axes.set_xscale("log")
             axes.minorticks_off()
             axes.set_xticks(ticks := _log_ticks(part), [f"{tick:.3g}" for tick in ticks])
-        _draw_points(axes, tries, best, lambda one: float(one.settings[part.key]))
+            margin = (part.high / part.low) ** 0.05
+            axes.set_xlim(part.low / margin, part.high * margin)  # the whole range, wherever the tries are
 
     return svg(name, f"Validation loss by {part.key}", _WIDTH, _HEIGHT, draw)
 
