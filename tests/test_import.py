@@ -15,6 +15,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.cli import main
 from sgm_finetune.commands.foreign import axolotl, llamafactory
 from sgm_finetune.commands.import_config import import_config, translate
+from sgm_finetune.data.splits import load_splits
 
 QLORA = """
 base_model: org/base
@@ -110,7 +111,7 @@ def test_a_llama_factory_file_finds_its_data_in_dataset_info(tmp_path):
 def test_a_data_set_that_dataset_info_does_not_name_is_said(tmp_path):
     config, notes = translated(tmp_path, FACTORY)
     assert config.data.train is None
-    assert "dataset: chats: data/dataset_info.json is not there; give data.train or data.name" in notes
+    assert "dataset chats: data/dataset_info.json is not there; give data.train or data.name" in notes
 
 
 @pytest.mark.parametrize(
@@ -150,10 +151,122 @@ def test_what_cannot_be_carried_over_is_noted(tmp_path):
     )  # fmt: skip
     for part in (
         "target modules q_proj, v_proj", "optimizer lion_8bit", "schedule one_cycle", "warmup_steps: 10", "chatml",
-        "train[:10%]", "1 more (c/d)", "train_on_inputs", "deepspeed", "eos_token",
+        "datasets a/b: split: train[:10%]", "train_on_inputs", "deepspeed", "eos_token",
     ):  # fmt: skip
         assert part in notes, part
+    assert [(entry.name, entry.format) for entry in config.data.mixture] == [("a/b", "alpaca"), ("c/d", "text")]
     assert (config.training.optimizer, config.training.learning_rate) == (None, None)
+
+
+CHAT = [{"role": "user", "content": "Why?"}]
+PAIR = {"chosen": "Because it is so.", "rejected": "No."}
+AS_MESSAGES = {name: {"role": "assistant", "content": text} for name, text in PAIR.items()}
+AS_CHATS = {name: [*CHAT, message] for name, message in AS_MESSAGES.items()}
+SHAREGPT = {name: {"from": "gpt", "value": text} for name, text in PAIR.items()}
+VERDICT = {"completion": "Because it is so.", "label": True}
+
+
+def rows_of(folder: Path, row: dict, name: str = "rows.jsonl") -> Path:
+    """A file of twelve rows like `row`, which differ in the answer."""
+    path, end = (
+        folder / name,
+        "completion" if "completion" in row else next(key for key in row if "chosen" in key or key == "win"),
+    )
+    path.write_text("".join(json.dumps(numbered(row, end, number)) + "\n" for number in range(12)))
+    return path
+
+
+def numbered(row: dict, key: str, number: int) -> dict:
+    return {**row, key: json.loads(json.dumps(row[key]).replace("so.", f"so, {number}."))}
+
+
+@pytest.mark.parametrize(
+    ("row", "given", "entry", "expected"),
+    [
+        ({"question": "Why?", **PAIR}, {"rl": "dpo", "rl_beta": 0.3}, {"type": "chatml.intel"}, ("dpo", 0.3)),
+        ({"input": "Why?", **PAIR}, {"rl": "ipo"}, {"type": "llama3.icr"}, ("ipo", 0.1)),
+        ({"prompt": "Why?", **AS_CHATS}, {"rl": "orpo", "orpo_alpha": 0.2}, {"type": "chatml.ultra"}, ("orpo", 0.2)),
+        (AS_CHATS, {"rl": "dpo", "dpo_beta": 0.2}, {"type": "chat_template.argilla_chat"}, ("dpo", 0.2)),
+        ({"messages": CHAT, **AS_MESSAGES}, {"rl": "simpo"}, {"type": "chat_template.default"}, ("simpo", 2.0)),
+        (
+            {"talk": CHAT, "win": AS_MESSAGES["chosen"], "lose": AS_MESSAGES["rejected"]}, {"rl": "dpo"},
+            {"type": "chat_template", "field_messages": "talk", "field_chosen": "win", "field_rejected": "lose"},
+            ("dpo", 0.1),
+        ),
+        ({"question": "Why?", **VERDICT}, {"rl": "kto"}, {"type": "chatml.intel"}, ("kto", 0.1)),
+        (
+            {"q": "Why?", "win": "It is so.", "lose": "No."}, {"rl": "dpo"},
+            {"type": {"field_prompt": "q", "field_chosen": "win", "field_rejected": "lose"}}, ("dpo", 0.1),
+        ),
+        ({"input": "Why?", **PAIR}, {"reward_model": True}, {"type": "bradley_terry.chat_template"}, None),
+    ],
+)  # fmt: skip
+def test_preferences_of_axolotl_become_a_configuration_that_reads_the_data(row, given, entry, expected, tmp_path):
+    path = rows_of(tmp_path, row)
+    config, _ = translated(tmp_path, {"base_model": "b", **given, "datasets": [{"path": str(path), **entry}]})
+    assert config.model.task == ("reward" if expected is None else "preference")
+    if expected is not None:
+        assert (config.preference.loss, config.preference.strength) == expected
+    splits = load_splits(config.data, config.model.task)
+    assert len(splits.train) + len(splits.validation) + len(splits.test) == 12
+
+
+@pytest.mark.parametrize(
+    ("row", "described", "given", "loss"),
+    [
+        (
+            {"conversations": [{"from": "human", "value": "Why?"}], **SHAREGPT},
+            {"formatting": "sharegpt", "ranking": True,
+             "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}},
+            {"stage": "dpo", "pref_loss": "simpo"}, "simpo",
+        ),
+        (
+            {"instruction": "Why?", **PAIR},
+            {"ranking": True, "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}},
+            {"stage": "rm"}, None,
+        ),
+        (
+            {"instruction": "Why?", **VERDICT},
+            {"columns": {"prompt": "instruction", "response": "completion", "kto_tag": "label"}},
+            {"stage": "kto", "kto_chosen_weight": 0.5}, "kto",
+        ),
+    ],
+)  # fmt: skip
+def test_preferences_of_llama_factory_become_a_configuration_that_reads_the_data(row, described, given, loss, tmp_path):
+    (tmp_path / "data").mkdir()
+    rows_of(tmp_path / "data", row)
+    info = {"mine": {"file_name": "rows.jsonl", **described}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    config, _ = translated(tmp_path, {**FACTORY, "dataset": "mine", **given})
+    if loss is not None:
+        assert (config.model.task, config.preference.loss) == ("preference", loss)
+        assert config.preference.strength == 0.1  # theirs, also for simpo
+    splits = load_splits(config.data, config.model.task)
+    assert len(splits.train) + len(splits.validation) + len(splits.test) == 12
+    wrong = {"file_name": "rows.jsonl", **described, "ranking": not described.get("ranking", False)}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": wrong}))
+    with pytest.raises(UserError, match=r"and stage: .* does not (need|take) that"):
+        translated(tmp_path, {**FACTORY, "dataset": "mine", **given})
+
+
+def test_several_data_sets_become_a_mixture_with_their_shares(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b"):
+        rows_of(tmp_path / "data", {"instruction": name, "completion": "It is so."}, f"{name}.jsonl")
+    columns = {"columns": {"response": "completion"}}
+    info = {name: {"file_name": f"{name}.jsonl", **columns} for name in ("a", "b")}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    mixed = {"dataset": "a, b", "mix_strategy": "interleave_over", "interleave_probs": "0.75, 0.25", "max_samples": 8}
+    config, notes = translated(tmp_path, {**FACTORY, **mixed})
+    assert [(Path(str(entry.train)).name, entry.weight) for entry in config.data.mixture] == [
+        ("a.jsonl", 0.75), ("b.jsonl", 0.25),
+    ]  # fmt: skip
+    assert config.data.num_train == 16
+    assert "max_samples: 8 of each data set" in notes
+    config, notes = translated(tmp_path, {**FACTORY, "dataset": "a,c"})
+    assert [Path(str(entry.train)).name for entry in config.data.mixture] == ["a.jsonl"]
+    assert "dataset c: " in notes
+    assert "dataset_info.json does not name it; give data.train or data.name" in notes
 
 
 @pytest.mark.parametrize(
@@ -181,7 +294,13 @@ def test_warm_up_steps_become_a_fraction_of_known_steps(tmp_path):
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"base_model": "b", "rl": "dpo"}, "rl: dpo has no counterpart: sgm import reads supervised fine-tuning"),
+        ({"base_model": "b", "rl": "grpo"}, "rl: grpo has no counterpart: sgm import reads supervised fine-tuning"),
+        ({"base_model": "b", "process_reward_model": True}, "process_reward_model: true has no counterpart"),
+        ({"model_name_or_path": "b", "stage": "dpo", "pref_loss": "hinge"}, "pref_loss: hinge has no counterpart"),
+        (
+            {"model_name_or_path": "b", "dataset": "x,y", "mix_strategy": "interleave_over", "interleave_probs": "1"},
+            "`interleave_probs`: 1 is not one number for each of 2 data sets",
+        ),
         ({"model_name_or_path": "b", "stage": "ppo"}, "stage: ppo has no counterpart"),
         ({"base_model": "b", "adapter": "llama-adapter"}, "adapter: llama-adapter has no counterpart"),
         ({"base_model": "b", "adapter": "lora"}, "it names no data; give datasets a path"),
@@ -222,10 +341,12 @@ VALUES = st.recursive(
 KEYS = {
     axolotl: [
         "datasets", "test_datasets", "val_set_size", "adapter", "optimizer", "warmup_steps", "special_tokens", "fsdp",
+        "rl", "reward_model", "rl_beta",
         "lora_target_modules", "eval_steps", "bf16", "gradient_checkpointing", "wandb_project", "micro_batch_size",
     ],
     llamafactory: [
         "dataset", "val_size", "finetuning_type", "lora_target", "optim", "quantization_bit", "report_to", "cutoff_len",
+        "stage", "pref_loss", "pref_beta", "interleave_probs",
         "dataset_dir", "per_device_train_batch_size", "warmup_ratio", "lora_rank",
     ],
 }  # fmt: skip

@@ -578,6 +578,23 @@ def test_early_stopping_stops_and_the_best_checkpoint_is_what_is_saved(settings,
     assert validated == best
 
 
+def test_validations_by_seconds_and_the_checkpoints_that_stay(settings, tmp_path, command):
+    """Every step takes longer than the given time; three checkpoints stay, the best and the newest among them."""
+    settings = [*settings, "training.max_steps=6", "training.eval_seconds=0.001", "training.save_total_limit=3"]
+    metrics = command("finetune", [*settings, "training.early_stopping_patience=0", "training.learning_rate=1e-3"])
+    validation = losses(tmp_path / "out", "eval_loss")
+    assert len(validation) == 6
+    stay = {int(path.name.partition("-")[2]) for path in (tmp_path / "out" / "checkpoints").glob("checkpoint-*")}
+    assert len(stay) == 3
+    assert {6, metrics["best_step"]} <= stay
+    assert validation[metrics["best_step"] - 1] == min(validation)
+
+
+def test_validations_by_many_seconds_are_one_at_the_end(settings, tmp_path, command):
+    command("finetune", [*settings, "training.max_steps=4", "training.eval_seconds=3600"])
+    assert len(losses(tmp_path / "out", "eval_loss")) == 1
+
+
 def validation_loss(settings: list[str], output: Path) -> float:
     """Of the saved .pth, on the validation data."""
     from sgm_finetune.results.evaluation import evaluate_model

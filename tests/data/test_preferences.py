@@ -60,6 +60,12 @@ FORMS = {
     "whole conversations and their prompt": [
         {**whole, "prompt": row["prompt"]} for whole, row in zip(WHOLE_CHATS, CHATS, strict=True)
     ],
+    "texts behind messages": [{**row, "prompt": chat["prompt"]} for row, chat in zip(TEXTS, CHATS, strict=True)],
+    "single messages of ShareGPT": [
+        {"prompt": [{"from": "human", "value": row["prompt"].strip()}]}
+        | {name: {"from": "gpt", "value": row[name]} for name in ("chosen", "rejected")}
+        for row in TEXTS
+    ],
     "a text before messages": [{**row, "prompt": row["prompt"][0]["content"]} for row in CHATS],
     "a text before whole conversations": [
         {**whole, "prompt": row["prompt"][0]["content"]} for whole, row in zip(WHOLE_CHATS, CHATS, strict=True)
@@ -112,7 +118,8 @@ def test_earlier_answers_belong_to_the_prompt(in_tmp, causal_tokenizer):
         ([*CHATS[:1], {**CHATS[3], "rejected": CHATS[3]["chosen"]}], "row 2: `chosen` and `rejected` are equal"),
         ([{**CHATS[0], "rejected": [asked("w1")]}], "row 1: `rejected` has no answer by the assistant behind"),
         ([{"chosen": "w1 w2", "rejected": "w1"}], "row 1: one answer is the beginning of the other"),
-        ([{**TEXTS[0], "prompt": [asked("w1")]}], "row 1: `prompt` is a list of messages and `chosen` is a text"),
+        ([{**CHATS[0], "rejected": "w1"}], "row 1: `chosen` and `rejected` are not both lists of messages, nor both"),
+        ([{"chosen": said("w1"), "rejected": said("w2")}], "row 1: `chosen` and `rejected` are not both lists"),
         ([{**TEXTS[0], "rejected": ""}], "row 1: `rejected` is empty"),
         ([{"prompt": "w1", "completion": "w2", "label": "maybe"}], "row 1: `label` is 'maybe'; write true for"),
         ([{"prompt": "w1", "completion": "w2", "label": None}], "row 1: `label` is missing; write true for"),

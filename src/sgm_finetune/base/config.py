@@ -250,6 +250,7 @@ ALTERNATIVES: tuple[dict[str, tuple[str, ...]], ...] = (
     },
     {"selection.top_fraction": ("selection.by",), "selection.snr_threshold": ()},
     {"plan": (), "adapter.parameters": ()},
+    {"training.eval_steps": (), "training.eval_seconds": ()},
 )
 """Keys of which a configuration gives one at most, each with the keys that describe it and go when it goes. A key on
 the command line replaces its alternative in a file (base/config_file.py)."""
@@ -577,6 +578,11 @@ class TrainingConfig(_Section):
     """Maximum norm of the gradients; larger gradients are clipped to it."""
     eval_steps: Whole | None = Field(default=None, ge=1)
     """Steps between validations. Each validation saves a checkpoint (null: four validations a run)."""
+    eval_seconds: Real | None = Field(default=None, gt=0)
+    """Seconds of training between validations, in the place of `eval_steps`; one more follows the last step. Two runs
+    of one seed then validate at other steps, and may keep another checkpoint as the best."""
+    save_total_limit: Whole = Field(default=2, ge=1)
+    """Number of checkpoints that stay: the newest one and the best one always, then the newest of the others."""
     early_stopping_patience: Whole = Field(default=3, ge=0)
     """Number of validations without a lower loss after which training stops (0: never)."""
     seed: Whole = Field(default=0, ge=0, lt=2**32)
@@ -590,6 +596,7 @@ class TrainingConfig(_Section):
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
+        _refuse_both("training", self)
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"training.batch_size={self.batch_size} is not a multiple of "

@@ -216,6 +216,7 @@ def expected_pace(s: Session) -> Pace:
         test=test,
         spent=test + sum(seconds.get(name, 0.0) for name in ("reference", "probe", "rate_trials")),
         predicted=None if s.estimate is None or s.checkpoint is not None else sum(s.estimate.seconds.values()),
+        between_validations=training.eval_seconds,
     )
 
 

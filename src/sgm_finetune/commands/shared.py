@@ -39,15 +39,16 @@ from sgm_finetune.train.lending import condition, take_back
 _TRAINING_ALONE = (
     "output", "evaluation", "memory.budget", "training.epochs", "training.max_steps", "training.eval_batch_size",
     "training.optimizer", "training.learning_rate", "training.schedule", "training.warmup_fraction",
-    "training.weight_decay", "training.max_grad_norm", "training.eval_steps", "training.early_stopping_patience",
-    "training.report_to", "training.resume",
+    "training.weight_decay", "training.max_grad_norm", "training.eval_steps", "training.eval_seconds",
+    "training.early_stopping_patience", "training.save_total_limit", "training.report_to", "training.resume",
 )  # fmt: skip
 """Sections and keys that only the training reads."""
 _NO_MEMORY = (
     "snr", "merge.criterion", "merge.threshold", "merge.snr_tolerance_db", "merge.max_group_size", "adapter.alpha",
     "output.dir", "output.overwrite", "training.epochs", "training.max_steps", "training.schedule",
     "training.warmup_fraction", "training.weight_decay", "training.max_grad_norm", "training.eval_steps",
-    "training.early_stopping_patience", "training.seed", "training.report_to",
+    "training.eval_seconds", "training.early_stopping_patience", "training.save_total_limit", "training.seed",
+    "training.report_to",
 )  # fmt: skip
 """Sections and keys that change nothing in the prediction of the memory that a try needs."""
 _PLAN_ALONE = (

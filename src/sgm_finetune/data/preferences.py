@@ -9,7 +9,7 @@ from sgm_finetune.base.config import Role
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import num_common, short_repr
 from sgm_finetune.data.columns import is_missing, read_texts
-from sgm_finetune.data.conversations import Message, RowReader, answers, is_learnt
+from sgm_finetune.data.conversations import Message, RowReader, answers, is_json_list, is_learnt
 from sgm_finetune.data.tables import Table
 
 
@@ -18,12 +18,14 @@ def read_pairs(
 ) -> tuple[dict[str, list[Any]], dict[Role, str]]:
     """The two answers of each row behind their prompt, and the columns that were read.
 
-    Texts become `prompt`, `completion` (the chosen answer) and `rejected`. Lists of messages become `messages` (the
-    prompt and the chosen answer) and `rejected` (the prompt and the rejected answer). What both answers have in common
-    at their beginning belongs to the prompt if there is no column for it. `chosen` is `data.columns`. Raises UserError
-    with the row of an invalid pair, and of two answers that are equal.
+    Texts become `prompt`, `completion` (the chosen answer) and `rejected`. Messages become `messages` (the prompt and
+    the chosen answer) and `rejected` (the prompt and the rejected answer); behind a prompt of messages, an answer may
+    be a list of messages, a single one or a text. What both answers have in common at their beginning belongs to the
+    prompt if there is no column for it. `chosen` is `data.columns`. Raises UserError with the row of an invalid pair,
+    and of two answers that are equal.
     """
-    if isinstance(_first(table, column["chosen"]), list):
+    roles: tuple[Role, ...] = ("chosen", "rejected", "prompt")
+    if any(isinstance(_first(table, column[role]), list | dict) for role in roles if role in column):
         return _read_conversations(table, column), column
     for role in ("system", "tools"):
         if role in chosen:
@@ -31,13 +33,7 @@ def read_pairs(
                 f"data.columns: {table.name} has texts as answers, which cannot have `{role}`; write chosen and "
                 "rejected as lists of messages"
             )
-    used: dict[Role, str] = {role: name for role, name in column.items() if role in ("prompt", "chosen", "rejected")}
-    for name in used.values():
-        if isinstance(_first(table, name), list):
-            raise UserError(
-                f"{table.name}, row 1: `{name}` is a list of messages and `{column['chosen']}` is a text; write "
-                f"{', '.join(used)} all as texts, or all as lists of messages"
-            )
+    used: dict[Role, str] = {role: name for role, name in column.items() if role in roles}
     return _read_texts(table, used), used
 
 
@@ -115,10 +111,16 @@ def _pair(
     reader: RowReader, row: Mapping[Role, Any], column: Mapping[Role, str]
 ) -> tuple[list[Message], list[Message]]:
     """The conversation with the chosen answer and the one with the rejected answer; both begin with the prompt."""
-    better, worse = reader.messages("chosen", row), reader.messages("rejected", row)
+    better, worse = _answer(reader, row, "chosen"), _answer(reader, row, "rejected")
     if better == worse:
         raise _equal(reader.row, column)
     prompt = _prompt(reader, row)
+    alone = [_is_alone(row[role]) for role in ("chosen", "rejected")]
+    if any(alone) and not (all(alone) and prompt):
+        raise UserError(
+            f"{reader.row}: `{column['chosen']}` and `{column['rejected']}` are not both lists of messages, nor both "
+            "single answers to a prompt; write them alike, and what they answer into a column `prompt`"
+        )
     if prompt and (better[: len(prompt)] == prompt) == (worse[: len(prompt)] == prompt) and better[0] == prompt[0]:
         better, worse = better[len(prompt) :], worse[len(prompt) :]  # whole conversations beside their prompt
     shared = num_common(better, worse)
@@ -135,12 +137,25 @@ def _pair(
     return conversations[0], conversations[1]
 
 
+def _answer(reader: RowReader, row: Mapping[Role, Any], role: Role) -> list[Message]:
+    """The messages of an answer, or of a conversation that ends with it; a text is said by the assistant."""
+    value = row[role]
+    if isinstance(value, str) and value.strip() and _is_alone(value):
+        return [{"role": "assistant", "content": value}]
+    return reader.messages(role, {role: [value]} if isinstance(value, dict) else row)
+
+
+def _is_alone(answer: Any) -> bool:
+    """Whether an answer is one message or a text, which needs a prompt beside it."""
+    return isinstance(answer, dict) or (isinstance(answer, str) and not is_json_list(answer))
+
+
 def _prompt(reader: RowReader, row: Mapping[Role, Any]) -> list[Message]:
     """The messages of the prompt; a text is a question of the user."""
     given = row.get("prompt")
     if is_missing(given) or (isinstance(given, str) and not given.strip()):
         return []
-    if isinstance(given, str) and not given.lstrip().startswith("[{"):
+    if isinstance(given, str) and not is_json_list(given):
         return [{"role": "user", "content": given}]
     return reader.messages("prompt", row)
 

@@ -22,7 +22,8 @@ def training_arguments(
     Raises UserError when the batch cannot be divided over the processes.
     """
     steps = num_steps(config, num_train)
-    every = config.training.eval_steps or max(1, -(-steps // 4))
+    training = config.training
+    every = training.eval_steps or (steps if training.eval_seconds is not None else max(1, -(-steps // 4)))
     return _arguments(
         config,
         checkpoints,

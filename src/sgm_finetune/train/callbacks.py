@@ -26,18 +26,15 @@ from sgm_finetune.base.text import about
 from sgm_finetune.data.batches import LengthGroupedSampler
 from sgm_finetune.train.checkpoints import seal
 
-KEPT = 2
-"""Number of checkpoints that stay: the newest, and the best or the one before."""
-
 
 class WholeCheckpoints(TrainerCallback):
     """Lists a checkpoint's files when all processes have written theirs, then deletes older checkpoints.
 
-    Calls `check_output` after each step, before a checkpoint is written.
+    `limit` is `training.save_total_limit`. Calls `check_output` after each step, before a checkpoint is written.
     """
 
-    def __init__(self, check_output: Callable[[], None] = lambda: None):
-        self.check_output = check_output
+    def __init__(self, limit: int, check_output: Callable[[], None] = lambda: None):
+        self.limit, self.check_output = limit, check_output
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if best := state.best_model_checkpoint:  # the run's folder may have been moved
@@ -52,13 +49,37 @@ class WholeCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             seal(folder)
-            delete_older(args, state)
+            delete_older(args, state, self.limit)
 
 
-def delete_older(args: TrainingArguments, state: TrainerState) -> None:
-    """Deletes all checkpoints but the newest and the best."""
+def delete_older(args: TrainingArguments, state: TrainerState, limit: int) -> None:
+    """Deletes the oldest checkpoints beyond `limit`, but never the newest or the best.
+
+    Trainer's own `save_total_limit` would delete them before the new one is whole.
+    """
     best = state.best_model_checkpoint
-    rotate_checkpoints(str(args.output_dir), KEPT, best_model_checkpoint=best, use_mtime=False)
+    rotate_checkpoints(str(args.output_dir), limit, best_model_checkpoint=best, use_mtime=False)
+
+
+class TimedValidations(TrainerCallback):
+    """Validates at the first step that ends `seconds` after the last validation, and saves a checkpoint if the run does
+    that at all."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.since = time.perf_counter()
+
+    def on_train_begin(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        self.since = time.perf_counter()
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        if any_process(time.perf_counter() - self.since >= self.seconds):
+            control.should_evaluate = True
+            control.should_save = args.save_strategy != "no"
+        return control
+
+    def on_evaluate(self, args, state: TrainerState, control, **kwargs: Any) -> None:
+        self.since = time.perf_counter()
 
 
 class SamplerEpoch(TrainerCallback):
@@ -125,6 +146,8 @@ class Pace:
     """Since the scan."""
     predicted: float | None
     """From the scan to the end, as the estimate before the run said; None where there was none."""
+    between_validations: float | None = None
+    """`training.eval_seconds`."""
 
 
 class TimeLeft(TrainerCallback):
@@ -153,9 +176,11 @@ class TimeLeft(TrainerCallback):
         self.began = None
         one_step = seconds / max(1, tokens) * self.pace.tokens_per_step
         spent = self.pace.spent + time.perf_counter() - self.started
-        every = int(args.eval_steps or state.max_steps)
+        every, num_steps = int(args.eval_steps or state.max_steps), state.max_steps - state.global_step
         num_validations = state.max_steps // every - (state.global_step - 1) // every
-        line = describe_time_left(self.pace, one_step, state.max_steps - state.global_step, num_validations, spent)
+        if self.pace.between_validations is not None:
+            num_validations += int(num_steps * one_step / self.pace.between_validations)
+        line = describe_time_left(self.pace, one_step, num_steps, num_validations, spent)
         if line is not None:
             StepLog(self.console).line("train", line)
 

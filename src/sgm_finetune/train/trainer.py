@@ -47,6 +47,7 @@ from sgm_finetune.train.callbacks import (
     Pace,
     SamplerEpoch,
     StepMeter,
+    TimedValidations,
     TimeLeft,
     TrainingBar,
     WholeCheckpoints,
@@ -300,7 +301,9 @@ def train(job: TrainingJob, console: Console) -> Trained:
                 if best is not None:
                     state.best_model_checkpoint = str(best)  # the run's folder may have been moved
                 if trainer.is_world_process_zero():
-                    delete_older(job.arguments, state)  # a kill may have come before
+                    delete_older(
+                        job.arguments, state, job.config.training.save_total_limit
+                    )  # a kill may have come before
                 return Trained(state, None, trainer)
     remedy = "; make room and continue with training.resume=true: earlier checkpoints are whole"
     output = Path(str(job.arguments.output_dir))
@@ -351,7 +354,9 @@ def _require_whole(best: Path | None) -> None:
 def make_trainer(job: TrainingJob, callbacks: Sequence[TrainerCallback]) -> SGMTrainer:
     """The trainer of `job`, with the optimizer that its configuration names."""
     training = job.config.training
-    first: list[TrainerCallback] = [NonFiniteLoss(), WholeCheckpoints(job.check_output)]
+    first: list[TrainerCallback] = [NonFiniteLoss(), WholeCheckpoints(training.save_total_limit, job.check_output)]
+    if training.eval_seconds is not None and job.arguments.eval_strategy != "no":
+        first.append(TimedValidations(training.eval_seconds))
     if training.early_stopping_patience:
         first.append(EarlyStoppingCallback(training.early_stopping_patience))
     optimizer = updates = None

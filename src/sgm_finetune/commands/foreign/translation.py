@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.text import listed, short_repr
 from sgm_finetune.base.untrusted import Written
-from sgm_finetune.data.columns import LAYOUTS
+from sgm_finetune.data.columns import LAYOUTS, Layout
 from sgm_finetune.data.tables import ENDINGS
 from sgm_finetune.data.text_file import inner_suffix
 
@@ -115,10 +115,11 @@ def _is_absent(value: Any) -> bool:
     return value is None or value in ("", [], {}) or (isinstance(value, Written) and value.is_null)
 
 
-NOT_SUPERVISED = (
-    "has no counterpart: sgm import reads supervised fine-tuning; for pairs of answers, sgm init --task preference"
+NO_TRAINING = (
+    "has no counterpart: sgm import reads supervised fine-tuning, preferences (dpo, ipo, orpo, simpo, kto) and reward "
+    "models"
 )
-"""Ends the message about a configuration for preferences or rewards."""
+"""Ends the message about a configuration for another kind of training."""
 
 # Keys that programs above Transformers' Trainer have in common
 
@@ -197,7 +198,9 @@ def _translate_schedule(t: Translation, schedule: str, steps: float | None) -> N
 
 
 def translate_evaluation(t: Translation, eval_steps: float | None) -> None:
-    """Steps between validations."""
+    """Steps between validations, and the checkpoints that stay."""
+    if (limit := t.number("save_total_limit")) is not None and limit >= 1:
+        t.set("training.save_total_limit", round(limit))
     if eval_steps is not None and eval_steps >= 1:
         t.set("training.eval_steps", round(eval_steps))
     elif eval_steps is not None and eval_steps > 0:
@@ -250,9 +253,49 @@ def set_data_source(t: Translation, path: str, subset: str | None = None) -> Non
         t.set("data.name", f"{path}:{subset}" if subset else path)
 
 
+def set_sources(t: Translation, sources: Mapping[str, Translation], weights: Sequence[float] | None = None) -> None:
+    """data.train or data.name for one source, data.mixture for several: what each was translated to.
+
+    The keys of `sources` begin their notes. A source without data that SGM could name is left out; a note says why.
+    """
+    for name, source in sources.items():
+        t.notes += [f"{name}: {note}" for note in source.notes]
+        t.unneeded += [key for key in source.unneeded if key not in t.unneeded]
+    if len(sources) == 1:
+        t.values |= next(iter(sources.values())).values
+        return
+    entries = []
+    for number, source in enumerate(sources.values()):
+        entry = {key.removeprefix("data."): value for key, value in source.values.items()}
+        if weights is not None:
+            entry["weight"] = weights[number]
+        if "train" in entry or "name" in entry:
+            entries.append(entry)
+    t.set("data.mixture", entries or None)
+
+
 def set_format(t: Translation, layout: str, columns: Mapping[str, str | None]) -> None:
-    """data.format, and data.columns for the roles whose column is not the one that SGM looks for."""
-    known = next(known for known in LAYOUTS["causal-lm"] if known.name == layout)
-    chosen = {role: str(name) for role, name in columns.items() if name and str(name) != known.column(role, {})}  # type: ignore[arg-type]
+    """data.format of a language model's data, and data.columns."""
     t.set("data.format", layout)
+    set_columns(t, next(known for known in LAYOUTS["causal-lm"] if known.name == layout), columns)
+
+
+def set_pair_columns(t: Translation, loss: str, columns: Mapping[str, str | None]) -> None:
+    """data.columns of data for `loss`: single answers with a label for kto, and pairs of answers for all others."""
+    name = "verdict" if loss == "kto" else "preference"
+    set_columns(t, next(known for known in LAYOUTS["preference"] if known.name == name), columns)
+
+
+def set_columns(t: Translation, layout: Layout, columns: Mapping[str, str | None]) -> None:
+    """data.columns for the roles whose column is not the one that SGM looks for."""
+    chosen = {role: str(name) for role, name in columns.items() if name and str(name) != layout.column(role, {})}  # type: ignore[arg-type]
     t.set("data.columns", chosen or None)
+
+
+def translate_preference(t: Translation, loss: str, beta: float | None, **numbers: float | None) -> None:
+    """model.task=preference, its loss and what belongs to it. SGM computes what the base says before the training."""
+    t.set("model.task", "preference")
+    t.set("preference.loss", loss)
+    t.set("preference.beta", beta)
+    for name, number in numbers.items():
+        t.set(f"preference.{name}", number)

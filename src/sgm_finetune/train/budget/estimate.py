@@ -48,8 +48,6 @@ LIBRARIES_LATER = 80 * 2**20
 ALLOCATOR = {"probe": 1.44, "step": 1.29, "test": 1.6}
 """Resident bytes on a CPU for each byte of short-lived tensors at their peak, in the probe, in a step and in tests.
 They exceed 1 because the allocator cannot reuse freed memory of the wrong size. Fitted (docs/estimate.md)."""
-_NUM_CHECKPOINTS = 3
-"""The two that are kept, and the one that is being written."""
 _T = TypeVar("_T")
 
 
@@ -166,7 +164,7 @@ class _Estimator:
             activation_bytes=max(0, works.step.peak - works.step.wide - trained.gradient_bytes),
             logits_bytes=works.step.wide,
             probe_bytes=works.sketch_bytes // 2 + works.probe.peak,
-            disk_bytes=_disk_bytes(trained, self.config.is_full),
+            disk_bytes=_disk_bytes(trained, self.config),
             seconds=self._seconds(works, steps, reads),
             trainable_parameters=trained.num_parameters,
             micro_batch_size=self.follower.micro_batch_size,
@@ -327,13 +325,16 @@ class _Estimator:
             batches = math.ceil(number / training.eval_batch_size)
             return max(per_token(work) * tokens[split] * number, reads.seconds(batches * reads.forward))
 
-        num_validations = 4 if training.eval_steps is None else max(1, steps // training.eval_steps)
         num_probed = min(probe.num_batches * probe.batch_size, size["train"])
         num_pieces = num_probed if training.checkpointing else num_probed / max(1, self.follower.micro_batch_size // 2)
         one_step = max(
             per_token(works.step) * tokens["train"] * training.batch_size / self.num_processes,
             reads.seconds(reads.step * self.follower.num_micro_batches),
         )
+        if training.eval_seconds is not None:
+            num_validations = 1 + int(steps * one_step / training.eval_seconds)
+        else:
+            num_validations = 4 if training.eval_steps is None else max(1, steps // training.eval_steps)
         validate = tested(works.validate, "validation", math.ceil(size["validation"] / self.num_processes))
         reference, trials = {}, {}
         if self.config.model.task == "preference" and self.config.preference.has_reference:
@@ -357,9 +358,10 @@ def _resident(transient: int, phase: str) -> int:
     return transient if has_gpu() else int(ALLOCATOR[phase] * transient)
 
 
-def _disk_bytes(trained: _Trained, is_full: bool) -> int:
+def _disk_bytes(trained: _Trained, config: Config) -> int:
     """The adapter as PEFT's file and as .pth, whole matrices as .pth alone, and the checkpoints, each with the
-    optimizer's state."""
-    return (1 if is_full else 2) * trained.written_bytes + _NUM_CHECKPOINTS * (
+    optimizer's state: the newest, the best, others that are kept, and the one that is being written."""
+    num_checkpoints = max(2, config.training.save_total_limit) + 1
+    return (1 if config.is_full else 2) * trained.written_bytes + num_checkpoints * (
         trained.written_bytes + trained.state_bytes
     )
