@@ -116,11 +116,25 @@ def report(folder: Path, size: float) -> list[str]:
     return ["report", str(folder / "run")]
 
 
+def chats(folder: Path, size: float) -> list[str]:
+    """`sgm data` on 78,000 chats of four turns, which SmolLM2's template writes; others each time, for the cache."""
+    path, sentences = folder / "rows.jsonl", texts(time.time_ns())
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(max(60, int(78_000 * size))):
+            turns = [{"role": ("user", "assistant")[turn % 2], "content": next(sentences)} for turn in range(4)]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return [
+        "data", "--examples", "1", "model.name=smollm2-135m-instruct", "model.task=causal-lm", f"data.train={path}",
+        "data.max_length=256",
+    ]  # fmt: skip
+
+
 ROWS: dict[str, Callable[[Path, float], list[str]]] = {
     "csv_rows": csv_rows,
     "json_array": json_array,
     "estimate": estimate,
     "report": report,
+    "chats": chats,
 }
 """Each row writes its input into a folder and returns the arguments of `sgm`; `size` is a share of the whole input."""
 WRITTEN = ("run/report.html", "run/metrics.json")

@@ -52,7 +52,7 @@ def test_what_is_recalled_is_what_was_encoded(cached, chats, tokenizer, monkeypa
     assert equal(first, pack(encoded, 32) if packs else encoded)
     assert not first.is_recalled
 
-    monkeypatch.setattr(encoding_cache, "encode", None)
+    monkeypatch.setattr(encoding_cache, "encode_in_parts", None)
     again = encode_or_recall(chats.train, tokenizer, "causal-lm", 32, None, packs)
     assert equal(again, first)
     assert fingerprint(again.dataset) == fingerprint(first.dataset)

@@ -351,3 +351,6 @@ class UnreadFields:
 
     def unread(self) -> tuple[str, ...]:
         return tuple(name for name, looks in self._looks.items() if looks <= _LOOKS)
+
+    def written(self) -> tuple[str, ...]:
+        return tuple(name for name, looks in self._looks.items() if looks > _LOOKS)

@@ -59,6 +59,8 @@ class Encoded:
     """Examples that `pack` put into the sequences."""
     unread: tuple[str, ...] = ()
     """Fields of messages that the chat template does not write."""
+    written: tuple[str, ...] = ()
+    """Those that it writes."""
     doubled: Mapping[str, int] = field(default_factory=dict)
     """Special token -> the number of sequences in which it stands twice in a row."""
     is_recalled: bool = False
@@ -289,7 +291,7 @@ def _encode_conversations(
     if not sequences:
         raise all_lost(num_dropped, max_length, longest)
     dataset = token_dataset({"input_ids": sequences}, labels, TOKEN_FEATURES)
-    return Encoded(dataset, num_truncated, num_dropped, num_divided, unread=fields.unread())
+    return Encoded(dataset, num_truncated, num_dropped, num_divided, unread=fields.unread(), written=fields.written())
 
 
 def in_row(error: UserError, origins: Sequence[Origin] | None, index: int) -> UserError:
@@ -390,11 +392,20 @@ def completed_prompts(
         yield ids, num_common(prompt, ids)
 
 
-def all_lost(num_examples: int, max_length: int, longest_prompt: int) -> UserError:
-    return UserError(
+class NothingToLearnError(UserError):
+    """No example has anything to learn within data.max_length."""
+
+    num_examples: int
+    longest_prompt: int
+
+
+def all_lost(num_examples: int, max_length: int, longest_prompt: int) -> NothingToLearnError:
+    error = NothingToLearnError(
         f"100 % of {num_examples} examples lose every answer token at data.max_length={max_length}; "
         f"the longest prompt has {longest_prompt} tokens. Raise data.max_length"
     )
+    error.num_examples, error.longest_prompt = num_examples, longest_prompt
+    return error
 
 
 def _truncate(

@@ -25,7 +25,8 @@ from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import rename, whole_file
 from sgm_finetune.base.processes import processes
-from sgm_finetune.data.encoding import Encoded, encode, fingerprint, pack
+from sgm_finetune.data.encoding import Encoded, fingerprint, pack
+from sgm_finetune.data.encoding_parts import encode_in_parts
 from sgm_finetune.data.rows import Origin
 from sgm_finetune.model.folder import cache_dir
 
@@ -33,10 +34,10 @@ FEWEST = 2000
 """Rows of the smallest split that is cached. Fewer take a second or two."""
 KEPT = 48
 """Files that stay in the cache: those that were used last."""
-_CODE = ("arrow.py", "chat.py", "encoding.py", "pair_encoding.py", "token_lists.py", "tokens.py")
+_CODE = ("arrow.py", "chat.py", "encoding.py", "encoding_parts.py", "pair_encoding.py", "token_lists.py", "tokens.py")
 """The files of this folder that decide what the tokens of a row are."""
 _LIBRARIES = ("datasets", "jinja2", "tokenizers", "transformers")
-_COUNTS = ("num_truncated", "num_dropped", "num_divided", "num_packed", "unread", "doubled")
+_COUNTS = ("num_truncated", "num_dropped", "num_divided", "num_packed", "unread", "written", "doubled")
 
 
 def encode_or_recall(
@@ -47,7 +48,7 @@ def encode_or_recall(
     origins: Sequence[Origin] | None,
     packs: bool,
 ) -> Encoded:
-    """`encode`, and `pack` if it `packs`; from the cache if that has the result, else into it.
+    """`encode_in_parts`, and `pack` if it `packs`; from the cache if that has the result, else into it.
 
     Small splits, and those of a tokenizer without tokenizer.json, are encoded each time.
     """
@@ -56,7 +57,7 @@ def encode_or_recall(
         file = cache_dir() / "encoded" / f"{content_key(split, tokenizer, task, max_length, packs)}.arrow"
         if (recalled := _recall(file)) is not None:
             return recalled
-    encoded = encode(split, tokenizer, task, max_length, origins)
+    encoded = encode_in_parts(split, tokenizer, task, max_length, origins)
     if packs:
         encoded = pack(encoded, max_length)
     if file is not None and processes().is_main_process:
@@ -123,7 +124,7 @@ def _recall(file: Path) -> Encoded | None:
         if fingerprint(dataset) != counts.pop("fingerprint"):
             return None
         os.utime(file)
-        counts["unread"] = tuple(counts["unread"])
+        counts |= {name: tuple(counts[name]) for name in ("unread", "written")}
         return Encoded(dataset, **counts, is_recalled=True)
     except (OSError, pa.ArrowException, ValueError, LookupError, TypeError):
         return None
