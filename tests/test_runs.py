@@ -31,8 +31,9 @@ from transformers import AutoModelForSequenceClassification, LlamaForSequenceCla
 
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.console import StepLog
+from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands import finetune as pipeline
-from sgm_finetune.commands.cli import main
+from sgm_finetune.commands.cli import main, run
 from sgm_finetune.data.prepared import prepare_data
 from sgm_finetune.data.splits import load_splits
 from sgm_finetune.measure.plan_file import load_plan
@@ -593,6 +594,26 @@ def test_validations_by_seconds_and_the_checkpoints_that_stay(settings, tmp_path
 def test_validations_by_many_seconds_are_one_at_the_end(settings, tmp_path, command):
     command("finetune", [*settings, "training.max_steps=4", "training.eval_seconds=3600"])
     assert len(losses(tmp_path / "out", "eval_loss")) == 1
+
+
+@pytest.mark.slow
+def test_a_run_on_a_stream_resumes_on_the_rows_that_it_began_with(settings, tmp_path, command):
+    """The stream is read again from the same shuffle; a source that has changed is refused."""
+    reviews = next(Path(key.partition("=")[2]) for key in settings if key.startswith("data.train="))
+    source = tmp_path / "stream.csv"
+    source.write_text(reviews.read_text())
+    counts = ["data.num_train=100", "data.num_validation=20", "data.num_test=20"]
+    asked = [*settings, f"data.train={source}", "data.streaming=true", *counts, "training.max_steps=8"]
+    whole = command("finetune", asked)
+    (tmp_path / "out" / "sgm_finetuned.pth").unlink()
+    remove(tmp_path / "out" / "checkpoints" / "checkpoint-8" / "contents.json")
+    assert command("finetune", [*asked, "training.resume=true"])["after"] == whole["after"]
+
+    (tmp_path / "out" / "sgm_finetuned.pth").unlink()
+    remove(tmp_path / "out" / "checkpoints" / "checkpoint-8" / "contents.json")
+    source.write_text(source.read_text().replace("good", "fine"))
+    with pytest.raises(UserError, match="the train examples are not those that the run began with"):
+        run(["finetune", "--config", str(tmp_path / "empty.yaml"), *asked, "training.resume=true"])
 
 
 def validation_loss(settings: list[str], output: Path) -> float:
