@@ -25,9 +25,9 @@ from recording import processor, versions
 RESULTS = Path(__file__).parent / "results" / "preferences.jsonl"
 SETTINGS = {
     "preference": (
-        "model.name=smollm2-135m-instruct", "model.task=preference", "model.quantization=nf4", "preference.loss=dpo",
-        "preference.beta=0.1", "data.num_train=320", "data.num_validation=32", "data.num_test=200",
-        "training.batch_size=8", "evaluation.num_generated=16",
+        "model.name=smollm2-135m-instruct", "model.task=preference", "preference.loss=dpo", "preference.beta=0.1",
+        "data.num_train=160", "data.num_validation=16", "data.num_test=100", "training.batch_size=8",
+        "evaluation.num_generated=4",
     ),
     "reward": (
         "model.name=all-minilm-l6-v2", "model.task=reward", "data.num_train=640", "data.num_validation=32",
@@ -60,11 +60,18 @@ def write_pairs(path: Path) -> None:
 
 
 def run(task: str, seed: int, threads: int) -> dict:
-    """One run of `sgm finetune`; what it measured."""
+    """One run of `sgm finetune`; what it measured. In float32 where the processor has no bfloat16 instructions."""
+    dtype = "auto" if processor()["bfloat16_instructions"] else "float32"
     with tempfile.TemporaryDirectory() as folder:
         write_pairs(Path(folder) / "pairs.jsonl")
         (Path(folder) / "empty.yaml").write_text("")
-        settings = [*SETTINGS[task], "data.train=pairs.jsonl", "data.max_length=128", f"training.seed={seed}"]
+        settings = [
+            *SETTINGS[task],
+            f"model.dtype={dtype}",
+            "data.train=pairs.jsonl",
+            "data.max_length=128",
+            f"training.seed={seed}",
+        ]
         command = [sys.executable, "-m", "sgm_finetune", "finetune", "--config", "empty.yaml", *settings]
         subprocess.run(command, cwd=folder, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         metrics = json.loads((Path(folder) / "output" / "metrics.json").read_text(encoding="utf-8"))

@@ -528,6 +528,10 @@ class AdapterConfig(_Section):
     """Maximum number of trained adapter parameters, for example 300k, 1.5M or 300000, instead of a rank: SGM takes the
     largest rank that stays within it, whatever the probe then lets matrices share, and alpha keeps its ratio to `rank`
     (null: `rank` holds). A new classification head does not count. A `plan` has its own rank and excludes this key."""
+    from_run: PathText | None = None
+    """Folder of an earlier run on the same base model, from whose adapter this run goes on (null: a new adapter). The
+    earlier plan and rank hold, training begins with the earlier factors, the test before is of the earlier model, and
+    losses of preferences compare with it."""
 
 
 class TrainingConfig(_Section):
@@ -770,11 +774,19 @@ class Config(_Section):
     def _one_rank(self) -> Self:
         if self.plan is not None and self.adapter.parameters is not None:
             raise ValueError("give plan or adapter.parameters, not both: the plan has its rank")
+        for key, other in (("plan", self.plan), ("adapter.parameters", self.adapter.parameters)):
+            if self.adapter.from_run is not None and other is not None:
+                raise ValueError(f"give adapter.from_run or {key}, not both: the earlier run has its plan and rank")
         return self
 
     @model_validator(mode="after")
     def _sketch_holds_rank(self) -> Self:
-        is_final = self.adapter.parameters is None and self.plan is None  # else another file checks it
+        adapter = self.adapter
+        is_final = (adapter.parameters, adapter.from_run, self.plan) == (
+            None,
+            None,
+            None,
+        )  # else another file checks it
         if is_final and not self.is_full and self.merge.side != "none" and self.probe.sketch_size < self.adapter.rank:
             raise ValueError(
                 f"probe.sketch_size={self.probe.sketch_size} is smaller than adapter.rank={self.adapter.rank}; "

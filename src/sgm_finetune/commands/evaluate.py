@@ -10,8 +10,9 @@ from rich.console import Console
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.commands.session import prepare_trained, step_log
-from sgm_finetune.commands.steps import attach_trained, load_base, refer, test
-from sgm_finetune.results.load import StoredResult, read_stored
+from sgm_finetune.commands.steps import attach_trained, load_base, prepare_fast_adapters, refer, test
+from sgm_finetune.results.earlier_run import EarlierRun, read_earlier
+from sgm_finetune.results.load import StoredResult, attach_adapter, read_stored, set_factors
 
 
 def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict[str, Any]:
@@ -25,10 +26,23 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     _check_harness_files(stored, config.evaluation.harness)
     s = prepare_trained(stored, log)
     base = load_base(s)
-    refer(s, base, ("test",))
-    model, _ = attach_trained(s, base, stored)
+    if (earlier := needed_earlier(s.config)) is not None:
+        model = attach_adapter(base.model, earlier.content, earlier.path)
+        prepare_fast_adapters(s, model)
+        refer(s, base, model, ("test",))
+        set_factors(model, stored.content, stored.path)
+    else:
+        refer(s, base, base.model, ("test",))
+        model, _ = attach_trained(s, base, stored)
     found = test(s, base, model, "test")
     return {"model": s.config.model.name, "data": s.prepared.splits.description, **found.metrics}
+
+
+def needed_earlier(config: Config) -> EarlierRun | None:
+    """The earlier run with which the loss of preferences compares; None where that is the base or nothing."""
+    if config.model.task != "preference" or not config.preference.has_reference:
+        return None
+    return read_earlier(config)
 
 
 def _check_harness_files(stored: StoredResult, own: Sequence[str]) -> None:

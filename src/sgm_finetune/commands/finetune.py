@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
+from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from sgm_finetune.base.config import Config
@@ -26,6 +27,7 @@ from sgm_finetune.commands.steps import (
     agree,
     apply,
     choose_plan,
+    go_on,
     load_base,
     probe_gradients,
     refer,
@@ -75,9 +77,11 @@ def finetune(config: Config, console: Console, dry_run: bool = False) -> dict[st
         scanned = scan_weights(s) if s.given_plan is None else None  # signal-to-noise ratio of every matrix
         histograms = scan_histograms(s, scanned)  # for the report
         base = load_base(s, will_train=True)  # the frozen model
-        refer(s, base)  # what it says of the answers, for the loss of preferences
-        start = measure_start(s, base, scanned)  # the test before, the probe, the plan
-        adapted = apply(s, base, start.plan)  # a PEFT model whose groups share one factor, or whole matrices
+        earlier = go_on(s, base)  # the model of an earlier run, if this one goes on from it
+        before = base.model if earlier is None else earlier.model
+        refer(s, base, before)  # what it says of the answers, for the loss of preferences
+        start = measure_start(s, base, before, scanned)  # the test before, the probe, the plan
+        adapted = earlier or apply(s, base, start.plan)  # a PEFT model whose groups share a factor, or whole matrices
         start = choose_rate(s, base, adapted, start)  # by trials, if the configuration asks for them
         arguments = trainer_arguments(s)  # not before: with DeepSpeed, Transformers would partition the base
         if dry_run:
@@ -97,17 +101,19 @@ def scan_histograms(s: Session, scanned: Scan | None) -> tuple[Histogram, ...]:
         return histograms_of(scanned, s.prepared.folder)
 
 
-def measure_start(s: Session, base: Base, scanned: Scan | None) -> Start:
-    """What the run knows before its first step: the test of the untouched model, and the plan.
+def measure_start(s: Session, base: Base, model: nn.Module, scanned: Scan | None) -> Start:
+    """What the run knows before its first step: the test of `model`, which is the base or that of an earlier run, and
+    the plan.
 
     A resumed run recalls both. A given plan is checked before the minutes that the test takes.
     """
     if s.given_plan is not None:
-        check_plan(base.model, s.given_plan)
-        check_starts(s.given_plan)
+        if s.earlier is None:
+            check_plan(base.model, s.given_plan)
+            check_starts(s.given_plan)
         if s.checkpoint is not None:
             return recall_start(s.output, s.given_plan, s.clock.seconds)
-    before: Tested = agree(s.config, lambda: test(s, base, base.model, "before"))
+    before: Tested = agree(s.config, lambda: test(s, base, model, "before"))
     if s.given_plan is not None:
         return Start(s.given_plan, before.metrics, before.predictions, None)
     assert scanned is not None

@@ -24,6 +24,7 @@ from sgm_finetune.method.plan import Plan
 from sgm_finetune.model.load import Head, skeleton
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.results.claim import as_it_began, claim_output
+from sgm_finetune.results.earlier_run import EarlierRun, check_labels, read_earlier
 from sgm_finetune.results.folder import check_same_data
 from sgm_finetune.results.load import StoredResult
 from sgm_finetune.train.arguments import check_machine
@@ -48,7 +49,9 @@ class Session:
     prepared: PreparedData
     log: StepLog
     given_plan: Plan | None = None
-    """The plan of the run that is resumed, or of the file in `plan`; None: it is measured."""
+    """The plan of the run that is resumed or went before, or of the file in `plan`; None: it is measured."""
+    earlier: EarlierRun | None = None
+    """The run from whose adapter this one goes on."""
     checkpoint: Path | None = None
     """The checkpoint that the run resumes from."""
     estimate: Estimate | None = None
@@ -127,14 +130,17 @@ def open_session(config: Config, console: Console, dry_run: bool = False) -> Ite
         checkpoint = claim_output(config, output)
         check_machine(config)
         check_launch(config, processes().num_processes, checkpoint)
-        given_plan = _given_plan(config, output, checkpoint)
+        earlier = read_earlier(config)
+        given_plan = load_plan(output / "plan.json") if checkpoint is not None else given_plan_of(config, earlier)
         if given_plan is not None:
             config = with_plans_kind(config, given_plan)
         prepared = checked_data(config, log)
         if checkpoint is not None:
             check_same_data(prepared, output)
+        if earlier is not None:
+            check_labels(earlier, prepared.splits.labels)
         s = Session(
-            config, asked, prepared, log, given_plan, checkpoint,
+            config, asked, prepared, log, given_plan, earlier, checkpoint,
             started=started, lock=lock, held=held,
         )  # fmt: skip
         settle(s)
@@ -150,9 +156,10 @@ def settle(s: Session, room: Room | None = None) -> None:
     fit_to_memory(s, room)
 
 
-def _given_plan(config: Config, output: Path, checkpoint: Path | None) -> Plan | None:
-    if checkpoint is not None:
-        return load_plan(output / "plan.json")
+def given_plan_of(config: Config, earlier: EarlierRun | None) -> Plan | None:
+    """The plan of the earlier run or of the file in `plan`; None: it is to be measured."""
+    if earlier is not None:
+        return earlier.plan
     return load_plan(config.plan) if config.plan is not None else None
 
 

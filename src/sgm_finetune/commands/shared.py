@@ -154,7 +154,7 @@ class Shared:
         """Adds to the data of preferences what the base says of them."""
         key = _all_but(s.config, *_TRAINING_ALONE, *_PLAN_ALONE, *(name for name in _PROBE_ALONE if name != _NUM_TRAIN))
         if key not in self.referred:
-            refer(s, base, ("train", "validation"))
+            refer(s, base, base.model, ("train", "validation"))
             self.referred[key] = s.prepared
         s.prepared = self.referred[key]
 

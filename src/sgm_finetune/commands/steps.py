@@ -31,6 +31,7 @@ from sgm_finetune.measure.scan_result import Scan
 from sgm_finetune.method.parameter_count import adapter_parameters
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.model.matrices import adaptable, out_of_reach
+from sgm_finetune.results.earlier_run import take_factors
 from sgm_finetune.results.evaluation import evaluate_answers, evaluate_model
 from sgm_finetune.results.examples import kept_predictions
 from sgm_finetune.results.harness import harness_metrics
@@ -38,7 +39,7 @@ from sgm_finetune.results.load import StoredResult, attach
 from sgm_finetune.results.metric_names import describe_metrics
 from sgm_finetune.results.report.scan_table import scan_summary
 from sgm_finetune.train import base_model
-from sgm_finetune.train.adapters.apply import apply_plan
+from sgm_finetune.train.adapters.apply import apply_plan, check_plan
 from sgm_finetune.train.adapters.shard import reduce_factors_only
 from sgm_finetune.train.base_model import Base
 from sgm_finetune.train.fast.prepare import prepare_adapters
@@ -98,8 +99,21 @@ def load_base(s: Session, will_train: bool = False) -> Base:
     return base_model.load_base(s.config, s.prepared, s.log, will_train)
 
 
-def refer(s: Session, base: Base, splits: Sequence[Split] = SPLITS) -> None:
-    """Adds to the data of preferences what the base model says of them, where the loss compares the model with it."""
+def go_on(s: Session, base: Base) -> Adapted | None:
+    """The model of the earlier run, to be trained further; None if the run begins with a new adapter."""
+    if s.earlier is None or s.given_plan is None:
+        return None
+    check_plan(base.model, s.given_plan)
+    adapted = apply(s, base, s.given_plan)
+    assert isinstance(adapted.model, PeftModel)
+    take_factors(adapted.model, s.earlier)
+    s.log.line("", f"goes on from {s.earlier.path.parent}: `before` is its model")
+    return adapted
+
+
+def refer(s: Session, base: Base, model: nn.Module, splits: Sequence[Split] = SPLITS) -> None:
+    """Adds to the data of preferences what `model` says of them, where the loss compares with it: the base model, or
+    that of an earlier run."""
     config, prepared = s.config, s.prepared
     if config.model.task != "preference" or not config.preference.has_reference:
         return
@@ -108,7 +122,7 @@ def refer(s: Session, base: Base, splits: Sequence[Split] = SPLITS) -> None:
         encoded = getattr(prepared, split)
         test_set = make_test_set(s, base, encoded.dataset)
         with s.clock.time("reference"), s.log.bar("reference") as progress:
-            columns = agree(config, partial(reference_columns, base.model, test_set, progress))
+            columns = agree(config, partial(reference_columns, model, test_set, progress))
         found[split] = replace(encoded, dataset=add_reference(encoded.dataset, columns))
     s.prepared = replace(prepared, **found)
     release_memory()

@@ -238,13 +238,19 @@ def attach_adapter(base: PreTrainedModel, content: dict[str, Any], path: Path) -
     """
     ready_for_backward(base)
     model = attach_untrained(base, content, path)
+    set_factors(model, content, path)
+    return model.eval()  # type: ignore[return-value]
+
+
+def set_factors(model: PeftModel, content: dict[str, Any], path: Path) -> None:
+    """Gives the adapter on `model` the numbers in the content of the .pth file `path`. Raises UserError where they do
+    not fit."""
     try:
         outcome = set_peft_model_state_dict(model, plain_factors(content["adapter"]))
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the base model: {_first_lines(error)}") from None
     if outcome.unexpected_keys:
         raise UserError(f"{path} does not fit the base model, which has no `{outcome.unexpected_keys[0]}`")
-    return model.eval()  # type: ignore[return-value]
 
 
 def attach_untrained(base: PreTrainedModel, content: dict[str, Any], path: Path) -> PeftModel:

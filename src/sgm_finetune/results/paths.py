@@ -18,7 +18,7 @@ from sgm_finetune.model.folder import EMBEDDED as MODELS
 
 _PATHS = (
     ("model", "name"), ("data", "name"), ("data", "train"), ("data", "validation"), ("data", "test"), ("snr", "scan"),
-    ("output", "dir"), ("plan",),
+    ("adapter", "from_run"), ("output", "dir"), ("plan",),
 )  # fmt: skip
 """The keys that name local files. A name of a model or of data can be a hub id or an embedded one instead."""
 _Keys = tuple[str | int, ...]
