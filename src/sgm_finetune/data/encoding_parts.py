@@ -109,7 +109,8 @@ def _joined(parts: Iterator[Encoded | UserError], max_length: int) -> Encoded:
 
 
 def _by_processes(parts: Sequence[Part], work: tuple[Any, Task, int], number: int) -> list[Encoded | UserError | None]:
-    """What `number` processes make of the parts; None for a part whose process ended before it was done."""
+    """What `number` processes make of the parts, up to the first error; None for a part whose process ended before it
+    was done, and for those after an error."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         write_work(Path(folder), *work)
         idle: SimpleQueue[subprocess.Popen] = SimpleQueue()
@@ -124,16 +125,21 @@ def _by_processes(parts: Sequence[Part], work: tuple[Any, Task, int], number: in
                 idle.put(process)
 
         workers = stack.enter_context(ThreadPoolExecutor(number))
+        found: list[Encoded | UserError | None] = []
         try:
-            return list(workers.map(encoded, range(len(parts))))
+            for one in workers.map(encoded, range(len(parts))):
+                found.append(one)
+                if isinstance(one, UserError) and not isinstance(one, NothingToLearnError):
+                    break
         finally:
             workers.shutdown(wait=False, cancel_futures=True)
+        return found + [None] * (len(parts) - len(found))
 
 
 @contextmanager
 def _process(folder: Path) -> Iterator[subprocess.Popen]:
     """One process that encodes parts; it is gone when the block is left."""
-    command = [sys.executable, "-m", "sgm_finetune.data.encode_part", str(folder)]
+    command = [sys.executable, "-P", "-m", "sgm_finetune.data.encode_part", str(folder)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "TOKENIZERS_PARALLELISM": "false",
