@@ -19,7 +19,9 @@ from sgm_finetune.results.export.answer_check import result_stops
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, ChatFormat, find_format, modelfile
 from sgm_finetune.results.export.check import LogitCheck, ReferenceLogits, check_adapter, check_merged
 from sgm_finetune.results.export.gguf_adapter import gguf_factors, write_gguf_adapter
+from sgm_finetune.results.export.gguf_architecture import ignored_window
 from sgm_finetune.results.export.gguf_check import check_gguf, check_gguf_adapter
+from sgm_finetune.results.export.gguf_tensors import gguf_tensors
 from sgm_finetune.results.export.merge import MergedTensor, merged_tensors
 from sgm_finetune.results.export.quantise_gguf import quantise
 from sgm_finetune.results.export.shards import SHARD_BYTES, write_config_files, write_shards
@@ -98,7 +100,8 @@ def _prepare_merged(result: Result, request: ExportRequest, log: StepLog) -> Pre
 def _prepare_gguf(result: Result, request: ExportRequest, log: StepLog) -> Prepared:
     kind = request.gguf_type or "f16"
     vocabulary = gguf_file.check_exportable(result, AutoConfig.from_pretrained(result.folder), request.to)
-    tensors, skeleton = merged_tensors(result)
+    merged, skeleton = merged_tensors(result)
+    tensors = gguf_tensors(merged, skeleton.config)
     name = f"model-{kind}.gguf"
     rounded = kind in K_QUANTS
 
@@ -121,7 +124,8 @@ def _prepare_gguf(result: Result, request: ExportRequest, log: StepLog) -> Prepa
         stored_in=gguf_file.STORED_IN[kind],
         num_parameters=_num_parameters(skeleton),
         num_bytes=gguf_file.num_bytes(tensors, kind) + _TEXT_BYTES,
-        description=f"{_describe_merge(tensors, kind)} · tokenizer {vocabulary.model}, pre-tokenizer {vocabulary.pre}",
+        description=f"{_describe_merge(merged, kind)} · tokenizer {vocabulary.model}, pre-tokenizer {vocabulary.pre}"
+        + _describe_window(skeleton.config),
         write=write,
         compare=lambda folder, *reference: check_gguf(result, folder / name, gguf_file.STORED_IN[kind], *reference),
     )
@@ -130,7 +134,8 @@ def _prepare_gguf(result: Result, request: ExportRequest, log: StepLog) -> Prepa
 def _prepare_gguf_adapter(result: Result, request: ExportRequest, log: StepLog) -> Prepared:
     kind = request.gguf_type or "f32"
     vocabulary = gguf_file.check_exportable(result, AutoConfig.from_pretrained(result.folder), request.to)
-    base, skeleton = merged_tensors(result, with_update=False)
+    stored, skeleton = merged_tensors(result, with_update=False)
+    base = gguf_tensors(stored, skeleton.config)
     base_kind: GgufType = "f32" if _coarsest_type(base) == "float32" else "f16"
     factors = gguf_factors(result, skeleton)
     name = f"adapter-{kind}.gguf"
@@ -183,6 +188,13 @@ def _describe_merge(tensors: Sequence[MergedTensor], stored_in: str) -> str:
     size = sum(tensor.num_bytes for tensor in tensors) / 2**20
     return (
         f"{num_changed} of {len(tensors)} tensors change; {size:,.1f} MiB in the base's files · stored as {stored_in}"
+    )
+
+
+def _describe_window(config: PreTrainedConfig) -> str:
+    window = ignored_window(config)
+    return (
+        "" if window is None else f" · context of {window} tokens, as llama.cpp has no window for {config.model_type}"
     )
 
 

@@ -140,7 +140,7 @@ def _decode(
 
 def _tokens(llama_cpp: Any, vocabulary: Any, text: bytes, add_special: bool) -> list[int]:
     """Returns a text's tokens. Special tokens that the text spells out are recognised."""
-    room = len(text) + 8
+    room = 4 * len(text) + 8  # a space may become three bytes
     tokens = (llama_cpp.llama_token * room)()
     count = llama_cpp.llama_tokenize(vocabulary, text, len(text), tokens, room, add_special, True)
     return list(tokens[:count])
