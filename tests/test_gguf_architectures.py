@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from conftest import WORDS
 from test_exporting import LLAMA_3_ROPE, bpe_tokenizer, data, exported, needs_llama_cpp, read, train  # noqa: F401
 
 from sgm_finetune.base.errors import UserError
@@ -113,7 +114,6 @@ def test_every_architecture_rounds_within_its_tolerance(name, tmp_path, data):  
     where = train(save_model(name, tmp_path / "m", shallow=True), "causal-lm", data["causal-lm"], tmp_path / "out")
     for kind in ("f16", "q8_0"):
         report = exported(where, "gguf", gguf_type=kind, output=tmp_path / kind)
-        print(kind, report["difference"], report["arrived"], report["top_agreement"])
         assert 0 < report["difference"] < report["tolerance"]
         assert report["arrived"] == pytest.approx(1, abs=0.1)
 
@@ -125,9 +125,18 @@ def test_llama_cpp_adds_an_adapter_to_every_architecture(decoder, tmp_path):
     assert report["arrived"] == pytest.approx(1, abs=1e-3)
 
 
+class HalfTable(torch.nn.Module):
+    """GELU as llama.cpp computes it: of numbers between -10 and 10, rounded to half precision before and after."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        looked_up = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x >= 10, x, torch.where(x <= -10, 0.0, looked_up))
+
+
 @torch.no_grad()
-def computed(where: list[str], length: int, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the logits of Transformers and of llama.cpp for one sequence, of the merged model in f32."""
+def computed(where: list[str], length: int, folder: Path, half: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the logits of Transformers and of llama.cpp for one sequence, of the merged model in f32; with `half`,
+    Transformers computes GELU as llama.cpp does."""
     result = read(where)
     tensors, skeleton = merged_tensors(result)
     words = check_exportable(result, skeleton.config, "gguf")
@@ -137,6 +146,8 @@ def computed(where: list[str], length: int, folder: Path) -> tuple[torch.Tensor,
     (folder / "asked.json").write_text(json.dumps(asked))
     ask_llama_cpp.main(folder / "asked.json", folder / "found.npz")
     model = attach_adapter(load_unquantised(result, "float32"), result.content, result.path)
+    for layer in [m for m in model.modules() if half and type(m).__name__.endswith("MLP")]:
+        setattr(layer, "act_fn" if hasattr(layer, "act_fn") else "act", HalfTable())
     return compute_logits(model, ids)[0], torch.from_numpy(np.load(folder / "found.npz")["logits"])[0]
 
 
@@ -156,6 +167,14 @@ def named(request, tmp_path, data) -> list[str]:  # noqa: F811
 def test_long_texts_are_computed_as_in_training(named, length, tmp_path):
     """Of many windows; and longer than the length before Phi-3's positions were stretched."""
     assert difference(*computed(named, length, tmp_path)) < exactness(named)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("named", ["gemma2", "gpt2"], indirect=True)
+def test_what_gelu_leaves_is_llama_cpp_s_table(named, tmp_path):
+    """What remains are numbers that lie on the border between two entries."""
+    exact, by_table = (difference(*computed(named, 40, tmp_path, half=half)) for half in (False, True))
+    assert by_table < exact / 5
 
 
 @needs_llama_cpp
@@ -243,3 +262,53 @@ def test_every_tensor_of_an_architecture_has_a_place_in_its_file(name, tmp_path,
         name = re.sub(r"blk\.\d+\.", "blk.{bid}.", tensor.name)
         assert name.rpartition(".")[0] in known
         assert tuple(tensor.read().shape) == tensor.shape
+
+
+# classifiers
+
+
+def word_pieces(lowercase: bool):
+    """Returns a pico tokenizer as BERT's: words of the data, and characters."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = sorted({*"abcdefghijklmnopqrstuvwxyzéABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'():*=?"})
+    tokens = [*special, *WORDS, *(letter for letter in letters if letter not in WORDS), *(f"##{x}" for x in letters)]
+    raw = Tokenizer(models.WordPiece({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]"))
+    raw.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(zip(("pad", "unk", "cls", "sep", "mask"), special, strict=True))
+    return hf.PreTrainedTokenizerFast(tokenizer_object=raw, **{f"{key}_token": name for key, name in names.items()})
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["lowercased", "cased"])
+def classifier(request, tmp_path_factory, data) -> list[str]:  # noqa: F811
+    folder = tmp_path_factory.mktemp("classifier")
+    tokenizer = word_pieces(request.param)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    torch.manual_seed(0)
+    model = hf.BertModel(hf.BertConfig(vocab_size=256, max_position_embeddings=128, **sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder / "m")
+    tokenizer.save_pretrained(folder / "m")
+    return train(folder / "m", "sequence-classification", data["sequence-classification"], folder / "out")
+
+
+@needs_llama_cpp
+def test_llama_cpp_classifies_as_was_trained(classifier, tmp_path):
+    for kind in ("f32", "f16", "q8_0"):
+        report = exported(classifier, "gguf", gguf_type=kind, output=tmp_path / kind)
+        assert report["by"] == "llama.cpp"
+        assert report["difference"] < report["tolerance"]
+        assert report["arrived"] == pytest.approx(1, abs=0.05)
+        assert report["validation"]["loss"] == pytest.approx(report["validation"]["loss_trained"], abs=0.02)
+        assert {path.name for path in (tmp_path / kind).iterdir()} == {f"model-{kind}.gguf", "README.md", "export.json"}
+    assert "llama-embedding -m model-q8_0.gguf --pooling rank" in (tmp_path / "q8_0/README.md").read_text()
+    reader = gguf.GGUFReader(tmp_path / "f16/model-f16.gguf")
+    assert reader.get_field("bert.classifier.output_labels").contents() == ["bad", "good"]

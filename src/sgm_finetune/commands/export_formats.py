@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from sgm_finetune.base.config import DECODER_TASKS
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.files import write_text
 from sgm_finetune.commands.requests import ExportRequest
@@ -19,7 +20,7 @@ from sgm_finetune.results.export.answer_check import result_stops
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, ChatFormat, find_format, modelfile
 from sgm_finetune.results.export.check import LogitCheck, ReferenceLogits, check_adapter, check_merged
 from sgm_finetune.results.export.gguf_adapter import gguf_factors, write_gguf_adapter
-from sgm_finetune.results.export.gguf_architecture import ignored_window
+from sgm_finetune.results.export.gguf_architecture import computed_as, ignored_window
 from sgm_finetune.results.export.gguf_check import check_gguf, check_gguf_adapter
 from sgm_finetune.results.export.gguf_tensors import gguf_tensors
 from sgm_finetune.results.export.merge import MergedTensor, merged_tensors
@@ -103,7 +104,8 @@ def _prepare_gguf(result: Result, request: ExportRequest, log: StepLog) -> Prepa
     merged, skeleton = merged_tensors(result)
     tensors = gguf_tensors(merged, skeleton.config)
     name = f"model-{kind}.gguf"
-    rounded = kind in K_QUANTS
+    stored_in, rounded = gguf_file.STORED_IN[kind], kind in K_QUANTS
+    tolerated = computed_as(skeleton.config, stored_in)
 
     def write(folder: Path) -> dict[str, str]:
         first, written = (folder / "model-f16.gguf", "f16") if rounded else (folder / name, kind)
@@ -112,6 +114,8 @@ def _prepare_gguf(result: Result, request: ExportRequest, log: StepLog) -> Prepa
         if rounded:
             quantise(first, folder / name, kind)
             first.unlink()
+        if result.config.model.task not in DECODER_TASKS:
+            return {"gguf": name}
         chat_format = _find_chat_format(result)
         bos = str(result.tokenizer.bos_token) if vocabulary.adds["bos"] else None
         write_text(folder / "Modelfile", modelfile(name, chat_format, bos, _stop_texts(result, skeleton.config)))
@@ -121,13 +125,13 @@ def _prepare_gguf(result: Result, request: ExportRequest, log: StepLog) -> Prepa
     return Prepared(
         result=result,
         kind=f"GGUF in {kind}",
-        stored_in=gguf_file.STORED_IN[kind],
+        stored_in=stored_in,
         num_parameters=_num_parameters(skeleton),
         num_bytes=gguf_file.num_bytes(tensors, kind) + _TEXT_BYTES,
         description=f"{_describe_merge(merged, kind)} · tokenizer {vocabulary.model}, pre-tokenizer {vocabulary.pre}"
         + _describe_window(skeleton.config),
         write=write,
-        compare=lambda folder, *reference: check_gguf(result, folder / name, gguf_file.STORED_IN[kind], *reference),
+        compare=lambda folder, *reference: check_gguf(result, folder / name, tolerated, *reference),
     )
 
 
@@ -152,7 +156,7 @@ def _prepare_gguf_adapter(result: Result, request: ExportRequest, log: StepLog) 
         finally:
             whole.unlink()
 
-    kinds = gguf_file.STORED_IN["f16" if "f16" in (kind, base_kind) else "f32"]
+    kinds = computed_as(skeleton.config, gguf_file.STORED_IN["f16" if "f16" in (kind, base_kind) else "f32"])
     num_bytes = sum(factor.numel() for factor in factors.values()) * 4
     return Prepared(
         result=result,

@@ -23,33 +23,40 @@ ARCHITECTURES = {
     "mixtral": "LLAMA", "phi3": "PHI3", "qwen2": "QWEN2", "qwen2_moe": "QWEN2MOE", "qwen3": "QWEN3",
     "qwen3_moe": "QWEN3MOE",
 }  # fmt: skip
-"""model_type of config.json -> the gguf package's name."""
+"""Decoders: model_type of config.json -> the gguf package's name."""
+CLASSIFIERS = {"bert": "BERT"}
+"""The same for classifiers of texts, which llama.cpp computes with pooling type "rank"."""
 _READ_BY_TRANSFORMERS = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures whose GGUF files Transformers reads as well (5.23 computes something else from those of the others)."""
 _WINDOWS = {"GEMMA2": 2, "GEMMA3": 6}
 """Architectures whose sliding windows llama.cpp computes -> every which layer has none, if no key says otherwise."""
 _SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
-_ACTIVATIONS = {"GEMMA2": _TANH_GELU, "GEMMA3": _TANH_GELU, "GPT2": _TANH_GELU}
+_ACTIVATIONS = {"BERT": ("gelu", *_TANH_GELU), "GEMMA2": _TANH_GELU, "GEMMA3": _TANH_GELU, "GPT2": _TANH_GELU}
 """Activations that llama.cpp computes in an MLP; silu in the others."""
 _LARGEST_GEMMA = {"GEMMA2": 46, "GEMMA3": 62}
 """Number of layers by which llama.cpp knows a Gemma of 27B, whose attention has another scale."""
+
+
+def gguf_name(config: PreTrainedConfig) -> str:
+    """Returns the gguf package's name of a supported base's architecture."""
+    return {**ARCHITECTURES, **CLASSIFIERS}[config.model_type]
 
 
 def architecture_of(config: PreTrainedConfig) -> Any:
     """Returns the gguf.MODEL_ARCH of a supported base."""
     import gguf
 
-    return getattr(gguf.MODEL_ARCH, ARCHITECTURES[config.model_type])
+    return getattr(gguf.MODEL_ARCH, gguf_name(config))
 
 
-def check_architecture(config: PreTrainedConfig, to: str, instead: str) -> None:
+def check_architecture(config: PreTrainedConfig, to: str, instead: str, is_classifier: bool = False) -> None:
     """Raises UserError for a base that llama.cpp does not compute as Transformers does."""
-    kind = config.model_type
-    if kind not in ARCHITECTURES:
+    kind, known = config.model_type, CLASSIFIERS if is_classifier else ARCHITECTURES
+    if kind not in known:
         raise UserError(
-            f"--to {to} supports {', '.join(ARCHITECTURES)}, and this base is a {kind}; take {instead}, and "
-            "llama.cpp's own converter"
+            f"--to {to} supports {', '.join(known)}, and this base is a {kind}; take {instead}, and llama.cpp's own "
+            "converter"
         )
     if kind not in _READ_BY_TRANSFORMERS and importlib.util.find_spec("llama_cpp") is None:
         raise UserError(
@@ -62,7 +69,7 @@ def check_architecture(config: PreTrainedConfig, to: str, instead: str) -> None:
 
 def _refused(config: PreTrainedConfig) -> Iterator[str]:
     """Yields what the base has and llama.cpp lacks for its architecture."""
-    name, heads = ARCHITECTURES[config.model_type], config.num_attention_heads
+    name, heads = gguf_name(config), config.num_attention_heads
     types = {"default", "linear", *{"LLAMA": ["llama3"], "PHI3": ["longrope"]}.get(name, [])}
     full, sliding = _rotary(config)
     if full["rope_type"] not in types:
@@ -82,6 +89,8 @@ def _refused(config: PreTrainedConfig) -> Iterator[str]:
     match name:
         case "GEMMA2" | "GEMMA3":
             yield from _refused_of_gemma(config, name)
+        case "BERT" if getattr(config, "position_embedding_type", None) not in (None, "absolute") or config.is_decoder:
+            yield "relative positions there, and no attention to earlier tokens alone"
         case "GPT2" if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
             yield "attention whose scale differs from layer to layer, or that has none"
         case "QWEN2MOE" | "QWEN3MOE":
@@ -110,10 +119,22 @@ def _refused_of_gemma(config: PreTrainedConfig, name: str) -> Iterator[str]:
         yield "attention in both directions there"
 
 
+def computed_as(config: PreTrainedConfig, stored_in: str) -> str:
+    """Returns the type whose tolerance holds for what llama.cpp computes from a file stored so.
+
+    llama.cpp reads GELU from a table in half precision. It rounds activations as well where the matrices are in q8_0,
+    and those of Gemma span a wide range.
+    """
+    name = gguf_name(config)
+    if stored_in == "float32" and name in _ACTIVATIONS:
+        return "float16"
+    return "q6_k" if stored_in == "q8_0" and name in _WINDOWS else stored_in
+
+
 def ignored_window(config: PreTrainedConfig) -> int | None:
     """Returns the sliding window that llama.cpp does not compute: up to that length, a text is computed as trained."""
     window = _window(config)
-    if ARCHITECTURES[config.model_type] in _WINDOWS or window is None or window >= config.max_position_embeddings:
+    if gguf_name(config) in _WINDOWS or window is None or window >= config.max_position_embeddings:
         return None
     return window
 
@@ -126,7 +147,9 @@ def _window(config: PreTrainedConfig) -> int | None:
 
 def write_hyperparameters(writer: Any, config: PreTrainedConfig) -> None:
     """Adds the keys of the architecture to a gguf.GGUFWriter."""
-    name, heads = ARCHITECTURES[config.model_type], config.num_attention_heads
+    import gguf
+
+    name, heads = gguf_name(config), config.num_attention_heads
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(ignored_window(config) or config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -136,7 +159,14 @@ def write_hyperparameters(writer: Any, config: PreTrainedConfig) -> None:
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     writer.add_vocab_size(config.vocab_size)
-    if name == "GPT2":
+    if name == "BERT":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+        writer.add_causal_attention(False)
+        writer.add_pooling_type(gguf.PoolingType.RANK)
+        writer.add_token_type_count(config.type_vocab_size)
+        names: dict[Any, str] = config.id2label or {}
+        writer.add_classifier_output_labels([names[number] for number in sorted(names)])
+    elif name == "GPT2":
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)

@@ -18,12 +18,13 @@ from sgm_finetune.base.config import DECODER_TASKS
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.results.export.answer_check import result_stops
 from sgm_finetune.results.export.gguf_architecture import (
+    CLASSIFIERS,
     architecture_of,
     check_architecture,
     rotary_factors,
     write_hyperparameters,
 )
-from sgm_finetune.results.export.gguf_vocabulary import Vocabulary, read_vocabulary
+from sgm_finetune.results.export.gguf_vocabulary import Vocabulary, read_vocabulary, read_word_pieces
 from sgm_finetune.results.export.merge import MergedTensor, checked_finite
 from sgm_finetune.results.export.target import K_QUANTS, ExportFormat, GgufType
 from sgm_finetune.results.load import Result
@@ -33,16 +34,21 @@ STORED_IN: dict[GgufType, str] = {
 }  # fmt: skip
 """Option --gguf-type -> key of check.TOLERANCES."""
 _FILE_TYPES: dict[GgufType, str] = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-_EXACT = ("ffn_gate_inp", "position_embd")
+_EXACT = ("ffn_gate_inp", "position_embd", "token_types")
 """Small matrices that decide much, such as a router, or that llama.cpp adds to others: in f32 always."""
 
 
 def check_exportable(result: Result, config: PreTrainedConfig, to: ExportFormat) -> Vocabulary:
     """Returns the tokenizer as GGUF stores it. Raises UserError for a result that SGM cannot write as GGUF."""
     instead = "--to adapter" if to == "gguf-adapter" else "--to merged"
-    if result.config.model.task not in DECODER_TASKS:
-        raise UserError(f"--to {to} needs model.task=causal-lm, and this is {result.config.model.task}; take {instead}")
-    check_architecture(config, to, instead)
+    task = result.config.model.task
+    is_classifier = task == "sequence-classification" and to == "gguf"
+    if task not in DECODER_TASKS and not (is_classifier and config.model_type in CLASSIFIERS):
+        also = f", or of {', '.join(CLASSIFIERS)} classifiers of texts" if is_classifier else ""
+        raise UserError(f"--to {to} needs model.task=causal-lm{also}, and this is {task}; take {instead}")
+    check_architecture(config, to, instead, is_classifier)
+    if is_classifier:
+        return read_word_pieces(result.tokenizer, config.vocab_size)
     return read_vocabulary(result.tokenizer, config.vocab_size, result_stops(result, config))
 
 

@@ -12,9 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.results.export.gguf_architecture import ARCHITECTURES, architecture_of
+from sgm_finetune.results.export.gguf_architecture import architecture_of, gguf_name
 from sgm_finetune.results.export.merge import MergedTensor
 
+_BERT = (
+    (re.compile(r"^bert\.pooler\.dense\."), "classifier.dense."),
+    (re.compile(r"^classifier\."), "classifier.out_proj."),
+    (re.compile(r"^bert\."), ""),
+)
+"""Names in a BERT classifier -> those of the same layers in models whose names the gguf package lists."""
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -39,7 +45,7 @@ def gguf_tensors(tensors: Sequence[MergedTensor], config: PreTrainedConfig) -> l
 
 
 def _in_its_form(tensor: MergedTensor, config: PreTrainedConfig) -> MergedTensor:
-    match ARCHITECTURES[config.model_type]:
+    match gguf_name(config):
         case "GPT2" if tensor.name.startswith("blk.") and len(tensor.shape) == 2:  # Conv1D
             return replace(tensor, shape=tensor.shape[::-1], read=partial(_transposed, tensor.read))
         case "GEMMA2" | "GEMMA3" if tensor.name.endswith("norm.weight"):
@@ -78,7 +84,12 @@ def tensor_names(config: PreTrainedConfig) -> Callable[[str], str]:
     names = gguf.get_tensor_name_map(architecture_of(config), config.num_hidden_layers)
 
     def name_of(parameter: str) -> str:
-        name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+        known = parameter
+        for pattern, other in _BERT if gguf_name(config) == "BERT" else ():
+            if pattern.match(known):
+                known = pattern.sub(other, known)
+                break
+        name = names.get_name(known, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise UserError(f"GGUF has no name for `{parameter}`; take --to merged")
         return name
@@ -88,7 +99,7 @@ def tensor_names(config: PreTrainedConfig) -> Callable[[str], str]:
 
 def reordering(parameter: str, config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
     """Returns the function that puts the rows of a parameter into llama.cpp's order."""
-    if ARCHITECTURES[config.model_type] != "LLAMA":  # llama.cpp rotates the others as Transformers does
+    if gguf_name(config) != "LLAMA":  # llama.cpp rotates the others as Transformers does
         return _unchanged
     if ".q_proj." in parameter:
         return partial(rope_order, num_heads=config.num_attention_heads)
