@@ -20,7 +20,13 @@ from test_exporting import LLAMA_3_ROPE, bpe_tokenizer, data, exported, needs_ll
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.results.export import ask_llama_cpp
 from sgm_finetune.results.export.check import compute_logits
-from sgm_finetune.results.export.gguf_architecture import ARCHITECTURES, architecture_of, check_architecture
+from sgm_finetune.results.export.gguf_architecture import (
+    ARCHITECTURES,
+    architecture_of,
+    check_architecture,
+    computed_as,
+    ignored_window,
+)
 from sgm_finetune.results.export.gguf_file import check_exportable, write_gguf
 from sgm_finetune.results.export.gguf_tensors import gguf_tensors
 from sgm_finetune.results.export.merge import merged_tensors
@@ -62,6 +68,9 @@ MODELS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "phi3, long": lambda: hf.Phi3Config(
         **{**SIZES, "max_position_embeddings": 2048}, original_max_position_embeddings=512, rope_parameters=LONG,
         sliding_window=1024,
+    ),
+    "phi3, half of each head rotated": lambda: hf.Phi3Config(
+        **SIZES, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
     ),
     "qwen2_moe": lambda: hf.Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=96),
     "qwen3_moe": lambda: hf.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=32, norm_topk_prob=True),
@@ -181,7 +190,8 @@ def test_what_gelu_leaves_is_llama_cpp_s_table(named, tmp_path):
 @pytest.mark.parametrize("named", ["mistral"], indirect=True)
 def test_llama_cpp_computes_a_mistral_up_to_its_window_only(named, tmp_path):
     expected, found = computed(named, 160, tmp_path)
-    window = 64
+    window = gguf.GGUFReader(tmp_path / "m.gguf").get_field("llama.context_length").contents()
+    assert window == 64
     assert difference(expected[:window], found[:window]) < exactness(named)
     assert difference(expected[window:], found[window:]) > 1e-2
 
@@ -218,6 +228,7 @@ REFUSED: dict[str, tuple[Callable[[], hf.PreTrainedConfig], str]] = {
         lambda: hf.Qwen3MoeConfig(**SIZES, **EXPERTS),
         r"no norm_topk_prob=false there",
     ),
+    "a BERT that reads one way": (lambda: hf.BertConfig(is_decoder=True), r"no attention to earlier tokens alone"),
     "experts in some layers": (
         lambda: hf.Qwen2MoeConfig(**SIZES, **EXPERTS, decoder_sparse_step=2),
         r"no layers without experts there",
@@ -230,7 +241,26 @@ def test_what_llama_cpp_computes_otherwise_is_refused(name, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: object())
     config, words = REFUSED[name]
     with pytest.raises(UserError, match=rf"this \w+, because llama\.cpp has {words}.*; take --to merged"):
-        check_architecture(config(), "gguf", "--to merged")
+        check_architecture(config(), "gguf", "--to merged", is_classifier=config().model_type == "bert")
+
+
+def test_a_window_that_llama_cpp_lacks_bounds_the_context():
+    windows = {name: ignored_window(config()) for name, config in MODELS.items()}
+    assert {name: window for name, window in windows.items() if window} == {"mistral": 64, "phi3, long": 1024}
+    assert ignored_window(hf.MistralConfig(sliding_window=4096, max_position_embeddings=4096)) is None
+
+
+def test_a_tolerance_is_that_of_what_llama_cpp_rounds():
+    gemma, bert, mistral = hf.Gemma2Config(**GEMMA), hf.BertConfig(), hf.MistralConfig()
+    for config, stored, expected in (
+        (gemma, "float32", "float16"),
+        (gemma, "float16", "float16"),
+        (gemma, "q8_0", "q6_k"),
+        (bert, "float32", "float16"),
+        (bert, "q8_0", "q8_0"),
+        (mistral, "float32", "float32"),
+    ):
+        assert computed_as(config, stored) == expected
 
 
 def test_the_refusal_of_an_architecture_names_those_that_work():

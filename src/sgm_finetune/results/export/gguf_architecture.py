@@ -34,6 +34,8 @@ _SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 _ACTIVATIONS = {"BERT": ("gelu", *_TANH_GELU), "GEMMA2": _TANH_GELU, "GEMMA3": _TANH_GELU, "GPT2": _TANH_GELU}
 """Activations that llama.cpp computes in an MLP; silu in the others."""
+_GEMMA_ROUNDS_AS = {"q8_0": "q6_k", "q6_k": "q5_k_m", "q5_k_m": "q4_k_m"}
+"""Type -> the type whose tolerance a Gemma in it has (measured on one of 270M, docs/LOG.md)."""
 _LARGEST_GEMMA = {"GEMMA2": 46, "GEMMA3": 62}
 """Number of layers by which llama.cpp knows a Gemma of 27B, whose attention has another scale."""
 
@@ -89,8 +91,11 @@ def _refused(config: PreTrainedConfig) -> Iterator[str]:
     match name:
         case "GEMMA2" | "GEMMA3":
             yield from _refused_of_gemma(config, name)
-        case "BERT" if getattr(config, "position_embedding_type", None) not in (None, "absolute") or config.is_decoder:
-            yield "relative positions there, and no attention to earlier tokens alone"
+        case "BERT":
+            if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+                yield f"positions of type {config.position_embedding_type} there"
+            if config.is_decoder:
+                yield "attention to earlier tokens alone"
         case "GPT2" if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
             yield "attention whose scale differs from layer to layer, or that has none"
         case "QWEN2MOE" | "QWEN3MOE":
@@ -122,13 +127,13 @@ def _refused_of_gemma(config: PreTrainedConfig, name: str) -> Iterator[str]:
 def computed_as(config: PreTrainedConfig, stored_in: str) -> str:
     """Returns the type whose tolerance holds for what llama.cpp computes from a file stored so.
 
-    llama.cpp reads GELU from a table in half precision. It rounds activations as well where the matrices are in q8_0,
-    and those of Gemma span a wide range.
+    llama.cpp reads GELU from a table in half precision. It rounds activations as well where the matrices are in 8 bits
+    or fewer, and those of Gemma span a wide range.
     """
     name = gguf_name(config)
     if stored_in == "float32" and name in _ACTIVATIONS:
         return "float16"
-    return "q6_k" if stored_in == "q8_0" and name in _WINDOWS else stored_in
+    return _GEMMA_ROUNDS_AS.get(stored_in, stored_in) if name in _WINDOWS else stored_in
 
 
 def ignored_window(config: PreTrainedConfig) -> int | None:
