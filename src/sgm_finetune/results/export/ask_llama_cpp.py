@@ -25,13 +25,15 @@ import numpy as np
 
 _PIECE = 512
 """Tokens that llama.cpp reads at one time."""
+_held: list[Any] = []
+"""What llama.cpp calls until the process ends."""
 
 
 def main(request_file: Path, results: Path) -> None:
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
     request = json.loads(request_file.read_text(encoding="utf-8"))
-    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    _held.append(silent := llama_cpp.llama_log_callback(lambda level, text, data: None))
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     parameters = llama_cpp.llama_model_default_params()
