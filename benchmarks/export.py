@@ -112,6 +112,7 @@ def written(folder: Path, to: str) -> dict[str, Any]:
     from sgm_finetune.base.console import StepLog
     from sgm_finetune.results.export.answer_check import result_stops
     from sgm_finetune.results.export.gguf_file import write_gguf
+    from sgm_finetune.results.export.gguf_tensors import gguf_tensors
     from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
     from sgm_finetune.results.export.merge import merged_tensors
     from sgm_finetune.results.export.shards import SHARD_BYTES, write_shards
@@ -135,7 +136,7 @@ def written(folder: Path, to: str) -> dict[str, Any]:
     else:
         stops = result_stops(result, skeleton.config)
         words = read_vocabulary(result.tokenizer, skeleton.config.vocab_size, stops)
-        write_gguf(tensors, skeleton.config, words, "q8_0", target / "model.gguf")
+        write_gguf(gguf_tensors(tensors, skeleton.config), skeleton.config, words, "q8_0", target / "model.gguf")
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import save_pico
 from safetensors.torch import load_file, save_file
+from test_exporting import TEXT, train
 
 from sgm_finetune.commands.cli import main
 
@@ -529,6 +531,15 @@ def earlier(place: Place) -> Path:
     return place.file("mine/export.json", "{}").parent
 
 
+def unweighted_decoder(place: Place, name: str, **changes: str) -> str:
+    """The override that names the result of a language model, whose base has lost its weights since."""
+    (place.folder / "words.txt").write_text(TEXT)
+    model, output = save_pico(name, place.folder / "decoder"), place.folder / "out"
+    train(with_config(model, **changes), "causal-lm", place.folder / "words.txt", output)
+    (model / "model.safetensors").write_bytes(b"")
+    return f"output.dir={output}"
+
+
 EXPORT: list[Row] = [
     ("nothing trained", lambda p: ["--to", "merged"], ["sgm_finetuned.pth", "sgm finetune"]),
     ("no format", lambda p: [], ["--to", "--help"]),
@@ -543,6 +554,16 @@ EXPORT: list[Row] = [
         ["model.quantization=none", "--base"],
     ),
     ("data that are not there", lambda p: with_result(p, "merged", "data.train=none.csv"), ["none.csv"]),
+    (
+        "an architecture that llama.cpp gets otherwise, before the base model is loaded",
+        lambda p: ["--to", "gguf", unweighted_decoder(p, "olmo2")],
+        ["olmo2", "gemma2, gemma3_text, gpt2, llama, mistral, mixtral, phi3, qwen2", "--to merged"],
+    ),
+    (
+        "a model that llama.cpp computes otherwise, before it is loaded",
+        lambda p: ["--to", "gguf", unweighted_decoder(p, "mistral", hidden_act="gelu")],
+        ["mistral", "activation gelu there, but silu", "--to merged"],
+    ),
     ("a classifier for llama.cpp", lambda p: with_result(p, "gguf"), ["model.task=causal-lm", "--to merged"]),
     ("an unknown key", lambda p: with_result(p, "merged", "output.overwite=true"), ["`output.overwite`", "overwrite"]),
     (

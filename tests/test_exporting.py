@@ -46,7 +46,8 @@ from sgm_finetune.results.export.card import model_card
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, find_format, modelfile
 from sgm_finetune.results.export.cut import cut_result
 from sgm_finetune.results.export.gguf_adapter import gguf_factors
-from sgm_finetune.results.export.gguf_file import check_exportable, reordering, rope_order, tensor_names, write_gguf
+from sgm_finetune.results.export.gguf_file import check_exportable, write_gguf
+from sgm_finetune.results.export.gguf_tensors import gguf_tensors, reordering, rope_order, tensor_names
 from sgm_finetune.results.export.gguf_vocabulary import read_vocabulary
 from sgm_finetune.results.export.merge import layer_factors, linear_update, merged_tensors, stack_update
 from sgm_finetune.results.export.shards import write_shards
@@ -567,8 +568,9 @@ def test_a_comparison_sees_how_much_of_the_update_arrived():
 # GGUF
 
 
-def bpe_tokenizer(byte_fallback: bool = False, divides_digits: bool = True):
-    """Returns a pico tokenizer that GGUF supports: byte-level BPE, or BPE with a fallback to bytes."""
+def bpe_tokenizer(byte_fallback: bool = False, divides_digits: bool = True, adds_space: bool = True):
+    """Returns a pico tokenizer that GGUF supports: byte-level BPE, or BPE with a fallback to bytes (which Llama 2 and
+    Phi-3 have with a space before a text, and Gemma without)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -576,11 +578,12 @@ def bpe_tokenizer(byte_fallback: bool = False, divides_digits: bool = True):
     corpus = [" ".join(WORDS), TEXT, "It's 2023 and 1234, isn't it? " * 9]
     if byte_fallback:
         raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        before = [normalizers.Prepend("▁")] * adds_space
+        raw.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
         raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
         trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=[*special, *alphabet], show_progress=False)
-        raw.train_from_iterator([word for line in corpus for word in line.split()], trainer)
+        raw.train_from_iterator([" " * (not adds_space) + word for line in corpus for word in line.split()], trainer)
         state = json.loads(raw.to_str())
         state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in special]
         raw = Tokenizer.from_str(json.dumps(state))
@@ -747,7 +750,7 @@ def test_a_cut_adapter_in_half_precision_runs_on_a_base_of_another_type(small, t
     result = read(small)
     tensors, skeleton = merged_tensors(result, with_update=False)
     words = check_exportable(result, skeleton.config, "gguf")
-    write_gguf(tensors, skeleton.config, words, "f16", tmp_path / "base.gguf")
+    write_gguf(gguf_tensors(tensors, skeleton.config), skeleton.config, words, "f16", tmp_path / "base.gguf")
     ids = [5, 9, 30, 41, 7]
     settings = {"n_ctx": 64, "logits_all": True, "verbose": False, "n_gpu_layers": 0}
     model = Llama(str(tmp_path / "base.gguf"), lora_path=str(tmp_path / "a/adapter-f16.gguf"), **settings)

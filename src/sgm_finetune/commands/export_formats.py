@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from sgm_finetune.base.config import DECODER_TASKS
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.files import write_text
 from sgm_finetune.commands.requests import ExportRequest
@@ -19,7 +20,9 @@ from sgm_finetune.results.export.answer_check import result_stops
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, ChatFormat, find_format, modelfile
 from sgm_finetune.results.export.check import LogitCheck, ReferenceLogits, check_adapter, check_merged
 from sgm_finetune.results.export.gguf_adapter import gguf_factors, write_gguf_adapter
+from sgm_finetune.results.export.gguf_architecture import computed_as, ignored_window
 from sgm_finetune.results.export.gguf_check import check_gguf, check_gguf_adapter
+from sgm_finetune.results.export.gguf_tensors import gguf_tensors
 from sgm_finetune.results.export.merge import MergedTensor, merged_tensors
 from sgm_finetune.results.export.quantise_gguf import quantise
 from sgm_finetune.results.export.shards import SHARD_BYTES, write_config_files, write_shards
@@ -98,9 +101,11 @@ def _prepare_merged(result: Result, request: ExportRequest, log: StepLog) -> Pre
 def _prepare_gguf(result: Result, request: ExportRequest, log: StepLog) -> Prepared:
     kind = request.gguf_type or "f16"
     vocabulary = gguf_file.check_exportable(result, AutoConfig.from_pretrained(result.folder), request.to)
-    tensors, skeleton = merged_tensors(result)
+    merged, skeleton = merged_tensors(result)
+    tensors = gguf_tensors(merged, skeleton.config)
     name = f"model-{kind}.gguf"
-    rounded = kind in K_QUANTS
+    stored_in, rounded = gguf_file.STORED_IN[kind], kind in K_QUANTS
+    tolerated = computed_as(skeleton.config, stored_in)
 
     def write(folder: Path) -> dict[str, str]:
         first, written = (folder / "model-f16.gguf", "f16") if rounded else (folder / name, kind)
@@ -109,6 +114,8 @@ def _prepare_gguf(result: Result, request: ExportRequest, log: StepLog) -> Prepa
         if rounded:
             quantise(first, folder / name, kind)
             first.unlink()
+        if result.config.model.task not in DECODER_TASKS:
+            return {"gguf": name}
         chat_format = _find_chat_format(result)
         bos = str(result.tokenizer.bos_token) if vocabulary.adds["bos"] else None
         write_text(folder / "Modelfile", modelfile(name, chat_format, bos, _stop_texts(result, skeleton.config)))
@@ -118,19 +125,21 @@ def _prepare_gguf(result: Result, request: ExportRequest, log: StepLog) -> Prepa
     return Prepared(
         result=result,
         kind=f"GGUF in {kind}",
-        stored_in=gguf_file.STORED_IN[kind],
+        stored_in=stored_in,
         num_parameters=_num_parameters(skeleton),
         num_bytes=gguf_file.num_bytes(tensors, kind) + _TEXT_BYTES,
-        description=f"{_describe_merge(tensors, kind)} · tokenizer {vocabulary.model}, pre-tokenizer {vocabulary.pre}",
+        description=f"{_describe_merge(merged, kind)} · tokenizer {vocabulary.model}, pre-tokenizer {vocabulary.pre}"
+        + _describe_window(skeleton.config),
         write=write,
-        compare=lambda folder, *reference: check_gguf(result, folder / name, gguf_file.STORED_IN[kind], *reference),
+        compare=lambda folder, *reference: check_gguf(result, folder / name, tolerated, *reference),
     )
 
 
 def _prepare_gguf_adapter(result: Result, request: ExportRequest, log: StepLog) -> Prepared:
     kind = request.gguf_type or "f32"
     vocabulary = gguf_file.check_exportable(result, AutoConfig.from_pretrained(result.folder), request.to)
-    base, skeleton = merged_tensors(result, with_update=False)
+    stored, skeleton = merged_tensors(result, with_update=False)
+    base = gguf_tensors(stored, skeleton.config)
     base_kind: GgufType = "f32" if _coarsest_type(base) == "float32" else "f16"
     factors = gguf_factors(result, skeleton)
     name = f"adapter-{kind}.gguf"
@@ -147,7 +156,7 @@ def _prepare_gguf_adapter(result: Result, request: ExportRequest, log: StepLog) 
         finally:
             whole.unlink()
 
-    kinds = gguf_file.STORED_IN["f16" if "f16" in (kind, base_kind) else "f32"]
+    kinds = computed_as(skeleton.config, gguf_file.STORED_IN["f16" if "f16" in (kind, base_kind) else "f32"])
     num_bytes = sum(factor.numel() for factor in factors.values()) * 4
     return Prepared(
         result=result,
@@ -183,6 +192,13 @@ def _describe_merge(tensors: Sequence[MergedTensor], stored_in: str) -> str:
     size = sum(tensor.num_bytes for tensor in tensors) / 2**20
     return (
         f"{num_changed} of {len(tensors)} tensors change; {size:,.1f} MiB in the base's files · stored as {stored_in}"
+    )
+
+
+def _describe_window(config: PreTrainedConfig) -> str:
+    window = ignored_window(config)
+    return (
+        "" if window is None else f" · context of {window} tokens, as llama.cpp has no window for {config.model_type}"
     )
 
 

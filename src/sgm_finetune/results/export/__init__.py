@@ -5,6 +5,8 @@
     cut               an adapter of smaller rank
     shards            a merged model as a Transformers folder
     gguf_file         a merged decoder as one GGUF file
+    gguf_architecture which models llama.cpp computes, and their keys
+    gguf_tensors      their tensors, as GGUF stores them
     gguf_vocabulary   its tokenizer, as GGUF stores it
     gguf_adapter      an adapter as one GGUF file
     chat_format       the Modelfile for Ollama, with the chat template in Go's language

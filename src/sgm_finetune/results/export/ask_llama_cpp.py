@@ -7,6 +7,7 @@ without and `N.1` with special tokens around it. The JSON file may also have
 - "adapter", a LoRA adapter's GGUF file: the model computes with it;
 - "prompts" and "max_new_tokens": `answer.N` is the likeliest tokens after prompt number N, up to the first at which
   llama.cpp itself stops;
+- "classes", their number: the model is a classifier, `logits` are (sequences, classes), and `scored` those of "scored";
 - "scored", a list of [ids, labels]: `losses` is the loss of each sequence in nats, summed over the positions that have
   a label, and `counts` is their number.
 """
@@ -24,13 +25,15 @@ import numpy as np
 
 _PIECE = 512
 """Tokens that llama.cpp reads at one time."""
+_held: list[Any] = []
+"""What llama.cpp calls until the process ends."""
 
 
 def main(request_file: Path, results: Path) -> None:
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
     request = json.loads(request_file.read_text(encoding="utf-8"))
-    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    _held.append(silent := llama_cpp.llama_log_callback(lambda level, text, data: None))
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     parameters = llama_cpp.llama_model_default_params()
@@ -46,7 +49,9 @@ def main(request_file: Path, results: Path) -> None:
     ) for row in rows)  # fmt: skip
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx = max(64, longest)
-    settings.n_batch = settings.n_ubatch = min(_PIECE, settings.n_ctx)
+    classes = request.get("classes")
+    settings.embeddings = classes is not None
+    settings.n_batch = settings.n_ubatch = settings.n_ctx if classes else min(_PIECE, settings.n_ctx)
     settings.n_threads = settings.n_threads_batch = request["threads"]
     settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
     settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to half precision
@@ -55,7 +60,13 @@ def main(request_file: Path, results: Path) -> None:
         _add_adapter(llama_cpp, model, context, request["adapter"])
     vocabulary: Any = llama_cpp.llama_model_get_vocab(model)
     width = llama_cpp.llama_vocab_n_tokens(vocabulary)
-    found: dict[str, Any] = {"logits": np.stack([_logits(llama_cpp, context, row, width) for row in request["ids"]])}
+    found: dict[str, Any] = {}
+    if classes is not None:
+        rows = {"logits": request["ids"], "scored": [ids for ids, _ in scored]}
+        found |= {key: _class_logits(llama_cpp, context, ids, classes) for key, ids in rows.items()}
+        prompts, scored = [], []
+    else:
+        found["logits"] = np.stack([_logits(llama_cpp, context, row, width) for row in request["ids"]])
     for number, row in enumerate(prompts):
         answer = _answer(llama_cpp, context, vocabulary, row, limit)
         found[f"answer.{number}"] = np.array(answer, dtype=np.int64)
@@ -97,6 +108,18 @@ def _logits(llama_cpp: Any, context: Any, row: list[int], width: int) -> np.ndar
     return np.stack(list(_decode(llama_cpp, context, row, 0, range(len(row)), width)))
 
 
+def _class_logits(llama_cpp: Any, context: Any, rows: list[list[int]], classes: int) -> np.ndarray:
+    """The logits of the classes of each row."""
+    found = np.empty((len(rows), classes), np.float32)
+    for number, row in enumerate(rows):
+        batch = _batch(llama_cpp, row, 0, range(len(row)))
+        if llama_cpp.llama_encode(context, batch):
+            sys.exit("llama.cpp cannot compute classes from the file")
+        found[number] = np.ctypeslib.as_array(llama_cpp.llama_get_embeddings_seq(context, 0), (classes,))
+        llama_cpp.llama_batch_free(batch)
+    return found
+
+
 def _loss(llama_cpp: Any, context: Any, row: list[int], labels: list[int], width: int) -> tuple[float, int]:
     """The loss in nats, summed over the positions whose next label is not negative, and the number of these."""
     _forget(llama_cpp, context)
@@ -119,14 +142,9 @@ def _decode(
     wanted, size = set(positions), llama_cpp.llama_n_batch(context)
     for first in range(0, len(row), size):
         piece = range(first, min(first + size, len(row)))
-        batch = llama_cpp.llama_batch_init(len(piece), 0, 1)
-        batch.n_tokens = len(piece)
-        for place, at in enumerate(piece):
-            batch.token[place] = row[at]
-            batch.pos[place] = begin + at
-            batch.n_seq_id[place] = 1
-            batch.seq_id[place][0] = 0
-            batch.logits[place] = at in wanted
+        batch = _batch(
+            llama_cpp, [row[at] for at in piece], begin + first, [at - first for at in piece if at in wanted]
+        )
         if llama_cpp.llama_decode(context, batch):
             sys.exit("llama.cpp cannot compute logits from the file")
         computed = [
@@ -138,9 +156,24 @@ def _decode(
         yield from computed
 
 
+def _batch(llama_cpp: Any, row: Sequence[int], begin: int, wanted: Sequence[int]) -> Any:
+    """One sequence, which begins at position `begin`; something is computed at the places `wanted` of it."""
+    batch = llama_cpp.llama_batch_init(len(row), 0, 1)
+    batch.n_tokens = len(row)
+    for place, token in enumerate(row):
+        batch.token[place] = token
+        batch.pos[place] = begin + place
+        batch.n_seq_id[place] = 1
+        batch.seq_id[place][0] = 0
+        batch.logits[place] = False
+    for place in wanted:
+        batch.logits[place] = True
+    return batch
+
+
 def _tokens(llama_cpp: Any, vocabulary: Any, text: bytes, add_special: bool) -> list[int]:
     """Returns a text's tokens. Special tokens that the text spells out are recognised."""
-    room = len(text) + 8
+    room = 4 * len(text) + 8  # a space may become three bytes
     tokens = (llama_cpp.llama_token * room)()
     count = llama_cpp.llama_tokenize(vocabulary, text, len(text), tokens, room, add_special, True)
     return list(tokens[:count])

@@ -219,6 +219,12 @@ def _usage(result: Result, to: ExportFormat, files: Mapping[str, str]) -> str:
                 'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
                 "```",
             ]
+        case "gguf" if not generates:
+            lines = [
+                "```bash",
+                f'llama-embedding -m {files["gguf"]} --pooling rank -p "a text"  # llama.cpp: the score of each class',
+                "```",
+            ]
         case "gguf":
             lines = [
                 "```bash",

@@ -7,10 +7,12 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from sgm_finetune.base.device import device_for
@@ -27,7 +29,7 @@ from sgm_finetune.results.export.check import (
     silent,
 )
 from sgm_finetune.results.export.llama_process import run_apart
-from sgm_finetune.results.export.validation import Scores, Validation
+from sgm_finetune.results.export.validation import Scores, Validation, score
 from sgm_finetune.results.load import Result
 from sgm_finetune.train.losses import Progress
 
@@ -86,6 +88,9 @@ def _ask_llama_cpp(result: Result, file: Path, expected: ReferenceLogits, adapte
         asked["adapter"] = str(adapter)
     if expected.own is not None:
         asked |= {"prompts": expected.own.prompts, "max_new_tokens": expected.own.limit}
+    is_classifier = result.config.model.task == "sequence-classification"
+    if is_classifier:
+        asked["classes"] = expected.trained.shape[-1]
     if expected.validation is not None:
         asked["scored"] = _sequences(expected.validation)
     with tempfile.TemporaryDirectory() as folder:
@@ -97,19 +102,40 @@ def _ask_llama_cpp(result: Result, file: Path, expected: ReferenceLogits, adapte
         with np.load(results) as found:
             for number, text in enumerate(texts):
                 check_tokens(result, text, [found[f"{number}.0"].tolist(), found[f"{number}.1"].tolist()])
-            own = expected.own
+            own, scores = expected.own, None
+            if expected.validation is not None and is_classifier:
+                scores = _class_scores(expected.validation, torch.from_numpy(found["scored"]))
+            elif expected.validation is not None:
+                scores = Scores(found["losses"], found["counts"])
             return Computed(
                 torch.from_numpy(found["logits"]),
                 None if own is None else [found[f"answer.{n}"].tolist() for n in range(len(own.prompts))],
-                None if expected.validation is None else Scores(found["losses"], found["counts"]),
+                scores,
                 "llama.cpp",
             )
 
 
+class _Answered(nn.Module):
+    """A classifier that has answered: it returns the logits of the examples in their order."""
+
+    def __init__(self, logits: Tensor):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.rest = iter(logits)
+
+    def forward(self, input_ids: Tensor, **_: Tensor) -> Any:
+        return SimpleNamespace(logits=torch.stack([next(self.rest) for _ in input_ids]).to(input_ids.device))
+
+
+def _class_scores(validation: Validation, logits: Tensor) -> Scores:
+    return score(_Answered(logits), validation)  # type: ignore[arg-type]
+
+
 def _sequences(validation: Validation) -> list[list[list[int]]]:
-    """The tokens and the labels of each example."""
+    """The tokens of each example, and the labels of a language model's."""
     encoded = validation.examples.encoded
-    return [list(map(list, pair)) for pair in zip(encoded["input_ids"][:], encoded["labels"][:], strict=True)]
+    labels = ([] if np.ndim(label) == 0 else list(label) for label in encoded["labels"][:])
+    return [[list(ids), label] for ids, label in zip(encoded["input_ids"][:], labels, strict=True)]
 
 
 def check_tokens(result: Result, text: str, found: Sequence[list[int]]) -> None:

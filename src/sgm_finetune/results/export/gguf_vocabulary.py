@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ _RULES: dict[tuple[tuple[str, Any], ...], str] = {
 class Vocabulary:
     tokenizer: PreTrainedTokenizerBase
     model: str
-    """gpt2: byte-level BPE. llama: BPE on characters with bytes as a fallback, as SentencePiece trains it."""
+    """gpt2: byte-level BPE. llama: BPE on characters with bytes as a fallback, as SentencePiece trains it. bert:
+    WordPiece."""
     pre: str
     """llama.cpp's name of the pre-tokenizer."""
     tokens: list[str]
@@ -50,6 +51,8 @@ class Vocabulary:
     """Ids of all tokens that end an answer."""
     add_space: bool | None
     """For llama: whether the tokenizer puts a space before a text."""
+    normalizer: dict[str, bool] = field(default_factory=dict)
+    """For bert: whether texts are lowercased, and lose their accents."""
 
     def write(self, writer: Any) -> None:
         """Adds everything to a gguf.GGUFWriter. The gguf package reads merges and chat template from saved files."""
@@ -63,6 +66,8 @@ class Vocabulary:
             writer.add_token_scores(self.scores)
         if self.add_space is not None:
             writer.add_add_space_prefix(self.add_space)
+        for key, value in self.normalizer.items():
+            writer.add_bool(f"tokenizer.ggml.normalizer.{key}", value)
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.save_pretrained(folder)
             special = gguf.SpecialVocab(Path(folder), load_merges=self.model == "gpt2")
@@ -80,16 +85,8 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, stops: Stops)
     """
     from gguf import TokenType
 
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UserError(f"--to gguf needs a tokenizer.json; {type(tokenizer).__name__} has none, take --to merged")
-    rule = json.loads(backend.to_str())
+    rule = _rule(tokenizer, size)
     kind = rule["model"].get("type")
-    if len(tokenizer) > size:
-        raise UserError(
-            f"The tokenizer has {len(tokenizer)} tokens, and the model's embedding {size} rows; take the model's own "
-            "tokenizer"
-        )
     byte_fallback = kind == "BPE" and bool(rule["model"].get("byte_fallback"))
     tokens, types = _tokens_and_types(tokenizer, size, byte_fallback)
     ids = {
@@ -111,6 +108,52 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, stops: Stops)
         types[ids["unk"]] = TokenType.UNKNOWN
     scores = _merge_scores(rule, tokens)
     return Vocabulary(tokenizer, "llama", "default", tokens, types, scores, adds, ids, ends, _adds_space(rule))
+
+
+def _rule(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[str, Any]:
+    """Returns what tokenizer.json says. Raises UserError where there is none, or more tokens than `size`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"--to gguf needs a tokenizer.json; {type(tokenizer).__name__} has none, take --to merged")
+    if len(tokenizer) > size:
+        raise UserError(
+            f"The tokenizer has {len(tokenizer)} tokens, and the model's embedding {size} rows; take the model's own "
+            "tokenizer"
+        )
+    return json.loads(backend.to_str())
+
+
+def read_word_pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
+    """Returns the vocabulary of a BERT, filled up as `read_vocabulary` does. llama.cpp marks the pieces that begin a
+    word, and WordPiece those that go on.
+
+    Raises UserError for a tokenizer of another kind.
+    """
+    from gguf import TokenType
+
+    rule = _rule(tokenizer, size)
+    kind = rule["model"].get("type")
+    steps = tuple((rule.get(part) or {}).get("type") for part in ("normalizer", "pre_tokenizer"))
+    prefix = rule["model"].get("continuing_subword_prefix")
+    if (kind, *steps, prefix) != ("WordPiece", "BertNormalizer", "BertPreTokenizer", "##"):
+        raise UserError(
+            f"--to gguf does not support this tokenizer ({kind}, {' + '.join(map(str, steps))}) with a bert; it "
+            "supports WordPiece as in BERT; take --to merged"
+        )
+    tokens, types = _tokens_and_types(tokenizer, size, False)
+    marked = [
+        token if kind != TokenType.NORMAL else token[2:] if token.startswith(prefix) else f"▁{token}"
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+    names = {"bos": "cls", "eos": "sep", "unk": "unk", "sep": "sep", "pad": "pad", "mask": "mask"}
+    found = {key: getattr(tokenizer, f"{name}_token_id") for key, name in names.items()}
+    lowercase = bool(rule["normalizer"].get("lowercase"))
+    strips = rule["normalizer"].get("strip_accents")
+    normalizer = {"lowercase": lowercase, "strip_accents": lowercase if strips is None else strips}
+    ids = {key: number for key, number in found.items() if number is not None}
+    return Vocabulary(
+        tokenizer, "bert", "default", marked, types, None, {"bos": True, "eos": True}, ids, [], None, normalizer
+    )
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase, stops: Stops, ends: Sequence[int], adds_eos: bool) -> dict[str, int]:

@@ -75,10 +75,14 @@ def linear_update(A: Tensor, B: Tensor, scale: float, transposed: bool) -> Tenso
 
 def stack_update(A: Tensor, B: Tensor, scale: float, num_experts: int, transposed: bool) -> Tensor:
     """Returns ΔW_e = s·B_e·A_e of every expert e: (experts, d_out, d_in), or (experts, d_in, d_out) if `transposed`."""
-    factors_a = A.unflatten(0, (num_experts, -1))
-    factors_b = B.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
+    factors_a, factors_b = expert_factors(A, B, num_experts)
     update = (factors_b @ factors_a).mul_(scale)
     return update.transpose(1, 2) if transposed else update
+
+
+def expert_factors(A: Tensor, B: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Returns the factors of a stack expert by expert: (experts, r, d_in) and (experts, d_out, r)."""
+    return A.unflatten(0, (num_experts, -1)), B.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
 
 
 def add_update(weight: Tensor, update: Tensor) -> Tensor:
