@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "preferences.jsonl"
 SETTINGS = {
     "preference": (
         "model.name=smollm2-135m-instruct", "model.task=preference", "preference.loss=dpo", "preference.beta=0.1",
-        "data.num_train=160", "data.num_validation=16", "data.num_test=100", "training.batch_size=8",
+        "data.num_train=128", "data.num_validation=16", "data.num_test=60", "training.batch_size=8",
         "evaluation.num_generated=4",
     ),
     "reward": (
