@@ -931,7 +931,7 @@ def test_the_card_says_what_it_is_and_names_no_folder_of_this_machine(llama, tmp
 HOSTILE = "x`]\n\n# Mine\n<img src=a onerror=b> [here](c) <b>\x1b[31m"
 
 
-@pytest.mark.parametrize("to", ["adapter", "merged", "gguf", "gguf-adapter"])
+@pytest.mark.parametrize("to", ["adapter", "merged", "bnb-4bit", "compressed-tensors", "gguf", "gguf-adapter"])
 def test_a_card_shows_names_and_labels_of_files_as_they_are(to):
     """Without markup, HTML, links and headings: a reader's Markdown sees only ours."""
     values = {

@@ -36,6 +36,7 @@ from sgm_finetune.train.losses import Progress
 
 TOLERANCES = {
     "float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2, "q8_0": 5e-2, "q6_k": 0.1, "q5_k_m": 0.2, "q4_k_m": 0.35,
+    "nf4": 0.35, "int4": 0.35,
 }  # fmt: skip
 """Type of an export's matrices -> largest ‖z' − z‖/‖z‖ of its logits that passes."""
 ARRIVED = (0.5, 1.5)

@@ -1,0 +1,32 @@
+"""The training data of a finished run, on which an export is calibrated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from datasets import Dataset
+from rich.console import Console
+
+from sgm_finetune.base.console import StepLog
+from sgm_finetune.base.errors import UserError
+from sgm_finetune.commands.session import prepare_trained
+from sgm_finetune.results.load import Result
+from sgm_finetune.train.budget.reuse import replaced
+
+
+def calibration_data(result: Result, number: int) -> Dataset:
+    """Returns the first `number` training examples of the run, or all of a mixture, as token sequences. Every beginning
+    of the training data represents the whole.
+
+    Raises UserError where the data cannot be read any more.
+    """
+    config = replaced(result.config, "evaluation", harness=[])
+    if not config.data.streaming and len(config.data.sources) == 1:
+        config = replaced(config, "data", packing=False, num_train=min(config.data.num_train or number, number))
+    try:
+        session = prepare_trained(dataclasses.replace(result, config=config), StepLog(Console(quiet=True)))
+    except UserError as error:
+        raise UserError(
+            f"--to compressed-tensors is calibrated on the run's training data, and they cannot be read: {error}"
+        ) from None
+    return session.prepared.train.dataset
