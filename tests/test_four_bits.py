@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import save_pico
+from conftest import make_model, make_tokenizer
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_exporting import TEXT, exported, quiet, read, task_of, train
@@ -83,15 +84,23 @@ def test_a_folder_of_bitsandbytes_holds_its_rounding_of_the_merged_weights(name,
     assert 0 < quantised_share(tensors, skeleton) < 1
 
 
-def test_the_scan_reads_a_folder_of_bitsandbytes_again(llama, tmp_path):
-    exported(llama, "bnb-4bit", output=tmp_path / "b")
+def test_a_base_in_half_precision_keeps_its_type_beside_four_bits_and_is_scanned_again(source, tmp_path):
+    make_model("causal-lm").bfloat16().save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    where = train(tmp_path / "m", "causal-lm", source, tmp_path / "out", SMALL, "model.dtype=float32")
+    report = exported(where, "bnb-4bit", output=tmp_path / "b")
+    assert report["computed_in"] == "float32"
+    assert {str(tensor.dtype) for tensor in load_file(tmp_path / "b/model.safetensors").values()} == {
+        "torch.bfloat16", "torch.uint8", "torch.float32",
+    }  # fmt: skip
     assert {path.name for path in (tmp_path / "b").iterdir()} == {
         "README.md", "config.json", "export.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
-    assert len(scan(tmp_path / "b").matrices) == len(scan(read(llama).folder).matrices)
+    assert len(scan(tmp_path / "b").matrices) == len(scan(tmp_path / "m").matrices)
     config = json.loads((tmp_path / "b/config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    assert config["quantization_config"]["bnb_4bit_compute_dtype"] == "bfloat16"
     assert config.get("use_cache", True)
 
 
@@ -173,14 +182,17 @@ def test_a_folder_for_vllm_is_rounded_on_the_training_data_and_read_by_transform
     assert report["difference"] < report["tolerance"]
     described = json.loads((tmp_path / "c/config.json").read_text())["quantization_config"]
     weights = described["config_groups"]["group_0"]["weights"]
-    assert (weights["num_bits"], weights["group_size"], weights["symmetric"]) == (4, 32, True)
+    group = weights["group_size"]
+    assert (weights["num_bits"], weights["symmetric"]) == (4, True)
     assert described["ignore"] == ["lm_head"]
     stored = load_file(tmp_path / "c/model.safetensors")
     name = "model.layers.0.mlp.up_proj"
     whole = {tensor.name: tensor.read_rounded() for tensor in merged_tensors(read(where))[0]}
     scale = stored[f"{name}.weight_scale"]
-    rounded = unpacked(stored[f"{name}.weight_packed"], whole[f"{name}.weight"].shape) * scale.repeat_interleave(32, 1)
-    assert float((rounded - whole[f"{name}.weight"]).norm() / whole[f"{name}.weight"].norm()) < 0.15
+    rounded = unpacked(stored[f"{name}.weight_packed"], whole[f"{name}.weight"].shape) * scale.repeat_interleave(
+        group, 1
+    )
+    assert float((rounded - whole[f"{name}.weight"]).norm() / whole[f"{name}.weight"].norm()) < 0.25
     assert torch.equal(stored["model.embed_tokens.weight"], whole["model.embed_tokens.weight"])
     assert len(scan(tmp_path / "c").matrices) == len(scan(llama_folder).matrices)
 

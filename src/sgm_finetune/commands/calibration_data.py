@@ -14,19 +14,15 @@ from sgm_finetune.results.load import Result
 from sgm_finetune.train.budget.reuse import replaced
 
 
-def calibration_data(result: Result, number: int) -> Dataset:
-    """Returns the first `number` training examples of the run, or all of a mixture, as token sequences. Every beginning
-    of the training data represents the whole.
-
-    Raises UserError where the data cannot be read any more.
-    """
-    config = replaced(result.config, "evaluation", harness=[])
-    if not config.data.streaming and len(config.data.sources) == 1:
-        config = replaced(config, "data", packing=False, num_train=min(config.data.num_train or number, number))
+def calibration_data(result: Result) -> Dataset:
+    """Returns the training examples of the run, as token sequences. Raises UserError where the data cannot be read any
+    more."""
+    config = replaced(result.config, "evaluation", harness=[])  # its tasks may be code, and are not run here
     try:
         session = prepare_trained(dataclasses.replace(result, config=config), StepLog(Console(quiet=True)))
     except UserError as error:
         raise UserError(
-            f"--to compressed-tensors is calibrated on the run's training data, and they cannot be read: {error}"
+            f"--to compressed-tensors is calibrated on the run's training data, and they cannot be read: {error}; or "
+            "take --to bnb-4bit"
         ) from None
     return session.prepared.train.dataset

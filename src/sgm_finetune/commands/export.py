@@ -20,7 +20,7 @@ from sgm_finetune.base.memory import peak_memory, release_memory
 from sgm_finetune.base.text import mib
 from sgm_finetune.commands.calibration_data import calibration_data
 from sgm_finetune.commands.export_formats import PREPARE, Prepared, prepare_compressed
-from sgm_finetune.commands.requests import CALIBRATION, ExportRequest
+from sgm_finetune.commands.requests import ExportRequest
 from sgm_finetune.commands.validation_data import validation_data
 from sgm_finetune.results.answers import generates_text
 from sgm_finetune.results.export.card import model_card
@@ -123,7 +123,7 @@ def _preparation(request: ExportRequest, result: Result) -> Callable[[Result, Ex
     if request.to != "compressed-tensors":
         return PREPARE[request.to]
     check_model(result)
-    return partial(prepare_compressed, training=calibration_data(result, request.calibration or CALIBRATION))
+    return partial(prepare_compressed, training=calibration_data(result))
 
 
 def _check_fits(request: ExportRequest, stored: StoredResult) -> None:

@@ -18,6 +18,7 @@ from sgm_finetune.data.template_trial import try_template
 from sgm_finetune.results.export import bnb_folder, compressed_folder, gguf_file
 from sgm_finetune.results.export.adapter import write_adapter
 from sgm_finetune.results.export.answer_check import result_stops
+from sgm_finetune.results.export.ask_auto_round import num_steps
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, ChatFormat, find_format, modelfile
 from sgm_finetune.results.export.check import LogitCheck, ReferenceLogits, check_adapter, check_merged
 from sgm_finetune.results.export.gguf_adapter import gguf_factors, write_gguf_adapter
@@ -143,7 +144,7 @@ def prepare_compressed(result: Result, request: ExportRequest, log: StepLog, tra
         stored_in="int4",
         num_bytes=compressed_folder.num_bytes(tensors, skeleton, group) + _TEXT_BYTES,
         description=f"{merged.description} · rounded to 4 bits in groups of {group}, on {min(number, len(training)):,} "
-        f"training examples ({rows.numel():,} tokens)",
+        f"training examples ({rows.numel():,} tokens, {num_steps()} steps a block)",
         write=write,
         compare=lambda folder, *reference: check_merged(result, folder, "int4", *reference),
     )

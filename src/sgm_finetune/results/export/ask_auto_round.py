@@ -1,7 +1,7 @@
 """Rounds a merged model to 4 bits with AutoRound, in a process of its own, since AutoRound changes Transformers.
 
 Runs as a program with four arguments: the model's folder, the file of calibration data, the folder to write, and as
-JSON the number of inputs that share a scale and whether the model's own code may run.
+JSON the number of inputs that share a scale, the steps a block, and whether the model's own code may run.
 """
 
 from __future__ import annotations
@@ -14,20 +14,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sgm_finetune.base.device import device_for, has_gpu
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.train.losses import Progress
 
 ROWS = "input_ids"
 """Name of the tensor in the file of calibration data: (sequences, length) token ids."""
+GPU_STEPS, CPU_STEPS = 200, 20
+"""Steps that improve the rounding of each block. 200 is AutoRound's default; a CPU would need hours for it."""
 _BLOCKS = re.compile(r"Quantizing [^|]*\|[^|]*\| (\d+)/(\d+) \[")
 """What AutoRound's progress bar shows after each block."""
+
+
+def num_steps() -> int:
+    """The number of steps a block on this machine."""
+    return GPU_STEPS if has_gpu() else CPU_STEPS
 
 
 def quantise_auto_round(merged: Path, rows: Path, target: Path, group: int, trusts: bool, progress: Progress) -> Path:
     """Returns the folder in `target` into which AutoRound wrote the model in `merged`. Raises UserError with its reason
     where it cannot."""
-    arguments = [str(merged), str(rows), str(target), json.dumps([group, trusts])]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    arguments = [str(merged), str(rows), str(target), json.dumps([group, num_steps(), trusts])]
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    environment["HF_HUB_OFFLINE"] = "1"
     process = subprocess.Popen(
         [sys.executable, "-P", __file__, *arguments],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, text=True, errors="replace",
@@ -51,13 +60,11 @@ def quantise_auto_round(merged: Path, rows: Path, target: Path, group: int, trus
 
 
 def main(merged: str, rows: str, target: str, settings: str) -> None:
-    from auto_round import AutoRound, OptimizedRTNConfig  # pyright: ignore[reportMissingImports]
+    from auto_round import AutoRound, SignRoundConfig  # pyright: ignore[reportMissingImports]
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sgm_finetune.base.device import device_for
-
-    group, trusts = json.loads(settings)
+    group, steps, trusts = json.loads(settings)
     ids = load_file(rows)[ROWS]
     model: Any = AutoModelForCausalLM.from_pretrained(merged, dtype="auto", trust_remote_code=trusts)
     tokenizer: Any = AutoTokenizer.from_pretrained(merged, trust_remote_code=trusts)
@@ -65,7 +72,7 @@ def main(merged: str, rows: str, target: str, settings: str) -> None:
         model,
         tokenizer,
         scheme="W4A16",
-        alg_configs=OptimizedRTNConfig(group_size=group),
+        alg_configs=SignRoundConfig(iters=steps, group_size=group),
         dataset=[{"input_ids": row[None], "attention_mask": row.new_ones(1, len(row))} for row in ids],
         nsamples=len(ids),
         seqlen=ids.shape[1],
