@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +18,7 @@ from sgm_finetune.base.files import write_json
 from sgm_finetune.base.untrusted import require_json_object
 from sgm_finetune.data.questions import spread
 from sgm_finetune.model.matrices import adaptable
+from sgm_finetune.model.weights.stored import stored_tensors
 from sgm_finetune.results.export.ask_auto_round import ROWS, quantise_auto_round
 from sgm_finetune.results.export.merge import MergedTensor
 from sgm_finetune.results.export.shards import merged_config, write_config_files
@@ -79,6 +80,16 @@ def num_bytes(tensors: Sequence[MergedTensor], skeleton: PreTrainedModel, group:
     return 2 * whole - sum(tensor.num_bytes for tensor in inside) + round(numbers * (0.5 + 2 / group))
 
 
+def keep_types(folder: Path, merged: Path) -> None:
+    """Puts the tensors that were not rounded into the files in `folder` as they are in `merged`. AutoRound writes them
+    in the type that it computes in, which is float32 on some CPUs."""
+    stored = stored_tensors(merged)
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        kept = {name: stored[name].get().contiguous() for name in tensors if name in stored}
+        save_file(tensors | kept, file, {"format": "pt"})
+
+
 def quantise_compressed(
     result: Result, merged: Path, skeleton: PreTrainedModel, rows: Tensor, group: int, folder: Path, progress: Progress
 ) -> None:
@@ -92,6 +103,7 @@ def quantise_compressed(
     settings = require_json_object(written / "config.json")["quantization_config"]
     for file in written.glob("*.safetensors*"):
         file.rename(folder / file.name)
+    keep_types(folder, merged)
     shutil.rmtree(work)
     shutil.rmtree(merged)
     write_config_files(result, skeleton, folder)
