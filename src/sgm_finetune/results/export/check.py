@@ -246,7 +246,7 @@ def check_merged(
     missing = [*outcome["missing_keys"], *(key for key, *_ in outcome["mismatched_keys"])]
     if missing:
         raise UserError(f"The merged model lacks `{missing[0]}`; nothing was kept. Take --to adapter")
-    if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
+    if stored_in == "nf4" and model.device.type == "cpu":
         dtype = getattr(torch, expected.computed_in)
         model.dequantize(dtype).to(dtype)  # once, not in each pass; Transformers loads the rest in its stored type
     found = computed_by(model, expected, "Transformers", None, progress)
