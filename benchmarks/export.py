@@ -2,6 +2,8 @@
 
     python benchmarks/export.py                # a short run of SmolLM2-135M in 4 bits, exported every way
     python benchmarks/export.py --base         # film reviews: into which weights it is merged, and what each type loses
+    python benchmarks/export.py --four-bits    # film reviews, not quantised in training: what 4 bits lose;
+                                               # with the output.dir of such a run behind it, that run is exported
     python benchmarks/export.py --large 8      # memory to merge 8 layers of an 8B model's size
 
 Each row comes from a separate process and is a line of benchmarks/results/export.jsonl.
@@ -15,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,10 @@ EXPORTS = (
     *(("gguf", kind) for kind in ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")),
     ("gguf-adapter", None),
 )
-PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "llama-cpp-python")
+PACKAGES = (
+    "torch", "transformers", "peft", "safetensors", "gguf", "llama-cpp-python", "bitsandbytes", "auto-round",
+    "compressed-tensors",
+)  # fmt: skip
 SGM = [sys.executable, "-c", "import sys; from sgm_finetune.commands.cli import main; main(sys.argv[1:])"]
 
 
@@ -49,7 +54,7 @@ def train_small_run(folder: Path) -> list[str]:
     return where
 
 
-def train_on_reviews(folder: Path) -> list[str]:
+def train_on_reviews(folder: Path, *more: str) -> list[str]:
     """Trains 24 steps of 4 x 64 tokens of film reviews; returns the arguments for `sgm export`."""
     (folder / "empty.yaml").write_text("")
     where = ["--config", str(folder / "empty.yaml"), f"output.dir={folder / 'out'}"]
@@ -57,7 +62,7 @@ def train_on_reviews(folder: Path) -> list[str]:
         "model.name=smollm2-135m-instruct", "model.task=causal-lm", "model.quantization=nf4",
         "data.name=rotten-tomatoes", "data.max_length=64", "data.num_validation=160", "data.num_test=16",
         "data.num_train=2000", "probe.num_batches=2", "probe.batch_size=4", "training.max_steps=24",
-        "training.batch_size=4", "training.eval_steps=24", "evaluation.num_generated=0",
+        "training.batch_size=4", "training.eval_steps=24", "evaluation.num_generated=0", *more,
     ]  # fmt: skip
     subprocess.run([*SGM, "finetune", *where, *overrides], check=True)
     return where
@@ -151,8 +156,22 @@ def written(folder: Path, to: str) -> dict[str, Any]:
     }
 
 
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def record_four_bits(where: list[str]) -> None:
+    """The formats in 4 bits, and the merged model that they are rounded from."""
+    record(export_row(where, "merged", None))
+    record(export_row(where, "bnb-4bit", None))
+    record(export_row(where, "compressed-tensors", None))
+
+
 def record(row: dict[str, Any]) -> None:
-    versions = {name: version(name) for name in PACKAGES}
+    versions = {name: found for name in PACKAGES if (found := _version(name))}
     run = {"date": time.strftime("%Y-%m-%d"), **row, **processor(), "versions": versions}
     print(json.dumps(row))
     with (RESULTS / "export.jsonl").open("a", encoding="utf-8") as file:
@@ -180,6 +199,13 @@ def main(arguments: list[str]) -> None:
                 record(export_row(where, "gguf-adapter", None))
                 for kind in ("q8_0", "q6_k", "q5_k_m", "q4_k_m"):
                     record(export_row(where, "gguf", kind, "--base", "original"))
+        case ["--four-bits"]:
+            with tempfile.TemporaryDirectory() as folder:
+                record_four_bits(train_on_reviews(Path(folder), "model.quantization=none", "model.dtype=float32"))
+        case ["--four-bits", run]:
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "empty.yaml").write_text("")
+                record_four_bits(["--config", str(Path(folder) / "empty.yaml"), f"output.dir={run}"])
         case []:
             with tempfile.TemporaryDirectory() as folder:
                 where = train_small_run(Path(folder))

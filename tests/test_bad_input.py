@@ -549,6 +549,17 @@ EXPORT: list[Row] = [
     ("a type of whole models", lambda p: ["--to", "gguf-adapter", "--gguf-type", "q8_0"], ["q8_0", "--gguf-type f16"]),
     ("weights for an adapter", lambda p: ["--to", "adapter", "--base", "original"], ["--base original", "--to merged"]),
     (
+        "a calibration of another format",
+        lambda p: ["--to", "bnb-4bit", "--calibration", "64"],
+        ["--calibration 64", "--to compressed-tensors"],
+    ),
+    ("a calibration on nothing", lambda p: ["--to", "compressed-tensors", "--calibration", "0"], ["--calibration"]),
+    (
+        "a quantised base for bitsandbytes",
+        lambda p: with_result(p, "bnb-4bit", f"model.name={with_config(p.model(), quantization_config=GPTQ)}"),
+        ["gptq", "--to adapter"],
+    ),
+    (
         "trained weights of a plain base",
         lambda p: with_result(p, "merged", "--base", "trained"),
         ["model.quantization=none", "--base"],

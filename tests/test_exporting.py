@@ -356,7 +356,9 @@ def gone(stored, log):
 def test_a_base_of_its_own_type_has_no_other_weights(llama, tmp_path):
     with pytest.raises(UserError, match=r"--base trained is for a base that was quantised .*model.quantization=none"):
         exported(llama, "merged", output=tmp_path / "m", base="trained")
-    with pytest.raises(UserError, match=r"--base trained goes with --to merged or --to gguf, not with --to adapter"):
+    with pytest.raises(
+        UserError, match=r"--base trained goes with --to merged or --to bnb-4bit or .*, not with --to adapter"
+    ):
         exported(llama, "adapter", output=tmp_path / "m", base="trained")
 
 
@@ -934,7 +936,7 @@ def test_the_card_says_what_it_is_and_names_no_folder_of_this_machine(llama, tmp
 HOSTILE = "x`]\n\n# Mine\n<img src=a onerror=b> [here](c) <b>\x1b[31m"
 
 
-@pytest.mark.parametrize("to", ["adapter", "merged", "gguf", "gguf-adapter"])
+@pytest.mark.parametrize("to", ["adapter", "merged", "bnb-4bit", "compressed-tensors", "gguf", "gguf-adapter"])
 def test_a_card_shows_names_and_labels_of_files_as_they_are(to):
     """Without markup, HTML, links and headings: a reader's Markdown sees only ours."""
     values = {

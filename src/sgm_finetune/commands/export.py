@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import disk_free, whole_folder, write_json, write_text
 from sgm_finetune.base.memory import peak_memory, release_memory
 from sgm_finetune.base.text import mib
-from sgm_finetune.commands.export_formats import PREPARE, Prepared
+from sgm_finetune.commands.calibration_data import calibration_data
+from sgm_finetune.commands.export_formats import PREPARE, Prepared, prepare_compressed
 from sgm_finetune.commands.requests import ExportRequest
 from sgm_finetune.commands.validation_data import validation_data
 from sgm_finetune.results.answers import generates_text
 from sgm_finetune.results.export.card import model_card
 from sgm_finetune.results.export.check import LogitCheck, ReferenceLogits, compute_reference, reference_scores
 from sgm_finetune.results.export.combine import combine
+from sgm_finetune.results.export.compressed_folder import check_model
 from sgm_finetune.results.export.cut import Cut, cut_result
 from sgm_finetune.results.export.hub import push
 from sgm_finetune.results.export.shards import check_own_files
@@ -55,8 +58,9 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
     folder = request.folder(config)
     cut = None if request.rank is None else cut_result(result, request.rank)
     exported = result if cut is None else cut.result
+    prepare = _preparation(request, result)
     exports: dict[BaseWeights, Prepared] = {
-        base: PREPARE[request.to](dataclasses.replace(exported, base_weights=base), request, log)
+        base: prepare(dataclasses.replace(exported, base_weights=base), request, log)
         for base in _possible_bases(request, result)
     }
     export = next(iter(exports.values()))
@@ -112,6 +116,14 @@ def export_result(config: Config, overrides: Sequence[str], request: ExportReque
         report["address"] = push(folder, request.push_to_hub)
         log.line("pushed", report["address"])
     return {"folder": str(folder), **report}
+
+
+def _preparation(request: ExportRequest, result: Result) -> Callable[[Result, ExportRequest, StepLog], Prepared]:
+    """What prepares the export. Raises UserError where it must be calibrated and there are no data for that."""
+    if request.to != "compressed-tensors":
+        return PREPARE[request.to]
+    check_model(result)
+    return partial(prepare_compressed, training=calibration_data(result))
 
 
 def _check_fits(request: ExportRequest, stored: StoredResult) -> None:

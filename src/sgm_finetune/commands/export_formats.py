@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from sgm_finetune.base.config import DECODER_TASKS
 from sgm_finetune.base.console import StepLog
 from sgm_finetune.base.files import write_text
-from sgm_finetune.commands.requests import ExportRequest
+from sgm_finetune.commands.requests import CALIBRATION, ExportRequest
 from sgm_finetune.data.template_trial import try_template
-from sgm_finetune.results.export import gguf_file
+from sgm_finetune.results.export import bnb_folder, compressed_folder, gguf_file
 from sgm_finetune.results.export.adapter import write_adapter
 from sgm_finetune.results.export.answer_check import result_stops
+from sgm_finetune.results.export.ask_auto_round import num_steps
 from sgm_finetune.results.export.chat_format import CONVERSATIONS, ChatFormat, find_format, modelfile
 from sgm_finetune.results.export.check import LogitCheck, ReferenceLogits, check_adapter, check_merged
 from sgm_finetune.results.export.gguf_adapter import gguf_factors, write_gguf_adapter
@@ -77,7 +80,10 @@ def _prepare_adapter(result: Result, request: ExportRequest, log: StepLog) -> Pr
 
 
 def _prepare_merged(result: Result, request: ExportRequest, log: StepLog) -> Prepared:
-    tensors, skeleton = merged_tensors(result)
+    return _merged(result, *merged_tensors(result), log)
+
+
+def _merged(result: Result, tensors: Sequence[MergedTensor], skeleton: PreTrainedModel, log: StepLog) -> Prepared:
     stored_in = _coarsest_type(tensors)
 
     def write(folder: Path) -> dict[str, str]:
@@ -95,6 +101,55 @@ def _prepare_merged(result: Result, request: ExportRequest, log: StepLog) -> Pre
         description=_describe_merge(tensors, stored_in),
         write=write,
         compare=lambda folder, *reference: check_merged(result, folder, stored_in, *reference),
+    )
+
+
+def _prepare_bnb(result: Result, request: ExportRequest, log: StepLog) -> Prepared:
+    tensors, skeleton = merged_tensors(result)
+    merged = _merged(result, tensors, skeleton, log)
+    share = bnb_folder.quantised_share(tensors, skeleton)
+
+    def write(folder: Path) -> dict[str, str]:
+        (folder / "merged").mkdir()
+        merged.write(folder / "merged")
+        bnb_folder.quantise_bnb(result, folder / "merged", skeleton, merged.stored_in, folder)
+        return {}
+
+    return dataclasses.replace(
+        merged,
+        kind="a model in bitsandbytes' 4 bits",
+        stored_in="nf4",
+        num_bytes=bnb_folder.num_bytes(tensors, share) + _TEXT_BYTES,
+        description=f"{merged.description} · {share:.0%} of the numbers are rounded to NF4",
+        write=write,
+        compare=lambda folder, *reference: check_merged(result, folder, "nf4", *reference),
+    )
+
+
+def prepare_compressed(result: Result, request: ExportRequest, log: StepLog, training: Dataset) -> Prepared:
+    """`--to compressed-tensors`, calibrated on some of the `training` data."""
+    tensors, skeleton = merged_tensors(result)
+    merged = _merged(result, tensors, skeleton, log)
+    group = compressed_folder.group_size(skeleton)
+    number = request.calibration or CALIBRATION
+    rows = compressed_folder.calibration_rows(training, number, result.config.data.max_length)
+
+    def write(folder: Path) -> dict[str, str]:
+        (folder / "merged").mkdir()
+        merged.write(folder / "merged")
+        with log.bar("round") as progress:
+            compressed_folder.quantise_compressed(result, folder / "merged", skeleton, rows, group, folder, progress)
+        return {}
+
+    return dataclasses.replace(
+        merged,
+        kind="a model in 4 bits",
+        stored_in="int4",
+        num_bytes=compressed_folder.num_bytes(tensors, skeleton, group) + _TEXT_BYTES,
+        description=f"{merged.description} · rounded to 4 bits in groups of {group}, on {min(number, len(training)):,} "
+        f"training examples ({rows.numel():,} tokens, {num_steps()} steps a block)",
+        write=write,
+        compare=lambda folder, *reference: check_merged(result, folder, "int4", *reference),
     )
 
 
@@ -173,6 +228,7 @@ def _prepare_gguf_adapter(result: Result, request: ExportRequest, log: StepLog) 
 PREPARE: dict[ExportFormat, Callable[[Result, ExportRequest, StepLog], Prepared]] = {
     "adapter": _prepare_adapter,
     "merged": _prepare_merged,
+    "bnb-4bit": _prepare_bnb,
     "gguf": _prepare_gguf,
     "gguf-adapter": _prepare_gguf_adapter,
 }

@@ -31,6 +31,7 @@ def configure_libraries(verbose: bool) -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no word about retries: base/hub.py says what failed
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # compressed-tensors has no setting for its bars
     warnings.simplefilter("ignore")
     for name in ("bitsandbytes", "torch.distributed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)

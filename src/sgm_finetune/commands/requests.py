@@ -251,6 +251,8 @@ class SweepRequest:
                     read_plan(path)
 
 
+CALIBRATION = 128
+"""The number of training examples on which `--to compressed-tensors` is calibrated without --calibration."""
 NOTHING_TO_ANSWER = "There is nothing to answer; give --prompt TEXT or --input FILE"
 
 
@@ -268,6 +270,8 @@ class ExportRequest:
     """What a merge adds the update to, if the base was quantised in training; None: what predicts better."""
     combination: Combination | None = None
     """Other adapters that are combined with the result's."""
+    calibration: int | None = None
+    """The number of training examples on which the rounding is calibrated; None: `CALIBRATION`."""
 
     def folder(self, config: Config) -> Path:
         """The folder of the export."""
@@ -278,7 +282,8 @@ class ExportRequest:
         for option, given, formats in (
             ("gguf-type", self.gguf_type, ("gguf", "gguf-adapter")),
             ("rank", self.rank, ADAPTERS),
-            ("base", self.base, ("merged", "gguf")),
+            ("base", self.base, ("merged", "bnb-4bit", "compressed-tensors", "gguf")),
+            ("calibration", self.calibration, ("compressed-tensors",)),
         ):
             if given is not None and self.to not in formats:
                 goes = " or ".join(f"--to {name}" for name in formats)

@@ -183,10 +183,12 @@ def serve_command(
 
 def export_command(
     to: Annotated[
-        Literal["adapter", "merged", "gguf", "gguf-adapter"],
+        Literal["adapter", "merged", "bnb-4bit", "compressed-tensors", "gguf", "gguf-adapter"],
         typer.Option(
             metavar="FORMAT",
-            help="adapter: for PEFT. merged: a whole model for Transformers and vLLM. gguf: for llama.cpp and Ollama. "
+            help="adapter: for PEFT. merged: a whole model for Transformers and vLLM. bnb-4bit: the same in "
+            "bitsandbytes' 4 bits. compressed-tensors: in 4 bits for vLLM, calibrated on the training data. "
+            "gguf: for llama.cpp and Ollama. "
             "gguf-adapter: for llama.cpp's --lora.",
             show_default=False,
         ),
@@ -216,7 +218,7 @@ def export_command(
     base: Annotated[
         Literal["original", "trained"] | None,
         typer.Option(
-            help="merged, gguf, of a base trained in nf4 or int8: add to its original weights, or to those that "
+            help="All but adapters, of a base trained in nf4 or int8: add to its original weights, or to those that "
             "training computed with. Not given: what predicts the validation data better.",
             show_default=False,
         ),
@@ -255,6 +257,12 @@ def export_command(
         float | None,
         typer.Option(help="--add: share of the numbers that ties, dare and magnitude_prune keep.", show_default=False),
     ] = None,
+    calibration: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="compressed-tensors: training examples to calibrate on (128 if not given).", show_default=False
+        ),
+    ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the checked export to this repository.")
     ] = None,
@@ -274,7 +282,7 @@ def export_command(
     from sgm_finetune.results.export.combination import Combination, parse_weights
 
     combination = Combination(tuple(add), parse_weights(weights), method or "cat", density) if add and weights else None
-    request = ExportRequest(to, output, gguf_type, push_to_hub, rank, base, combination)
+    request = ExportRequest(to, output, gguf_type, push_to_hub, rank, base, combination, calibration)
     request.check(settings)
     with loading():
         from sgm_finetune.commands.export import export_result

@@ -28,6 +28,16 @@ _PIPELINES = {
     "token-classification": "token-classification",
 }
 """Task -> the hub's name for it."""
+_SERVED = {
+    "bnb-4bit": ("```bash", "vllm serve this-folder  # needs bitsandbytes", "```", ""),
+    "compressed-tensors": ("```bash", "vllm serve this-folder", "```", ""),
+}
+"""Format -> the command that serves a model that generates."""
+_LOADED = {
+    "bnb-4bit": ', device_map="auto")  # needs bitsandbytes',
+    "compressed-tensors": ', device_map="auto")  # needs compressed-tensors',
+}
+"""Format -> the rest of the line that loads it with Transformers."""
 _AUTO = {
     "causal-lm": "AutoModelForCausalLM",
     "preference": "AutoModelForCausalLM",
@@ -45,7 +55,7 @@ def model_card(result: Result, to: ExportFormat, comparison: Mapping[str, Any], 
     model, trained_on = _names(result)
     data = ModelCardData(
         base_model=hub_id,
-        library_name={"adapter": "peft", "merged": "transformers", "gguf": "gguf", "gguf-adapter": "gguf"}[to],
+        library_name="peft" if to == "adapter" else "gguf" if to.startswith("gguf") else "transformers",
         pipeline_tag=_PIPELINES.get(config.model.task),
         tags=[
             "sgm-finetune",
@@ -108,6 +118,11 @@ def _contents(result: Result, to: ExportFormat, comparison: Mapping[str, Any]) -
     kinds = {
         "adapter": "This is a PEFT adapter. It holds the update only and needs the base model.",
         "merged": "This is the whole model: the base's weights plus the update, each tensor rounded once.",
+        "bnb-4bit": "This is the whole model in bitsandbytes' 4 bits (NF4): the base's weights plus the update, "
+        "rounded together. Embeddings, norms and heads keep their type.",
+        "compressed-tensors": "This is the whole model in 4 bits (W4A16): the base's weights plus the update, rounded "
+        "together by AutoRound with the inputs that training examples give each layer. Embeddings, norms and the head "
+        "keep their type.",
         "gguf": "This is the whole model in one GGUF file: the base's weights plus the update.",
         "gguf-adapter": "This is a LoRA adapter for llama.cpp. It holds the update only and needs the base model as "
         "GGUF.",
@@ -210,12 +225,13 @@ def _usage(result: Result, to: ExportFormat, files: Mapping[str, str]) -> str:
                 ),
                 "```",
             ]
-        case "merged":
+        case "merged" | "bnb-4bit" | "compressed-tensors":
             lines = [
+                *(_SERVED.get(to, ()) if generates else ()),
                 "```python",
                 f"from transformers import AutoTokenizer, {auto}",
                 "",
-                f'model = {auto}.from_pretrained("this-folder")',
+                f'model = {auto}.from_pretrained("this-folder"{_LOADED.get(to, ")")}',
                 'tokenizer = AutoTokenizer.from_pretrained("this-folder")',
                 "```",
             ]

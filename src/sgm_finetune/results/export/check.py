@@ -36,6 +36,7 @@ from sgm_finetune.train.losses import Progress
 
 TOLERANCES = {
     "float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2, "q8_0": 5e-2, "q6_k": 0.1, "q5_k_m": 0.2, "q4_k_m": 0.35,
+    "nf4": 0.35, "int4": 0.35,
 }  # fmt: skip
 """Type of an export's matrices -> largest ‖z' − z‖/‖z‖ of its logits that passes."""
 ARRIVED = (0.5, 1.5)
@@ -245,6 +246,9 @@ def check_merged(
     missing = [*outcome["missing_keys"], *(key for key, *_ in outcome["mismatched_keys"])]
     if missing:
         raise UserError(f"The merged model lacks `{missing[0]}`; nothing was kept. Take --to adapter")
+    if stored_in == "nf4" and model.device.type == "cpu":
+        dtype = getattr(torch, expected.computed_in)
+        model.dequantize(dtype).to(dtype)  # once, not in each pass; Transformers loads the rest in its stored type
     found = computed_by(model, expected, "Transformers", None, progress)
     del model
     free_models()

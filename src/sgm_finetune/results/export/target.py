@@ -11,7 +11,7 @@ from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import absolute_path
 from sgm_finetune.base.install import install_line
 
-ExportFormat = Literal["adapter", "merged", "gguf", "gguf-adapter"]
+ExportFormat = Literal["adapter", "merged", "bnb-4bit", "compressed-tensors", "gguf", "gguf-adapter"]
 ADAPTERS: tuple[ExportFormat, ...] = ("adapter", "gguf-adapter")
 """Formats that hold the update alone."""
 BaseWeights = Literal["original", "trained"]
@@ -27,6 +27,13 @@ REPORT = "export.json"
 
 def check_packages(to: ExportFormat, gguf_type: GgufType | None = None) -> None:
     """Raises UserError unless the packages that write the format are installed."""
+    if to == "bnb-4bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--to bnb-4bit needs bitsandbytes; pip install bitsandbytes, or take --to merged")
+    if to == "compressed-tensors" and not all(map(importlib.util.find_spec, ("auto_round", "compressed_tensors"))):
+        raise UserError(
+            "--to compressed-tensors needs AutoRound, which writes it, and compressed-tensors, which reads it; "
+            f"{install_line('compressed-tensors')}"
+        )
     if to.startswith("gguf") and importlib.util.find_spec("gguf") is None:
         raise UserError(f"--to {to} needs the package gguf; {install_line('gguf')}")
     if to == "gguf-adapter" and importlib.util.find_spec("llama_cpp") is None:

@@ -29,6 +29,7 @@ MOST_OPERATIONS = 2 * 10**13
 """About the most operations of a forward pass over all of them without a GPU, at two a parameter and token: minutes."""
 ALLOWED_RISE = {
     "float32": 0.005, "float16": 0.005, "bfloat16": 0.02, "q8_0": 0.02, "q6_k": 0.03, "q5_k_m": 0.1, "q4_k_m": 0.1,
+    "nf4": 0.3, "int4": 0.2,
 }  # fmt: skip
 """Type of an export's matrices -> how much its validation loss may rise, in nats; of a squared error, as a share."""
 ALLOWED_FALL = 0.01
