@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def quantise_auto_round(merged: Path, rows: Path, target: Path, group: int, trus
     environment["HF_HUB_OFFLINE"] = "1"
     process = subprocess.Popen(
         [sys.executable, "-P", __file__, *arguments],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, text=True, errors="replace",
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, text=True,
+        errors="replace",
     )  # fmt: skip
     last = ""
     assert process.stderr is not None
@@ -57,6 +59,16 @@ def quantise_auto_round(merged: Path, rows: Path, target: Path, group: int, trus
         why = re.sub(r"\x1b\[[0-9;]*m", "", last) if process.returncode else "it left no model"
         raise UserError(f"AutoRound cannot quantise this model: {why}; nothing was kept. Take --to bnb-4bit")
     return written[0]
+
+
+def end_with_parent() -> None:
+    """Ends this process when its standard input is closed: the command that began it is gone, however it ended."""
+
+    def wait() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def main(merged: str, rows: str, target: str, settings: str) -> None:
@@ -85,4 +97,5 @@ def main(merged: str, rows: str, target: str, settings: str) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(*sys.argv[1:])
