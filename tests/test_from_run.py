@@ -66,8 +66,22 @@ def test_preferences_begin_at_the_earlier_adapter_and_compare_with_it(answers, c
     assert command("finetune", [*asked, "training.eval_steps=5", "training.resume=true"])["after"] == found["after"]
     assert losses(tmp_path / "out") == rows
 
+    remove(tmp_path / "out" / "checkpoints" / "checkpoint-10" / "contents.json")
+    (tmp_path / "out" / "sgm_finetuned.pth").replace(tmp_path / "sft" / "sgm_finetuned.pth")
+    with pytest.raises(UserError, match="sft holds another result than the run began with; bring it back"):
+        run(
+            [
+                "finetune",
+                "--config",
+                str(tmp_path / "empty.yaml"),
+                *asked,
+                "training.eval_steps=5",
+                "training.resume=true",
+            ]
+        )
 
-@pytest.mark.parametrize("scope", ["activation", "pool"])
+
+@pytest.mark.parametrize("scope", ["activation", pytest.param("pool", marks=pytest.mark.slow)])
 def test_before_is_what_was_after_and_a_step_of_nothing_changes_nothing(scope, settings, command, tmp_path):
     short = [*settings, f"merge.scope={scope}", "training.max_steps=3", "training.batch_size=8"]
     first = command("finetune", [*short, f"output.dir={tmp_path / 'first'}"])
@@ -90,6 +104,7 @@ def in_tmp(tmp_path, monkeypatch) -> Path:
     ("change", "line"),
     [
         (["adapter.from_run=nowhere"], "adapter.from_run=nowhere has no sgm_finetuned.pth; name the folder of a fini"),
+        (["output.dir={finished}", "output.overwrite=true"], "adapter.from_run and output.dir are both"),
         (["plan=plan.json"], "give adapter.from_run or plan, not both"),
         (["adapter.parameters=300k"], "give adapter.from_run or adapter.parameters, not both"),
         (["model.name={encoder}"], "is of the base model {llama}, and this run has model.name={encoder}"),
@@ -102,8 +117,13 @@ def test_what_does_not_go_on_is_one_line(change, line, finished, settings, llama
     make_tokenizer().save_pretrained(in_tmp / "encoder")
     (in_tmp / "other.csv").write_text("text,label\n" + "".join(f"w{i} w1,{('yes', 'no')[i % 2]}\n" for i in range(60)))
     names = {"encoder": str(in_tmp / "encoder"), "llama": str(llama_folder), "other": str(in_tmp / "other.csv")}
+    names["finished"] = str(finished)
     (in_tmp / "empty.yaml").write_text("")
-    filled = [part.replace("{encoder}", names["encoder"]).replace("{other}", names["other"]) for part in change]
+    filled = []
+    for part in change:
+        for name, value in names.items():
+            part = part.replace(f"{{{name}}}", value)
+        filled.append(part)
     asked = [*settings, f"adapter.from_run={finished}", *filled]
     with pytest.raises(UserError) as caught:
         run(["finetune", "--config", str(in_tmp / "empty.yaml"), *asked])

@@ -24,7 +24,7 @@ from sgm_finetune.method.plan import Plan
 from sgm_finetune.model.load import Head, skeleton
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.results.claim import as_it_began, claim_output
-from sgm_finetune.results.earlier_run import EarlierRun, check_labels, read_earlier
+from sgm_finetune.results.earlier_run import EarlierRun, check_labels, check_same_earlier, read_earlier
 from sgm_finetune.results.folder import check_same_data
 from sgm_finetune.results.load import StoredResult
 from sgm_finetune.train.arguments import check_machine
@@ -137,6 +137,7 @@ def open_session(config: Config, console: Console, dry_run: bool = False) -> Ite
         prepared = checked_data(config, log)
         if checkpoint is not None:
             check_same_data(prepared, output)
+            check_same_earlier(config, output)
         if earlier is not None:
             check_labels(earlier, prepared.splits.labels)
         s = Session(

@@ -38,6 +38,7 @@ class Progress(BaseModel):
     seconds: dict[str, float]
     asked: Config | None = None
     data: dict[str, str] = {}
+    earlier: str | None = None
 
 
 def read_progress(output: Path) -> Progress:

@@ -13,8 +13,10 @@ from peft import PeftModel, get_peft_model_state_dict
 from sgm_finetune.base.config import DECODER_TASKS, Config
 from sgm_finetune.base.config_file import parse_config
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.files import checksum
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.method.plan import Plan
+from sgm_finetune.results.claim import read_progress
 from sgm_finetune.results.files import PTH
 from sgm_finetune.results.paths import found_from
 from sgm_finetune.results.pth import load_pth
@@ -38,6 +40,8 @@ def read_earlier(config: Config) -> EarlierRun | None:
     if config.adapter.from_run is None:
         return None
     folder = Path(config.adapter.from_run)
+    if _is_same(str(folder), config.output.dir):
+        raise UserError(f"adapter.from_run and output.dir are both {folder}; name another output.dir")
     path, plan = folder / PTH, folder / "plan.json"
     for needed in (path, plan):
         if not needed.is_file():
@@ -65,8 +69,22 @@ def read_earlier(config: Config) -> EarlierRun | None:
 
 
 def _is_same(left: str, right: str) -> bool:
-    """Whether two values of model.name are one model."""
+    """Whether two names are one folder, or one name."""
     return left == right or (os.path.isdir(left) and os.path.isdir(right) and os.path.samefile(left, right))
+
+
+def checksum_of_earlier(config: Config) -> str | None:
+    """The checksum of the earlier run's .pth file; None if the run begins with a new adapter."""
+    return None if config.adapter.from_run is None else checksum(Path(config.adapter.from_run) / PTH)
+
+
+def check_same_earlier(config: Config, output: Path) -> None:
+    """Raises UserError if a resumed run would go on from something else than it began with."""
+    if config.adapter.from_run is not None and read_progress(output).earlier != checksum_of_earlier(config):
+        raise UserError(
+            f"training.resume=true: {config.adapter.from_run} holds another result than the run began with; bring it "
+            "back, or start a new run"
+        )
 
 
 def check_labels(earlier: EarlierRun, labels: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from sgm_finetune.data.prepared import PreparedData
 from sgm_finetune.measure.plan_file import save_plan
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.claim import PROGRESS, has_only_begun, read_progress
+from sgm_finetune.results.earlier_run import checksum_of_earlier
 from sgm_finetune.results.files import clear_results, write_config
 from sgm_finetune.results.paths import with_absolute_paths
 
@@ -52,6 +53,7 @@ def begin(
         "seconds": seconds,
         "asked": with_absolute_paths(asked).model_dump(mode="json"),
         "data": _fingerprints(prepared),
+        "earlier": checksum_of_earlier(config),
     }
     write_json(output / PROGRESS, progress)
     write_json(output / "environment.json", environment_file(config))
