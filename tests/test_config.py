@@ -336,6 +336,7 @@ def test_keys_that_exclude_each_other_are_both_named(overrides, parts):
 ONE_OF = {
     "data.name": "imdb", "data.train": "mine.csv", "selection.top_fraction": 0.5, "selection.snr_threshold": 2.0,
     "plan": "plan.json", "adapter.parameters": 300_000, "data.mixture": [{"train": "mine.csv"}],
+    "training.eval_steps": 10, "training.eval_seconds": 30.0,
 }  # fmt: skip
 """A value for each key that excludes another one."""
 

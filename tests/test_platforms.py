@@ -356,6 +356,7 @@ def test_the_way_from_a_run_to_its_model_on_windows(start, end, way, windows_pat
 def test_a_model_on_another_drive_stays_where_it_was(windows_paths, tmp_path):
     stored = {"model": {"name": r"C:\models\pico"}, "output": {"dir": r"D:\runs\first"}, "plan": None}
     stored |= {"data": dict.fromkeys(("name", "train", "validation", "test")), "snr": {"scan": None}}
+    stored |= {"adapter": {"from_run": None}}
     assert paths.found_from(stored, tmp_path)["model"]["name"] == r"C:\models\pico"
 
 
