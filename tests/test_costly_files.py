@@ -23,7 +23,7 @@ LARGE = {  # seconds and MiB where a file above 1 MB takes more than 2 s or 200 
 
 
 def slowness() -> float:
-    """How many times as long plain Python takes here as on the processor of the record (costly_files.jsonl); at least 1."""
+    """How many times as long plain Python takes here as on the processor of costly_files.jsonl; at least 1."""
 
     def loop() -> float:
         began, total = time.process_time(), 0
