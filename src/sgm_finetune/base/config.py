@@ -781,12 +781,8 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _sketch_holds_rank(self) -> Self:
-        adapter = self.adapter
-        is_final = (adapter.parameters, adapter.from_run, self.plan) == (
-            None,
-            None,
-            None,
-        )  # else another file checks it
+        elsewhere = (self.plan, self.adapter.parameters, self.adapter.from_run)  # where the rank is from, and checked
+        is_final = all(value is None for value in elsewhere)
         if is_final and not self.is_full and self.merge.side != "none" and self.probe.sketch_size < self.adapter.rank:
             raise ValueError(
                 f"probe.sketch_size={self.probe.sketch_size} is smaller than adapter.rank={self.adapter.rank}; "

@@ -25,8 +25,9 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     stored = read_stored(config, overrides, log)
     _check_harness_files(stored, config.evaluation.harness)
     s = prepare_trained(stored, log)
+    earlier = _earlier_reference(s.config)
     base = load_base(s)
-    if (earlier := needed_earlier(s.config)) is not None:
+    if earlier is not None:
         model = attach_adapter(base.model, earlier.content, earlier.path)
         prepare_fast_adapters(s, model)
         refer(s, base, model, ("test",))
@@ -38,7 +39,7 @@ def evaluate(config: Config, overrides: Sequence[str], console: Console) -> dict
     return {"model": s.config.model.name, "data": s.prepared.splits.description, **found.metrics}
 
 
-def needed_earlier(config: Config) -> EarlierRun | None:
+def _earlier_reference(config: Config) -> EarlierRun | None:
     """The earlier run with which the loss of preferences compares; None where that is the base or nothing."""
     if config.model.task != "preference" or not config.preference.has_reference:
         return None

@@ -38,7 +38,7 @@ from sgm_finetune.results.export.target import (
     check_folder,
     check_packages,
 )
-from sgm_finetune.results.files import PTH, find_result
+from sgm_finetune.results.files import find_earlier, find_result
 from sgm_finetune.results.report.run_files import check_finished
 from sgm_finetune.results.sampling import Sampling
 from sgm_finetune.results.sweep_folder import open_folder
@@ -61,8 +61,8 @@ def check_inputs(config: Config, with_plan: bool = False) -> None:
     """Raises UserError when the data, the model or the plan that `config` names is missing or does not fit."""
     if with_plan and config.plan is not None:
         read_plan(config.plan)
-    if with_plan and config.adapter.from_run is not None and not (Path(config.adapter.from_run) / PTH).is_file():
-        raise UserError(f"adapter.from_run={config.adapter.from_run} has no {PTH}; name the folder of a finished run")
+    if with_plan and config.adapter.from_run is not None:
+        find_earlier(Path(config.adapter.from_run))
     check_data(config.data, config.model.task)
     check_name(config.model.name)
 

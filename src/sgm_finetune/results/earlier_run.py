@@ -17,7 +17,7 @@ from sgm_finetune.base.files import checksum
 from sgm_finetune.measure.plan_file import load_plan
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.results.claim import read_progress
-from sgm_finetune.results.files import PTH
+from sgm_finetune.results.files import PTH, find_earlier
 from sgm_finetune.results.paths import found_from
 from sgm_finetune.results.pth import load_pth
 from sgm_finetune.train.adapters.apply import ADAPTER
@@ -42,10 +42,7 @@ def read_earlier(config: Config) -> EarlierRun | None:
     folder = Path(config.adapter.from_run)
     if _is_same(str(folder), config.output.dir):
         raise UserError(f"adapter.from_run and output.dir are both {folder}; name another output.dir")
-    path, plan = folder / PTH, folder / "plan.json"
-    for needed in (path, plan):
-        if not needed.is_file():
-            raise UserError(f"adapter.from_run={folder} has no {needed.name}; name the folder of a finished run")
+    path = find_earlier(folder)
     content = load_pth(path)
     if "tensors" in content:
         raise UserError(
@@ -65,7 +62,7 @@ def read_earlier(config: Config) -> EarlierRun | None:
             f"adapter.from_run={folder} has model.task={before.model.task}, and this run has {config.model.task}; give "
             "both the same, or train a new adapter"
         )
-    return EarlierRun(path, content, load_plan(plan))
+    return EarlierRun(path, content, load_plan(folder / "plan.json"))
 
 
 def _is_same(left: str, right: str) -> bool:

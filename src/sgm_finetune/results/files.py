@@ -32,6 +32,15 @@ def find_result(output: Path) -> Path:
     return path
 
 
+def find_earlier(folder: Path) -> Path:
+    """The .pth file of the finished run that `adapter.from_run` names. Raises UserError when there is none, or no plan
+    beside it."""
+    for name in (PTH, "plan.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"adapter.from_run={folder} has no {name}; name the folder of a finished run")
+    return folder / PTH
+
+
 def write_config(path: Path, config: Config) -> None:
     """Writes the resolved configuration: every key with its value."""
     write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
