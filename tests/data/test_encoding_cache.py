@@ -7,7 +7,7 @@ import pytest
 
 from sgm_finetune.base.config import DataConfig
 from sgm_finetune.data import encoding_cache
-from sgm_finetune.data.encoding import Encoded, encode, fingerprint, pack
+from sgm_finetune.data.encoding import COUNTS, Encoded, encode, fingerprint, pack
 from sgm_finetune.data.encoding_cache import content_key, encode_or_recall
 from sgm_finetune.data.splits import DataSplits, load_splits
 
@@ -39,7 +39,7 @@ def tokenizer(causal_tokenizer):
 
 
 def equal(left: Encoded, right: Encoded) -> bool:
-    counts = [[getattr(one, name) for name in encoding_cache._COUNTS] for one in (left, right)]
+    counts = [[getattr(one, name) for name in COUNTS] for one in (left, right)]
     return left.dataset.to_dict() == right.dataset.to_dict() and (
         left.dataset.features == right.dataset.features and counts[0] == counts[1]
     )

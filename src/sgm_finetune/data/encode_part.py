@@ -20,12 +20,11 @@ from datasets.table import InMemoryTable
 
 from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
-from sgm_finetune.data.encoding import Encoded, encode
+from sgm_finetune.data.encoding import COUNTS, Encoded, encode
 from sgm_finetune.data.rows import Origin
 
 WORK = "work.pkl"
 """The file with what is the same for all parts: tokenizer, task, maximum length."""
-_COUNTS = ("num_truncated", "num_dropped", "num_divided", "unread", "written", "doubled")
 
 Part = tuple[datasets.Dataset, Sequence[Origin]]
 """Rows and where they come from."""
@@ -60,7 +59,7 @@ def main(folder: Path) -> None:
         features, packed, origins = pickle.loads((folder / f"{number}.in").read_bytes())
         try:
             made = encode(_unpacked(features, packed), tokenizer, task, max_length, origins)
-            counts = {name: getattr(made, name) for name in _COUNTS}
+            counts = {name: getattr(made, name) for name in COUNTS}
             found: Any = (made.dataset.features, _packed(made.dataset), counts)
         except UserError as error:
             found = error

@@ -7,7 +7,7 @@ import logging
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import datasets
@@ -65,6 +65,10 @@ class Encoded:
     """Special token -> the number of sequences in which it stands twice in a row."""
     is_recalled: bool = False
     """Whether it comes from the cache."""
+
+
+COUNTS = tuple(one.name for one in fields(Encoded) if one.name not in ("dataset", "is_recalled"))
+"""What `Encoded` has beside the data set, wherever that came from."""
 
 
 def encode(
@@ -148,18 +152,24 @@ def join_sources(parts: Mapping[int, Encoded]) -> Encoded:
         one.dataset.add_column(SOURCE, [source] * len(one.dataset), feature=datasets.Value("int32"))  # type: ignore[call-arg]
         for source, one in parts.items()
     ]
+    return join_encoded(numbered, list(parts.values()))
+
+
+def join_encoded(parts: Sequence[datasets.Dataset], encoded: Sequence[Encoded]) -> Encoded:
+    """The data sets `parts` one after another, with the counts of the `encoded` data that they are made of."""
     doubled: Counter[str] = Counter()
-    for one in parts.values():
+    for one in encoded:
         doubled.update(one.doubled)
     return Encoded(
-        datasets.concatenate_datasets(numbered),
-        num_truncated=sum(one.num_truncated for one in parts.values()),
-        num_dropped=sum(one.num_dropped for one in parts.values()),
-        num_divided=sum(one.num_divided for one in parts.values()),
-        num_packed=sum(one.num_packed for one in parts.values()),
-        unread=tuple(dict.fromkeys(name for one in parts.values() for name in one.unread)),
+        datasets.concatenate_datasets(parts),  # type: ignore[arg-type]
+        num_truncated=sum(one.num_truncated for one in encoded),
+        num_dropped=sum(one.num_dropped for one in encoded),
+        num_divided=sum(one.num_divided for one in encoded),
+        num_packed=sum(one.num_packed for one in encoded),
+        unread=tuple(dict.fromkeys(name for one in encoded for name in one.unread)),
+        written=tuple(dict.fromkeys(name for one in encoded for name in one.written)),
         doubled=doubled,
-        is_recalled=any(one.is_recalled for one in parts.values()),
+        is_recalled=any(one.is_recalled for one in encoded),
     )
 
 

@@ -25,7 +25,7 @@ from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.files import rename, whole_file
 from sgm_finetune.base.processes import processes
-from sgm_finetune.data.encoding import Encoded, fingerprint, pack
+from sgm_finetune.data.encoding import COUNTS, Encoded, fingerprint, pack
 from sgm_finetune.data.encoding_parts import encode_in_parts
 from sgm_finetune.data.rows import Origin
 from sgm_finetune.model.folder import cache_dir
@@ -37,7 +37,6 @@ KEPT = 48
 _CODE = ("arrow.py", "chat.py", "encoding.py", "encoding_parts.py", "pair_encoding.py", "token_lists.py", "tokens.py")
 """The files of this folder that decide what the tokens of a row are."""
 _LIBRARIES = ("datasets", "jinja2", "tokenizers", "transformers")
-_COUNTS = ("num_truncated", "num_dropped", "num_divided", "num_packed", "unread", "written", "doubled")
 
 
 def encode_or_recall(
@@ -133,7 +132,7 @@ def _recall(file: Path) -> Encoded | None:
 def _remember(file: Path, encoded: Encoded) -> None:
     """Writes encoded data into the cache, whole or not at all, and deletes what was not used for longest. Does nothing
     when the cache folder cannot be written."""
-    counts = {name: getattr(encoded, name) for name in _COUNTS} | {"fingerprint": fingerprint(encoded.dataset)}
+    counts = {name: getattr(encoded, name) for name in COUNTS} | {"fingerprint": fingerprint(encoded.dataset)}
     table: Any = encoded.dataset.with_format("arrow")[:]
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"sgm": json.dumps(counts).encode()})
     own = file.with_suffix(f".{os.getpid()}")  # two runs may write the same

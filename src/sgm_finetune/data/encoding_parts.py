@@ -11,10 +11,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -26,7 +26,7 @@ from sgm_finetune.base.config import Task
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.base.memory import host_memory_within_reach
 from sgm_finetune.data.encode_part import Part, take_encoded, write_part, write_work
-from sgm_finetune.data.encoding import Encoded, NothingToLearnError, all_lost, encode
+from sgm_finetune.data.encoding import Encoded, NothingToLearnError, all_lost, encode, join_encoded
 from sgm_finetune.data.rows import Origin
 
 PART = 5000
@@ -93,19 +93,9 @@ def _joined(parts: Iterator[Encoded | UserError], max_length: int) -> Encoded:
     num_lost = sum(one.num_examples for one in lost)
     if not kept:
         raise all_lost(num_lost, max_length, max(one.longest_prompt for one in lost))
-    written = dict.fromkeys(name for one in kept for name in one.written)
-    doubled: Counter[str] = Counter()
-    for one in kept:
-        doubled.update(one.doubled)
-    return Encoded(
-        datasets.concatenate_datasets([one.dataset for one in kept]),
-        num_truncated=sum(one.num_truncated for one in kept),
-        num_dropped=num_lost + sum(one.num_dropped for one in kept),
-        num_divided=sum(one.num_divided for one in kept),
-        unread=tuple(dict.fromkeys(name for one in kept for name in one.unread if name not in written)),
-        written=tuple(written),
-        doubled=doubled,
-    )
+    joined = join_encoded([one.dataset for one in kept], kept)
+    unread = tuple(name for name in joined.unread if name not in joined.written)
+    return replace(joined, num_dropped=joined.num_dropped + num_lost, unread=unread)
 
 
 def _by_processes(parts: Sequence[Part], work: tuple[Any, Task, int], number: int) -> list[Encoded | UserError | None]:
