@@ -5,8 +5,9 @@
     python benchmarks/full_weights.py --list                              the methods
 
 The tasks are those of benchmarks/quality.py, shorter: the methods are many, the machine is small. The rates of a method
-are tried on validation data with a seed of their own until the best one lies inside. Matrix products are bfloat16
-(autocast), weights and states float32. Gradients are kept and clipped to norm 1, as for all of quality.py's methods.
+are tried on validation data with a seed of their own until the best one lies inside. Weights and states are float32;
+matrix products are bfloat16 (autocast) where the processor has instructions for it, else float32. Gradients are kept
+and clipped to norm 1, as for all of quality.py's methods.
 Every run is appended to benchmarks/results/full_weights.jsonl and is not repeated.
 """
 
@@ -31,6 +32,7 @@ from quality_adapt import Base, Method
 from quality_full import FULL
 from quality_run import evaluate, load, optimizers_of, train
 from quality_tasks import TASKS, TUNING_SEED
+from recording import processor
 from torch import Tensor
 
 from sgm_finetune.method.rate_search import best_rate, next_rate
@@ -48,6 +50,8 @@ SHORT = {
     ),
 }  # fmt: skip
 MOST_TRIES = 7
+PRODUCTS = "bfloat16" if processor()["bfloat16_instructions"] else "float32"
+"""The type of matrix products here."""
 
 
 class Runs:
@@ -82,7 +86,7 @@ class Runs:
             self.base = None
         return {
             "task": task, "method": method.name, "rate": rate, "seed": seed, "rank": adapted.rank,
-            "steps": len(losses), "batch_size": SHORT[task].batch_size,
+            "steps": len(losses), "batch_size": SHORT[task].batch_size, "products": PRODUCTS,
             "state_bytes": max(held),
             "train_loss": round(statistics.fmean(losses[-20:]), 4),
             part: measured if math.isfinite(measured["loss"]) else {**measured, "loss": 99.0},
@@ -94,7 +98,8 @@ class Runs:
     def _base(self, task: str, seed: int) -> Base:
         if self.base is None or self.base[0] != (task, seed):
             base = load(SHORT[task], seed)
-            base.model.forward = torch.autocast("cpu", torch.bfloat16)(base.model.forward)
+            if PRODUCTS == "bfloat16":
+                base.model.forward = torch.autocast("cpu", torch.bfloat16)(base.model.forward)
             self.base = (task, seed), base, {name: value.clone() for name, value in base.model.state_dict().items()}
         _, base, start = self.base
         base.model.load_state_dict(start)

@@ -18,16 +18,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import resource
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +59,8 @@ OVER_BUDGET = "over_budget"
 MOST_TRIES = 9
 """Learning rates of a method on a task, at most."""
 
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["quality_run"])
 _appending = threading.Lock()
 
 
@@ -63,18 +68,39 @@ def recorded_runs() -> list[dict]:
     return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
 
 
-def in_a_process(*wanted: str | float) -> tuple[Any, int]:
-    """The result of `--one` for `wanted`, and the peak resident bytes of its process."""
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
-        command = [sys.executable, __file__, "--one", json.dumps([*wanted, answer.name])]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        complaint = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if status:
-            raise SystemExit(f"{complaint}\n{wanted}: the run failed")
-        return json.loads(answer.read()), usage.ru_maxrss * 1024
+def in_a_process(what: str, *wanted: str | float) -> tuple[Any, int]:
+    """The result of the function `what` of quality_run for `wanted`, and the peak resident bytes of its process.
+
+    The process is a fork of one that has imported the libraries; every run starts from the same state.
+    """
+    answer, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=send, args=(sender, what, *wanted))
+    process.start()
+    sender.close()
+    try:
+        result, peak, complaint = answer.recv()
+    except EOFError:
+        result, peak, complaint = None, 0, "the process ended without an answer"
+    process.join()
+    if complaint:
+        raise SystemExit(f"{complaint}\n{wanted}: the run failed")
+    return result, peak
+
+
+def send(answer: Connection, what: str, *wanted: str | float) -> None:
+    """Runs `what` with the process' standard error silenced, and sends (its result, peak bytes, traceback)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try:
+        import quality_run
+        from quality_adapt import OverBudgetError
+
+        try:
+            made, complaint = getattr(quality_run, what)(*wanted), None
+        except OverBudgetError as error:
+            made, complaint = {OVER_BUDGET: str(error)}, None
+    except BaseException:  # the parent says it
+        made, complaint = None, traceback.format_exc()
+    answer.send((made, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, complaint))
 
 
 def run_missing(task: str, method: str, rate: float, seed: int, threads: int, runs: list[dict]) -> dict:
@@ -82,7 +108,7 @@ def run_missing(task: str, method: str, rate: float, seed: int, threads: int, ru
     for run in list(runs):
         if (run["task"], run["method"], run["rate"], run["seed"]) == (task, method, rate, seed):
             return run
-    run, peak = in_a_process(task, method, rate, seed, threads)
+    run, peak = in_a_process("train_once", task, method, rate, seed, threads)
     if OVER_BUDGET in run:
         return run
     run["peak_resident_bytes"] = peak
@@ -159,7 +185,7 @@ def compare_speed(tasks: list[str], methods: list[str], threads: int, repeats: i
         seconds: dict[str, list[float]] = {method: [] for method in methods}
         for _ in range(repeats):
             for method in methods:
-                seconds[method].append(in_a_process(task, method, threads)[0])
+                seconds[method].append(in_a_process("time_steps", task, method, threads)[0])
         reference = statistics.median(seconds["LoRA"])
         for method, measured in seconds.items():
             middle = statistics.median(measured)
@@ -179,19 +205,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--speed", action="store_true", help="record seconds per step, interleaved with LoRA's")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        from quality_adapt import OverBudgetError
-        from quality_run import time_steps, train_once
-
-        *wanted, answer = json.loads(options.one)
-        try:
-            made = train_once(*wanted) if len(wanted) == 5 else time_steps(*wanted)
-        except OverBudgetError as error:
-            made = {OVER_BUDGET: str(error)}
-        Path(answer).write_text(json.dumps(made), encoding="utf-8")
-        return
     if options.speed:
         compare_speed(options.tasks, options.methods, options.threads)
         return

@@ -211,7 +211,7 @@ TASKS |= {task.name: task for task in LONG}
 
 BUDGETS = {"0.1 M": 102_000, "0.3 M": 306_000, "1 M": 1_020_000, "3 M": 3_060_000}
 """Trained adapter parameters; 2 % above the round number, so that plain LoRA of rank 1 and 10 is in on SmolLM2."""
-BUDGETED = ("sentiment", "topics", "facts", "stories")
+BUDGETED = ("sentiment", "names", "topics", "facts", "stories")
 """Tasks that are also measured at each of `BUDGETS` (docs/budgets.md)."""
 
 
