@@ -92,19 +92,21 @@ def peft_method(
     settings: Callable[[int, list[str]], PeftConfig],
     fixed: int | None = None,
     falling: bool = False,
+    capped: bool = False,
     prepare: Callable[[Base, PeftConfig], None] | None = None,
     choose: Callable[[Base], list[str]] = lambda base: list(adaptable(base.model)),
     share: float = 1.0,
 ) -> Method:
     """A method of PEFT, from its configuration `settings(rank, layers)`.
 
-    The rank is fitted to `share` of the budget unless it is `fixed`; `falling`: a larger rank trains fewer parameters.
+    The rank is fitted to `share` of the budget unless it is `fixed`; `falling`: a larger rank trains fewer parameters;
+    `capped`: from some rank on the parameters stay as many, and a budget above them takes that rank.
     """
 
     def adapt(base: Base) -> Adapted:
         layers = choose(base)
         rank = fixed or fitted_rank(
-            lambda r: shape_count(base.model, settings(r, layers)), share * base.budget, falling
+            lambda r: shape_count(base.model, settings(r, layers)), share * base.budget, falling, capped
         )
         chosen = settings(rank, layers)
         chosen.task_type = task_type(base.model)
@@ -141,10 +143,11 @@ class OverBudgetError(ValueError):
     """The smallest size of a method trains more parameters than the budget allows."""
 
 
-def fitted_rank(count: Callable[[int], int], budget: float, falling: bool = False) -> int:
+def fitted_rank(count: Callable[[int], int], budget: float, falling: bool = False, capped: bool = False) -> int:
     """The rank whose count is nearest to the budget from below; counts rise with the rank, or fall if `falling`.
 
-    Raises OverBudgetError where the smallest size is too large, and ValueError where no rank comes near the budget.
+    `capped`: a rank whose double counts the same is the largest one that is tried. Raises OverBudgetError where
+    the smallest size is too large, and ValueError where no rank comes near the budget.
     """
 
     def fits(rank: int) -> bool:
@@ -154,6 +157,8 @@ def fitted_rank(count: Callable[[int], int], budget: float, falling: bool = Fals
         raise OverBudgetError(f"{count(1):,} trained parameters at least, for a budget of {budget:,.0f}")
     low, high = 1, 2
     while fits(high):
+        if capped and count(low) == count(high):
+            return low
         low, high = high, 2 * high
         if high > 2**20:
             raise ValueError(f"no rank comes near the budget of {budget:,.0f}")

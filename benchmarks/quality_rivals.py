@@ -284,7 +284,7 @@ RIVALS = (
     ),
     peft_method(
         "LoKr", (1e-3, 3e-3, 1e-2),
-        lambda r, t: LoKrConfig(r=r, alpha=2 * r, decompose_factor=4, target_modules=t),
+        lambda r, t: LoKrConfig(r=r, alpha=2 * r, decompose_factor=4, target_modules=t), capped=True,
     ),
     peft_method(
         "IA3", (3e-3, 1e-2, 3e-2),

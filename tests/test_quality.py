@@ -94,6 +94,14 @@ def test_a_size_that_cannot_reach_the_budget_is_an_error(benchmark):
         quality_adapt.fitted_rank(lambda rank: min(rank, 700), 799)
 
 
+def test_a_capped_size_below_the_budget_takes_its_largest_rank(benchmark):
+    import quality_adapt
+
+    count = lambda rank: min(100 * rank, 700)  # noqa: E731
+    assert count(quality_adapt.fitted_rank(count, 799, capped=True)) == 700
+    assert quality_adapt.fitted_rank(count, 399, capped=True) == 3
+
+
 UNFITTED = ("untouched", "all weights", "VeRA", "IA3")
 """Methods whose size no budget sets; so are those whose names tell another size."""
 OTHER_SIZES = ("threshold", "equal bytes", "four times the rank")
