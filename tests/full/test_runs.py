@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import losses, remove
+from processes import ANOTHER_ORDER, losses, remove, torchrun
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from sgm_finetune.base.config import Config
 from sgm_finetune.base.config_file import load_config
 from sgm_finetune.base.errors import UserError
 from sgm_finetune.measure.plan_file import load_plan
-from sgm_finetune.method.plan import PlanSettings
-from sgm_finetune.train.launch import check_launch
+from sgm_finetune.method.plan import Plan, PlannedMatrix, PlanSettings
+from sgm_finetune.model.names import kind_of
+from sgm_finetune.train.full import apply
+from sgm_finetune.train.full.apply import train_whole
+from sgm_finetune.train.launch import apply_launcher, check_launch
 
 
 def overrides(model: Path, reviews: Path, output: Path, *more: str) -> list[str]:
@@ -116,12 +121,64 @@ def test_what_means_nothing_for_whole_matrices_is_refused_in_one_line(given, mes
     assert "\n" not in str(caught.value)
 
 
-def test_whole_matrices_have_defaults_of_their_own_and_one_process():
+def test_whole_matrices_have_defaults_of_their_own():
     config = load_config(None, ["adapter.kind=full"])
     assert (config.optimizer, config.peak_learning_rate(100)) == ("adamw", 2e-5)
     assert (Config().optimizer, Config().peak_learning_rate(100)) == ("spectral", 0.0125)
-    with pytest.raises(UserError, match=r"adapter.kind=full trains in one process"):
-        check_launch(config, 2)
+    check_launch(config, 2)
+
+
+def test_launchers_that_cut_matrices_are_refused(monkeypatch):
+    config = load_config(None, ["adapter.kind=full"])
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(UserError, match=r"adapter.kind=full trains without DeepSpeed"):
+            check_launch(config, 2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(UserError, match=r"the launcher asks for FSDP; start sgm finetune with torchrun"):
+        check_launch(apply_launcher(config), 2)
+
+
+def test_several_processes_do_not_train_experts_that_are_layers(monkeypatch):
+    """A step may reach an expert in one process and not in another, which would wait for it forever."""
+    block = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])})
+    model = nn.Module()
+    model.layers = nn.ModuleList([block])
+    name = "layers.0.experts.0"
+    plan = Plan("m", PlanSettings(kind="full", side="none"), (PlannedMatrix(name, kind_of(name), 0, (8, 8), True),))
+    train_whole(model, plan)
+    monkeypatch.setattr(apply, "processes", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(UserError, match=r"`layers.0.experts.0.weight` belongs to one expert"):
+        train_whole(model, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_processes_are_one(dtype, llama_folder, reviews, tmp_path, command):
+    """Gradients are averaged in the backward pass; a run of two processes resumes as well."""
+    settings = overrides(llama_folder, reviews, tmp_path / "one", "training.micro_batch_size=4", f"model.dtype={dtype}")
+    (tmp_path / "empty.yaml").write_text("")
+    two = ("--config", str(tmp_path / "empty.yaml"), *settings[:-1], f"output.dir={tmp_path / 'two'}")
+    said = torchrun("src/finetune.py", *two)
+    assert "MiB reduced a step" in said
+    command("finetune", settings)
+    bound = ANOTHER_ORDER if dtype == "float32" else 2e-2  # sums in bfloat16
+    for name in ("loss", "eval_loss", "grad_norm"):
+        left, right = (torch.tensor(losses(tmp_path / run, name)) for run in ("one", "two"))
+        torch.testing.assert_close(left, right, atol=bound, rtol=bound)
+    left, right = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        moved = (value.float() - right[name].float()).abs()
+        assert (moved > 1e-3).float().mean() < 0.01, name  # AdamW's steps of gradients near 0 have either sign
+
+    for name in ("sgm_finetuned.pth", "metrics.json", "report.html", "history.json", "examples.json"):
+        remove(tmp_path / "two" / name)
+    remove(tmp_path / "two" / "checkpoints" / "checkpoint-8" / "trainer_state.json")
+    torchrun("src/finetune.py", *two, "training.resume=true")
+    again = tensors(tmp_path / "two")
+    assert [name for name in right if not torch.equal(right[name], again[name])] == []
 
 
 def test_a_configuration_and_a_plan_of_an_earlier_version_are_read(tmp_path):

@@ -101,6 +101,29 @@ def test_no_gradient_outlives_the_backward_pass_and_nothing_is_kept_below_the_lo
     assert not output.requires_grad
 
 
+def test_a_gradient_is_averaged_once_and_whole_before_it_is_measured_and_clipped():
+    """As in two processes, one of which has no gradient of its own."""
+    model, batches, averaged = whole_model(), make_batches(2), []
+    plain, last = copy.deepcopy(model), [False]
+    updates = updates_of(
+        model, is_last=lambda: last[0], max_norm=0.1, average=lambda g: averaged.append(g.div_(2).shape)
+    )
+    with updates.attached():
+        for number, batch in enumerate(batches):
+            last[0] = number == 1
+            model(**batch).loss.backward()
+        updates.step()
+    halved = updates_of(plain, max_norm=0.1)
+    with halved.attached():
+        (sum(plain(**batch).loss for batch in batches) / 2).backward()
+        halved.step()
+    assert len(averaged) == len(updates.named)
+    torch.testing.assert_close(updates.norm, halved.norm)
+    expected = weights(plain)
+    for name, value in weights(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-4)
+
+
 def test_accumulated_gradients_are_applied_once_with_the_last_micro_batch():
     model, batches = whole_model(), make_batches(4)
     plain, last = copy.deepcopy(model), [False]

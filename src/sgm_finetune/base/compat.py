@@ -29,7 +29,7 @@ class PrivatePart:
     why: str
     """What it is for, and why no public name does it."""
     test: str
-    """The test that fails when the part changes. One is slow and one needs a GPU; all others are default tests."""
+    """The test that fails when the part changes. Two are slow and one needs a GPU; all others are default tests."""
 
 
 def _entries(library: str, parts: tuple[str, ...], used_in: str, why: str, test: str) -> tuple[PrivatePart, ...]:
@@ -307,6 +307,12 @@ PRIVATE_PARTS: tuple[PrivatePart, ...] = (
         "transformers", ("Trainer._save", "Trainer._load_best_model"), "train/trainer.py",
         "A checkpoint of whole matrices holds what was trained; save_pretrained writes the whole model.",
         "tests/full/test_runs.py::test_a_resumed_run_is_the_uninterrupted_one",
+    ),
+    PrivatePart(
+        "transformers", "Trainer._wrap_model", "train/trainer.py",
+        "Data parallelism must not hold the gradients of whole matrices, which step in the backward pass; the trainer "
+        "wraps every model that is not wrapped already.",
+        "tests/full/test_runs.py::test_two_processes_are_one",
     ),
     PrivatePart(
         "transformers", "Trainer._load_from_checkpoint", "train/trainer.py",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from sgm_finetune.base.errors import PeerLost
@@ -66,6 +67,13 @@ def sum_over_processes(*values: float) -> list[float]:
     sums = torch.tensor(values, device=device, dtype=torch.float64)
     torch.distributed.all_reduce(sums)
     return sums.tolist()
+
+
+def average_over_processes(tensor: Tensor) -> None:
+    """Replaces `tensor` by its mean over all processes, in its own dtype; every process must call it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+        tensor.div_(torch.distributed.get_world_size())
 
 
 def on_main(measure: Callable[[], Any]) -> Any:

@@ -247,7 +247,7 @@ def apply(s: Session, base: Base, plan: Plan) -> Adapted:
         whole = train_whole(base.model, plan, base.new_modules)
         trained = trained_parameters(whole)
         num_trainable = sum(parameter.numel() for parameter in trained.values())
-        s.log.line("apply", _describe_whole(whole, num_trainable, len(trained), s.config.optimizer))
+        s.log.line("apply", _describe_whole(whole, trained, num_trainable, s.config.optimizer))
         return Adapted(whole, num_trainable, None)
     model = apply_plan(base.model, plan, base.new_modules)
     num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -259,14 +259,20 @@ def apply(s: Session, base: Base, plan: Plan) -> Adapted:
     return adapted
 
 
-def _describe_whole(model: PreTrainedModel, num_trainable: int, num_tensors: int, optimizer: str) -> str:
+def _describe_whole(
+    model: PreTrainedModel, trained: Mapping[str, nn.Parameter], num_trainable: int, optimizer: str
+) -> str:
     """What is trained of a model whose matrices are trained whole."""
     total, dtype = sum(parameter.numel() for parameter in model.parameters()), str(model.dtype).removeprefix("torch.")
     rounding = " with stochastic rounding" if dtype == "bfloat16" else ""
-    return (
-        f"{num_trainable:,} of {total:,} parameters train whole ({num_tensors} tensors), in {dtype}{rounding}, by "
+    line = (
+        f"{num_trainable:,} of {total:,} parameters train whole ({len(trained)} tensors), in {dtype}{rounding}, by "
         f"{optimizer} in the backward pass"
     )
+    if processes().num_processes > 1:
+        reduced = sum(parameter.numel() * parameter.element_size() for parameter in trained.values())
+        line += f" · gradients of {reduced / 2**20:,.2f} MiB reduced a step"
+    return line
 
 
 def prepare_fast_adapters(s: Session, model: PeftModel) -> None:

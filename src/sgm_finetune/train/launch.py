@@ -37,10 +37,15 @@ def check_launch(config: Config, num_processes: int, checkpoint: Path | None = N
     """Raises UserError when `config` cannot train with `num_processes` processes, with the launcher's DeepSpeed
     configuration, or from `checkpoint`."""
     divide_batch(config, num_processes)
-    if config.is_full and (num_processes > 1 or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"):
+    if config.is_full and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         raise UserError(
-            "adapter.kind=full trains in one process and without DeepSpeed; start sgm finetune without a launcher, or "
-            "take adapter.kind=lora"
+            "adapter.kind=full trains without DeepSpeed, whose ZeRO cuts matrices into flat pieces; start sgm finetune "
+            "with torchrun, or take adapter.kind=lora"
+        )
+    if config.is_full and config.training.shard:  # by the launcher; the configuration's own is refused when it is read
+        raise UserError(
+            "adapter.kind=full trains matrices that each process holds whole, but the launcher asks for FSDP; start "
+            "sgm finetune with torchrun, or take adapter.kind=lora"
         )
     if config.training.shard and num_processes == 1:
         raise UserError("training.shard=true needs several processes; start it with torchrun --nproc_per_node N")

@@ -33,7 +33,7 @@ from transformers.trainer_callback import PrinterCallback
 from sgm_finetune.base.config import PAIR_TASKS, Config, PreferenceConfig, Task
 from sgm_finetune.base.errors import NotFiniteError, UserError
 from sgm_finetune.base.files import writing
-from sgm_finetune.base.processes import sum_over_processes
+from sgm_finetune.base.processes import average_over_processes, sum_over_processes
 from sgm_finetune.base.untrusted import refuse, rehearse_torch, require_json_object
 from sgm_finetune.data.batches import LengthGroupedSampler, by_length, draw_of
 from sgm_finetune.data.encoding import sequence_lengths
@@ -111,6 +111,16 @@ class SGMTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with self.updates.attached() if self.updates is not None else nullcontext():
             return super().train(*args, **kwargs)
+
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        """The model itself, or with `updates` and several processes a wrapper around it.
+
+        The trainer leaves a wrapped model as it is. Data parallelism would hold every gradient until the backward pass
+        ends; the updates average each one as soon as it exists.
+        """
+        if self.updates is None or self.args.world_size == 1:
+            return super()._wrap_model(model, *args, **kwargs)
+        return model if isinstance(model, _Wrapped) else _Wrapped(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -229,6 +239,17 @@ class SGMTrainer(Trainer):
         if self.plan is not None and isinstance(target, PeftModel):
             tie(target, self.plan)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class _Wrapped(nn.Module):
+    """Computes what `module` computes."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
 
 def _describe_not_finite(named: Sequence[tuple[str, torch.nn.Parameter]], step: int) -> str:
@@ -397,6 +418,7 @@ def _make_updates(job: TrainingJob) -> BackwardUpdates:
         training.max_grad_norm,
         training.seed,
         rates=dict.fromkeys(heads, max(rate, HEAD_RATE)),
+        average=average_over_processes,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sgm_finetune.base.errors import UserError
+from sgm_finetune.base.processes import processes
 from sgm_finetune.method.plan import Plan
 from sgm_finetune.model.matrices import adaptable
 from sgm_finetune.model.names import block_of, layer_of
@@ -17,12 +19,14 @@ from sgm_finetune.train.adapters.apply import check_plan
 
 CLASSIFICATION_HEADS = ("classifier", "score")
 """Names of the heads that Transformers gives a classifier; they are trained whole, as PEFT does it."""
+_EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
 def train_whole(model: PreTrainedModel, plan: Plan, new_modules: Sequence[str] = ()) -> PreTrainedModel:
     """Returns `model`, in which exactly what `plan` selects takes gradients, and the `new_modules`.
 
-    Raises UserError when the plan does not fit the model, or a parameter has a type that cannot be trained.
+    Raises UserError when the plan does not fit the model, a parameter has a type that cannot be trained, or several
+    processes would train experts that are layers of their own.
     """
     check_plan(model, plan)
     named = dict(model.named_parameters())
@@ -33,6 +37,11 @@ def train_whole(model: PreTrainedModel, plan: Plan, new_modules: Sequence[str] =
             raise UserError(
                 f"`{name}` is stored as {str(dtype).removeprefix('torch.')}, which adapter.kind=full cannot train; "
                 "give model.dtype=bfloat16 or model.dtype=float32"
+            )
+        if _EXPERT.search(name) and processes().num_processes > 1:
+            raise UserError(
+                f"`{name}` belongs to one expert, which a step may reach in one process and not in another, so several "
+                "processes cannot train it whole; start sgm finetune without a launcher, or take adapter.kind=lora"
             )
     model.requires_grad_(False)
     for name in trained:

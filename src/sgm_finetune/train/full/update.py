@@ -42,9 +42,12 @@ class BackwardUpdates(torch.optim.Optimizer):
         seed: int = 0,
         is_last: Callable[[], bool] = lambda: True,
         rates: Mapping[str, float] = MappingProxyType({}),
+        average: Callable[[Tensor], None] = lambda gradient: None,
     ):
         """`named` are the trained parameters. `is_last` says whether a backward pass completes the gradients; until
-        then they accumulate. `seed` is that of the rounding. `rates` has other learning rates than `lr`, by name."""
+        then they accumulate. `seed` is that of the rounding. `rates` has other learning rates than `lr`, by name.
+        `average` replaces a complete gradient by its mean over the processes of the run. All of them compute the same
+        graph, so they call it in the same order, and their parameters stay equal."""
         super().__init__([{"params": [p], "lr": rates.get(name, lr)} for name, p in named.items()], {"lr": lr})
         self.group_of = dict(zip(named, self.param_groups, strict=True))
         self.named, self.max_norm, self.seed, self.is_last = dict(named), max_norm, seed, is_last
@@ -52,7 +55,7 @@ class BackwardUpdates(torch.optim.Optimizer):
         self.optimizers = list(make(self.shadows))
         of = {id(p): optimizer for optimizer in self.optimizers for g in optimizer.param_groups for p in g["params"]}
         self.optimizer_of = {name: of[id(shadow)] for name, shadow in self.shadows.items()}
-        self.num_steps = 0
+        self.average, self.num_steps = average, 0
         device = next(iter(named.values())).device
         self.places = {name: place for place, name in enumerate(named)}
         self.newest = torch.zeros(len(named), dtype=torch.float64, device=device)
@@ -106,6 +109,7 @@ class BackwardUpdates(torch.optim.Optimizer):
         parameter on a GPU stays as it is, and `step` raises the error, so that the GPU need not wait for the norm."""
         gradient = parameter.grad
         assert gradient is not None
+        self.average(gradient)
         square = torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
         is_first = self.num_steps == 0
         self.newest[self.places[name]] = square
