@@ -3,6 +3,7 @@
     python benchmarks/full_weights.py --methods AdamW 'merged r=32'       sweeps the rates of these methods
     python benchmarks/full_weights.py --seeds 3                           and tests all methods at their best rates
     python benchmarks/full_weights.py --list                              the methods
+    python benchmarks/full_weights.py --tables                            docs/full-results.md from the recorded runs
 
 The tasks are those of benchmarks/quality.py, shorter: the methods are many, the machine is small. The rates of a method
 are tried on validation data with a seed of their own until the best one lies inside. Weights and states are float32;
@@ -28,9 +29,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from full_tables import write_page
 from quality_adapt import Base, Method
 from quality_full import FULL
 from quality_run import evaluate, load, optimizers_of, train
+from quality_tables import ROOT
 from quality_tasks import TASKS, TUNING_SEED
 from recording import processor
 from torch import Tensor
@@ -127,21 +130,9 @@ def sweep(runs: Runs, task: str, method: Method) -> float:
     return best_rate(losses)
 
 
-def table(runs: Runs, task: str) -> str:
-    """Method, MiB of state, best rate, its validation loss, and the test runs at that rate: mean and each seed's."""
-    lines = ["method | MiB | rate | validation | test | seeds"]
-    for name in FULL:
-        tried = {r["rate"]: r for k, r in runs.done.items() if k[:2] == (task, name) and r["seed"] == TUNING_SEED}
-        if not tried:
-            continue
-        rate = best_rate({rate: run["validation"]["loss"] for rate, run in tried.items()})
-        edge = "" if min(tried) < rate < max(tried) else " (edge)"
-        tests = [r["test"]["loss"] for k, r in sorted(runs.done.items()) if k[:3] == (task, name, rate) and "test" in r]
-        mean = f"{statistics.fmean(tests):.3f}" if tests else ""
-        size = tried[rate]["state_bytes"] / 2**20
-        row = [name, f"{size:.2f}", f"{rate:g}{edge}", f"{tried[rate]['validation']['loss']:.3f}", mean]
-        lines.append(" | ".join([*row, " ".join(f"{loss:.3f}" for loss in tests)]))
-    return "\n".join(lines)
+def write_results(root: Path = ROOT) -> Path:
+    """Writes docs/full-results.md below `root` from the recorded runs; returns its path."""
+    return write_page(list(Runs().done.values()), SHORT, {name: method.rates for name, method in FULL.items()}, root)
 
 
 def main() -> None:
@@ -151,18 +142,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=0, help="test runs at the best rate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--tables", action="store_true", help="only write docs/full-results.md")
     options = parser.parse_args()
     if options.list:
         print("\n".join(FULL))
         return
     torch.set_num_threads(options.threads)
     runs = Runs()
-    for task in options.tasks:
+    for task in [] if options.tables else options.tasks:
         best = {name: sweep(runs, task, FULL[name]) for name in options.methods}
         for seed in range(options.seeds):
             for name, rate in best.items():
                 runs.run(task, FULL[name], rate, seed)
-        print(f"{task}\n{table(runs, task)}")
+    print(write_results())
 
 
 if __name__ == "__main__":

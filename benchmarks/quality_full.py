@@ -18,6 +18,7 @@ from quality_adapt import Adapted, Base, Method, Rates, head_parameters
 from quality_methods import (
     METHODS,
     at_random,
+    feeds_the_residual_stream,
     highest_snr,
     layers_by_kind,
     nearest_to_the_output,
@@ -97,7 +98,7 @@ def by_kind(base: Base) -> Members:
 
 def residual_side(name: str) -> Side:
     """The side that the probe finds for every kind of these models (docs/method.md 3.4)."""
-    return "output" if name.endswith(("output.dense", "o_proj", "down_proj")) else "input"
+    return "output" if feeds_the_residual_stream(name) else "input"
 
 
 def each_alone(base: Base) -> Members:

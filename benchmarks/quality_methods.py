@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ from sgm_finetune.measure.scan import scan
 from sgm_finetune.measure.scan_result import Scan
 from sgm_finetune.method.parameter_count import adapter_parameters
 from sgm_finetune.method.plan import Group, Plan, PlannedMatrix
+from sgm_finetune.method.pools import owners
 from sgm_finetune.method.sides import SIDES
 from sgm_finetune.method.subspace import (
     energy_kept,
@@ -111,7 +113,8 @@ def sgm_method(
         size = sketch_size(base)
         if POOL in overrides:  # which buys about one direction for each layer and rank of plain LoRA
             members = max(map(len, layers_by_kind(base.model).values()))
-            size = max(size, min(widest, members * (base.config.adapter.rank + 1)))
+            directions = members * (base.config.adapter.rank + 1)
+            size = max(size, min(widest, directions if change is as_planned and share == 1.0 else 3 * directions))
         (scanned, probed), seconds = scan_and_probe(base, size)
 
         def planned(rank: int) -> Plan:
@@ -308,6 +311,54 @@ def equal_codes(members: int, rank: int) -> torch.Tensor:
     return torch.ones(members, rank)
 
 
+def repooled(plan: Plan, probed: Probe, pools: Iterable[Sequence[str]]) -> Plan:
+    """The plan with other pools, each of some layers of one shape. Each starts as pools do: a direction is a leading
+    one of its owners alone."""
+    rank, groups, starts = plan.settings.rank, [], {}
+    for number, members in enumerate(pools):
+        name = f"pool/{number}"
+        groups.append(Group(name, name, "both", tuple(members)))
+        parts = []
+        for layers, directions in groupby(owners(len(members), rank)):
+            halves = [half.input for layer in layers for half in probed.halves[members[layer]]]
+            parts.append(spectral_basis(halves, len(list(directions))))
+        starts[name] = torch.cat(parts, dim=1)
+    of = {member: group.name for group in groups for member in group.members}
+    matrices = tuple(replace(matrix, group=of.get(matrix.name)) for matrix in plan.matrices)
+    return replace(plan, groups=tuple(groups), matrices=matrices, starts=starts)
+
+
+def one_pool_a_shape(plan: Plan, probed: Probe, seed: int) -> Plan:
+    """Kinds of one shape draw on one pool if all of them read the residual stream: q, k and v; gate and up."""
+    pools: dict[tuple, list[str]] = {}
+    for group in plan.groups:
+        writes = feeds_the_residual_stream(group.members[0])
+        pools.setdefault((plan.shape_of(group.members[0]), writes), []).extend(group.members)
+    return repooled(plan, probed, pools.values())
+
+
+def mixed_kinds(plan: Plan, probed: Probe, seed: int) -> Plan:
+    """Control: as many pools of the same sizes, whose members are drawn at random from all kinds of their shape."""
+    waiting: dict[tuple, list[str]] = {}
+    for group in plan.groups:
+        waiting.setdefault(plan.shape_of(group.members[0]), []).extend(group.members)
+    for names in waiting.values():
+        random.Random(seed).shuffle(names)
+    return repooled(
+        plan, probed, [[waiting[plan.shape_of(name)].pop() for name in group.members] for group in plan.groups]
+    )
+
+
+def feeds_the_residual_stream(name: str) -> bool:
+    return name.endswith(("output.dense", "o_proj", "down_proj"))
+
+
+def freeze_a(made: Adapted) -> None:
+    """Every lora_A stays at its spectral start."""
+    for layer in lora_layers(made.model).values():  # type: ignore[arg-type]
+        layer.lora_A[ADAPTER].weight.requires_grad_(False)  # type: ignore[index, union-attr]
+
+
 def pool_method(
     name: str,
     share: float = 1.0,
@@ -410,6 +461,9 @@ METHODS = {
         *pool_method("pool, random codes", codes=random_codes),
         *pool_method("pool, equal codes", codes=equal_codes),
         *pool_method("pool, random start", change=random_start),
+        *pool_method("pool, one a shape", change=one_pool_a_shape),
+        *pool_method("pool, kinds mixed", change=mixed_kinds),
+        changed(sgm_method("pool, A frozen, AdamW", POOL_ADAMW, POOL, share=1.9), freeze_a),
         peft_method("LoRA, highest SNR", ADAMW, lora, choose=some_layers(highest_snr, 0.5)),
         peft_method("LoRA, upper half", ADAMW, lora, choose=some_layers(nearest_to_the_output, 0.5)),
         peft_method("LoRA, random half", ADAMW, lora, choose=some_layers(at_random, 0.5)),

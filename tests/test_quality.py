@@ -24,7 +24,7 @@ def benchmark(monkeypatch):
     import quality_tasks
 
     yield quality, quality_methods, quality_tables, quality_tasks
-    for name in [n for n in sys.modules if n.startswith("quality")]:
+    for name in [n for n in sys.modules if n.startswith(("quality", "full_"))]:
         monkeypatch.delitem(sys.modules, name)
 
 
@@ -36,6 +36,15 @@ def test_the_results_page_is_made_from_the_results(benchmark, tmp_path):
     for name in ("docs/results.md", "README.md"):
         made, kept = ((root / name).read_text("utf-8") for root in (tmp_path, ROOT))
         assert made == kept, "python benchmarks/quality.py --tables"
+
+
+def test_the_page_of_whole_matrices_is_made_from_the_results(benchmark, tmp_path):
+    import full_weights
+
+    (tmp_path / "docs").mkdir()
+    made = full_weights.write_results(tmp_path)
+    kept = ROOT / "docs" / made.name
+    assert made.read_text("utf-8") == kept.read_text("utf-8"), "python benchmarks/full_weights.py --tables"
 
 
 def test_a_method_is_in_a_table_only_with_all_of_its_tries(benchmark):
