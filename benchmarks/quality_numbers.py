@@ -7,6 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 from quality_adapt import Method
+from quality_tasks import dtype_of
 
 from sgm_finetune.method.rate_search import best_rate
 
@@ -58,10 +59,15 @@ def validation_losses(runs: list[dict], task: str, method: str, tuning_seed: int
 
 
 def tests_at(runs: list[dict], task: str, method: str, rate: float, tuning_seed: int) -> dict[int, dict]:
-    """Seed -> test run at `rate`, for every seed except the tuning seed."""
+    """Seed -> test run at `rate`, for every seed except the tuning seed. All of them have one type of the weights: that
+    of most seeds, or of the last run."""
     wanted = (task, method, rate)
-    found = {r["seed"]: r for r in runs if (r["task"], r["method"], r["rate"]) == wanted and r["seed"] != tuning_seed}
-    return dict(sorted(found.items()))
+    found: dict[str, dict[int, dict]] = {}
+    for run in runs:
+        if (run["task"], run["method"], run["rate"]) == wanted and run["seed"] != tuning_seed:
+            found.setdefault(dtype_of(run), {})[run["seed"]] = run
+    most = max(reversed(found.values()), key=len, default={})
+    return dict(sorted(most.items()))
 
 
 def finished_runs(

@@ -77,6 +77,7 @@ def train_once(task_name: str, method_name: str, rate: float, seed: int, threads
         "rate": rate,
         "seed": seed,
         "tier": "GPU" if gpu else "CPU",
+        "dtype": str(base.model.dtype).removeprefix("torch."),
         "rank": adapted.rank,
         "steps": len(losses),
         "batch_size": task.batch_size,
