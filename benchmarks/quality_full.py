@@ -18,6 +18,7 @@ from quality_adapt import Adapted, Base, Method, Rates, head_parameters
 from quality_methods import (
     METHODS,
     at_random,
+    evenly_spaced,
     feeds_the_residual_stream,
     highest_snr,
     layers_by_kind,
@@ -215,6 +216,18 @@ def of_size(rank: int) -> list[Method]:
     ]  # fmt: skip
 
 
+def by_gradient(fraction: float) -> Choose:
+    """The layers of every kind whose gradient has the most energy (`selection.by=gradient`)."""
+
+    def choose(base: Base) -> Collection[str]:
+        config = base.with_overrides(
+            "probe.sketch_size=48", "merge.side=none", "selection.by=gradient", f"selection.top_fraction={fraction}"
+        )
+        return [matrix.name for matrix in make_plan(*scan_and_probe(base, 48)[0], config).selected]
+
+    return choose
+
+
 def selected(fraction: float) -> list[Method]:
     """AdamW on a fraction of the layers of each kind, chosen as published, as it is right, and by placebos."""
     ways: dict[str, Choose] = {
@@ -222,6 +235,8 @@ def selected(fraction: float) -> list[Method]:
         "published SNR": some_layers(highest_snr, fraction, "snr.estimator=spectrum"),
         "random": some_layers(at_random, fraction),
         "depth": some_layers(nearest_to_the_output, fraction),
+        "gradient": by_gradient(fraction),
+        "even spacing": some_layers(evenly_spaced, fraction),
     }
     return [full(f"AdamW, {fraction:.0%} by {way}", AS_ADAMW, adamw, choose=choose) for way, choose in ways.items()]
 

@@ -421,6 +421,13 @@ def nearest_to_the_output(matrices: list[PlannedMatrix], seed: int) -> list[Plan
     return sorted(matrices, key=lambda matrix: -(matrix.layer or 0))
 
 
+def evenly_spaced(matrices: list[PlannedMatrix], seed: int) -> list[PlannedMatrix]:
+    """The first few are spread over all layers as evenly as halving the gaps allows: at 0, 1/2, 1/4, 3/4, 1/8 ..."""
+    bits = max(1, (len(matrices) - 1).bit_length())
+    order = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(2**bits))
+    return [matrices[place] for place in order if place < len(matrices)]
+
+
 def at_random(matrices: list[PlannedMatrix], seed: int) -> list[PlannedMatrix]:
     kind = matrices[0].kind
     return random.Random(f"{seed} {kind}").sample(matrices, len(matrices))
